@@ -1,0 +1,24 @@
+"""longspan trains large language models on long context, on plain PyTorch.
+
+``import longspan`` needs no GPU and imports torch only when a name that needs it is used.
+"""
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "AttnMaskType": "longspan.config.model",
+    "ModelParallelConfig": "longspan.config.model",
+    "TransformerConfig": "longspan.config.model",
+    "TrainConfig": "longspan.config.schema",
+    "UserError": "longspan.errors",
+}
+
+__all__ = [*_NAMES, "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _NAMES:
+        import importlib
+
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'longspan' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""What is trained and how: TrainConfig (every key once), TransformerConfig, Megatron's flags."""

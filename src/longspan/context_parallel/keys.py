@@ -1,0 +1,198 @@
+"""Move keys: each rank receives the key/value rows its queries need, and keeps its queries.
+
+For one rank, with s its rows, r_i the rows it receives at step i (see schedule):
+
+    forward    k, v [s, b, m, d]  -> [r_i, 2, b, m, d] from the peers of step i
+    backward   the same once more, and dk, dv [r_i, 2, b, m, d] back home
+
+Rows travel straight from owner to user while the previous step computes. Keeping what was
+received in forward would hold the whole sequence's keys on every rank, so backward asks
+for them again (as ring attention does; Liu et al. 2023). Gradients travel, and are summed,
+in at least float32, in the order of the steps: two runs are bit-equal.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.context_parallel.kernels import Kernel, merge
+from longspan.context_parallel.schedule import Message, Range, Schedule, Step
+
+
+class _Exchange:
+    """Messages under way. Buffers stay referenced until they have arrived."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        sends: list[tuple[int, Tensor]],
+        receives: list[tuple[int, Tensor]],
+    ):
+        ops = [dist.P2POp(dist.isend, buffer, group=group, group_peer=peer) for peer, buffer in sends]
+        ops += [dist.P2POp(dist.irecv, buffer, group=group, group_peer=peer) for peer, buffer in receives]
+        self._held = (sends, receives)
+        self._works = dist.batch_isend_irecv(ops) if ops else []
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+def _take(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:
+    """The rows of ``ranges``, one range after another; a view where it is one range."""
+    parts = [x[start:stop] for start, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _add(x: Tensor, ranges: tuple[Range, ...], rows: Tensor) -> None:
+    """Adds rows to the rows of ``ranges``: the transpose of :func:`_take`."""
+    at = 0
+    for start, stop in ranges:
+        x[start:stop] += rows[at : at + stop - start]
+        at += stop - start
+
+
+class _Keys:
+    """The key/value rows of one step, under way and then at hand."""
+
+    def __init__(self, step: Step, k: Tensor, v: Tensor, group: dist.ProcessGroup):
+        self.step = step
+        sends = [
+            (message.peer, torch.stack((_take(k, message.ranges), _take(v, message.ranges)), dim=1))
+            for message in step.sends
+        ]
+        rows = sum(message.rows for message in step.receives)
+        self.buffer = k.new_empty((rows, 2, *k.shape[1:]))
+        self.exchange = _Exchange(group, sends, _split(self.buffer, step.receives))
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """k, v [rows, b, m, d] in the order of the step's tiles."""
+        self.exchange.wait()
+        rows = self.buffer if self.step.order is None else _take(self.buffer, self.step.order)
+        return rows[:, 0], rows[:, 1]
+
+
+class _Gradients:
+    """The gradients of one step's received rows on their way home."""
+
+    def __init__(self, step: Step, grad: Tensor, group: dist.ProcessGroup):
+        self.step = step
+        if step.order is not None:  # back to the order of arrival
+            arrived = torch.empty_like(grad)
+            at = 0
+            for start, stop in step.order:
+                arrived[start:stop] = grad[at : at + stop - start]
+                at += stop - start
+            grad = arrived
+        self.buffers = [
+            (message.peer, grad.new_empty((message.rows, *grad.shape[1:]))) for message in step.sends
+        ]
+        self.exchange = _Exchange(group, _split(grad, step.receives), self.buffers)
+
+    def add_to(self, dk: Tensor, dv: Tensor) -> None:
+        self.exchange.wait()
+        for message, (_, rows) in zip(self.step.sends, self.buffers):
+            _add(dk, message.ranges, rows[:, 0])
+            _add(dv, message.ranges, rows[:, 1])
+
+
+def _split(buffer: Tensor, messages: tuple[Message, ...]) -> list[tuple[int, Tensor]]:
+    """A buffer of all messages' rows as one view a message."""
+    parts, at = [], 0
+    for message in messages:
+        parts.append((message.peer, buffer[at : at + message.rows]))
+        at += message.rows
+    return parts
+
+
+class MoveKeys(torch.autograd.Function):
+    """Attention over a Schedule: q, k, v [s, b, heads, d] -> out [s, b, n, d], lse [b, n, s]."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, schedule: Schedule, group, kernel: Kernel, scale: float):
+        ctx.schedule, ctx.group, ctx.kernel, ctx.scale = schedule, group, kernel, scale
+        if schedule.single_tile and len(schedule.steps) == 1:
+            out, lse = kernel.forward(q, k, v, schedule.steps[0].tiles[0].causal, scale)
+        else:
+            out, lse = _forward(q, k, v, schedule, group, kernel, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        q, k, v, out, lse = ctx.saved_tensors
+        dout = dout.contiguous()
+        schedule, kernel, scale = ctx.schedule, ctx.kernel, ctx.scale
+        if schedule.single_tile and len(schedule.steps) == 1:
+            causal = schedule.steps[0].tiles[0].causal
+            grads = kernel.backward(dout, q, k, v, out, lse, causal, scale)
+        else:
+            grads = _backward(dout, q, k, v, out, lse, schedule, ctx.group, kernel, scale)
+        return *grads, None, None, None, None
+
+
+def _forward(q, k, v, schedule, group, kernel, scale):
+    s, b, n, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    make = torch.empty if schedule.covered else torch.zeros
+    out = make((s, b, n, v.shape[-1]), dtype=wide, device=q.device)
+    lse = torch.full((b, n, s), float("-inf"), dtype=wide, device=q.device)
+    keys = k, v
+    for step, after in _with_next(schedule.steps):
+        coming = _Keys(after, k, v, group) if after else None  # travels while this step computes
+        for tile in step.tiles:
+            rows, columns = slice(*tile.q), slice(*tile.k)
+            part, part_lse = kernel.forward(q[rows], keys[0][columns], keys[1][columns], tile.causal, scale)
+            if tile.first:
+                out[rows], lse[:, :, rows] = part, part_lse
+            else:
+                merge(out[rows], lse[:, :, rows], part, part_lse)
+        if coming:
+            keys = coming.wait()
+    return out.to(q.dtype), lse
+
+
+def _backward(dout, q, k, v, out, lse, schedule, group, kernel, scale):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    make = torch.empty if schedule.covered else torch.zeros
+    dq = make(q.shape, dtype=wide, device=q.device)
+    dk, dv = (torch.zeros(x.shape, dtype=wide, device=q.device) for x in (k, v))
+    keys, going_home = (k, v), None
+    for step, after in _with_next(schedule.steps):
+        coming = _Keys(after, k, v, group) if after else None
+        if step is schedule.steps[0]:
+            grad, dk_rows, dv_rows = None, dk, dv
+        else:
+            grad = torch.zeros((keys[0].shape[0], 2, *k.shape[1:]), dtype=wide, device=q.device)
+            dk_rows, dv_rows = grad[:, 0], grad[:, 1]
+        for tile in step.tiles:
+            rows, columns = slice(*tile.q), slice(*tile.k)
+            dq_part, dk_part, dv_part = kernel.backward(
+                dout[rows],
+                q[rows],
+                keys[0][columns],
+                keys[1][columns],
+                out[rows],
+                lse[:, :, rows],
+                tile.causal,
+                scale,
+            )
+            dq[rows] = dq_part if tile.first else dq[rows] + dq_part
+            dk_rows[columns] += dk_part
+            dv_rows[columns] += dv_part
+        if going_home:
+            going_home.add_to(dk, dv)
+        going_home = _Gradients(step, grad, group) if grad is not None else None
+        if coming:
+            keys = coming.wait()
+    if going_home:
+        going_home.add_to(dk, dv)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _with_next(steps: tuple[Step, ...]):
+    """Each step with the one after it (None at the end)."""
+    return zip(steps, (*steps[1:], None))

@@ -1,0 +1,288 @@
+"""SequenceLayout: which tokens of a sequence (or of a pack of documents) each rank holds.
+
+A *span* is a contiguous run of tokens that one rank holds. A layout is an ordered list of
+spans a rank, the same number of tokens on each: pure integers, the same on every rank
+without communication.
+
+    contiguous   P = 2   rank 0: 0 1 2 3        rank 1: 4 5 6 7
+    zigzag       P = 2   rank 0: 0 1 . . 6 7    rank 1: 2 3 4 5      (2P chunks: r and 2P-1-r)
+
+Tokens are numbered 0 .. total-1; numbers from ``total`` up to ``padded_total`` stand for
+padding, which belongs to no document, attends to nothing and is attended by nothing.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.mesh import collectives
+
+Span = tuple[int, int]
+
+
+class Segment(NamedTuple):
+    """A run of tokens of one document in consecutive local rows."""
+
+    document: int
+    start: int  # global token number
+    stop: int
+    row: int  # local row of ``start``
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """The spans of every rank. Make one with :meth:`contiguous`, :meth:`zigzag` or :meth:`per_document_zigzag`.
+
+    Attributes:
+        ranks: number of ranks P.
+        total: tokens given.
+        padded_total: tokens with padding: P x the rows of a rank.
+        cu_seqlens: document boundaries, from 0 to total.
+    """
+
+    ranks: int
+    total: int
+    padded_total: int
+    cu_seqlens: tuple[int, ...]
+    all_spans: tuple[tuple[Span, ...], ...]
+    name: str = "custom"
+    _memo: dict = field(default_factory=dict, compare=False, repr=False)
+
+    # --- makers ---------------------------------------------------------------------------
+
+    @classmethod
+    def contiguous(cls, total: int, ranks: int, *, cu_seqlens=None, multiple_of: int = 1) -> SequenceLayout:
+        """Rank r holds the r-th of P equal runs.
+
+        Args:
+            total: tokens; any number.
+            cu_seqlens: document boundaries [d + 1]; None is one document.
+            multiple_of: every rank's rows are padded to a multiple of this (sequence
+                parallelism needs a multiple of tp).
+        """
+        _check_sizes(total, ranks)
+        rows = _round_up(-(-total // ranks), multiple_of)
+        spans = [[(r * rows, (r + 1) * rows)] for r in range(ranks)]
+        return cls._make("contiguous", total, ranks, cu_seqlens, spans)
+
+    @classmethod
+    def zigzag(cls, total: int, ranks: int, *, cu_seqlens=None, multiple_of: int = 1) -> SequenceLayout:
+        """Of 2P equal chunks, rank r holds the r-th and the r-th from the end: equal causal work.
+
+        Args as for :meth:`contiguous`. (Megatron-LM; Zhu 2024, zigzag ring attention.)
+        """
+        _check_sizes(total, ranks)
+        if ranks == 1:
+            rows = _round_up(total, multiple_of)
+            return cls._make("zigzag", total, 1, cu_seqlens, [[(0, rows)]])
+        chunk = -(-total // (2 * ranks))
+        while 2 * chunk % multiple_of:
+            chunk += 1
+        spans = [_zigzag_chunks(r, ranks, chunk) for r in range(ranks)]
+        return cls._make("zigzag", total, ranks, cu_seqlens, spans)
+
+    @classmethod
+    def per_document_zigzag(
+        cls, cu_seqlens, ranks: int, *, cu_seqlens_padded=None, multiple_of: int = 1
+    ) -> SequenceLayout:
+        """Zigzag of each document by itself, each padded to a multiple of 2P: what Megatron's ``thd`` code assumes.
+
+        Args:
+            cu_seqlens: document boundaries [d + 1].
+            cu_seqlens_padded: boundaries with the padding the caller put behind each document;
+                every padded length must divide by 2P. None pads each document just enough.
+        """
+        bounds = _boundaries(cu_seqlens, None)
+        total = bounds[-1]
+        _check_sizes(total, ranks)
+        lengths = [stop - start for start, stop in zip(bounds, bounds[1:])]
+        if cu_seqlens_padded is None:
+            padded = [_round_up(n, 2 * ranks) for n in lengths]
+        else:
+            edges = _boundaries(cu_seqlens_padded, None)
+            padded = [stop - start for start, stop in zip(edges, edges[1:])]
+            if len(padded) != len(lengths) or any(p < n for p, n in zip(padded, lengths)):
+                raise ValueError("cu_seqlens_padded must hold the same documents, none shorter than in cu_seqlens.")
+            for n in padded:
+                if n % (2 * ranks) and ranks > 1:
+                    raise ValueError(
+                        f"a padded document of {n} tokens does not divide by 2 x {ranks} ranks; pad it to "
+                        f"{_round_up(n, 2 * ranks)}, or pass layout=SequenceLayout.zigzag(..., cu_seqlens=...), "
+                        "which needs no padding."
+                    )
+        spans: list[list[Span]] = [[] for _ in range(ranks)]
+        spare = total  # the next number that stands for padding
+        for start, n, n_padded in zip(bounds, lengths, padded):
+            chunk = n_padded // (2 * ranks)
+            for r in range(ranks):
+                pieces = [(0, n_padded)] if ranks == 1 else _zigzag_chunks(r, ranks, chunk)
+                for a, b in pieces:
+                    real = max(a, min(b, n))
+                    if real > a:
+                        spans[r].append((start + a, start + real))
+                    if b > real:
+                        spans[r].append((spare, spare + b - real))
+                        spare += b - real
+        short = -sum(b - a for a, b in spans[0]) % multiple_of
+        for r in range(ranks):
+            if short:
+                spans[r].append((spare, spare + short))
+                spare += short
+        return cls._make("per_document_zigzag", total, ranks, bounds, spans)
+
+    @classmethod
+    def _make(cls, name, total, ranks, cu_seqlens, spans) -> SequenceLayout:
+        merged = tuple(tuple(_join(s)) for s in spans)
+        padded = sum(stop - start for s in merged for start, stop in s)
+        return cls(ranks, total, padded, _boundaries(cu_seqlens, total), merged, name)
+
+    # --- who holds what -------------------------------------------------------------------
+
+    @property
+    def local_length(self) -> int:
+        """Rows of every rank, padding included."""
+        return self.padded_total // self.ranks
+
+    def spans(self, rank: int) -> list[Span]:
+        """The (start, stop) runs rank ``rank`` holds, in local order; numbers >= total are padding."""
+        return list(self.all_spans[rank])
+
+    def positions(self, rank: int) -> Tensor:
+        """The global token number of each local row, int64 [rows]; >= total where padding."""
+        runs = [torch.arange(start, stop) for start, stop in self.all_spans[rank]]
+        return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64)
+
+    def document_positions(self, rank: int) -> Tensor:
+        """Each local row's place in its own document, int64 [rows]; 0 where padding."""
+        key = ("document_positions", rank)
+        if key not in self._memo:
+            out = torch.zeros(self.local_length, dtype=torch.int64)
+            for s in self.segments(rank):
+                first = self.cu_seqlens[s.document]
+                out[s.row : s.row + s.stop - s.start] = torch.arange(s.start - first, s.stop - first)
+            self._memo[key] = out
+        return self._memo[key]
+
+    def segments(self, rank: int) -> list[Segment]:
+        """The spans of a rank cut at document borders, in local order, without padding and empty documents."""
+        key = ("segments", rank)
+        if key not in self._memo:
+            found, row, bounds = [], 0, self.cu_seqlens
+            for start, stop in self.all_spans[rank]:
+                at = start
+                while at < min(stop, self.total):
+                    document = bisect.bisect_right(bounds, at) - 1
+                    end = min(stop, bounds[document + 1])
+                    found.append(Segment(document, at, end, row + at - start))
+                    at = end
+                row += stop - start
+            self._memo[key] = found
+        return self._memo[key]
+
+    def area(self, rank: int) -> int:
+        """Causal (query, key) pairs computed on a rank."""
+        pairs = 0
+        for s in self.segments(rank):
+            first, last = s.start - self.cu_seqlens[s.document] + 1, s.stop - self.cu_seqlens[s.document]
+            pairs += (first + last) * (last - first + 1) // 2
+        return pairs
+
+    def received_rows(self, rank: int) -> int:
+        """Key/value rows a rank receives in one forward pass of ``p2p``."""
+        from longspan.context_parallel.schedule import Schedule
+
+        return Schedule.of(self, rank, causal=True).received_rows
+
+    # --- moving tensors in and out --------------------------------------------------------
+
+    def shard(self, tensor: Tensor, rank: int, dim: int = 0, pad_value: float = 0) -> Tensor:
+        """[.., total, ..] -> [.., rows, ..]: a rank's rows of a whole tensor, padding filled with ``pad_value``.
+
+        Raises:
+            ValueError: the tensor's size along ``dim`` is not ``total``.
+        """
+        if tensor.shape[dim] != self.total:
+            raise ValueError(
+                f"tensor has {tensor.shape[dim]} rows along dim {dim}, the layout is made for {self.total}."
+            )
+        parts = []
+        for start, stop in self.all_spans[rank]:
+            real = min(stop, self.total)
+            if real > start:
+                parts.append(tensor.narrow(dim, start, real - start))
+            if stop > max(start, real):
+                shape = list(tensor.shape)
+                shape[dim] = stop - max(start, real)
+                parts.append(tensor.new_full(shape, pad_value))
+        return torch.cat(parts, dim) if parts else tensor.narrow(dim, 0, 0)
+
+    def unshard(self, local: Tensor, group: dist.ProcessGroup, dim: int = 0) -> Tensor:
+        """[.., rows, ..] -> [.., total, ..]: the whole tensor on every rank, padding taken off.
+
+        Differentiable, for ranks that go on alike: each takes its own rows of the gradient,
+        so one loss computed on every rank counts once.
+        """
+        if local.shape[dim] != self.local_length:
+            raise ValueError(f"tensor has {local.shape[dim]} rows along dim {dim}, a rank holds {self.local_length}.")
+        gathered = collectives.gather(local, group, dim)
+        return gathered.index_select(dim, self._inverse().to(local.device))
+
+    def _inverse(self) -> Tensor:
+        """For each token 0 .. total-1 its row among all ranks' rows, rank after rank."""
+        if "inverse" not in self._memo:
+            held = torch.cat([self.positions(r) for r in range(self.ranks)])
+            inverse = torch.empty(self.padded_total, dtype=torch.int64)
+            inverse[held] = torch.arange(self.padded_total)
+            self._memo["inverse"] = inverse[: self.total]
+        return self._memo["inverse"]
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _zigzag_chunks(rank: int, ranks: int, chunk: int) -> list[Span]:
+    second = 2 * ranks - 1 - rank
+    return [(rank * chunk, (rank + 1) * chunk), (second * chunk, (second + 1) * chunk)]
+
+
+def _join(spans: Sequence[Span]) -> list[Span]:
+    """Drops empty spans and joins neighbours."""
+    joined: list[Span] = []
+    for start, stop in spans:
+        if start == stop:
+            continue
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _check_sizes(total: int, ranks: int) -> None:
+    if ranks < 1:
+        raise ValueError(f"ranks={ranks}: a layout needs at least one rank.")
+    if total < 1:
+        raise ValueError(f"total={total}: a layout needs at least one token.")
+
+
+def _boundaries(cu_seqlens, total: int | None) -> tuple[int, ...]:
+    """cu_seqlens as checked integers without empty documents; None is one document of ``total`` tokens."""
+    if cu_seqlens is None:
+        assert total is not None
+        return (0, total)
+    given = [int(n) for n in (cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else cu_seqlens)]
+    if len(given) < 2 or given[0] != 0:
+        raise ValueError(f"cu_seqlens {given[:8]}: it starts with 0 and ends with the number of tokens.")
+    if any(b < a for a, b in zip(given, given[1:])):
+        raise ValueError("cu_seqlens must not fall: it is the running sum of the document lengths.")
+    if total is not None and given[-1] != total:
+        raise ValueError(f"cu_seqlens ends at {given[-1]}, the sequence has {total} tokens. The two must be equal.")
+    return (0, *(b for a, b in zip(given, given[1:]) if b > a))

@@ -1,0 +1,239 @@
+"""Which rank trains on which rows at which step.
+
+The order of the data is a function of (data, seed, global batch) and nothing else: a
+sample of step k is looked up, not reached by iterating, so a resume needs no state, and
+another layout or another number of loader threads trains on the same tokens.
+
+Where the numbers come from: samples of all epochs, each in its own seeded order, are one
+endless line. Step k of a global batch of g takes places k*g to (k+1)*g; micro-batch m of
+data-parallel rank r takes the places ``(m * dp_size + r) * micro_batch_size + j``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from longspan.data.indexed import IndexedDataset
+from longspan.data.packing import Batch, Row, empty_row, make_batch, plan_packs, plan_stream
+from longspan.errors import UserError
+
+# Seeds are sequences [seed, purpose, ...]: no two purposes share their numbers. Zero is no
+# purpose: numpy seeds [s] and [s, 0] alike, and [s] is what plans are made with.
+ORDER, HOLD_OUT = 1, 2
+
+
+class TokenDataset:
+    """The samples of one split of some token files.
+
+    Args:
+        datasets: the files; their documents are numbered through.
+        sequence_len: tokens of a sample.
+        seed: of the held-out documents, the packs and the order; 0 or more.
+        sample_packing: rows of whole documents (see `packing`); else one stream.
+        split: "train" or "validation".
+        val_set_size: documents held out for validation: a part of all below 1 (at least one
+            document), else a number of documents.
+
+    Raises:
+        UserError: a split without documents, or a value out of range.
+    """
+
+    def __init__(
+        self,
+        datasets: list[IndexedDataset],
+        sequence_len: int,
+        seed: int,
+        sample_packing: bool = True,
+        split: str = "train",
+        val_set_size: float = 0.0,
+    ):
+        if split not in ("train", "validation"):
+            raise UserError(f"split {split!r} is neither 'train' nor 'validation'.")
+        if seed < 0:
+            raise UserError(f"seed is {seed}; it must be 0 or more.")
+        self.datasets = list(datasets)
+        self.sequence_len = sequence_len
+        self.seed = seed
+        self.sample_packing = sample_packing
+        self.split = split
+        # First document of each file in the common numbering.
+        self._first = np.concatenate([[0], np.cumsum([len(d) for d in self.datasets])]).astype(np.int64)
+        lengths = np.concatenate([np.empty(0, np.int64), *(d.document_lengths for d in self.datasets)])
+        training, validation = _split(np.flatnonzero(lengths), val_set_size, seed)
+        self.documents = training if split == "train" else validation
+        """int64 ``[d]``: the numbers of this split's documents, ascending; empty ones are left out."""
+        if not len(self.documents):
+            raise UserError(
+                "No validation documents are held out: val_set_size is 0. Set it to a part of the documents "
+                "(0.01) or to their number."
+                if split == "validation"
+                else "The dataset has no document with a token in it."
+            )
+        lengths = lengths[self.documents]
+        self.num_tokens = int(lengths.sum())
+        self._plan = (plan_packs if sample_packing else plan_stream)(lengths, sequence_len, seed)
+        # Two: a global batch may reach over the end of an epoch.
+        self.order = lru_cache(maxsize=2)(self._order)
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        return len(self._plan)
+
+    def row(self, index: int | None) -> Row:
+        """Sample `index`; None or -1 is an empty row, all padding.
+
+        Returns:
+            int64 arrays: tokens, labels, positions ``[s]`` and boundaries ``[d + 1]``.
+        """
+        if index is None or index == -1:
+            return empty_row(self.sequence_len)
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self._plan.row(index, self._read)
+
+    def _read(self, document: int, start: int, stop: int) -> np.ndarray:
+        number = int(self.documents[document])
+        at = int(np.searchsorted(self._first, number, side="right")) - 1
+        return self.datasets[at].read(number - int(self._first[at]), start, stop)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """int64 ``[samples]``: the order of an epoch; files' own for validation. (Called as `order`.)"""
+        if self.split == "validation":
+            order = np.arange(len(self))
+        else:
+            generator = np.random.Generator(np.random.PCG64([self.seed, ORDER, epoch]))
+            order = generator.permutation(len(self))
+        order.setflags(write=False)  # it is kept, and shared
+        return order
+
+    def global_batch(self, step: int, size: int) -> list[int]:
+        """The sample numbers of training step `step` (from 0) with `size` sequences a step."""
+        places = (divmod(place, len(self)) for place in range(step * size, (step + 1) * size))
+        return [int(self.order(epoch)[at]) for epoch, at in places]
+
+    def micro_batches(
+        self, step: int, *, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
+    ) -> list[Batch]:
+        """What one data-parallel rank computes in training step `step`, in its order.
+
+        Raises:
+            UserError: the global batch is not a multiple of micro_batch_size * dp_size.
+        """
+        _check_rank(micro_batch_size, dp_rank, dp_size)
+        width = micro_batch_size * dp_size
+        if global_batch_size < 1 or global_batch_size % width:
+            raise UserError(
+                f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size "
+                f"{micro_batch_size} x data-parallel size {dp_size} = {width}; the next good one is "
+                f"{max(1, -(-global_batch_size // width)) * width}."
+            )
+        samples = self.global_batch(step, global_batch_size)
+        mine = range(dp_rank * micro_batch_size, global_batch_size, width)
+        return [self._batch(samples[begin : begin + micro_batch_size]) for begin in mine]
+
+    def evaluation_batches(
+        self, *, micro_batch_size: int, dp_rank: int, dp_size: int, limit: int | None = None
+    ) -> Iterator[Batch]:
+        """Every sample once, in its order, over all ranks.
+
+        Args:
+            limit: at most so many samples (over all ranks).
+
+        Returns:
+            The batches of one rank, read as they are asked for. There are equally many on each rank,
+            so that collectives stay in step; the last may have empty rows, which add nothing.
+        """
+        _check_rank(micro_batch_size, dp_rank, dp_size)
+        if limit is not None and limit < 1:
+            raise UserError(f"evaluation is limited to {limit} samples; it must be at least 1.")
+        count = len(self) if limit is None else min(limit, len(self))
+        width = micro_batch_size * dp_size
+        begins = range(dp_rank * micro_batch_size, -(-count // width) * width, width)
+        return (
+            self._batch([i if i < count else None for i in range(begin, begin + micro_batch_size)])
+            for begin in begins
+        )
+
+    def _batch(self, samples: list[int | None] | list[int]) -> Batch:
+        return make_batch([self.row(sample) for sample in samples], self.sample_packing)
+
+
+class Prefetcher:
+    """Iterates over ``make(step)`` for first_step <= step < last_step, made ahead in one thread.
+
+    While the caller works on one step, at most the next two are made, in order. What
+    ``make`` raises is raised from ``next``. Use it as a context manager, or `close` it.
+    """
+
+    AHEAD = 2
+
+    def __init__(self, make: Callable[[int], Any], first_step: int, last_step: int):
+        self._make = make
+        self._steps = iter(range(first_step, last_step))
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="longspan-data")
+        self._made: deque[Future] = deque()
+        for _ in range(self.AHEAD):
+            self._submit()
+
+    def _submit(self) -> None:
+        step = next(self._steps, None)
+        if step is not None:
+            self._made.append(self._thread.submit(self._make, step))
+
+    def __iter__(self) -> Prefetcher:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._made:
+            self.close()
+            raise StopIteration
+        made = self._made.popleft()
+        self._submit()
+        try:
+            return made.result()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the thread after the step it is at; what was made ahead is dropped."""
+        self._steps = iter(())
+        self._made.clear()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def _split(documents: np.ndarray, val_set_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training, validation) document numbers, ascending; a document is in one of them."""
+    if val_set_size < 0 or (val_set_size >= 1 and val_set_size != int(val_set_size)):
+        raise UserError(
+            f"val_set_size is {val_set_size}; it is a part of the documents (0 to 1) or their number."
+        )
+    if val_set_size == 0:
+        return documents, documents[:0]
+    held = int(val_set_size) if val_set_size >= 1 else max(1, round(val_set_size * len(documents)))
+    if held >= len(documents):
+        raise UserError(
+            f"val_set_size {val_set_size} holds out {held} of {len(documents)} documents, which leaves none "
+            "to train on. Make it smaller, or give more documents."
+        )
+    order = np.random.Generator(np.random.PCG64([seed, HOLD_OUT])).permutation(documents)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def _check_rank(micro_batch_size: int, dp_rank: int, dp_size: int) -> None:
+    if micro_batch_size < 1:
+        raise UserError(f"micro_batch_size is {micro_batch_size}; it must be at least 1 sequence.")
+    if not 0 <= dp_rank < dp_size:
+        raise ValueError(f"dp_rank {dp_rank} of {dp_size}")

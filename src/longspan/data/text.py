@@ -1,0 +1,404 @@
+"""Documents from text files, tokenizers, and tokens into ``.bin``/``.idx`` files.
+
+`prepare_dataset` is the whole: sources -> documents -> (a trained) tokenizer -> token
+files in a cache, made once. Only plain text and JSON lines are read here; what a dataset
+hub or another format holds is turned into one of them first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from longspan.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
+from longspan.errors import UserError, did_you_mean
+
+STDLIB = "python-stdlib"
+"""The name of a corpus everybody has: the source of the running Python's standard library."""
+
+END_OF_TEXT = "<|endoftext|>"
+END_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>")
+
+LINES = frozenset({".jsonl", ".json"})
+# Without .json: in a folder of code it is somebody's settings, not documents.
+_SUFFIXES = (
+    ".txt .md .rst .tex .html .jsonl .py .pyi .c .h .cc .cpp .cxx .hpp .cu .cuh .js .jsx .ts .tsx .java .kt "
+    ".go .rs .rb .php .swift .scala .cs .lua .pl .r .jl .hs .ml .sh .sql .css .toml .yaml .yml"
+)
+TEXT_SUFFIXES = frozenset(_SUFFIXES.split())
+SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules"})
+
+# What a tokenizer's folder may hold beside tokenizer.json that an export wants to keep.
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+BATCH_CHARACTERS = 4_000_000  # a batch of long documents is cut at this size, to bound memory
+
+Progress = Callable[[int, int], None]
+
+
+def find_sources(path: str | Path, suffixes: Collection[str] = TEXT_SUFFIXES) -> list[Path]:
+    """The files that documents come from.
+
+    Args:
+        path: a text file, a ``.jsonl``/``.json`` file, a folder, or the name ``python-stdlib``.
+        suffixes: of the files taken from a folder, looked at with all folders in it but hidden
+            ones, caches and installed packages.
+
+    Returns:
+        Paths, sorted by their name relative to the folder.
+
+    Raises:
+        UserError: there is no such file, it is not text, or the folder has none of them.
+    """
+    root = _root(path)
+    if root.is_file():
+        with root.open("rb") as file:
+            if b"\0" in file.read(8192):
+                raise UserError(f"{root}: not a text file: it has zero bytes. Give UTF-8 or JSON lines.")
+        return [root]
+    if not root.is_dir():
+        raise UserError(
+            f"{path}: no such file or folder. Give a text file, a .jsonl file, a folder of them, "
+            f"or the name {STDLIB}.{_near(root)}"
+        )
+    found = []
+    for folder, inside, files in os.walk(root):
+        inside[:] = [name for name in inside if name[0] != "." and name not in SKIPPED_FOLDERS]
+        paths = (Path(folder, name) for name in files if Path(name).suffix.lower() in suffixes)
+        found += [p for p in paths if p.is_file()]  # a link may lead nowhere
+    if not found:
+        raise UserError(
+            f"{path}: no text file in this folder. Looked for {' '.join(sorted(suffixes))}; name a file of "
+            "another kind itself."
+        )
+    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
+
+
+def iter_documents(path: str | Path, field: str = "text") -> Iterator[str]:
+    """The documents of a path (see `find_sources`): one a file, or one a line of JSON lines.
+
+    A ``.json`` file may also be one list of objects. Bytes that are not UTF-8 are replaced;
+    empty documents are skipped.
+
+    Args:
+        field: of a JSON object, that holds the text.
+
+    Raises:
+        UserError: a line is not a JSON object with this field; it names the file and the line.
+    """
+    for source in find_sources(path):
+        if source.suffix.lower() in LINES:
+            texts = (_text_of(record, field, where) for where, record in _records(source))
+        else:
+            texts = iter([source.read_bytes().decode("utf-8-sig", errors="replace")])
+        yield from (text for text in texts if text)
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: str | Path) -> Path:
+    """Trains a byte-level BPE tokenizer and writes it; the same documents give the same one.
+
+    Token 0 is ``<|endoftext|>``, then come the 256 bytes, then merges up to `vocab_size`
+    (fewer if the documents do not give them).
+
+    Returns:
+        The folder, now with ``tokenizer.json`` and a ``tokenizer_config.json`` that
+        transformers reads.
+    """
+    smallest = 257
+    if vocab_size < smallest:
+        raise UserError(
+            f"a vocabulary of {vocab_size} tokens; byte-level BPE needs at least {smallest}: 256 bytes and "
+            f"{END_OF_TEXT}."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+    _write(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+    _write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))  # last: it says that all is there
+    return folder
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Loads a ``tokenizer.json``, or the one in a folder.
+
+    Truncation and padding that were saved with it are switched off: documents are
+    tokenised whole.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    file = _tokenizer_file(path)
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(
+            f"{file}: not a tokenizer of the Hugging Face `tokenizers` library ({error}). Save it again with "
+            "transformers' save_pretrained()."
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def eod_id(tokenizer: Tokenizer, folder: str | Path | None) -> int | None:
+    """The number of the token that ends a document, or None.
+
+    It is eos_token of ``tokenizer_config.json`` in `folder` (or beside the ``tokenizer.json``
+    given), else the first of the usual names that the vocabulary has.
+    """
+    names = list(END_TOKENS)
+    if folder is not None:
+        folder = Path(folder).expanduser()
+        file = (folder if folder.is_dir() else folder.parent) / "tokenizer_config.json"
+        if file.is_file():
+            try:
+                token = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
+            except (ValueError, AttributeError) as error:
+                raise UserError(f"{file}: not a JSON object ({error}). Put it right or remove it.") from error
+            token = token.get("content") if isinstance(token, dict) else token
+            names = [token, *names] if isinstance(token, str) else names
+    numbers = (tokenizer.token_to_id(name) for name in names)
+    return next((number for number in numbers if number is not None), None)
+
+
+def tokenize_to_indexed(
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    prefix: str | Path,
+    eod: int | None,
+    vocab_size: int,
+    progress: Progress | None = None,
+    batch: int = 256,
+) -> dict[str, int]:
+    """Tokenises documents, on all cores, into ``prefix.bin`` and ``prefix.idx``.
+
+    No special tokens are added but `eod` at the end of each document. Documents without a
+    token are left out.
+
+    Args:
+        vocab_size: decides the type on disk; at least the tokenizer's.
+        progress: called with (documents, tokens) done so far.
+        batch: documents tokenised at once.
+
+    Returns:
+        ``{"documents": ..., "tokens": ...}`` as written.
+
+    Raises:
+        UserError: there is nothing to write; then no file is left.
+    """
+    with IndexedDatasetWriter(prefix, best_dtype(vocab_size)) as writer:
+        for texts in _batches(documents, batch):
+            for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+                if not encoding.ids:
+                    continue
+                tokens = np.array(encoding.ids if eod is None else [*encoding.ids, eod], dtype=np.int64)
+                if tokens.max() >= vocab_size:
+                    raise UserError(
+                        f"the tokenizer gave token {tokens.max()}, but the vocabulary size is {vocab_size}; "
+                        f"it must be at least {tokenizer.get_vocab_size()}."
+                    )
+                writer.add_document(tokens)
+            if progress is not None:
+                progress(writer.num_documents, writer.num_tokens)
+        if not writer.num_documents:
+            raise UserError(f"no document with any text to write to {prefix}. Check the path and the field.")
+    return {"documents": writer.num_documents, "tokens": writer.num_tokens}
+
+
+def prepare_dataset(
+    path: str | Path,
+    *,
+    cache_dir: str | Path,
+    tokenizer_path: str | Path | None = None,
+    train_vocab_size: int | None = None,
+    field: str = "text",
+    progress: Progress | None = None,
+) -> tuple[Path, Path]:
+    """Tokenises a path once; later calls find the result in the cache.
+
+    The files are in ``cache_dir/<name>-<fingerprint>/``. The fingerprint covers the names,
+    sizes and times of the sources, the field and the tokenizer. One process at a time
+    should prepare; two do the same work and leave the same files.
+
+    Args:
+        path: see `find_sources`.
+        tokenizer_path: a ``tokenizer.json`` or its folder; it is copied to the cache.
+        train_vocab_size: without `tokenizer_path`, the size of one trained on the documents.
+        field: of JSON objects, that holds the text.
+        progress: called with (documents, tokens) done so far while tokenising.
+
+    Returns:
+        (prefix of the token files, folder of the tokenizer).
+    """
+    if tokenizer_path is None and train_vocab_size is None:
+        raise UserError(
+            f"{path}: no tokenizer. Give a tokenizer.json or its folder, or a vocabulary size to train one."
+        )
+    given = None if tokenizer_path is None else _tokenizer_file(tokenizer_path)
+    root = _root(path)
+    sources = find_sources(path)
+    fingerprint = _fingerprint(root, sources, field, given, train_vocab_size)
+    name = STDLIB if str(path) == STDLIB else (root.stem if root.is_file() else root.resolve().name)
+    folder = Path(cache_dir).expanduser() / f"{name}-{fingerprint}"
+    prefix, tokenizer_folder = folder / "text_document", folder / "tokenizer"
+    if _is_whole(prefix) and (tokenizer_folder / "tokenizer.json").is_file():
+        return prefix, tokenizer_folder
+
+    if given is None:
+        train_tokenizer(iter_documents(path, field), train_vocab_size, tokenizer_folder)
+    else:
+        load_tokenizer(given)  # before it is copied
+        _copy_tokenizer(given, tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1  # numbers may have gaps, so not their count
+    end = eod_id(tokenizer, tokenizer_folder)
+    tokenize_to_indexed(iter_documents(path, field), tokenizer, prefix, end, vocab_size, progress)
+    return prefix, tokenizer_folder
+
+
+def _root(path: str | Path) -> Path:
+    """The file or folder of a path or a corpus's name."""
+    return Path(sysconfig.get_paths()["stdlib"]) if str(path) == STDLIB else Path(path).expanduser()
+
+
+def _near(path: Path) -> str:
+    """The hint with the nearest name in the same folder, or an empty string."""
+    return did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+
+
+def _records(source: Path) -> Iterator[tuple[str, object]]:
+    """(where, JSON value) of a file of JSON lines, or of one JSON list."""
+    with source.open("rb") as file:
+        start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+        file.seek(0)
+        if start.startswith(b"[") and source.suffix.lower() == ".json":
+            text = file.read().decode("utf-8-sig", errors="replace")
+            for number, record in enumerate(_parse(text, str(source)), start=1):
+                yield f"{source}, object {number}", record
+            return
+        for number, line in enumerate(file, start=1):
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="replace").strip()
+            if text:
+                yield f"{source}, line {number}", _parse(text, f"{source}, line {number}")
+
+
+def _parse(text: str, where: str):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
+
+
+def _text_of(record: object, field: str, where: str) -> str:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: a JSON {type(record).__name__}, not an object with a field {field!r}.")
+    if field not in record:
+        names = ", ".join(map(repr, record)) or "none"
+        raise UserError(f"{where}: no field {field!r}. The fields are {names}.{did_you_mean(field, record)}")
+    text = record[field]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: the field {field!r} holds a {type(text).__name__}; it must be a string.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, written as \ud800: no text at all
+        text = text.encode("utf-8", errors="replace").decode("utf-8")
+    return text
+
+
+def _batches(documents: Iterable[str], batch: int) -> Iterator[list[str]]:
+    texts: list[str] = []
+    characters = 0
+    for text in documents:
+        texts.append(text)
+        characters += len(text)
+        if len(texts) >= batch or characters >= BATCH_CHARACTERS:
+            yield texts
+            texts, characters = [], 0
+    if texts:
+        yield texts
+
+
+def _tokenizer_file(path: str | Path) -> Path:
+    """The ``tokenizer.json`` of a path or folder."""
+    path = Path(path).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if file.is_file():
+        return file
+    if path.is_dir():
+        raise UserError(
+            f"{path}: no tokenizer.json in this folder. Save one with transformers' save_pretrained() of a "
+            "fast tokenizer."
+        )
+    raise UserError(
+        f"{path}: no such tokenizer. Give a tokenizer.json or a folder with one; nothing is downloaded."
+        f"{_near(path)}"
+    )
+
+
+def _copy_tokenizer(file: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (file.parent / name).is_file():
+            shutil.copyfile(file.parent / name, folder / name)
+    _write(folder / "tokenizer.json", file.read_text(encoding="utf-8"))  # last: it says that all is there
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file that is whole or absent."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+
+
+def _fingerprint(
+    root: Path, sources: list[Path], field: str, tokenizer: Path | None, train_vocab_size: int | None
+) -> str:
+    """12 hexadecimal digits that change with anything that would change the tokens."""
+    digest = hashlib.blake2b(digest_size=6)
+    base = root.parent if root.is_file() else root
+    for source in sources:
+        stat = source.stat()
+        line = [source.relative_to(base).as_posix(), stat.st_size, stat.st_mtime_ns]
+        digest.update(json.dumps(line).encode() + b"\n")
+    digest.update(json.dumps(["field", field]).encode() + b"\n")
+    if tokenizer is None:
+        digest.update(f"train:{train_vocab_size}".encode())
+    else:
+        digest.update(tokenizer.read_bytes())
+        settings = tokenizer.with_name("tokenizer_config.json")  # it names the end-of-document token
+        digest.update(settings.read_bytes() if settings.is_file() else b"")
+    return digest.hexdigest()
+
+
+def _is_whole(prefix: Path) -> bool:
+    try:
+        return len(IndexedDataset(prefix)) > 0
+    except UserError:
+        return False

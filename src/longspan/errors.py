@@ -1,0 +1,29 @@
+"""The one exception of a user's mistake, and how its messages are made.
+
+Every message says what was found, the rule, and the remedy. The command line prints
+it without a traceback and exits with code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can put right: a key, a flag, a file, a shape or a layout.
+
+    Args:
+        problems: one message, or all messages of one look (a config shows all its
+            problems at once).
+    """
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns ``" Did you mean X?"`` for the nearest known name, or an empty string."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {nearest[0]}?" if nearest else ""

@@ -1,0 +1,1 @@
+"""Which ranks work together: topology (integers), ParallelMesh (groups), differentiable collectives."""

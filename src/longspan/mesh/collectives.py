@@ -1,0 +1,209 @@
+"""Collectives that autograd can go through. The group is always an argument.
+
+Each pair is a forward and its transpose in backward (n = size of the group):
+
+    reduce          [.., x, ..] partial -> [.., x, ..] sum          backward: as it is
+    copy            [.., x, ..]         -> [.., x, ..]              backward: sum
+    gather(dim)     [.., x, ..]         -> [.., n x, ..]            backward: own part
+    scatter(dim)    [.., n x, ..]       -> [.., x, ..]              backward: gather
+    all_gather(dim) [.., x, ..]         -> [.., n x, ..]            backward: reduce_scatter
+    reduce_scatter  [.., n x, ..]       -> [.., x, ..] sum          backward: all_gather
+    all_to_all      rows to every rank and back
+
+``gather`` and ``all_gather`` compute the same; they differ in what the ranks do with the
+result. After ``gather`` every rank goes on computing the same thing, so its gradient is
+already whole; after ``all_gather`` each rank uses the rows differently, so gradients are
+summed over the ranks.
+
+A group of one rank costs nothing: every function returns its input.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed the two; 2.11 knows the old names only
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather_dim(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """[.., x, ..] -> [.., n x, ..] along ``dim``, ranks in order. No autograd."""
+    n = dist.get_world_size(group)
+    if n == 1:
+        return x
+    x = x.movedim(dim, 0).contiguous()
+    out = x.new_empty((n * x.shape[0], *x.shape[1:]))
+    _all_gather(out, x, group=group)
+    return out.movedim(0, dim)
+
+
+def reduce_scatter_dim(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """[.., n x, ..] -> [.., x, ..]: the sum over ranks of this rank's part. No autograd."""
+    n = dist.get_world_size(group)
+    if n == 1:
+        return x
+    x = x.movedim(dim, 0).contiguous()
+    if x.shape[0] % n:
+        raise ValueError(
+            f"cannot reduce-scatter {x.shape[0]} rows over {n} ranks: they must divide. "
+            "With sequence parallelism, pad the local sequence to a multiple of tp."
+        )
+    out = x.new_empty((x.shape[0] // n, *x.shape[1:]))
+    _reduce_scatter(out, x, group=group)
+    return out.movedim(0, dim)
+
+
+def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over the ranks, in a new tensor. No autograd."""
+    if dist.get_world_size(group) == 1:
+        return x
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def own_part(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """[.., n x, ..] -> [.., x, ..]: this rank's slice along ``dim``. No communication."""
+    n = dist.get_world_size(group)
+    if n == 1:
+        return x
+    if x.shape[dim] % n:
+        raise ValueError(
+            f"cannot split dim {dim} of size {x.shape[dim]} over {n} ranks: it must divide. "
+            "Pad it to a multiple, or choose a size that divides it."
+        )
+    return x.chunk(n, dim)[dist.get_rank(group)].contiguous()
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        return all_reduce_sum(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduce_sum(grad, ctx.group), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, dim):
+        ctx.group, ctx.dim = group, dim
+        return all_gather_dim(x, group, dim)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return own_part(grad, ctx.group, ctx.dim), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, dim):
+        ctx.group, ctx.dim = group, dim
+        return own_part(x, group, dim)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_gather_dim(grad, ctx.group, ctx.dim), None, None
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, dim):
+        ctx.group, ctx.dim = group, dim
+        return all_gather_dim(x, group, dim)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return reduce_scatter_dim(grad, ctx.group, ctx.dim), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, dim):
+        ctx.group, ctx.dim = group, dim
+        return reduce_scatter_dim(x, group, dim)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_gather_dim(grad, ctx.group, ctx.dim), None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, output_splits, input_splits):
+        ctx.group, ctx.splits = group, (output_splits, input_splits)
+        return _exchange_rows(x, group, output_splits, input_splits)
+
+    @staticmethod
+    def backward(ctx, grad):
+        output_splits, input_splits = ctx.splits
+        return _exchange_rows(grad, ctx.group, input_splits, output_splits), None, None, None
+
+
+def _exchange_rows(x, group, output_splits, input_splits):
+    rows = x.shape[0] if output_splits is None else sum(output_splits)
+    out = x.new_empty((rows, *x.shape[1:]))
+    dist.all_to_all_single(out, x.contiguous(), output_splits, input_splits, group=group)
+    return out
+
+
+def _alone(group: dist.ProcessGroup) -> bool:
+    return dist.get_world_size(group) == 1
+
+
+def reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Partial sums -> their sum on every rank; backward passes the gradient on."""
+    return x if _alone(group) else _Reduce.apply(x, group)
+
+
+def copy(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The same tensor on every rank; backward sums the ranks' partial gradients."""
+    return x if _alone(group) else _Copy.apply(x, group)
+
+
+def gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """[.., x, ..] -> [.., n x, ..] for ranks that go on alike; backward takes the own part."""
+    return x if _alone(group) else _Gather.apply(x, group, dim)
+
+
+def scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """[.., n x, ..] -> [.., x, ..] of the same tensor; backward gathers."""
+    return x if _alone(group) else _Scatter.apply(x, group, dim)
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """[.., x, ..] -> [.., n x, ..] for ranks that go on differently; backward sums and splits."""
+    return x if _alone(group) else _AllGather.apply(x, group, dim)
+
+
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """[.., n x, ..] partial -> [.., x, ..] summed; backward gathers."""
+    return x if _alone(group) else _ReduceScatter.apply(x, group, dim)
+
+
+def all_to_all(
+    x: Tensor,
+    group: dist.ProcessGroup,
+    output_splits: list[int] | None = None,
+    input_splits: list[int] | None = None,
+) -> Tensor:
+    """Rows (dim 0) to every rank: ``input_splits[i]`` rows go to rank i, ``output_splits[i]`` come from it.
+
+    Without splits the rows are cut evenly. Backward sends the gradients home.
+    """
+    return x if _alone(group) else _AllToAll.apply(x, group, output_splits, input_splits)

@@ -1,0 +1,201 @@
+"""ParallelMesh: the process groups of one world, made once and handed out as arguments.
+
+Two grids lie over the same ranks:
+
+    dense   tp  x cp x dp  x pp      attention, MLP, embeddings
+    expert  etp x ep x edp x pp      mixture-of-experts layers
+
+where dp = dp_shard x dp_replicate (dp_shard varies faster: shards stay close together).
+Parameters are stored on a DeviceMesh ``(pp, dp_replicate, fsdp, tp)`` with
+fsdp = dp_shard x cp: context parallel ranks see different tokens with the same weights,
+which for parameters is data parallelism.
+
+Axes of size 1 have groups too, so no code asks "is it parallel?". Groups with the same
+ranks are made once; an axis of size 1 takes a group of this rank alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from longspan.mesh.topology import (
+    DEFAULT_ORDER,
+    RankGenerator,
+    data_parallel_size,
+    equation,
+    hierarchical_groups,
+)
+
+
+@dataclass(frozen=True)
+class ProcessGroupCollection:
+    """The groups a module may need, by Megatron's names. Modules take this, not a mesh."""
+
+    tp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    tp_cp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    etp: dist.ProcessGroup
+    edp: dist.ProcessGroup
+    tp_ep: dist.ProcessGroup
+    hcp: tuple[dist.ProcessGroup, ...] = ()
+    #: 1-D DeviceMesh of ``tp``: where tensor parallel weights live as DTensors.
+    tp_mesh: DeviceMesh | None = None
+
+
+@dataclass(frozen=True)
+class MeshSizes:
+    """The sizes of all axes. ``dp`` is dp_shard x dp_replicate."""
+
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    dp_shard: int = 1
+    dp_replicate: int = 1
+    ep: int = 1
+    etp: int | None = None  # None: as tp
+    hierarchical_cp: tuple[int, ...] = ()
+    order: str = DEFAULT_ORDER
+
+    @property
+    def dp(self) -> int:
+        return self.dp_shard * self.dp_replicate
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.cp * self.pp * self.dp
+
+    def equation(self, world_size: int) -> str:
+        """``tp 2 x cp 2 x dp_shard 1 x dp_replicate 1 x pp 1 = 4``"""
+        names = ("tp", "cp", "dp_shard", "dp_replicate", "pp")
+        return equation({name: getattr(self, name) for name in names}, world_size)
+
+
+@dataclass(frozen=True)
+class ParallelMesh:
+    """All groups of one world. Make it with :meth:`build` on every rank at once."""
+
+    sizes: MeshSizes
+    groups: ProcessGroupCollection
+    #: DeviceMesh (pp, dp_replicate, fsdp, tp): where parameters live.
+    device_mesh: DeviceMesh
+    dense: RankGenerator
+    expert: RankGenerator
+    _made: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def build(cls, sizes: MeshSizes, device_type: str = "cpu") -> ParallelMesh:
+        """Makes every group of both grids. Collective: all ranks call it in the same order.
+
+        Raises:
+            ValueError: the product of the sizes is not the world; the message prints the equation.
+        """
+        world, rank = dist.get_world_size(), dist.get_rank()
+        if sizes.world_size != world:
+            raise ValueError(
+                f"{sizes.equation(world)}. The product of the parallel sizes must be the number of processes."
+            )
+        etp = sizes.etp or sizes.tp
+        try:
+            edp = data_parallel_size(world, etp, sizes.ep, sizes.pp)
+        except ValueError:
+            raise ValueError(
+                f"expert grid: etp {etp} x ep {sizes.ep} x pp {sizes.pp} does not divide {world} processes."
+            ) from None
+        dense = RankGenerator(sizes.tp, 1, sizes.dp, sizes.pp, sizes.cp, sizes.order)
+        expert = RankGenerator(etp, sizes.ep, edp, sizes.pp, 1, sizes.order)
+        if dense.get_ranks("pp") != expert.get_ranks("pp"):
+            raise ValueError(
+                f"order {sizes.order!r}: the pipeline groups of the dense grid and of the expert grid differ. "
+                "Put pp last in the order."
+            )
+
+        made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+        def group_of(rank_lists: list[list[int]]) -> dist.ProcessGroup:
+            if all(len(ranks) == 1 for ranks in rank_lists):
+                rank_lists = [[rank]]
+            mine = None
+            for ranks in rank_lists:
+                key = tuple(ranks)
+                if key not in made:
+                    alone = len(ranks) == 1  # only this rank knows of it, and nobody else has to
+                    made[key] = dist.new_group(ranks, use_local_synchronization=alone)
+                if rank in ranks:
+                    mine = made[key]
+            assert mine is not None
+            return mine
+
+        # ranks as a tensor [pp, dp_replicate, dp_shard, cp, tp], whatever the order of the grid
+        order = [axis for axis in dense.order.split("-") if axis != "ep"]
+        shape = [dense.sizes[axis] for axis in reversed(order)]
+        grid = torch.arange(world).view(shape)
+        grid = grid.permute([len(order) - 1 - order.index(axis) for axis in ("pp", "dp", "cp", "tp")])
+        storage = grid.reshape(sizes.pp, sizes.dp_replicate, sizes.dp_shard * sizes.cp, sizes.tp)
+        device_mesh = DeviceMesh(
+            device_type, storage.contiguous(), mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp")
+        )
+
+        levels: list[dist.ProcessGroup] = []
+        if sizes.hierarchical_cp:
+            nested = [hierarchical_groups(ranks, sizes.hierarchical_cp) for ranks in dense.get_ranks("cp")]
+            for level in range(len(sizes.hierarchical_cp)):
+                levels.append(group_of([ranks for groups in nested for ranks in groups[level]]))
+
+        groups = ProcessGroupCollection(
+            tp=device_mesh.get_group("tp"),
+            cp=group_of(dense.get_ranks("cp")),
+            dp=group_of(dense.get_ranks("dp")),
+            dp_cp=group_of(dense.get_ranks("dp-cp")),
+            pp=group_of(dense.get_ranks("pp")),
+            tp_cp=group_of(dense.get_ranks("tp-cp")),
+            ep=group_of(expert.get_ranks("ep")),
+            etp=group_of(expert.get_ranks("tp")),
+            edp=group_of(expert.get_ranks("dp")),
+            tp_ep=group_of(expert.get_ranks("tp-ep")),
+            hcp=tuple(levels),
+            tp_mesh=device_mesh["tp"],
+        )
+        return cls(sizes, groups, device_mesh, dense, expert, made)
+
+    def group_for(self, rank_lists: list[list[int]]) -> dist.ProcessGroup:
+        """The already made group of this rank among ``rank_lists``; KeyError if there is none."""
+        mine = next(tuple(ranks) for ranks in rank_lists if dist.get_rank() in ranks)
+        return self._made[mine]
+
+    def __str__(self) -> str:
+        return self.sizes.equation(dist.get_world_size())
+
+
+def init_distributed(device_type: str, timeout_s: float = 600.0) -> None:
+    """Starts the default process group unless somebody has: from the launcher's environment, else alone.
+
+    This is the one place that reads the launcher's environment variables (RANK, WORLD_SIZE,
+    LOCAL_RANK): NCCL with CUDA, gloo otherwise.
+    """
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def close_distributed() -> None:
+    """Ends the default process group; the barrier keeps gloo from aborting now and then."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,346 @@
+"""Megatron's ``parallel_state`` functions over one installed ParallelMesh.
+
+A facade for users: ``initialize_model_parallel`` makes a mesh and installs it, the getters
+hand out its parts. Nothing inside longspan reads it, but for the one default "no process
+groups given -> the installed ones" of public constructors.
+
+Every getter takes ``check_initialized=True``; with False it returns None instead of raising
+when nothing is installed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from longspan.mesh.mesh import MeshSizes, ParallelMesh, ProcessGroupCollection, init_distributed
+from longspan.mesh.topology import DEFAULT_ORDER, data_parallel_size
+
+_mesh: ParallelMesh | None = None
+_virtual_pipeline_rank: int | None = None
+_virtual_pipeline_size: int | None = None
+
+
+def initialize_model_parallel(
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+    context_parallel_size: int = 1,
+    hierarchical_context_parallel_sizes: list[int] | None = None,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
+    order: str = DEFAULT_ORDER,
+    *,
+    data_parallel_replicate_size: int = 1,
+    device_type: str | None = None,
+    distributed_timeout_minutes: float = 10.0,
+) -> None:
+    """Makes the groups of all axes and installs them. All ranks call it.
+
+    Starts the default process group when nobody has: from the launcher's environment
+    under torchrun, else a world of one process (NCCL with CUDA, gloo otherwise).
+
+    Args:
+        data_parallel_replicate_size: of the data parallel size, how many whole copies of
+            the sharded parameters there are (HSDP).
+        device_type: ``"cpu"`` or ``"cuda"``; None takes CUDA where it is available.
+
+    Raises:
+        RuntimeError: already initialised, or an axis is missing from ``order``.
+        ValueError: the sizes do not multiply to the world size.
+    """
+    global _mesh, _virtual_pipeline_rank, _virtual_pipeline_size
+    if _mesh is not None:
+        raise RuntimeError("model parallel groups are already initialised; call destroy_model_parallel() first.")
+    if device_type is None:
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    init_distributed(device_type, timeout_s=60 * distributed_timeout_minutes)
+    dp = data_parallel_size(
+        dist.get_world_size(), tensor_model_parallel_size, context_parallel_size, pipeline_model_parallel_size
+    )
+    if dp % data_parallel_replicate_size:
+        raise ValueError(f"data_parallel_replicate_size {data_parallel_replicate_size} does not divide dp {dp}.")
+    sizes = MeshSizes(
+        tp=tensor_model_parallel_size,
+        cp=context_parallel_size,
+        pp=pipeline_model_parallel_size,
+        dp_shard=dp // data_parallel_replicate_size,
+        dp_replicate=data_parallel_replicate_size,
+        ep=expert_model_parallel_size,
+        etp=expert_tensor_parallel_size,
+        hierarchical_cp=tuple(hierarchical_context_parallel_sizes or ()),
+        order=order,
+    )
+    install(ParallelMesh.build(sizes, device_type))
+    if virtual_pipeline_model_parallel_size is not None:
+        if pipeline_model_parallel_size < 2:
+            destroy_model_parallel()
+            raise RuntimeError("virtual pipeline stages need pipeline_model_parallel_size > 1.")
+        _virtual_pipeline_rank, _virtual_pipeline_size = 0, virtual_pipeline_model_parallel_size
+
+
+def install(mesh: ParallelMesh) -> None:
+    """Installs a mesh that was made elsewhere (the trainer makes its own)."""
+    global _mesh
+    _mesh = mesh
+
+
+def model_parallel_is_initialized() -> bool:
+    return _mesh is not None
+
+
+is_initialized = model_parallel_is_initialized
+
+
+def destroy_model_parallel() -> None:
+    """Forgets the installed groups. The default process group stays."""
+    global _mesh, _virtual_pipeline_rank, _virtual_pipeline_size
+    _mesh, _virtual_pipeline_rank, _virtual_pipeline_size = None, None, None
+
+
+def get_mesh(check_initialized: bool = True) -> ParallelMesh | None:
+    """The installed mesh."""
+    if _mesh is None and check_initialized:
+        raise RuntimeError(
+            "model parallel groups are not initialised: call longspan.parallel_state."
+            "initialize_model_parallel(...) on every rank first."
+        )
+    return _mesh
+
+
+def get_process_groups(check_initialized: bool = True) -> ProcessGroupCollection | None:
+    """All groups of the installed mesh: what modules take as ``pg_collection``."""
+    mesh = get_mesh(check_initialized)
+    return mesh.groups if mesh else None
+
+
+def _group(name: str, check_initialized: bool) -> dist.ProcessGroup | None:
+    groups = get_process_groups(check_initialized)
+    return getattr(groups, name) if groups else None
+
+
+def _size(name: str, check_initialized: bool) -> int | None:
+    group = _group(name, check_initialized)
+    return dist.get_world_size(group) if group is not None else None
+
+
+def _rank(name: str, check_initialized: bool) -> int | None:
+    group = _group(name, check_initialized)
+    return dist.get_rank(group) if group is not None else None
+
+
+def _global_ranks(name: str, check_initialized: bool) -> list[int] | None:
+    group = _group(name, check_initialized)
+    return dist.get_process_group_ranks(group) if group is not None else None
+
+
+# --- tensor -------------------------------------------------------------------------------
+
+
+def get_tensor_model_parallel_group(check_initialized: bool = True):
+    return _group("tp", check_initialized)
+
+
+def get_tensor_model_parallel_world_size(check_initialized: bool = True):
+    return _size("tp", check_initialized)
+
+
+def get_tensor_model_parallel_rank(check_initialized: bool = True):
+    return _rank("tp", check_initialized)
+
+
+def get_tensor_model_parallel_global_ranks(check_initialized: bool = True):
+    return _global_ranks("tp", check_initialized)
+
+
+def get_tensor_model_parallel_src_rank(check_initialized: bool = True):
+    """The first global rank of this rank's tensor parallel group."""
+    ranks = _global_ranks("tp", check_initialized)
+    return ranks[0] if ranks else None
+
+
+def get_tensor_and_context_parallel_group(check_initialized: bool = True):
+    return _group("tp_cp", check_initialized)
+
+
+def get_tensor_and_context_parallel_world_size(check_initialized: bool = True):
+    return _size("tp_cp", check_initialized)
+
+
+def get_tensor_and_context_parallel_rank(check_initialized: bool = True):
+    return _rank("tp_cp", check_initialized)
+
+
+# --- context ------------------------------------------------------------------------------
+
+
+def get_context_parallel_group(check_initialized: bool = True):
+    return _group("cp", check_initialized)
+
+
+def get_context_parallel_world_size(check_initialized: bool = True):
+    return _size("cp", check_initialized)
+
+
+def get_context_parallel_rank(check_initialized: bool = True):
+    return _rank("cp", check_initialized)
+
+
+def get_context_parallel_global_ranks(check_initialized: bool = True):
+    """Global ranks of this rank's context parallel group, in the order of its ranks."""
+    return _global_ranks("cp", check_initialized)
+
+
+def get_hierarchical_context_parallel_groups(check_initialized: bool = True):
+    """One group a level, innermost first; with check_initialized, raises if there are no levels."""
+    groups = get_process_groups(check_initialized)
+    if groups is None:
+        return None
+    if not groups.hcp and check_initialized:
+        raise RuntimeError(
+            "there are no hierarchical context parallel groups: pass hierarchical_context_parallel_sizes "
+            "to initialize_model_parallel()."
+        )
+    return list(groups.hcp) or None
+
+
+# --- data ---------------------------------------------------------------------------------
+
+
+def get_data_parallel_group(with_context_parallel: bool = False, check_initialized: bool = True):
+    """Ranks that hold the same model part and different samples; with context parallelism, different tokens."""
+    return _group("dp_cp" if with_context_parallel else "dp", check_initialized)
+
+
+def get_data_parallel_world_size(with_context_parallel: bool = False, check_initialized: bool = True):
+    return _size("dp_cp" if with_context_parallel else "dp", check_initialized)
+
+
+def get_data_parallel_rank(with_context_parallel: bool = False, check_initialized: bool = True):
+    return _rank("dp_cp" if with_context_parallel else "dp", check_initialized)
+
+
+def get_data_parallel_global_ranks(with_context_parallel: bool = False, check_initialized: bool = True):
+    return _global_ranks("dp_cp" if with_context_parallel else "dp", check_initialized)
+
+
+# --- pipeline -----------------------------------------------------------------------------
+
+
+def get_pipeline_model_parallel_group(check_initialized: bool = True):
+    return _group("pp", check_initialized)
+
+
+def get_pipeline_model_parallel_world_size(check_initialized: bool = True):
+    return _size("pp", check_initialized)
+
+
+def get_pipeline_model_parallel_rank(check_initialized: bool = True):
+    return _rank("pp", check_initialized)
+
+
+def get_pipeline_model_parallel_global_ranks(check_initialized: bool = True):
+    return _global_ranks("pp", check_initialized)
+
+
+def get_pipeline_model_parallel_first_rank(check_initialized: bool = True):
+    ranks = _global_ranks("pp", check_initialized)
+    return ranks[0] if ranks else None
+
+
+def get_pipeline_model_parallel_last_rank(check_initialized: bool = True):
+    ranks = _global_ranks("pp", check_initialized)
+    return ranks[-1] if ranks else None
+
+
+def _pipeline_neighbour(step: int, check_initialized: bool) -> int | None:
+    ranks = _global_ranks("pp", check_initialized)
+    return ranks[(ranks.index(dist.get_rank()) + step) % len(ranks)] if ranks else None
+
+
+def get_pipeline_model_parallel_next_rank(check_initialized: bool = True):
+    """Global rank of the stage after this one (the first after the last)."""
+    return _pipeline_neighbour(+1, check_initialized)
+
+
+def get_pipeline_model_parallel_prev_rank(check_initialized: bool = True):
+    """Global rank of the stage before this one (the last before the first)."""
+    return _pipeline_neighbour(-1, check_initialized)
+
+
+def get_virtual_pipeline_model_parallel_world_size(check_initialized: bool = True):
+    return _virtual_pipeline_size
+
+
+def get_virtual_pipeline_model_parallel_rank(check_initialized: bool = True):
+    return _virtual_pipeline_rank
+
+
+def set_virtual_pipeline_model_parallel_rank(rank: int) -> None:
+    global _virtual_pipeline_rank
+    _virtual_pipeline_rank = rank
+
+
+def is_pipeline_first_stage(ignore_virtual: bool = True, check_initialized: bool = True) -> bool:
+    if not ignore_virtual and _virtual_pipeline_rank not in (None, 0):
+        return False
+    return _rank("pp", check_initialized) in (0, None)
+
+
+def is_pipeline_last_stage(ignore_virtual: bool = True, check_initialized: bool = True) -> bool:
+    if not ignore_virtual and _virtual_pipeline_size is not None:
+        if _virtual_pipeline_rank != _virtual_pipeline_size - 1:
+            return False
+    size = _size("pp", check_initialized)
+    return size is None or _rank("pp", check_initialized) == size - 1
+
+
+# --- experts ------------------------------------------------------------------------------
+
+
+def get_expert_model_parallel_group(check_initialized: bool = True):
+    return _group("ep", check_initialized)
+
+
+def get_expert_model_parallel_world_size(check_initialized: bool = True):
+    return _size("ep", check_initialized)
+
+
+def get_expert_model_parallel_rank(check_initialized: bool = True):
+    return _rank("ep", check_initialized)
+
+
+def get_expert_tensor_parallel_group(check_initialized: bool = True):
+    return _group("etp", check_initialized)
+
+
+def get_expert_tensor_parallel_world_size(check_initialized: bool = True):
+    return _size("etp", check_initialized)
+
+
+def get_expert_tensor_parallel_rank(check_initialized: bool = True):
+    return _rank("etp", check_initialized)
+
+
+def get_expert_data_parallel_group(check_initialized: bool = True):
+    return _group("edp", check_initialized)
+
+
+def get_expert_data_parallel_world_size(check_initialized: bool = True):
+    return _size("edp", check_initialized)
+
+
+def get_expert_data_parallel_rank(check_initialized: bool = True):
+    return _rank("edp", check_initialized)
+
+
+def get_expert_tensor_and_model_parallel_group(check_initialized: bool = True):
+    return _group("tp_ep", check_initialized)
+
+
+# --- world --------------------------------------------------------------------------------
+
+
+def is_rank_0() -> bool:
+    """Is this global rank 0? True without torch.distributed too: then there is only one process."""
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,0 +1,41 @@
+"""Tensor and sequence parallelism: weights cut over ranks that share the activations.
+
+Megatron's names: parallel linear layers, the mappings between regions, cross-entropy over
+a cut vocabulary, random number states.
+"""
+
+from longspan.tensor_parallel.cross_entropy import linear_cross_entropy, vocab_parallel_cross_entropy
+from longspan.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from longspan.tensor_parallel.mappings import (
+    all_to_all,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+    scatter_to_tensor_model_parallel_region,
+)
+from longspan.tensor_parallel.random import get_rng_tracker, model_parallel_seed
+
+__all__ = [
+    "ColumnParallelLinear",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+    "all_to_all",
+    "copy_to_tensor_model_parallel_region",
+    "gather_from_sequence_parallel_region",
+    "gather_from_tensor_model_parallel_region",
+    "get_rng_tracker",
+    "linear_cross_entropy",
+    "model_parallel_seed",
+    "reduce_from_tensor_model_parallel_region",
+    "reduce_scatter_to_sequence_parallel_region",
+    "scatter_to_sequence_parallel_region",
+    "scatter_to_tensor_model_parallel_region",
+    "vocab_parallel_cross_entropy",
+]

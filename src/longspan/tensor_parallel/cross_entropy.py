@@ -1,0 +1,195 @@
+"""Cross-entropy over a vocabulary cut by rows, alone and fused with the output layer.
+
+    vocab_parallel_cross_entropy   logits [.., v/tp], target [..]            -> loss [..]
+    linear_cross_entropy           hidden [t, h], weight [v/tp, h], labels   -> loss [t]
+
+The second one never holds the logits of a whole sequence: it goes through the tokens in
+chunks, keeps one log-sum-exp a token, and computes each chunk's logits again in backward
+(a fourth matrix product beside three; memory [chunk, v/tp] instead of [t, v/tp]).
+
+A rank sees its own columns only. What travels for a chunk of c tokens is [2, c] a rank:
+the local log-sum-exp and the target's logit where this rank holds it. The logits are
+compared in at least float32.
+
+``plain_cross_entropy`` is the slow reference the tests hold these against.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan.mesh.collectives import all_gather_dim
+from longspan.tensor_parallel.mappings import tensor_parallel_group
+
+IGNORE_INDEX = -100
+
+#: logits of one chunk stay below this many elements (256 MiB in float32)
+CHUNK_NUMEL = 1 << 26
+
+
+def plain_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The oracle: whole logits [t, v], target [t] -> loss [t]; 0 where target is IGNORE_INDEX."""
+    return F.cross_entropy(
+        logits, target, reduction="none", ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing
+    )
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _local_columns(target: Tensor, columns: int, width: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Target ids as local column numbers, and where they are this rank's.
+
+    Args:
+        columns: columns that stand for real tokens here; width: columns every rank holds.
+    """
+    shifted = target - rank * width
+    mine = (shifted >= 0) & (shifted < columns)
+    return shifted.where(mine, 0), mine
+
+
+def _log_sum_exp(logits: Tensor, column: Tensor, mine: Tensor, group) -> tuple[Tensor, Tensor]:
+    """[t, columns] -> (log-sum-exp [t], target logit [t]) over all ranks of the group."""
+    if logits.shape[1]:
+        lse = torch.logsumexp(logits, dim=1)
+        picked = logits.gather(1, column.unsqueeze(1)).squeeze(1).where(mine, 0)
+    else:  # this rank holds padding columns only
+        lse = logits.new_full((logits.shape[0],), float("-inf"))
+        picked = logits.new_zeros(logits.shape[0])
+    if dist.get_world_size(group) > 1:
+        both = all_gather_dim(torch.stack([lse, picked]).unsqueeze(0), group, 0)  # [tp, 2, t]
+        lse, picked = torch.logsumexp(both[:, 0], dim=0), both[:, 1].sum(0)
+    return lse, picked
+
+
+def _logit_gradient(logits: Tensor, lse: Tensor, column: Tensor, mine: Tensor, weight: Tensor) -> Tensor:
+    """(softmax - onehot) * weight, in place of the logits [t, columns]."""
+    grad = logits.sub_(lse.unsqueeze(1)).exp_()
+    if grad.shape[1]:
+        grad.scatter_add_(1, column.unsqueeze(1), -mine.to(grad.dtype).unsqueeze(1))
+    return grad.mul_(weight.unsqueeze(1))
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, label_smoothing, group):
+        shape, dtype = target.shape, logits.dtype
+        logits = _wide(logits.reshape(-1, logits.shape[-1]))
+        target = target.reshape(-1)
+        valid = target != IGNORE_INDEX
+        width = logits.shape[1]
+        column, mine = _local_columns(target, width, width, dist.get_rank(group))
+        lse, picked = _log_sum_exp(logits, column, mine, group)
+        loss = lse - picked
+        if label_smoothing:
+            mean = logits.sum(1) / (width * dist.get_world_size(group))
+            if dist.get_world_size(group) > 1:
+                dist.all_reduce(mean, group=group)
+            loss = (1 - label_smoothing) * loss + label_smoothing * (lse - mean)
+        ctx.save_for_backward(logits, lse, column, mine, valid)
+        ctx.smoothing, ctx.classes, ctx.dtype = label_smoothing, width * dist.get_world_size(group), dtype
+        return loss.where(valid, 0).view(shape)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        logits, lse, column, mine, valid = ctx.saved_tensors
+        weight = grad_loss.reshape(-1).where(valid, 0)
+        onehot = mine * (1 - ctx.smoothing)
+        grad = (logits - lse.unsqueeze(1)).exp_()
+        grad.scatter_add_(1, column.unsqueeze(1), -onehot.to(grad.dtype).unsqueeze(1))
+        if ctx.smoothing:
+            grad -= ctx.smoothing / ctx.classes
+        grad *= weight.unsqueeze(1)
+        return grad.to(ctx.dtype).view(*grad_loss.shape, -1), None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    label_smoothing: float = 0.0,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Cross-entropy of logits that lie in columns over the tensor parallel group.
+
+    Args:
+        logits: [..., v/tp], this rank's columns.
+        target: [...] ids over the whole vocabulary; the loss is 0 where it is -100.
+        label_smoothing: as in ``torch.nn.functional.cross_entropy`` (mass spread over all
+            classes of all ranks).
+        group: tensor parallel group; None takes the installed one.
+
+    Returns:
+        Loss [...] in nats, at least float32, the same on every rank of the group.
+    """
+    return _VocabParallelCrossEntropy.apply(logits, target, label_smoothing, tensor_parallel_group(group))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, vocab_size, chunk, group):
+        width, rank = weight.shape[0], dist.get_rank(group)
+        columns = max(0, min(width, vocab_size - rank * width))
+        used = weight[:columns]  # padding columns take no part
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.empty(labels.shape, dtype=dtype, device=hidden.device)
+        lses = torch.empty_like(loss)
+        for start in range(0, labels.shape[0], chunk):
+            part = slice(start, start + chunk)
+            column, mine = _local_columns(labels[part], columns, width, rank)
+            logits = _wide(hidden[part] @ used.t())
+            lses[part], picked = _log_sum_exp(logits, column, mine, group)
+            loss[part] = (lses[part] - picked).where(labels[part] != IGNORE_INDEX, 0)
+        ctx.save_for_backward(hidden, weight, labels, lses)
+        ctx.columns, ctx.width, ctx.rank, ctx.chunk = columns, width, rank, chunk
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        hidden, weight, labels, lses = ctx.saved_tensors
+        used = weight[: ctx.columns]
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=lses.dtype, device=weight.device)
+        for start in range(0, labels.shape[0], ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            column, mine = _local_columns(labels[part], ctx.columns, ctx.width, ctx.rank)
+            logits = _wide(hidden[part] @ used.t())
+            scale = grad_loss[part].where(labels[part] != IGNORE_INDEX, 0)
+            grad = _logit_gradient(logits, lses[part], column, mine, scale).to(hidden.dtype)
+            grad_hidden[part] = grad @ used
+            if grad.dtype == grad_weight.dtype:
+                grad_weight[: ctx.columns].addmm_(grad.t(), hidden[part])
+            else:
+                grad_weight[: ctx.columns] += grad.t() @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    chunk: int | None = None,
+) -> Tensor:
+    """Output layer and cross-entropy in one, in chunks of tokens.
+
+    The gradient of ``hidden`` is this rank's part (its columns); the caller's ``copy`` or
+    sequence parallel gather sums it over the group.
+
+    Args:
+        hidden: [t, h]; weight: [v/tp, h], this rank's rows of the padded vocabulary.
+        labels: [t] ids, already shifted; -100 where there is no target.
+        vocab_size: real tokens; rows beyond it are padding and take no part.
+        chunk: tokens at a time; None keeps a chunk's logits below 256 MiB in float32.
+
+    Returns:
+        Loss [t] in nats, at least float32; 0 where there is no target.
+    """
+    if chunk is None:
+        chunk = max(1, CHUNK_NUMEL // weight.shape[0])
+    return _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, chunk, group)

@@ -1,0 +1,262 @@
+"""Linear layers and the embedding, cut over the tensor parallel group.
+
+    Y = X A^T, A [output, input]
+
+    ColumnParallelLinear   A cut by rows     A = [A_1; A_2]   Y = [Y_1, Y_2]        Shard(0)
+    RowParallelLinear      A cut by columns  A = [A_1, A_2]   Y = Y_1 + Y_2         Shard(1)
+    VocabParallelEmbedding rows of the table cut by vocabulary                       Shard(0)
+
+("Column" and "row" are Megatron's names, after the transposed weight.)
+
+Weights are DTensors on the tensor parallel axis; FSDP2 adds its own axis on top and a
+distributed checkpoint loads them at any other layout. Compute takes ``.to_local()`` and
+the explicit mappings, so every byte that travels is visible here.
+
+Activations are [s, b, h] (s the local span); with sequence parallelism they lie between
+the layers as [s/tp, b, h].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from longspan.config.model import ModelParallelConfig
+from longspan.mesh import collectives
+from longspan.mesh.installed import tensor_parallel_mesh
+from longspan.tensor_parallel import mappings
+from longspan.tensor_parallel.random import draw_rows
+
+InitMethod = Callable[[Tensor], Any]
+
+
+class TensorParallelModule(nn.Module):
+    """Shared ground: the group, the parameters as DTensors and how they are first filled.
+
+    A subclass makes its parameters with :meth:`_parameter`. ``initial_std`` records, for
+    each of them, the standard deviation of its initial values; 0 stands for zeros and None
+    for ones. ``longspan.models.gpt.init_weights`` reads it for models made on ``meta``.
+    """
+
+    def __init__(self, config: ModelParallelConfig, tp_group: dist.ProcessGroup | DeviceMesh | None):
+        super().__init__()
+        self.tp_mesh = tensor_parallel_mesh(tp_group)
+        self.tp_group = self.tp_mesh.get_group()
+        self.tp_size = dist.get_world_size(self.tp_group)
+        self.tp_rank = dist.get_rank(self.tp_group)
+        self.sequence_parallel = config.sequence_parallel
+        self.dtype = config.params_dtype or torch.float32
+        self.perform_initialization = config.perform_initialization
+        self.initial_std: dict[str, float | None] = {}
+
+    def _parameter(
+        self,
+        name: str,
+        shape: Sequence[int],
+        dim: int | None,
+        std: float | None,
+        init_method: InitMethod | None = None,
+    ) -> nn.Parameter:
+        """Makes a parameter of global ``shape``, cut over tensor parallel ranks along ``dim`` (None: copied).
+
+        Raises:
+            ValueError: the dim does not divide by the tensor parallel size.
+        """
+        shape, local = tuple(shape), list(shape)
+        if dim is not None:
+            if shape[dim] % self.tp_size:
+                raise ValueError(
+                    f"{type(self).__name__}: {name} has size {shape[dim]} along dim {dim}, not divisible by the "
+                    f"tensor parallel size {self.tp_size}. Choose a multiple of it."
+                )
+            local[dim] //= self.tp_size
+        ranges = [(0, size) for size in shape]
+        if dim is not None:
+            ranges[dim] = (self.tp_rank * local[dim], (self.tp_rank + 1) * local[dim])
+        data = torch.empty(local, dtype=self.dtype)
+        if self.perform_initialization and not data.is_meta:
+            self._fill(data, shape, ranges, std, init_method)
+        placement = Replicate() if dim is None else Shard(dim)
+        self.initial_std[name] = std
+        return nn.Parameter(DTensor.from_local(data, self.tp_mesh, [placement], run_check=False))
+
+    def _fill(self, data: Tensor, shape: tuple[int, ...], ranges, std, init_method) -> None:
+        if init_method is not None:
+            # a caller's method sees the whole tensor (its fan-in, say), so that every layout gets the same
+            whole = torch.empty(shape, dtype=self.dtype)
+            init_method(whole)
+            data.copy_(whole[tuple(slice(*r) for r in ranges)])
+        elif std is None:
+            data.fill_(1.0)
+        elif std == 0:
+            data.zero_()
+        else:
+            # one number from the default generator a parameter, whatever the layout
+            seed = int(torch.randint(2**62, (1,)))
+            columns = ranges[1] if len(shape) > 1 else None
+            data.copy_(draw_rows(seed, "", shape, std, ranges[0], columns, self.dtype))
+
+    def replicated(self, parameter: Tensor) -> Tensor:
+        """A copied parameter, ready for compute: under sequence parallelism its gradient is summed over tp.
+
+        The sum is in at least float32: it is a reduction like FSDP's.
+        """
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not self.sequence_parallel or self.tp_size == 1:
+            return local
+        wide = local.to(torch.promote_types(local.dtype, torch.float32))
+        return collectives.copy(wide, self.tp_group).to(local.dtype)
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+class ColumnParallelLinear(TensorParallelModule):
+    """``[s, b, input] -> [s, b, output/tp]`` (the whole output with ``gather_output``).
+
+    With sequence parallelism the input is [s/tp, b, input] and gathered first.
+
+    Args:
+        input_size, output_size: features of the whole layer.
+        init_method: fills the whole weight; None draws from a normal of config.init_method_std.
+        skip_bias_add: returns ``(tensor, bias)`` and leaves adding it to the caller.
+        tp_group: the tensor parallel group (or its 1-D DeviceMesh); None takes the installed one.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        config: ModelParallelConfig,
+        init_method: InitMethod | None = None,
+        bias: bool = True,
+        gather_output: bool = False,
+        skip_bias_add: bool = False,
+        tp_group: dist.ProcessGroup | DeviceMesh | None = None,
+    ):
+        super().__init__(config, tp_group)
+        if gather_output and config.sequence_parallel and self.tp_size > 1:
+            raise ValueError(
+                "gather_output=True with sequence_parallel=True: the gathered output would be held twice. Use one."
+            )
+        self.input_size, self.output_size = input_size, output_size
+        self.gather_output, self.skip_bias_add = gather_output, skip_bias_add
+        self.weight = self._parameter(
+            "weight", (output_size, input_size), 0, config.init_method_std, init_method
+        )
+        self.bias = self._parameter("bias", (output_size,), 0, 0.0) if bias else None
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The input as every tensor parallel rank needs it: ``[s, b, h]``, gathered under sequence parallelism."""
+        if self.sequence_parallel:
+            return mappings.gather_from_sequence_parallel_region(x, group=self.tp_group)
+        return mappings.copy_to_tensor_model_parallel_region(x, self.tp_group)
+
+    def project(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+        """The local product, for an input that went through :meth:`enter` (several layers may share one)."""
+        bias = local(self.bias) if self.bias is not None else None
+        y = F.linear(x, local(self.weight), None if self.skip_bias_add else bias)
+        if self.gather_output:
+            y = mappings.gather_from_tensor_model_parallel_region(y, self.tp_group)
+            if self.skip_bias_add and bias is not None:
+                bias = mappings.gather_from_tensor_model_parallel_region(bias, self.tp_group)
+        return (y, bias) if self.skip_bias_add else y
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+        return self.project(self.enter(x))
+
+
+class RowParallelLinear(TensorParallelModule):
+    """``[s, b, input/tp] -> [s, b, output]``, summed over the group.
+
+    With sequence parallelism the sum is reduce-scattered: ``-> [s/tp, b, output]``.
+
+    Args:
+        input_is_parallel: False takes a whole input and cuts it first.
+        Others as for :class:`ColumnParallelLinear`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        config: ModelParallelConfig,
+        init_method: InitMethod | None = None,
+        bias: bool = True,
+        input_is_parallel: bool = True,
+        skip_bias_add: bool = False,
+        tp_group: dist.ProcessGroup | DeviceMesh | None = None,
+        *,
+        init_std: float | None = None,
+    ):
+        super().__init__(config, tp_group)
+        if config.sequence_parallel and not input_is_parallel:
+            raise ValueError("sequence_parallel needs input_is_parallel=True: the input is cut by features.")
+        self.input_size, self.output_size = input_size, output_size
+        self.input_is_parallel, self.skip_bias_add = input_is_parallel, skip_bias_add
+        self.weight = self._parameter(
+            "weight", (output_size, input_size), 1, init_std or config.init_method_std, init_method
+        )
+        self.bias = self._parameter("bias", (output_size,), None, 0.0) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+        if not self.input_is_parallel:
+            x = mappings.scatter_to_tensor_model_parallel_region(x, self.tp_group)
+        y = F.linear(x, local(self.weight))
+        if self.sequence_parallel:
+            y = mappings.reduce_scatter_to_sequence_parallel_region(y, self.tp_group)
+        else:
+            y = mappings.reduce_from_tensor_model_parallel_region(y, self.tp_group)
+        bias = self.replicated(self.bias) if self.bias is not None else None
+        if self.skip_bias_add:
+            return y, bias
+        return y if bias is None else y + bias
+
+
+class VocabParallelEmbedding(TensorParallelModule):
+    """Token ids ``[b, s] -> [b, s, h]``; each rank looks up its own rows and the group sums.
+
+    Args:
+        num_embeddings: rows of the table; padded by the caller (``padded_vocab_size``).
+        reduce_scatter_embeddings: returns ``[s/tp, b, h]`` instead, for sequence parallelism.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        config: ModelParallelConfig,
+        init_method: InitMethod | None = None,
+        reduce_scatter_embeddings: bool = False,
+        tp_group: dist.ProcessGroup | DeviceMesh | None = None,
+    ):
+        super().__init__(config, tp_group)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.reduce_scatter_embeddings = reduce_scatter_embeddings
+        self.weight = self._parameter(
+            "weight", (num_embeddings, embedding_dim), 0, config.init_method_std, init_method
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        weight = local(self.weight)
+        if self.tp_size == 1:
+            out = F.embedding(ids, weight)
+        else:
+            rows = self.num_embeddings // self.tp_size
+            shifted = ids - self.tp_rank * rows
+            mine = (shifted >= 0) & (shifted < rows)
+            out = F.embedding(shifted.where(mine, 0), weight) * mine.unsqueeze(-1)
+        if self.reduce_scatter_embeddings:
+            return mappings.reduce_scatter_to_sequence_parallel_region(
+                out.transpose(0, 1).contiguous(), self.tp_group
+            )
+        return mappings.reduce_from_tensor_model_parallel_region(out, self.tp_group)

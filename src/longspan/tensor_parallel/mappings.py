@@ -1,0 +1,76 @@
+"""Moves between tensor parallel regions, by Megatron's names.
+
+With n = tensor parallel size, s the local sequence, h the hidden size:
+
+    copy_to_tensor_model_parallel_region            [s, b, h]   -> [s, b, h]     backward: sum
+    reduce_from_tensor_model_parallel_region        partial     -> sum           backward: as it is
+    scatter_to_tensor_model_parallel_region         [.., h]     -> [.., h/n]     backward: gather
+    gather_from_tensor_model_parallel_region        [.., h/n]   -> [.., h]       backward: own part
+    scatter_to_sequence_parallel_region             [s, ..]     -> [s/n, ..]     backward: gather
+    gather_from_sequence_parallel_region            [s/n, ..]   -> [s, ..]       backward: sum and split
+    reduce_scatter_to_sequence_parallel_region      partial [s, ..] -> [s/n, ..] backward: gather
+
+The f and g operators of Shoeybi et al. 2019 (Megatron-LM) and their sequence parallel
+forms of Korthikanti et al. 2022. ``group`` is the tensor parallel group; None takes the
+installed one.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.mesh import collectives
+from longspan.mesh.installed import process_groups
+
+
+def tensor_parallel_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The given group, or the installed tensor parallel group."""
+    return group if group is not None else process_groups().tp
+
+
+def copy_to_tensor_model_parallel_region(x: Tensor, group=None) -> Tensor:
+    return collectives.copy(x, tensor_parallel_group(group))
+
+
+def reduce_from_tensor_model_parallel_region(x: Tensor, group=None) -> Tensor:
+    return collectives.reduce(x, tensor_parallel_group(group))
+
+
+def scatter_to_tensor_model_parallel_region(x: Tensor, group=None) -> Tensor:
+    return collectives.scatter(x, tensor_parallel_group(group), dim=x.dim() - 1)
+
+
+def gather_from_tensor_model_parallel_region(x: Tensor, group=None) -> Tensor:
+    return collectives.gather(x, tensor_parallel_group(group), dim=x.dim() - 1)
+
+
+def scatter_to_sequence_parallel_region(x: Tensor, group=None) -> Tensor:
+    return collectives.scatter(x, tensor_parallel_group(group), dim=0)
+
+
+def gather_from_sequence_parallel_region(
+    x: Tensor, tensor_parallel_output_grad: bool = True, group=None
+) -> Tensor:
+    """[s/n, ..] -> [s, ..].
+
+    Args:
+        tensor_parallel_output_grad: True when what follows is tensor parallel, so that the
+            ranks' gradients differ and are summed; False when all ranks go on alike.
+    """
+    move = collectives.all_gather if tensor_parallel_output_grad else collectives.gather
+    return move(x, tensor_parallel_group(group), dim=0)
+
+
+def reduce_scatter_to_sequence_parallel_region(x: Tensor, group=None) -> Tensor:
+    return collectives.reduce_scatter(x, tensor_parallel_group(group), dim=0)
+
+
+def all_to_all(
+    group: dist.ProcessGroup | None,
+    input: Tensor,
+    output_split_sizes: list[int] | None = None,
+    input_split_sizes: list[int] | None = None,
+) -> Tensor:
+    """Rows to every rank of the group, with autograd; see :func:`longspan.mesh.collectives.all_to_all`."""
+    return collectives.all_to_all(input, tensor_parallel_group(group), output_split_sizes, input_split_sizes)

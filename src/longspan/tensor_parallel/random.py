@@ -1,0 +1,132 @@
+"""Random numbers: initial weights that know no layout, and generator states an axis.
+
+*Initial weights* (invariant I2) depend on (seed, parameter name, shape) alone. A tensor is
+drawn in blocks of rows, each from a generator seeded by a hash of (seed, name, block), so a
+rank draws just the blocks its rows lie in, and nobody ever holds a whole large tensor.
+
+*Dropout-like noise* needs two streams under tensor parallelism: one that all tensor
+parallel ranks share (activations they hold alike) and one that differs (activations they
+hold in parts). The tracker keeps both, as Megatron-LM's does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.mesh.installed import process_groups
+
+BLOCK_NUMEL = 1 << 20
+MODEL_PARALLEL_RNG = "model-parallel-rng"
+
+
+def hash_seed(*parts: object) -> int:
+    """A 63-bit seed from any printable parts; the same on every platform."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def draw_rows(
+    seed: int,
+    name: str,
+    shape: tuple[int, ...],
+    std: float,
+    rows: tuple[int, int],
+    columns: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Part of a normal tensor: ``rows`` (and ``columns`` of dim 1) of the tensor named ``name``.
+
+    Args:
+        seed, name, shape, std: what the whole tensor is drawn from; float32 on the CPU always,
+            so that device and precision do not change it.
+        rows: half-open range of dim 0.
+        columns: half-open range of dim 1; None takes all.
+
+    Returns:
+        [rows, columns, ...] in ``dtype``.
+    """
+    start, stop = rows
+    row_numel = max(1, torch.Size(shape[1:]).numel())
+    block = max(1, BLOCK_NUMEL // row_numel)
+    width = slice(*columns) if columns is not None else slice(None)
+    parts = []
+    for index in range(start // block, -(-stop // block)):
+        first = index * block
+        generator = torch.Generator().manual_seed(hash_seed(seed, name, index))
+        drawn = torch.empty(min(block, shape[0] - first), *shape[1:]).normal_(0.0, std, generator=generator)
+        drawn = drawn[max(0, start - first) : stop - first]
+        parts.append((drawn[:, width] if columns is not None else drawn).to(dtype))
+    if not parts:
+        empty = list(shape)
+        empty[0] = 0
+        return torch.empty(empty, dtype=dtype)
+    return torch.cat(parts)
+
+
+class RNGStatesTracker:
+    """Named generator states; ``fork(name)`` runs a block of code under one of them."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, Tensor] = {}
+
+    def reset(self) -> None:
+        self.states.clear()
+
+    def add(self, name: str, seed: int) -> None:
+        """Adds a state seeded with ``seed``; the current state of the default generator stays."""
+        if name in self.states:
+            raise ValueError(f"RNG state {name!r} exists already; reset() the tracker before seeding again.")
+        before = _get_state()
+        torch.manual_seed(seed)
+        self.states[name] = _get_state()
+        _set_state(before)
+
+    @contextlib.contextmanager
+    def fork(self, name: str = MODEL_PARALLEL_RNG) -> Iterator[None]:
+        """Runs the block under the named state and keeps where it got to."""
+        if name not in self.states:
+            raise ValueError(f"RNG state {name!r} does not exist: call model_parallel_seed(seed) first.")
+        before = _get_state()
+        _set_state(self.states[name])
+        try:
+            yield
+        finally:
+            self.states[name] = _get_state()
+            _set_state(before)
+
+
+def _get_state() -> Tensor:
+    return torch.cuda.get_rng_state() if torch.cuda.is_initialized() else torch.get_rng_state()
+
+
+def _set_state(state: Tensor) -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state)
+    else:
+        torch.set_rng_state(state)
+
+
+_tracker = RNGStatesTracker()
+
+
+def get_rng_tracker() -> RNGStatesTracker:
+    return _tracker
+
+
+def model_parallel_seed(seed: int, tp_rank: int | None = None) -> None:
+    """Seeds the default generator alike on all tensor parallel ranks and the tracker's state apart.
+
+    Args:
+        tp_rank: None takes the installed tensor parallel rank.
+    """
+    if tp_rank is None:
+        tp_rank = dist.get_rank(process_groups().tp)
+    torch.manual_seed(seed)
+    _tracker.reset()
+    _tracker.add(MODEL_PARALLEL_RNG, hash_seed(seed, "tensor-parallel", tp_rank))

@@ -1,0 +1,148 @@
+"""A session-wide pool of gloo worker processes, to which tests ship functions.
+
+    run(4, check_something, arg)   runs check_something(arg) on ranks 0..3 of a fresh world
+
+Workers import torch once and stay; a run makes a fresh process group (a file store of its
+own) and takes it down again, so tests share nothing. The functions are module-level, so
+that they travel by name. The results come back as a list by rank.
+
+A rank that fails shows its own traceback. A rank that hangs fails the test within a
+minute, by rank, with the stack it hangs in; the pool then starts anew.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import faulthandler
+import importlib
+import multiprocessing as mp
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import wait
+from pathlib import Path
+
+TIMEOUT_S = 60.0
+GRACE_S = 3.0
+
+
+class WorkerError(AssertionError):
+    """Some rank failed or hung; the message holds its traceback."""
+
+
+def _serve(connection, paths: list[str], stacks: str) -> None:
+    sys.path[:] = paths
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115
+    from longspan import parallel_state
+
+    while True:
+        try:
+            job = connection.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        rank, world, store, module, name, args = job
+        ok, result = True, None
+        try:
+            torch.manual_seed(0)
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, world),
+                rank=rank,
+                world_size=world,
+                timeout=datetime.timedelta(seconds=TIMEOUT_S),
+            )
+            result = getattr(importlib.import_module(module), name)(*args)
+            dist.barrier()
+        except BaseException:
+            ok, result = False, traceback.format_exc()
+        finally:
+            parallel_state.destroy_model_parallel()
+            with contextlib.suppress(Exception):
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+        connection.send((ok, result))
+
+
+class Pool:
+    def __init__(self) -> None:
+        self.workers: list[tuple] = []  # (process, connection, file of stacks)
+        self.folder = tempfile.TemporaryDirectory()
+        self.runs = 0
+
+    def _ensure(self, world: int) -> None:
+        context = mp.get_context("spawn")
+        while len(self.workers) < world:
+            here, there = context.Pipe()
+            stacks = os.path.join(self.folder.name, f"stacks-{time.monotonic_ns()}")
+            process = context.Process(target=_serve, args=(there, sys.path, stacks), daemon=True)
+            process.start()
+            there.close()
+            self.workers.append((process, here, stacks))
+
+    def run(self, world: int, function, *args, timeout: float = TIMEOUT_S) -> list:
+        """Runs ``function(*args)`` on ``world`` ranks; returns the results by rank.
+
+        Raises:
+            WorkerError: a rank raised, died or did not finish in ``timeout`` seconds.
+        """
+        self._ensure(world)
+        self.runs += 1
+        store = os.path.join(self.folder.name, f"store-{self.runs}")
+        for rank in range(world):
+            self.workers[rank][1].send((rank, world, store, function.__module__, function.__name__, args))
+        results: dict[int, object] = {}
+        failures: list[str] = []
+        deadline = time.monotonic() + timeout
+        waiting = {self.workers[rank][1]: rank for rank in range(world)}
+        while waiting and time.monotonic() < deadline:
+            for connection in wait(list(waiting), timeout=max(0.0, deadline - time.monotonic())):
+                rank = waiting.pop(connection)
+                try:
+                    ok, result = connection.recv()
+                except EOFError:
+                    ok, result = False, f"rank {rank} died (exit code {self.workers[rank][0].exitcode})"
+                if ok:
+                    results[rank] = result
+                else:
+                    failures.append(f"rank {rank} of {world}, {function.__name__}:\n{result}")
+                    deadline = min(deadline, time.monotonic() + GRACE_S)  # the others wait for it in vain
+        if waiting and not failures:
+            for rank in waiting.values():
+                failures.append(
+                    f"rank {rank} of {world} hung in {function.__name__} for {timeout:.0f} s:\n{self._stack(rank)}"
+                )
+        if waiting:
+            self.close()
+        if failures:
+            raise WorkerError("\n".join(failures))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(store)
+        return [results[rank] for rank in range(world)]
+
+    def _stack(self, rank: int) -> str:
+        process, _, stacks = self.workers[rank]
+        os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.3)
+        return Path(stacks).read_text()
+
+    def close(self) -> None:
+        for process, connection, _ in self.workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self.workers.clear()
+
+
+_pool = Pool()
+atexit.register(_pool.close)
+run = _pool.run
