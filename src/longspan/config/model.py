@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 VOCAB_MULTIPLE = 128
+
+#: the label of a token that has no target
+IGNORE_INDEX = -100
+
 CP_COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
 
 
@@ -100,6 +104,7 @@ class TransformerConfig(ModelParallelConfig):
     share_embeddings_and_output_weights: bool = False
 
     cp_comm_type: str | list[str] | None = None
+    attention_backend: str = "auto"
     deterministic_mode: bool = False
 
     num_moe_experts: int | None = None

@@ -164,8 +164,6 @@ class DotProductAttention(nn.Module):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         softmax_scale: float | None = None,
-        *,
-        backend: str = "auto",
     ):
         super().__init__()
         self.cp_group = process_groups(pg_collection).cp
@@ -174,7 +172,7 @@ class DotProductAttention(nn.Module):
         self.cp_comm_type = check_comm_type(
             cp_comm_type or config.comm_type_of_layer(layer_number), dist.get_world_size(self.cp_group)
         )
-        self.backend = backend
+        self.backend = config.attention_backend
 
     def default_layout(self, rows: int, packed_seq_params: PackedSeqParams | None = None) -> SequenceLayout:
         """Zigzag of the whole sequence, or of each padded document: what Megatron-style callers hand in.

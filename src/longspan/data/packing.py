@@ -26,10 +26,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from longspan.config.model import IGNORE_INDEX
 from longspan.errors import UserError
 
-IGNORE_INDEX = -100
-"""The label of a token that does not count in the loss (PyTorch's default)."""
 
 OPEN_PACKS = 256
 """Packs that best-fit chooses from. More would fill rows better by a thousandth and cost time."""

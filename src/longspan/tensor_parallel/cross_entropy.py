@@ -21,10 +21,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.config.model import IGNORE_INDEX
 from longspan.mesh.collectives import all_gather_dim
 from longspan.tensor_parallel.mappings import tensor_parallel_group
-
-IGNORE_INDEX = -100
 
 #: logits of one chunk stay below this many elements (256 MiB in float32)
 CHUNK_NUMEL = 1 << 26

@@ -1,0 +1,373 @@
+"""A decoder-only transformer: attention, MLP, layer, block, model.
+
+    input_ids [b, s] -> embedding [s, b, h] -> layers -> norm -> logits [b, s, v] or loss [b, s]
+
+s is this rank's rows of the sequence, which ``layout`` says the places of; with sequence
+parallelism activations between the layers are [s/tp, b, h]. The model asks tensors for
+their sizes and contains no collective: linear layers bring their mappings, attention its
+exchange. What travels beside the activations: the layout (or Megatron's packed_seq_params),
+and the rotary table made from it once a forward pass.
+
+Pre-norm, RMSNorm or LayerNorm, rotary embeddings, gated or plain MLP, grouped key/value
+heads, tied or untied embeddings: Llama's architecture with Megatron's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longspan.config.model import AttnMaskType, TransformerConfig, padded_vocab_size
+from longspan.context_parallel import DotProductAttention, PackedSeqParams, SequenceLayout
+from longspan.mesh.installed import process_groups
+from longspan.mesh.mesh import ProcessGroupCollection
+from longspan.models.rotary import apply_rotary, frequencies, rotary_table
+from longspan.tensor_parallel.cross_entropy import linear_cross_entropy
+from longspan.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    TensorParallelModule,
+    VocabParallelEmbedding,
+    local,
+)
+from longspan.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+
+RotaryTable = tuple[Tensor, Tensor]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+class Norm(TensorParallelModule):
+    """RMSNorm or LayerNorm over the hidden dim of [.., h]."""
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection):
+        super().__init__(config, pg_collection.tp_mesh)
+        size = config.hidden_size
+        self.epsilon, self.zero_centered = config.layernorm_epsilon, config.layernorm_zero_centered_gamma
+        self.weight = self._parameter("weight", (size,), None, 0.0 if self.zero_centered else None)
+        self.bias = self._parameter("bias", (size,), None, 0.0) if config.normalization == "LayerNorm" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.replicated(self.weight)
+        if self.zero_centered:
+            weight = weight + 1
+        if self.bias is None:
+            return F.rms_norm(x, weight.shape, weight, self.epsilon)
+        return F.layer_norm(x, weight.shape, weight, self.replicated(self.bias), self.epsilon)
+
+
+def _residual_std(config: TransformerConfig) -> float:
+    """Layers that add to the residual stream start smaller, by the number of additions (GPT-2)."""
+    return config.init_method_std / (2 * config.num_layers) ** 0.5
+
+
+def project_together(x: Tensor, *layers: ColumnParallelLinear) -> list[Tensor]:
+    """Several column parallel layers of one input, which is gathered once."""
+    entered = layers[0].enter(x)
+    return [layer.project(entered) for layer in layers]
+
+
+class SelfAttention(nn.Module):
+    """Projections to heads, rotary embedding, core attention, projection back."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection):
+        super().__init__()
+        self.head_dim = d = config.kv_channels
+        heads, groups, h = config.num_attention_heads, config.num_query_groups, config.hidden_size
+        kwargs = {"bias": config.add_bias_linear, "tp_group": pg_collection.tp_mesh}
+        self.linear_q = ColumnParallelLinear(h, heads * d, config, **kwargs)
+        self.linear_k = ColumnParallelLinear(h, groups * d, config, **kwargs)
+        self.linear_v = ColumnParallelLinear(h, groups * d, config, **kwargs)
+        self.core_attention = DotProductAttention(
+            config, layer_number, AttnMaskType.causal, pg_collection=pg_collection
+        )
+        self.linear_proj = RowParallelLinear(heads * d, h, config, init_std=_residual_std(config), **kwargs)
+
+    def heads(self, x: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[s, b, h] -> query [s, b, n, d], key and value [s, b, m, d] of this rank's heads."""
+        projected = project_together(x, self.linear_q, self.linear_k, self.linear_v)
+        q, k, v = (y.view(*y.shape[:2], -1, self.head_dim) for y in projected)
+        if rotary is not None:
+            q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        return q, k, v
+
+    def output(self, context: Tensor) -> Tensor:
+        """[s, b, n, d] -> [s, b, h]"""
+        return self.linear_proj(context.flatten(2))
+
+
+class MLP(nn.Module):
+    """h -> ffn -> h; gated: down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection):
+        super().__init__()
+        h, ffn = config.hidden_size, config.ffn_hidden_size
+        kwargs = {"bias": config.add_bias_linear, "tp_group": pg_collection.tp_mesh}
+        func = config.activation_func
+        self.activation = ACTIVATIONS[func] if isinstance(func, str) else func
+        self.linear_gate = ColumnParallelLinear(h, ffn, config, **kwargs) if config.gated_linear_unit else None
+        self.linear_up = ColumnParallelLinear(h, ffn, config, **kwargs)
+        self.linear_down = RowParallelLinear(ffn, h, config, init_std=_residual_std(config), **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.linear_gate is None:
+            return self.linear_down(self.activation(self.linear_up(x)))
+        gate, up = project_together(x, self.linear_gate, self.linear_up)
+        return self.linear_down(self.activation(gate) * up)
+
+
+class TransformerLayer(nn.Module):
+    """``forward(hidden_states [s, b, h], ...) -> (hidden_states, context)``; context is None in a decoder.
+
+    Attributes:
+        recompute: ``"none"``; ``"full"`` keeps only the layer's input; ``"selective"`` keeps that
+            and what attention needs (q, k, v, out), so attention and its exchange run once.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__()
+        groups = process_groups(pg_collection)
+        self.config, self.recompute = config, "none"
+        self.input_layernorm = Norm(config, groups)
+        self.self_attention = SelfAttention(config, layer_number, groups)
+        self.pre_mlp_layernorm = Norm(config, groups)
+        self.mlp = MLP(config, groups)
+
+    def _before(self, x: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attention.heads(self.input_layernorm(x), rotary)
+
+    def _after(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.self_attention.output(context)
+        return x + self.mlp(self.pre_mlp_layernorm(x))
+
+    def _whole(self, x: Tensor, rotary, packed_seq_params, layout, around=lambda part, *args: part(*args)) -> Tensor:
+        q, k, v = around(self._before, x, rotary)
+        context, _ = self.self_attention.core_attention(
+            q, k, v, packed_seq_params=packed_seq_params, layout=layout
+        )
+        return around(self._after, x, context)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        layout: SequenceLayout | None = None,
+        rotary: RotaryTable | None = None,
+    ) -> tuple[Tensor, None]:
+        _refuse_mask(attention_mask)
+        if layout is None:
+            layout = layout_of(self, hidden_states, packed_seq_params)
+        if rotary is None:
+            rotary = rotary_of(self, layout, hidden_states)
+        args = (hidden_states, rotary, packed_seq_params, layout)
+        if not torch.is_grad_enabled() or self.recompute == "none":
+            return self._whole(*args), None
+        if self.recompute == "full":
+            return _recomputed(self._whole, *args), None
+        return self._whole(*args, around=_recomputed), None
+
+
+def _recomputed(part: Callable, *args):
+    return checkpoint(part, *args, use_reentrant=False, preserve_rng_state=False)  # there is no dropout
+
+
+def _refuse_mask(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask is not supported: a mask of size s x s is never built. Give packed_seq_params or a "
+            "layout with cu_seqlens to keep documents apart."
+        )
+
+
+def layout_of(layer: TransformerLayer, hidden: Tensor, packed_seq_params) -> SequenceLayout:
+    """The layout Megatron-style callers mean when they give none (see DotProductAttention)."""
+    attention = layer.self_attention
+    rows = hidden.shape[0] * (attention.linear_q.tp_size if layer.config.sequence_parallel else 1)
+    if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" and hidden.shape[1] != 1:
+        raise ValueError(f"packed documents (thd) come as one row: [t, 1, h], not {tuple(hidden.shape)}.")
+    return attention.core_attention.default_layout(rows, packed_seq_params)
+
+
+def rotary_of(
+    layer: TransformerLayer, layout: SequenceLayout, like: Tensor, position_ids: Tensor | None = None
+) -> RotaryTable | None:
+    """cos and sin for this rank's rows: positions within their documents, or ``position_ids`` [b, s]."""
+    config = layer.config
+    if config.position_embedding_type != "rope":
+        return None
+    if position_ids is None:
+        rank = dist.get_rank(layer.self_attention.core_attention.cp_group)
+        position_ids = layout.document_positions(rank)
+    freqs = frequencies(config.kv_channels, config.rotary_base, config.rope_scaling)
+    return rotary_table(position_ids, freqs.to(like.device), like.dtype)
+
+
+class TransformerBlock(nn.Module):
+    """All layers (and the final norm with ``post_process``): ``forward(...) -> (hidden_states, None)``."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pre_process: bool = True,
+        post_process: bool = True,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__()
+        groups = process_groups(pg_collection)
+        self.pre_process = pre_process
+        self.layers = nn.ModuleList(
+            TransformerLayer(config, number, groups) for number in range(1, config.num_layers + 1)
+        )
+        self.final_layernorm = Norm(config, groups) if post_process else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        layout: SequenceLayout | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        _refuse_mask(attention_mask)
+        first = self.layers[0]
+        if layout is None:
+            layout = layout_of(first, hidden_states, packed_seq_params)
+        rotary = rotary_of(first, layout, hidden_states, position_ids)
+        for layer in self.layers:
+            hidden_states, _ = layer(
+                hidden_states, packed_seq_params=packed_seq_params, layout=layout, rotary=rotary
+            )
+        if self.final_layernorm is not None:
+            hidden_states = self.final_layernorm(hidden_states)
+        return hidden_states, None
+
+
+class Embedding(nn.Module):
+    """Token ids [b, s] -> [s, b, h] (with sequence parallelism [s/tp, b, h])."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, pg_collection: ProcessGroupCollection):
+        super().__init__()
+        self.word_embeddings = VocabParallelEmbedding(
+            padded_vocab_size(vocab_size),
+            config.hidden_size,
+            config,
+            reduce_scatter_embeddings=config.sequence_parallel,
+            tp_group=pg_collection.tp_mesh,
+        )
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        out = self.word_embeddings(input_ids)
+        if not self.word_embeddings.reduce_scatter_embeddings:
+            out = out.transpose(0, 1).contiguous()
+        return out
+
+
+class OutputLayer(ColumnParallelLinear):
+    """Hidden states -> logits, or each token's loss without ever holding all logits.
+
+    The vocabulary is padded to a multiple of 128; padding takes no part in the loss, and
+    its logits are -inf where a rank's columns hold them.
+    """
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, pg_collection: ProcessGroupCollection):
+        super().__init__(
+            config.hidden_size, padded_vocab_size(vocab_size), config, bias=False, tp_group=pg_collection.tp_mesh
+        )
+        self.vocab_size = vocab_size
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, parallel_output: bool = True) -> Tensor:
+        x = self.enter(hidden)
+        if labels is not None:
+            loss = linear_cross_entropy(
+                x.reshape(-1, x.shape[-1]),
+                local(self.weight),
+                labels.t().reshape(-1),
+                vocab_size=self.vocab_size,
+                group=self.tp_group,
+            )
+            return loss.view(x.shape[:2]).t()
+        logits = self.project(x).transpose(0, 1)
+        if self.tp_size == 1:
+            return logits[..., : self.vocab_size]
+        if not parallel_output:
+            return gather_from_tensor_model_parallel_region(logits, self.tp_group)[..., : self.vocab_size]
+        width = logits.shape[-1]
+        padding = torch.arange(width, device=logits.device) + self.tp_rank * width >= self.vocab_size
+        return logits.masked_fill(padding, float("-inf"))
+
+
+class GPTModel(nn.Module):
+    """The language model.
+
+    Args:
+        vocab_size: real tokens; the tables are padded to a multiple of 128.
+        max_sequence_length: tokens of the whole sequence the model is meant for.
+        pre_process, post_process: whether this part has the embedding and the output layer.
+        parallel_output: logits stay cut over the tensor parallel ranks.
+        pg_collection: None takes the installed groups.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vocab_size: int,
+        max_sequence_length: int,
+        pre_process: bool = True,
+        post_process: bool = True,
+        parallel_output: bool = True,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__()
+        groups = process_groups(pg_collection)
+        self.config, self.vocab_size, self.max_sequence_length = config, vocab_size, max_sequence_length
+        self.parallel_output = parallel_output
+        self.embedding = Embedding(config, vocab_size, groups) if pre_process else None
+        self.decoder = TransformerBlock(config, pre_process, post_process, groups)
+        self.output_layer = OutputLayer(config, vocab_size, groups) if post_process else None
+        if config.share_embeddings_and_output_weights:
+            if self.embedding is None or self.output_layer is None:
+                raise ValueError("tied embeddings need the embedding and the output layer in one part of the model.")
+            self.output_layer.weight = self.embedding.word_embeddings.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        layout: SequenceLayout | None = None,
+    ) -> Tensor:
+        """Logits, or with labels the loss of each token.
+
+        Args:
+            input_ids: [b, s], this rank's rows (for a part without embedding: hidden states [s, b, h]).
+            position_ids: [b, s]; None takes the places in their documents from the layout.
+            labels: [b, s], already shifted; -100 where there is no target.
+            loss_mask: [b, s]; the loss is 0 where it is 0.
+            layout: who holds which tokens; None means zigzag, as Megatron's callers do.
+
+        Returns:
+            Logits [b, s, v/tp] (whole vocabulary with parallel_output=False), loss [b, s] in
+            nats, or hidden states [s, b, h] without post_process.
+        """
+        if loss_mask is not None and labels is None:
+            raise ValueError("loss_mask without labels has no effect. Give labels too, or leave it out.")
+        hidden = self.embedding(input_ids) if self.embedding is not None else input_ids
+        hidden, _ = self.decoder(hidden, attention_mask, packed_seq_params, layout, position_ids)
+        if self.output_layer is None:
+            return hidden
+        out = self.output_layer(hidden, labels, self.parallel_output)
+        return out if loss_mask is None else out * loss_mask.to(out.dtype)

@@ -1,0 +1,149 @@
+"""From a model on ``meta`` to one that trains: the order below is the documentation.
+
+    1. recompute     a switch on each layer
+    2. shard         FSDP2 over dp_shard x cp, copies over dp_replicate (HSDP)
+    3. materialise   memory for this rank's shards only
+    4. initialise    by (seed, name, shape), whatever the layout
+
+Tensor parallelism is in the layers already (their weights are DTensors on the tp axis).
+
+Gradients are summed over all ranks, never averaged: each rank's loss is its share of the
+global mean already (invariant I1).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from longspan.mesh.mesh import ParallelMesh
+from longspan.models.gpt import GPTModel
+from longspan.tensor_parallel.layers import TensorParallelModule
+from longspan.tensor_parallel.random import draw_rows
+
+
+def parallelize(
+    model: GPTModel,
+    mesh: ParallelMesh,
+    *,
+    seed: int,
+    device: torch.device,
+    compute_dtype: torch.dtype | None = None,
+    recompute: str = "none",
+    reshard_after_forward: bool = True,
+) -> GPTModel:
+    """Shards a model made on ``meta`` and fills it.
+
+    Args:
+        seed: of the initial weights.
+        compute_dtype: bfloat16 computes in it while weights, gradients' reductions and the
+            optimizer stay in the parameters' own dtype; None computes in that.
+        recompute: ``none``, ``selective`` or ``full``; see TransformerLayer.
+        reshard_after_forward: frees a layer's gathered weights after its forward pass and
+            gathers them again for backward.
+    """
+    for layer in model.decoder.layers:
+        layer.recompute = recompute
+    shard(model, mesh, compute_dtype, reshard_after_forward)
+    model.to_empty(device=device)
+    init_weights(model, seed)
+    return model
+
+
+def shard(
+    model: GPTModel, mesh: ParallelMesh, compute_dtype: torch.dtype | None, reshard_after_forward: bool
+) -> None:
+    """FSDP2 around each layer, and around the rest."""
+    axes = ("dp_replicate", "fsdp") if mesh.sizes.dp_replicate > 1 else ("fsdp",)
+    kwargs = {
+        "mesh": mesh.device_mesh[axes],
+        # inputs stay as they are: the rotary table beside them is float32 on purpose
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=compute_dtype,
+            reduce_dtype=torch.float32 if compute_dtype is not None else None,
+            cast_forward_inputs=False,
+        ),
+    }
+    for layer in model.decoder.layers:
+        fully_shard(layer, reshard_after_forward=reshard_after_forward, **kwargs)
+    fully_shard(model, reshard_after_forward=False, **kwargs)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # without it gloo is asked for an average
+
+
+def local_ranges(parameter: DTensor) -> list[tuple[int, int]]:
+    """Which part of the whole tensor this rank holds: (start, stop) along each dim.
+
+    Tensor parallelism cuts first, FSDP cuts dim 0 of what is left into even runs (the last
+    ones shorter or empty).
+    """
+    ranges = [(0, size) for size in parameter.shape]
+    names = parameter.device_mesh.mesh_dim_names or ()
+    for axis in sorted(range(len(names)), key=lambda i: names[i] != "tp"):
+        placement = parameter.placements[axis]
+        if placement.is_replicate():
+            continue
+        dim = placement.dim
+        start, stop = ranges[dim]
+        size = parameter.device_mesh.size(axis)
+        rows = -(-(stop - start) // size)
+        first = min(start + parameter.device_mesh.get_local_rank(axis) * rows, stop)
+        ranges[dim] = (first, min(first + rows, stop))
+    assert [stop - start for start, stop in ranges] == list(parameter.to_local().shape)
+    return ranges
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Fills every parameter by (seed, name, shape): the same model at every layout (invariant I2)."""
+    done: set[int] = set()
+    for prefix, module in model.named_modules():
+        if not isinstance(module, TensorParallelModule):
+            continue
+        for short, std in module.initial_std.items():
+            parameter = getattr(module, short)
+            if id(parameter) in done:  # tied
+                continue
+            done.add(id(parameter))
+            held = parameter.to_local()
+            if std is None:
+                held.fill_(1.0)
+            elif std == 0:
+                held.zero_()
+            else:
+                ranges = local_ranges(parameter)
+                shape = tuple(parameter.shape)
+                columns = ranges[1] if len(shape) > 1 else None
+                name = f"{prefix}.{short}"
+                held.copy_(draw_rows(seed, name, shape, std, ranges[0], columns, held.dtype))
+
+
+def gradient_norm(model: nn.Module) -> torch.Tensor:
+    """The norm of the whole gradient, each element counted once: one number, one all-reduce.
+
+    A rank counts the squares of what it holds, divided by the number of ranks that hold the
+    same (copies over dp_replicate; norm weights over tp).
+    """
+    total = None
+    world = dist.get_world_size()
+    for parameter in model.parameters():
+        grad = parameter.grad
+        if grad is None:
+            continue
+        held = grad.to_local()
+        mesh = grad.device_mesh
+        shards = 1
+        for axis, placement in enumerate(grad.placements):
+            shards *= 1 if placement.is_replicate() else mesh.size(axis)  # _StridedShard is no Shard
+        wide = torch.promote_types(held.dtype, torch.float32)
+        square = torch.linalg.vector_norm(held, dtype=wide).square() * (shards / world)
+        total = square if total is None else total + square
+    assert total is not None, "no parameter has a gradient"
+    if world > 1:
+        dist.all_reduce(total)
+    return total.sqrt()

@@ -1,0 +1,204 @@
+"""The whole model at every layout against one process, and one process against plain PyTorch. fp64."""
+
+import pool
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from longspan import TransformerConfig
+from longspan.context_parallel import SequenceLayout
+from longspan.mesh.mesh import MeshSizes, ParallelMesh
+from longspan.models import GPTModel
+from longspan.parallelize import gradient_norm, init_weights, parallelize
+
+VOCAB, LENGTH = 300, 53  # the vocabulary is padded to 384, the length divides by nothing
+
+
+def transformer_config(sizes, **kwargs):
+    defaults = dict(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2,
+        ffn_hidden_size=48,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func="silu",
+        add_bias_linear=False,
+        params_dtype=torch.float64,
+        init_method_std=0.2,
+        tensor_model_parallel_size=sizes.tp,
+        context_parallel_size=sizes.cp,
+    )
+    return TransformerConfig(**(defaults | kwargs))
+
+
+def batch(kind):
+    """tokens, labels [1, t], cu_seqlens: packed, unpacked, or with all targets in the first few tokens."""
+    g = torch.Generator().manual_seed(1)
+    tokens = torch.randint(VOCAB, (1, LENGTH), generator=g)
+    labels = torch.randint(VOCAB, (1, LENGTH), generator=g)
+    cu = (0, 1, 9, 30, LENGTH) if kind == "packed" else (0, LENGTH)
+    labels[:, 5:8] = -100
+    if kind == "few targets":  # the ranks that hold the rest have no valid token
+        labels[:, 3:] = -100
+    return tokens, labels, cu
+
+
+def gradients(sizes, kind, options, layout_kind="zigzag"):
+    """loss, gradient norm and every whole gradient at a layout of ranks."""
+    recompute = options.pop("recompute", "none")
+    mesh = ParallelMesh.build(sizes)
+    config = transformer_config(sizes, **options)
+    with torch.device("meta"):
+        model = GPTModel(config, VOCAB, LENGTH, pg_collection=mesh.groups)
+    parallelize(model, mesh, seed=3, device=torch.device("cpu"), recompute=recompute)
+    tokens, labels, cu = batch(kind)
+    layout = getattr(SequenceLayout, layout_kind)(
+        LENGTH, sizes.cp, cu_seqlens=cu, multiple_of=sizes.tp if config.sequence_parallel else 1
+    )
+    rank = dist.get_rank(mesh.groups.cp)
+    count = (labels != -100).sum() * sizes.dp  # every data parallel rank takes the same sample here
+    loss = model(
+        layout.shard(tokens, rank, dim=1),
+        labels=layout.shard(labels, rank, dim=1, pad_value=-100),
+        layout=layout,
+    ).sum() / count
+    loss.backward()
+    norm = gradient_norm(model)
+    total = loss.detach().clone()
+    dist.all_reduce(total, group=mesh.groups.dp_cp)
+    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    return (total.item(), norm.item(), grads) if dist.get_rank() == 0 else None
+
+
+LAYOUTS = {
+    "tp2": MeshSizes(tp=2),
+    "cp2": MeshSizes(cp=2),
+    "cp3": MeshSizes(cp=3),
+    "cp4": MeshSizes(cp=4),
+    "tp2 x cp2": MeshSizes(tp=2, cp=2),
+    "dp_shard2 x cp2": MeshSizes(dp_shard=2, cp=2),
+    "dp_replicate2 x tp2": MeshSizes(dp_replicate=2, tp=2),
+    "dp_replicate2 x dp_shard2": MeshSizes(dp_replicate=2, dp_shard=2),
+}
+
+_references = {}
+
+
+def reference(kind, **options):
+    key = (kind, *sorted(options.items()))
+    if key not in _references:
+        _references[key] = pool.run(1, gradients, MeshSizes(), kind, dict(options))[0]
+    return _references[key]
+
+
+def compare(got, expected, tolerance=1e-10):
+    assert abs(got[0] - expected[0]) <= tolerance * abs(expected[0])
+    assert abs(got[1] - expected[1]) <= tolerance * abs(expected[1])
+    assert got[2].keys() == expected[2].keys()
+    for name, ref in expected[2].items():
+        error = ((got[2][name] - ref).abs().max() / ref.abs().max().clamp_min(1e-300)).item()
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("kind", ["unpacked", "packed", "few targets"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_computes_the_loss_and_gradients_of_one_process(name, kind):
+    sizes = LAYOUTS[name]
+    compare(pool.run(sizes.world_size, gradients, sizes, kind, {})[0], reference(kind))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sequence_parallel": True},
+        {"sequence_parallel": True, "share_embeddings_and_output_weights": True},
+        {"cp_comm_type": "all_gather"},
+        {"cp_comm_type": ["p2p", "all_gather"]},
+        {"normalization": "LayerNorm", "add_bias_linear": True, "gated_linear_unit": False, "sequence_parallel": True},
+        {"layernorm_zero_centered_gamma": True, "activation_func": "gelu"},
+        {"recompute": "full", "sequence_parallel": True},
+        {"recompute": "selective"},
+    ],
+    ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()),
+)
+def test_options_at_tp2_cp2(options):
+    sizes = LAYOUTS["tp2 x cp2"]
+    plain = {k: v for k, v in options.items() if k not in ("sequence_parallel", "cp_comm_type", "recompute")}
+    got = pool.run(4, gradients, sizes, "packed", dict(options))[0]
+    compare(got, reference("packed", **plain))
+
+
+@pytest.mark.parametrize("kind", ["contiguous"])
+def test_other_layouts_of_the_sequence(kind):
+    got = pool.run(3, gradients, LAYOUTS["cp3"], "packed", {}, kind)[0]
+    compare(got, reference("packed"))
+
+
+# --- one process against an independent, plain model ----------------------------------------
+
+
+def plain_llama(weights, tokens, cu, config):
+    """The same architecture in plain PyTorch: one document at a time, dense softmax, no cutting anywhere."""
+    d = config.kv_channels
+    freqs = config.rotary_base ** -(torch.arange(0, d, 2, dtype=torch.float64) / d)
+
+    def rms(x, w):
+        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + config.layernorm_epsilon) * w
+
+    def turn(x):  # [n, s, d]
+        angle = torch.arange(x.shape[1])[:, None] * freqs
+        cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+        half = d // 2
+        return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+    outputs = []
+    for start, stop in zip(cu, cu[1:]):
+        x = weights["embedding.word_embeddings.weight"][tokens[0, start:stop]]
+        for i in range(config.num_layers):
+            w = {k.split(f"layers.{i}.")[1]: v for k, v in weights.items() if f"layers.{i}." in k}
+            y = rms(x, w["input_layernorm.weight"])
+            q, k, v = (
+                (y @ w[f"self_attention.linear_{name}.weight"].T).view(len(y), -1, d).transpose(0, 1) for name in "qkv"
+            )
+            q, k = turn(q), turn(k)
+            k, v = (z.repeat_interleave(q.shape[0] // z.shape[0], 0) for z in (k, v))
+            scores = q @ k.transpose(1, 2) / d**0.5
+            scores = scores.masked_fill(torch.ones(len(y), len(y)).triu(1).bool(), float("-inf"))
+            o = (scores.softmax(-1) @ v).transpose(0, 1).reshape(len(y), -1)
+            x = x + o @ w["self_attention.linear_proj.weight"].T
+            y = rms(x, w["pre_mlp_layernorm.weight"])
+            gate, up = y @ w["mlp.linear_gate.weight"].T, y @ w["mlp.linear_up.weight"].T
+            x = x + (F.silu(gate) * up) @ w["mlp.linear_down.weight"].T
+        outputs.append(rms(x, weights["decoder.final_layernorm.weight"]))
+    return torch.cat(outputs) @ weights["output_layer.weight"].T[:, :VOCAB]
+
+
+def against_plain():
+    mesh = ParallelMesh.build(MeshSizes())
+    config = transformer_config(MeshSizes())
+    with torch.device("meta"):
+        model = GPTModel(config, VOCAB, LENGTH, pg_collection=mesh.groups)
+    model.to_empty(device="cpu")
+    init_weights(model, 3)
+    tokens, labels, cu = batch("packed")
+    layout = SequenceLayout.zigzag(LENGTH, 1, cu_seqlens=cu)
+    loss = model(tokens, labels=labels, layout=layout)
+    logits = model(tokens, layout=layout)
+    weights = {n: p.detach().to_local().clone().requires_grad_() for n, p in model.named_parameters()}
+    expected = plain_llama(weights, tokens, cu, config)
+    torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-12)
+    per_token = F.cross_entropy(expected, labels[0], reduction="none", ignore_index=-100)
+    torch.testing.assert_close(loss[0], per_token, rtol=0, atol=1e-12)
+    loss.sum().backward()
+    per_token.sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad.to_local(), weights[name].grad, rtol=1e-10, atol=1e-11)
+    masked = model(tokens, labels=labels, loss_mask=torch.zeros(1, LENGTH), layout=layout)
+    assert (masked == 0).all()
+
+
+def test_one_process_equals_a_plain_model():
+    pool.run(1, against_plain)
