@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from longspan.mesh.mesh import MeshSizes, ParallelMesh, ProcessGroupCollection, init_distributed
-from longspan.mesh.topology import DEFAULT_ORDER, data_parallel_size
+from longspan.config.parallel import DEFAULT_ORDER, MeshSizes
+from longspan.mesh.mesh import ParallelMesh, ProcessGroupCollection, init_distributed
+from longspan.mesh.topology import data_parallel_size
 
 _mesh: ParallelMesh | None = None
 _virtual_pipeline_rank: int | None = None
@@ -46,20 +47,31 @@ def initialize_model_parallel(
         device_type: ``"cpu"`` or ``"cuda"``; None takes CUDA where it is available.
 
     Raises:
-        RuntimeError: already initialised, or an axis is missing from ``order``.
+        RuntimeError: already initialised, an axis is missing from ``order``, or virtual stages without
+            pipeline stages.
         ValueError: the sizes do not multiply to the world size.
     """
     global _mesh, _virtual_pipeline_rank, _virtual_pipeline_size
     if _mesh is not None:
         raise RuntimeError("model parallel groups are already initialised; call destroy_model_parallel() first.")
+    stages, virtual = pipeline_model_parallel_size, virtual_pipeline_model_parallel_size
+    if virtual is not None and (stages < 2 or virtual < 1):
+        raise RuntimeError(
+            f"virtual_pipeline_model_parallel_size {virtual} with pipeline_model_parallel_size {stages}: "
+            "virtual stages need at least 2 pipeline stages, and there is at least 1 a rank. "
+            "Raise pipeline_model_parallel_size or leave the virtual size out."
+        )
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     init_distributed(device_type, timeout_s=60 * distributed_timeout_minutes)
     dp = data_parallel_size(
         dist.get_world_size(), tensor_model_parallel_size, context_parallel_size, pipeline_model_parallel_size
     )
-    if dp % data_parallel_replicate_size:
-        raise ValueError(f"data_parallel_replicate_size {data_parallel_replicate_size} does not divide dp {dp}.")
+    if data_parallel_replicate_size < 1 or dp % data_parallel_replicate_size:
+        raise ValueError(
+            f"data_parallel_replicate_size {data_parallel_replicate_size} does not divide the data parallel size "
+            f"{dp}. Choose a divisor of it."
+        )
     sizes = MeshSizes(
         tp=tensor_model_parallel_size,
         cp=context_parallel_size,
@@ -72,11 +84,8 @@ def initialize_model_parallel(
         order=order,
     )
     install(ParallelMesh.build(sizes, device_type))
-    if virtual_pipeline_model_parallel_size is not None:
-        if pipeline_model_parallel_size < 2:
-            destroy_model_parallel()
-            raise RuntimeError("virtual pipeline stages need pipeline_model_parallel_size > 1.")
-        _virtual_pipeline_rank, _virtual_pipeline_size = 0, virtual_pipeline_model_parallel_size
+    if virtual is not None:
+        _virtual_pipeline_rank, _virtual_pipeline_size = 0, virtual
 
 
 def install(mesh: ParallelMesh) -> None:

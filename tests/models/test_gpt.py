@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from longspan import TransformerConfig
 from longspan.context_parallel import SequenceLayout
-from longspan.mesh.mesh import MeshSizes, ParallelMesh
+from longspan.config.parallel import MeshSizes
+from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
 from longspan.parallelize import gradient_norm, init_weights, parallelize
 

@@ -12,12 +12,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from longspan.errors import did_you_mean
+
 VOCAB_MULTIPLE = 128
+
+#: rope_scaling types and the fields each needs
+ROPE_SCALING_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 #: the label of a token that has no target
 IGNORE_INDEX = -100
 
 CP_COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
+#: the types that exist so far
+SUPPORTED_COMM_TYPES = ("p2p", "all_gather")
 
 
 class AttnMaskType(enum.Enum):
@@ -59,15 +70,18 @@ class ModelParallelConfig:
         for name in (
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
             "context_parallel_size",
             "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a parallel size is at least 1.")
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name}={size}: a parallel size is at least 1.")
         sizes = self.hierarchical_context_parallel_sizes
         if sizes is not None:
             object.__setattr__(self, "hierarchical_context_parallel_sizes", tuple(sizes))
-            if math.prod(sizes) != self.context_parallel_size:
+            if math.prod(sizes) != self.context_parallel_size or min(sizes, default=1) < 1:
                 raise ValueError(
                     f"hierarchical_context_parallel_sizes {list(sizes)}: their product is {math.prod(sizes)}, "
                     f"context_parallel_size is {self.context_parallel_size}. The two must be equal."
@@ -115,6 +129,11 @@ class TransformerConfig(ModelParallelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        optional = ("num_query_groups", "kv_channels", "ffn_hidden_size")
+        for name in ("num_layers", "hidden_size", "num_attention_heads", *optional):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name}={size}: a size is at least 1.")
         if self.num_query_groups is None:
             object.__setattr__(self, "num_query_groups", self.num_attention_heads)
         if self.kv_channels is None:
@@ -126,103 +145,100 @@ class TransformerConfig(ModelParallelConfig):
             object.__setattr__(self, "kv_channels", self.hidden_size // self.num_attention_heads)
         if self.ffn_hidden_size is None:
             object.__setattr__(self, "ffn_hidden_size", 4 * self.hidden_size)
-        for problem in self.problems():
-            raise ValueError(problem[1])
-
-    def problems(self) -> list[tuple[tuple[str, ...], str]]:
-        """All broken rules, as (fields involved, message)."""
-        tp, heads, groups = (
-            self.tensor_model_parallel_size,
-            self.num_attention_heads,
-            self.num_query_groups or self.num_attention_heads,
-        )
-        tp_key = "tensor_model_parallel_size"
-        found: list[tuple[tuple[str, ...], str]] = []
-
-        def rule(holds: bool, fields: tuple[str, ...], message: str) -> None:
-            if not holds:
-                found.append((fields, message))
-
-        rule(
-            heads % groups == 0,
-            ("num_attention_heads", "num_query_groups"),
-            f"num_attention_heads {heads} is not divisible by num_query_groups {groups} (key/value heads): "
-            "each key/value head serves the same number of query heads.",
-        )
-        rule(
-            heads % tp == 0,
-            ("num_attention_heads", tp_key),
-            f"num_attention_heads {heads} is not divisible by tensor_parallel_size {tp}: every tensor parallel "
-            f"rank holds the same number of heads. Use one of {_divisors(heads)}.",
-        )
-        rule(
-            groups % tp == 0,
-            ("num_query_groups", tp_key),
-            f"num_query_groups {groups} (key/value heads) is not divisible by tensor_parallel_size {tp}. "
-            f"Use one of {_divisors(math.gcd(heads, groups))}, and context_parallel_size for the other ranks.",
-        )
-        ffn = self.ffn_hidden_size or 4 * self.hidden_size
-        rule(
-            ffn % tp == 0,
-            ("ffn_hidden_size", tp_key),
-            f"ffn_hidden_size {ffn} is not divisible by tensor_parallel_size {tp}: choose a multiple.",
-        )
-        rule(
-            VOCAB_MULTIPLE % tp == 0 or tp % VOCAB_MULTIPLE == 0,
-            (tp_key,),
-            f"tensor_parallel_size {tp} does not divide {VOCAB_MULTIPLE}, the unit the vocabulary is padded to. "
-            "Use a power of two up to 128.",
-        )
-        rule(
-            self.kv_channels is None or self.kv_channels % 2 == 0 or self.position_embedding_type != "rope",
-            ("kv_channels",),
-            f"kv_channels {self.kv_channels} (head size) is odd: rotary embeddings turn pairs. Use an even size.",
-        )
-        rule(
-            self.normalization in ("RMSNorm", "LayerNorm"),
-            ("normalization",),
-            f"normalization {self.normalization!r}: RMSNorm or LayerNorm.",
-        )
-        rule(
-            self.position_embedding_type in ("rope", "none"),
-            ("position_embedding_type",),
-            f"position_embedding_type {self.position_embedding_type!r}: rope or none.",
-        )
-        for name in ("attention_dropout", "hidden_dropout"):
-            rule(
-                getattr(self, name) == 0.0,
-                (name,),
-                f"{name}={getattr(self, name)}: dropout is not supported yet, because its pattern would depend "
-                "on the layout. Set it to 0.",
-            )
-        found += self._comm_type_problems()
-        if self.rope_scaling:
-            kind = self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
-            rule(
-                kind in ("default", "linear", "llama3"),
-                ("rope_scaling",),
-                f"rope_scaling type {kind!r}: default, linear or llama3.",
-            )
-        return found
-
-    def _comm_type_problems(self) -> list[tuple[tuple[str, ...], str]]:
-        types = self.cp_comm_type
-        listed = [types] if isinstance(types, str) else list(types or [])
-        for given in listed:
-            if normal_comm_type(given) not in CP_COMM_TYPES:
-                return [
-                    (
-                        ("cp_comm_type",),
-                        f"cp_comm_type {given!r}: one of {', '.join(CP_COMM_TYPES)}.",
-                    )
-                ]
-        return []
+        for _, message in architecture_problems(self):
+            raise ValueError(message)
 
     def comm_type_of_layer(self, layer_number: int) -> str:
         """The communication type of layer ``layer_number`` (from 1); a list is cycled over the layers."""
         types = self.cp_comm_type or "p2p"
         chosen = types if isinstance(types, str) else types[(layer_number - 1) % len(types)]
         return normal_comm_type(chosen)
+
+
+def architecture_problems(c: Any) -> list[tuple[tuple[str, ...], str]]:
+    """All broken rules of an architecture and its cut, as (fields involved, message).
+
+    Args:
+        c: a TransformerConfig, or anything with its fields.
+    """
+    tp, tp_key = c.tensor_model_parallel_size, "tensor_model_parallel_size"
+    heads, groups = c.num_attention_heads, c.num_query_groups or c.num_attention_heads
+    ffn = c.ffn_hidden_size or 4 * c.hidden_size
+    found: list[tuple[tuple[str, ...], str]] = []
+
+    def rule(holds: bool, fields: tuple[str, ...], message: str) -> None:
+        if not holds:
+            found.append((fields, message))
+
+    rule(
+        heads % groups == 0,
+        ("num_attention_heads", "num_query_groups"),
+        f"num_attention_heads {heads} is not divisible by num_query_groups {groups} (key/value heads): "
+        "each key/value head serves the same number of query heads.",
+    )
+    rule(
+        heads % tp == 0,
+        ("num_attention_heads", tp_key),
+        f"num_attention_heads {heads} is not divisible by tensor_parallel_size {tp}: every tensor parallel "
+        f"rank holds the same number of heads. Use one of {_divisors(heads)}.",
+    )
+    rule(
+        groups % tp == 0,
+        ("num_query_groups", tp_key),
+        f"num_query_groups {groups} (key/value heads) is not divisible by tensor_parallel_size {tp}. "
+        f"Use one of {_divisors(math.gcd(heads, groups))}, and context_parallel_size for the other ranks.",
+    )
+    rule(
+        ffn % tp == 0,
+        ("ffn_hidden_size", tp_key),
+        f"ffn_hidden_size {ffn} is not divisible by tensor_parallel_size {tp}: choose a multiple.",
+    )
+    rule(
+        VOCAB_MULTIPLE % tp == 0,
+        (tp_key,),
+        f"tensor_parallel_size {tp} does not divide {VOCAB_MULTIPLE}, the unit the vocabulary is padded to. "
+        f"Use one of {_divisors(VOCAB_MULTIPLE)}.",
+    )
+    rule(
+        c.kv_channels % 2 == 0 or c.position_embedding_type != "rope",
+        ("kv_channels",),
+        f"kv_channels {c.kv_channels} (head size) is odd: rotary embeddings turn pairs. Use an even size.",
+    )
+    rule(
+        c.normalization in ("RMSNorm", "LayerNorm"),
+        ("normalization",),
+        f"normalization {c.normalization!r}: RMSNorm or LayerNorm.",
+    )
+    rule(
+        c.position_embedding_type in ("rope", "none"),
+        ("position_embedding_type",),
+        f"position_embedding_type {c.position_embedding_type!r}: rope or none.",
+    )
+    for name in ("attention_dropout", "hidden_dropout"):
+        rule(
+            getattr(c, name) == 0.0,
+            (name,),
+            f"{name}={getattr(c, name)}: dropout is not supported yet, because its pattern would depend "
+            "on the layout. Set it to 0.",
+        )
+    types = c.cp_comm_type or []
+    for given in [types] if isinstance(types, str) else types:
+        rule(
+            normal_comm_type(given) in CP_COMM_TYPES,
+            ("cp_comm_type",),
+            f"cp_comm_type {given!r}: one of {', '.join(CP_COMM_TYPES)}.{did_you_mean(given, CP_COMM_TYPES)}",
+        )
+    if c.rope_scaling:
+        kind = c.rope_scaling.get("rope_type", c.rope_scaling.get("type"))
+        needs = ROPE_SCALING_FIELDS.get(kind)
+        rule(
+            needs is not None,
+            ("rope_scaling",),
+            f"rope_scaling type {kind!r}: one of {', '.join(ROPE_SCALING_FIELDS)}.",
+        )
+        missing = [field for field in needs or () if field not in c.rope_scaling]
+        rule(not missing, ("rope_scaling",), f"rope_scaling of type {kind}: {', '.join(missing)} missing.")
+    return found
 
 
 def normal_comm_type(name: str) -> str:

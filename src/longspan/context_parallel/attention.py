@@ -13,7 +13,13 @@ import math
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longspan.config.model import CP_COMM_TYPES, AttnMaskType, TransformerConfig, normal_comm_type
+from longspan.config.model import (
+    CP_COMM_TYPES,
+    SUPPORTED_COMM_TYPES,
+    AttnMaskType,
+    TransformerConfig,
+    normal_comm_type,
+)
 from longspan.context_parallel.kernels import select_kernel
 from longspan.context_parallel.keys import MoveKeys
 from longspan.context_parallel.layout import SequenceLayout
@@ -21,9 +27,6 @@ from longspan.context_parallel.packed import PackedSeqParams
 from longspan.context_parallel.schedule import Schedule
 from longspan.mesh.installed import process_groups
 from longspan.mesh.mesh import ProcessGroupCollection
-
-#: the types that exist so far
-SUPPORTED_COMM_TYPES = ("p2p", "all_gather")
 
 
 def check_comm_type(cp_comm_type: str, ranks: int) -> str:

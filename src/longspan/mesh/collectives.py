@@ -157,6 +157,18 @@ class _AllToAll(torch.autograd.Function):
 
 def _exchange_rows(x, group, output_splits, input_splits):
     rows = x.shape[0] if output_splits is None else sum(output_splits)
+    n = dist.get_world_size(group)
+    for name, splits, count in (("output", output_splits, rows), ("input", input_splits, x.shape[0])):
+        if splits is None and count % n:  # gloo would hand out uninitialised rows
+            raise ValueError(
+                f"all_to_all: {count} {name} rows over {n} ranks without {name} splits: they must divide. "
+                "Give the splits, or pad the rows to a multiple."
+            )
+        if splits is not None and (len(splits) != n or sum(splits) != count):
+            raise ValueError(
+                f"all_to_all: {name} splits {list(splits)} sum to {sum(splits)}; they must be {n}, one a rank, "
+                f"and sum to the {count} rows given."
+            )
     out = x.new_empty((rows, *x.shape[1:]))
     dist.all_to_all_single(out, x.contiguous(), output_splits, input_splits, group=group)
     return out

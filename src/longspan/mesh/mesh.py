@@ -24,13 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from longspan.mesh.topology import (
-    DEFAULT_ORDER,
-    RankGenerator,
-    data_parallel_size,
-    equation,
-    hierarchical_groups,
-)
+from longspan.config.parallel import MeshSizes
+from longspan.mesh.topology import RankGenerator, data_parallel_size, hierarchical_groups
 
 
 @dataclass(frozen=True)
@@ -50,34 +45,6 @@ class ProcessGroupCollection:
     hcp: tuple[dist.ProcessGroup, ...] = ()
     #: 1-D DeviceMesh of ``tp``: where tensor parallel weights live as DTensors.
     tp_mesh: DeviceMesh | None = None
-
-
-@dataclass(frozen=True)
-class MeshSizes:
-    """The sizes of all axes. ``dp`` is dp_shard x dp_replicate."""
-
-    tp: int = 1
-    cp: int = 1
-    pp: int = 1
-    dp_shard: int = 1
-    dp_replicate: int = 1
-    ep: int = 1
-    etp: int | None = None  # None: as tp
-    hierarchical_cp: tuple[int, ...] = ()
-    order: str = DEFAULT_ORDER
-
-    @property
-    def dp(self) -> int:
-        return self.dp_shard * self.dp_replicate
-
-    @property
-    def world_size(self) -> int:
-        return self.tp * self.cp * self.pp * self.dp
-
-    def equation(self, world_size: int) -> str:
-        """``tp 2 x cp 2 x dp_shard 1 x dp_replicate 1 x pp 1 = 4``"""
-        names = ("tp", "cp", "dp_shard", "dp_replicate", "pp")
-        return equation({name: getattr(self, name) for name in names}, world_size)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-DEFAULT_ORDER = "tp-cp-ep-dp-pp"
-
 
 def grid_groups(sizes: dict[str, int], axes: Sequence[str], offset: int = 0) -> list[list[int]]:
     """Splits the ranks of a grid into the groups of some of its axes.
@@ -112,8 +110,10 @@ def hierarchical_groups(ranks: Sequence[int], sizes: Sequence[int]) -> list[list
         ``hierarchical_groups([0, 1, 2, 3], [2, 2]) == [[[0, 1], [2, 3]], [[0, 2], [1, 3]]]``
 
     Raises:
-        ValueError: the product of the sizes is not the number of ranks.
+        ValueError: the product of the sizes is not the number of ranks, or a size is below 1.
     """
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"hierarchical sizes {list(sizes)}: the size of a level is at least 1.")
     if math.prod(sizes) != len(ranks):
         equation = " x ".join(map(str, sizes))
         raise ValueError(
@@ -124,13 +124,6 @@ def hierarchical_groups(ranks: Sequence[int], sizes: Sequence[int]) -> list[list
     return [[[ranks[i] for i in group] for group in grid_groups(levels, [level])] for level in levels]
 
 
-def equation(sizes: dict[str, int], world_size: int) -> str:
-    """Writes the product of a grid: ``tp 2 x cp 2 x pp 1 = 4``, with the world beside it when they differ."""
-    product = math.prod(sizes.values())
-    text = " x ".join(f"{axis} {size}" for axis, size in sizes.items()) + f" = {product}"
-    return text if product == world_size else f"{text}, but there are {world_size} processes"
-
-
 def data_parallel_size(world_size: int, tp: int, cp: int, pp: int) -> int:
     """What is left of the world for data parallelism.
 
@@ -138,6 +131,8 @@ def data_parallel_size(world_size: int, tp: int, cp: int, pp: int) -> int:
         ValueError: tp x cp x pp does not divide the world; the message prints the equation.
     """
     model = tp * cp * pp
+    if min(tp, cp, pp) < 1:
+        raise ValueError(f"tensor {tp} x context {cp} x pipeline {pp}: a parallel size is at least 1.")
     if world_size % model:
         raise ValueError(
             f"tensor {tp} x context {cp} x pipeline {pp} = {model} does not divide {world_size} processes. "

@@ -103,7 +103,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         if ctx.smoothing:
             grad -= ctx.smoothing / ctx.classes
         grad *= weight.unsqueeze(1)
-        return grad.to(ctx.dtype).view(*grad_loss.shape, -1), None, None, None
+        return grad.to(ctx.dtype).view(*grad_loss.shape, grad.shape[1]), None, None, None
 
 
 def vocab_parallel_cross_entropy(

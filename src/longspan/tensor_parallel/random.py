@@ -58,58 +58,69 @@ def draw_rows(
     parts = []
     for index in range(start // block, -(-stop // block)):
         first = index * block
-        generator = torch.Generator().manual_seed(hash_seed(seed, name, index))
-        drawn = torch.empty(min(block, shape[0] - first), *shape[1:]).normal_(0.0, std, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(hash_seed(seed, name, index))
+        drawn = torch.empty(min(block, shape[0] - first), *shape[1:], dtype=torch.float32, device="cpu")
+        drawn.normal_(0.0, std, generator=generator)
         drawn = drawn[max(0, start - first) : stop - first]
         parts.append((drawn[:, width] if columns is not None else drawn).to(dtype))
-    if not parts:
-        empty = list(shape)
-        empty[0] = 0
-        return torch.empty(empty, dtype=dtype)
+    if not parts:  # no rows
+        empty = torch.empty(0, *shape[1:], dtype=dtype, device="cpu")
+        return empty[:, width] if columns is not None else empty
     return torch.cat(parts)
 
 
 class RNGStatesTracker:
-    """Named generator states; ``fork(name)`` runs a block of code under one of them."""
+    """Named generator states; ``fork(name)`` runs a block of code under one of them.
+
+    A name stands for a state of the CPU's default generator and, once CUDA is in use, one of
+    the current CUDA device's. Adding a name touches neither generator.
+    """
 
     def __init__(self) -> None:
-        self.states: dict[str, Tensor] = {}
+        self.seeds: dict[str, int] = {}
+        self.states: dict[str, dict[str, Tensor]] = {}  # name -> device type -> state
 
     def reset(self) -> None:
+        self.seeds.clear()
         self.states.clear()
 
     def add(self, name: str, seed: int) -> None:
         """Adds a state seeded with ``seed``; the current state of the default generator stays."""
         if name in self.states:
             raise ValueError(f"RNG state {name!r} exists already; reset() the tracker before seeding again.")
-        before = _get_state()
-        torch.manual_seed(seed)
-        self.states[name] = _get_state()
-        _set_state(before)
+        self.seeds[name], self.states[name] = seed, {}
 
     @contextlib.contextmanager
     def fork(self, name: str = MODEL_PARALLEL_RNG) -> Iterator[None]:
         """Runs the block under the named state and keeps where it got to."""
         if name not in self.states:
             raise ValueError(f"RNG state {name!r} does not exist: call model_parallel_seed(seed) first.")
-        before = _get_state()
-        _set_state(self.states[name])
+        before = _default_states()
+        held = self.states[name]
+        for device in before:
+            if device not in held:
+                held[device] = torch.Generator(device).manual_seed(self.seeds[name]).get_state()
+        _set_default_states(held)
         try:
             yield
         finally:
-            self.states[name] = _get_state()
-            _set_state(before)
+            now = _default_states()
+            self.states[name] = {device: now[device] for device in before}
+            _set_default_states(before)
 
 
-def _get_state() -> Tensor:
-    return torch.cuda.get_rng_state() if torch.cuda.is_initialized() else torch.get_rng_state()
-
-
-def _set_state(state: Tensor) -> None:
+def _default_states() -> dict[str, Tensor]:
+    """States of the default generators in use, by device type."""
+    states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state)
-    else:
-        torch.set_rng_state(state)
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_default_states(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 _tracker = RNGStatesTracker()

@@ -1,0 +1,61 @@
+"""``longspan config CONFIG``: the config with every key; ``--schema``: its JSON Schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from longspan.cli.options import key_help, read_config, take_options
+from longspan.config.load import to_yaml
+from longspan.config.resolve import resolve
+from longspan.config.schema import TrainConfig
+
+USAGE = """\
+usage: longspan config CONFIG [--any-key value] [--num-processes N] [--json]
+       longspan config --schema
+
+Prints the config with defaults filled in and the batch arithmetic done, or every problem it has.
+  --num-processes N  processes to check the parallel sizes against
+  --json             JSON instead of YAML
+  --schema           the JSON Schema of a config, for editors
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE)
+        print(key_help())
+        return 0
+    own = {"--schema": False, "--json": False, "--num-processes": True}
+    taken, rest, problems = take_options(arguments, own)
+    if "--schema" in taken:
+        print(json.dumps(TrainConfig.model_json_schema(), indent=2))
+        return 0
+    config, problems, bad = read_config("config", rest, list(own), problems)
+    world = number(taken, "--num-processes", problems)
+    resolved = resolve(config, world, bad_keys=bad, earlier=problems)
+    config = resolved.config.model_copy(
+        update={
+            "micro_batch_size": resolved.micro_batch_size,
+            "gradient_accumulation_steps": resolved.accumulation,
+            "global_batch_size": resolved.global_batch_size,
+            "dp_shard_size": resolved.sizes.dp_shard,
+            "sequence_parallel": resolved.sequence_parallel,
+        }
+    )
+    print(json.dumps(config.model_dump(), indent=2) if "--json" in taken else to_yaml(config), end="")
+    return 0
+
+
+def number(taken: dict[str, str], option: str, problems: list[str], least: int = 1) -> int | None:
+    """An option's whole number; None when it is not given. A wrong one is added to the problems."""
+    if option not in taken:
+        return None
+    try:
+        value = int(taken[option])
+    except ValueError:
+        value = least - 1
+    if value < least:
+        problems.append(f"{option} {taken[option]!r}: a whole number from {least} on.")
+        return None
+    return value

@@ -1,0 +1,127 @@
+"""Starting the processes of a run: torch's elastic launcher, or this process alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from longspan.cli.config import number
+from longspan.config.resolve import processes_asked_for
+from longspan.config.schema import TrainConfig
+from longspan.errors import UserError, did_you_mean
+
+OPTIONS = {
+    "--num-processes": True,
+    "--num-machines": True,
+    "--machine-rank": True,
+    "--main-process-ip": True,
+    "--main-process-port": True,
+    "--launcher": True,
+}
+HELP = """\
+  --num-processes N      processes over all machines (default: on CPU the product of the parallel
+                         sizes, on a GPU machine all its GPUs)
+  --num-machines M, --machine-rank R, --main-process-ip IP, --main-process-port P
+                         several machines: run the same command on each, with its own rank
+  --launcher torchrun    pass what follows -- to torchrun
+"""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the processes of a run are started."""
+
+    processes: int | None = None  # over all machines
+    machines: int = 1
+    machine_rank: int = 0
+    ip: str = "127.0.0.1"
+    port: int = 0
+    torchrun_arguments: list[str] = field(default_factory=list)
+
+
+def under_torchrun() -> bool:
+    """Has a launcher started this process as one of many?"""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def read_launch(taken: dict[str, str], torchrun_arguments: list[str], problems: list[str]) -> Launch:
+    """The launcher's options; what is wrong with them is added to the problems."""
+    machines = number(taken, "--num-machines", problems) or 1
+    rank = number(taken, "--machine-rank", problems, least=0) or 0
+    port = number(taken, "--main-process-port", problems) or (29500 if machines > 1 else 0)
+    processes = number(taken, "--num-processes", problems)
+    launcher = taken.get("--launcher", "torchrun")
+    if launcher != "torchrun":
+        problems.append(f"--launcher {launcher!r}: torchrun is the one there is.{did_you_mean(launcher, ['torchrun'])}")
+    if machines > 1 and "--main-process-ip" not in taken:
+        problems.append(f"--num-machines {machines} needs --main-process-ip: the address of machine 0.")
+    if rank >= machines:
+        problems.append(f"--machine-rank {rank} with --num-machines {machines}: from 0 to {machines - 1}.")
+    if processes is not None and processes % machines:
+        problems.append(f"--num-processes {processes} does not divide by --num-machines {machines}.")
+    if torchrun_arguments and "--launcher" not in taken:
+        problems.append("what follows -- is for torchrun: add --launcher torchrun, or leave it out.")
+    return Launch(processes, machines, rank, taken.get("--main-process-ip", "127.0.0.1"), port, torchrun_arguments)
+
+
+def choose_device(config: TrainConfig, launch: Launch) -> tuple[str, int]:
+    """The device type and the number of processes over all machines.
+
+    Raises:
+        UserError: CUDA is asked for and there are not as many GPUs as local processes.
+    """
+    asked = launch.processes
+    if under_torchrun():
+        asked = int(os.environ["WORLD_SIZE"])
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", asked))
+    else:
+        local = asked // launch.machines if asked else None
+    if config.device == "cpu":
+        return "cpu", asked or processes_asked_for(config)
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if config.device == "cuda" and (gpus == 0 or (local or 1) > gpus):
+        raise UserError(
+            f"device: cuda asks for {local or 1} GPUs on this machine and there are {gpus}. Use fewer processes, or "
+            "device: cpu."
+        )
+    if gpus and (local is None or local <= gpus) and (local is not None or processes_asked_for(config) <= gpus):
+        return "cuda", asked or gpus * launch.machines
+    return "cpu", asked or processes_asked_for(config)
+
+
+def start(launch: Launch, processes: int, arguments: Sequence[str], device: str) -> int:
+    """Runs ``python -m longspan ARGUMENTS`` in every local process and waits. Returns the exit code."""
+    local = processes // launch.machines
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // local))
+    command = ["-m", "longspan", *arguments]
+    if launch.torchrun_arguments:
+        from torch.distributed.run import main as torchrun
+
+        torchrun([*launch.torchrun_arguments, *command])
+        return 0
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=launch.machines,
+        max_nodes=launch.machines,
+        nproc_per_node=local,
+        run_id="longspan",
+        rdzv_backend="static" if launch.machines > 1 else "c10d",
+        rdzv_endpoint=f"{launch.ip}:{launch.port}",
+        rdzv_configs={"rank": launch.machine_rank} if launch.machines > 1 else {},
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*command)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"longspan: rank {rank} failed with exit code {failure.exitcode}; its own message is above.", file=sys.stderr)
+        return 2 if failure.exitcode == 2 else 1
+    return 0

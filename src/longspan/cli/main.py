@@ -1,0 +1,63 @@
+"""``longspan``: the command line. Nothing heavy is imported before a command is known."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from longspan import __version__
+from longspan.errors import UserError, did_you_mean
+
+#: command -> (module, one line for --help)
+COMMANDS = {
+    "train": ("longspan.cli.train", "train a model as a config says"),
+    "verify": ("longspan.cli.verify", "compare the config's layout with one process: loss, gradients"),
+    "prepare": ("longspan.cli.prepare", "tokenise text, jsonl or code into .bin/.idx"),
+    "config": ("longspan.cli.config", "print a config with every key resolved, or its JSON Schema"),
+    "env": ("longspan.cli.env", "print versions and devices, for a bug report"),
+}
+
+EPILOG = """\
+longspan COMMAND --help   says what a command takes. Start here:
+  longspan train examples/quickstart.yaml
+  longspan train config.yaml --context-parallel-size 4 --learning-rate 1e-4
+Exit codes: 0 success, 1 a negative answer or a failed run, 2 a mistake in what was asked."""
+
+
+def usage() -> str:
+    lines = [f"longspan {__version__}: train large language models on long context", "", "usage: longspan COMMAND ...", ""]
+    lines += [f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join([*lines, "", EPILOG])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    name = arguments.pop(0)
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"{name!r} is no command of longspan.{did_you_mean(name, COMMANDS)} See longspan --help.")
+        return importlib.import_module(COMMANDS[name][0]).run(arguments)
+    except UserError as error:
+        report(error)
+        return 2
+    except KeyboardInterrupt:
+        print("longspan: interrupted", file=sys.stderr)
+        return 1
+
+
+def report(error: UserError) -> None:
+    """Prints a user's mistakes, one a line."""
+    for problem in error.problems:
+        print(f"longspan: error: {problem}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

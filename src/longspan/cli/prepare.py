@@ -1,0 +1,170 @@
+"""``longspan prepare``: text to ``.bin/.idx``; and the same for the datasets of a config."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from longspan.cli.config import number
+from longspan.cli.options import read_config, take_options
+from longspan.config.resolve import resolve
+from longspan.config.schema import TrainConfig
+from longspan.errors import UserError, did_you_mean
+
+USAGE = """\
+usage: longspan prepare CONFIG [--any-key value]
+       longspan prepare --input PATH --output-prefix PREFIX (--tokenizer FOLDER | --train-vocab-size N)
+
+Tokenises into Megatron's .bin/.idx. With a config: its datasets, into dataset_prepared_path.
+  --input PATH          a text or .jsonl file, a folder of text and code, or python-stdlib
+  --output-prefix P     writes P_text_document.bin and .idx
+  --tokenizer T         tokenizer.json or the folder that holds it
+  --train-vocab-size N  train a byte-level BPE tokenizer of N tokens into P_tokenizer/
+  --json-key FIELD      the field of a .jsonl line that holds the text (default text)
+  --append-eod          put the end-of-document token behind each document (the default)
+  --no-append-eod       do not
+"""
+OPTIONS = {
+    "--input": True,
+    "--output-prefix": True,
+    "--tokenizer": True,
+    "--train-vocab-size": True,
+    "--json-key": True,
+    "--append-eod": False,
+    "--no-append-eod": False,
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(USAGE)
+        return 0 if arguments else 2
+    if "--input" in arguments or "--output-prefix" in arguments or arguments[0].startswith("--"):
+        return prepare_files(arguments)
+    config, problems, bad = read_config("prepare", arguments)
+    config = resolve(config, bad_keys=bad, earlier=problems).config
+    config = prepare_config(config, show=True)
+    for source in config.datasets:
+        print(f"{source.path} -> {source.prepared}")
+    print(f"tokenizer: {config.tokenizer_config or 'none'}, vocabulary {config.vocab_size}")
+    return 0
+
+
+def prepare_files(arguments: Sequence[str]) -> int:
+    taken, rest, problems = take_options(arguments, OPTIONS)
+    problems += [f"{a}: unknown option.{did_you_mean(a, OPTIONS)}" for a in rest]
+    problems += [f"{name} is missing." for name in ("--input", "--output-prefix") if name not in taken]
+    size = number(taken, "--train-vocab-size", problems, least=257)
+    if ("--tokenizer" in taken) == ("--train-vocab-size" in taken):
+        problems.append("give one of --tokenizer FOLDER (load it) and --train-vocab-size N (train one).")
+    if "--append-eod" in taken and "--no-append-eod" in taken:
+        problems.append("--append-eod and --no-append-eod are both given. Keep one.")
+    if problems:
+        raise UserError(problems)
+    from longspan.data import eod_id, iter_documents, load_tokenizer, tokenize_to_indexed, train_tokenizer
+
+    source, field = taken["--input"], taken.get("--json-key", "text")
+    prefix = Path(taken["--output-prefix"] + "_text_document")
+    if size is not None:
+        folder = Path(taken["--output-prefix"] + "_tokenizer")
+        train_tokenizer(iter_documents(source, field), size, folder)
+    else:
+        folder = Path(taken["--tokenizer"])
+    tokenizer = load_tokenizer(folder)
+    eod = None if "--no-append-eod" in taken else eod_id(tokenizer, folder)
+    if eod is None and "--no-append-eod" not in taken:
+        raise UserError(f"the tokenizer in {folder} names no end-of-document token. Add --no-append-eod.")
+    with Counter(source) as counter:
+        done = tokenize_to_indexed(
+            iter_documents(source, field), tokenizer, prefix, eod, tokenizer.get_vocab_size(), counter
+        )
+    print(f"{done['documents']:,} documents, {done['tokens']:,} tokens -> {prefix}.bin, {prefix}.idx")
+    return 0
+
+
+class Counter:
+    """Shows documents and tokens while they are made: a live line on a terminal, one line at the end elsewhere."""
+
+    def __init__(self, what: str):
+        self.what, self.live, self.seen = what, sys.stderr.isatty(), (0, 0)
+        self.last = 0.0
+
+    def __call__(self, documents: int, tokens: int) -> None:
+        self.seen = documents, tokens
+        if self.live and time.monotonic() - self.last > 0.1:
+            self.last = time.monotonic()
+            print(f"\rtokenising {self.what}: {documents:,} documents, {tokens:,} tokens", end="", file=sys.stderr)
+
+    def __enter__(self) -> Counter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.seen[0]:
+            start = "\r" if self.live else ""
+            print(
+                f"{start}tokenised {self.what}: {self.seen[0]:,} documents, {self.seen[1]:,} tokens", file=sys.stderr
+            )
+
+
+def is_indexed(path: str) -> bool:
+    """Is this the prefix (or one of the files) of a ``.bin/.idx`` pair?"""
+    stem = path[:-4] if path.endswith((".bin", ".idx")) else path
+    return Path(stem + ".idx").is_file() or Path(stem + ".bin").is_file()
+
+
+def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
+    """Tokenises the datasets of a config where that is not done yet.
+
+    Returns:
+        The config with each dataset's ``prepared`` prefix, the tokenizer's folder and
+        ``vocab_size`` filled in.
+
+    Raises:
+        UserError: a missing or broken source, no tokenizer, or a vocabulary that does not fit.
+    """
+    from longspan.data import IndexedDataset, load_tokenizer, prepare_dataset
+
+    folder, train_size = config.tokenizer_config, config.tokenizer_train_vocab_size
+    if folder is None and train_size is None and config.base_model and (Path(config.base_model) / "tokenizer.json").is_file():
+        folder = config.base_model
+    sources = []
+    for source in config.datasets:
+        given = source.prepared or source.path
+        if source.prepared or is_indexed(given):
+            IndexedDataset(given)
+            sources.append(source.model_copy(update={"prepared": given}))
+            continue
+        if folder is None and train_size is None:
+            raise UserError(
+                f"datasets: {source.path!r} is text and there is no tokenizer. Give tokenizer_config (a folder with "
+                "tokenizer.json), or tokenizer_train_vocab_size to train one."
+            )
+        counter = Counter(source.path) if show else None
+        prefix, tokenizer_folder = prepare_dataset(
+            source.path,
+            cache_dir=config.dataset_prepared_path,
+            tokenizer_path=folder,
+            train_vocab_size=None if folder is not None else train_size,
+            field=source.field,
+            progress=counter,
+        )
+        if counter is not None:
+            counter.__exit__()
+        folder = str(tokenizer_folder)  # a tokenizer trained on the first dataset serves the others
+        sources.append(source.model_copy(update={"prepared": str(prefix)}))
+    vocab = config.vocab_size
+    if folder is not None:
+        size = load_tokenizer(folder).get_vocab_size()
+        if vocab is not None and vocab < size:
+            raise UserError(
+                f"vocab_size {vocab} is smaller than the tokenizer's {size} tokens. Leave vocab_size out, or make it at "
+                f"least {size}."
+            )
+        vocab = vocab or size
+    if vocab is None:
+        raise UserError("vocab_size: missing. The datasets are tokenised already and there is no tokenizer to ask.")
+    return config.model_copy(
+        update={"datasets": sources, "tokenizer_config": folder, "tokenizer_train_vocab_size": None, "vocab_size": vocab}
+    )

@@ -1,0 +1,233 @@
+"""``longspan train``: check, tokenise, start the processes, train."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from longspan.cli.launch import HELP, OPTIONS, Launch, choose_device, read_launch, start, under_torchrun
+from longspan.cli.options import key_help, read_config, take_options
+from longspan.cli.prepare import prepare_config
+from longspan.config.load import to_yaml
+from longspan.config.resolve import Run, resolve
+from longspan.errors import UserError
+
+USAGE = f"""\
+usage: longspan train CONFIG [--any-key value] [launcher options] [--launcher torchrun -- torchrun arguments]
+
+Checks the config, tokenises its datasets, starts the processes and trains. Under torchrun it joins.
+{HELP}"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE)
+        print(key_help())
+        return 0
+    resolved, launch, device = read_run("train", arguments)
+    if under_torchrun() or resolved.world_size == 1:
+        return join(resolved, device)
+    config = prepare_config(resolved.config, show=True)
+    output = Path(config.output_dir)
+    write_config(config, output)
+    return start(launch, resolved.world_size, ["train", str(output / "config.yaml")], device)
+
+
+def read_run(command: str, arguments: Sequence[str], more_options: dict[str, bool] | None = None, taken=None):
+    """Reads config, overrides and launcher options, and checks all rules.
+
+    Returns:
+        (Run, Launch, device type). ``taken`` (a dict) receives the command's own options.
+
+    Raises:
+        UserError: with all problems at once.
+    """
+    arguments, torchrun_arguments = _split_at_dashes(list(arguments))
+    own = OPTIONS | (more_options or {})
+    options, rest, problems = take_options(arguments, own)
+    if taken is not None:
+        taken.update(options)
+    launch = read_launch(options, torchrun_arguments, problems)
+    config, problems, bad = read_config(command, rest, list(own), problems)
+    world = launch.processes
+    try:
+        device, world = choose_device(config, launch)
+    except UserError as error:
+        problems += error.problems
+        device = "cpu"
+    problems += missing_sources(config) if "datasets" not in bad else []
+    resolved = resolve(config, world, bad_keys=bad, earlier=problems)
+    bf16 = device == "cuda" and config.params_dtype == "float32" if config.bf16 == "auto" else config.bf16
+    final = resolved.config.model_copy(
+        update={
+            "device": device,
+            "bf16": bf16,
+            "micro_batch_size": resolved.micro_batch_size,
+            "gradient_accumulation_steps": resolved.accumulation,
+            "global_batch_size": resolved.global_batch_size,
+            "dp_shard_size": resolved.sizes.dp_shard,
+            # off is off; without tensor parallelism the key has nothing to say
+            "sequence_parallel": resolved.sequence_parallel if resolved.sizes.tp > 1 else None,
+        }
+    )
+    return resolve(final, resolved.world_size), launch, device
+
+
+def missing_sources(config) -> list[str]:
+    """Datasets that are not there, found before anything is tokenised or started."""
+    from longspan.data import find_sources
+
+    problems = []
+    for source in config.datasets:
+        stem = source.path[:-4] if source.path.endswith((".bin", ".idx")) else source.path
+        if source.prepared or any(Path(stem + suffix).exists() for suffix in (".bin", ".idx")):
+            continue
+        try:
+            find_sources(source.path)
+        except UserError as error:
+            problems += [f"datasets: {problem}" for problem in error.problems]
+    return problems
+
+
+def write_config(config, output: Path) -> None:
+    from longspan.training.checkpoint import write_atomically
+
+    try:
+        write_atomically(output / "config.yaml", to_yaml(config))
+    except OSError as error:
+        raise UserError(f"output_dir {output}: cannot write there ({error.strerror}). Choose another output_dir.") from None
+
+
+def join(resolved: Run, device_type: str) -> int:
+    """Trains as one rank of the world (or as the whole world, when it is one process)."""
+    import torch
+    import torch.distributed as dist
+
+    from longspan.mesh.mesh import close_distributed, init_distributed
+
+    quiet_logs()
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device_type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
+    alone = resolved.world_size == 1 and not under_torchrun()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    config = prepare_config(resolved.config, show=True) if alone else None
+    init_distributed(device_type)
+    if config is None:
+        config = prepare_together(resolved, local_rank)
+    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
+    final = resolve(config, resolved.world_size)
+    if dist.get_rank() == 0:
+        write_config(config, Path(config.output_dir))
+    train(final, device)
+    close_distributed()
+    return 0
+
+
+def prepare_together(resolved: Run, local_rank: int):
+    """One process a machine tokenises what is not tokenised yet; the others wait for it, for as long as it takes."""
+    import datetime
+
+    import torch.distributed as dist
+
+    waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+    config, failure = None, None
+    if local_rank == 0:
+        try:
+            config = prepare_config(resolved.config, show=dist.get_rank() == 0)
+        except UserError as error:
+            failure = error
+    failures: list = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure.problems if failure else None, group=waiting)
+    problems = [p for found in failures if found for p in found]
+    if problems:
+        from longspan.mesh.mesh import close_distributed
+
+        close_distributed()
+        if dist.is_initialized() is False and int(os.environ.get("RANK", "0")) == 0:
+            raise UserError(list(dict.fromkeys(problems)))
+        sys.exit(2)
+    return config if config is not None else prepare_config(resolved.config, show=False)
+
+
+def train(run: Run, device) -> dict:
+    """Builds the trainer and runs it; rank 0 speaks and writes."""
+    import torch.distributed as dist
+
+    from longspan.training.banner import banner
+    from longspan.training.loop import Trainer
+    from longspan.training.metrics import JsonLines, Metrics, Sink, TensorBoard, set_aside
+    from longspan.training.progress import Progress, make_progress
+
+    config, output = run.config, Path(run.config.output_dir)
+    trainer = Trainer(run, device)
+    progress = Progress()
+    if dist.get_rank() == 0:
+        kept = set_aside(output / "metrics.jsonl")
+        sinks: list[Sink] = [JsonLines(output / "metrics.jsonl")]
+        if config.use_tensorboard:
+            sinks.append(TensorBoard(output / "tensorboard"))
+        trainer.metrics = Metrics(sinks)
+        print(
+            banner(
+                run,
+                parameters=sum(p.numel() for p in trainer.model.parameters()),
+                samples=len(trainer.train_data),
+                held_out=len(trainer.valid_data) if trainer.valid_data else 0,
+                steps=trainer.steps,
+                warmup=trainer.warmup,
+                device=device,
+                local_rows=trainer.local_rows(),
+                output=output,
+            )
+        )
+        if kept:
+            print(f"  the metrics of an earlier run are kept in {kept}")
+        progress = make_progress(trainer.steps)
+    try:
+        summary = trainer.train(output, progress)
+    finally:
+        progress.close()
+        trainer.metrics.close()
+    if dist.get_rank() == 0:
+        print(last_lines(summary, run, output))
+    return summary
+
+
+def last_lines(summary: dict, run: Run, output: Path) -> str:
+    """What happened, where it is, and what to try next."""
+    lines = [
+        "",
+        f"done: {summary['step']} steps, {summary['tokens']:,} tokens in {summary['train_time']:.0f} s "
+        f"({summary['tokens_per_second']:,.0f} tokens/s), peak {summary['peak_memory_gib']:.2f} GiB a rank",
+        f"loss: {summary['loss']:.4f} in the last step"
+        + (f", {summary['eval_loss']:.4f} held out" if summary["eval_loss"] is not None else ""),
+        f"metrics: {output / 'metrics.jsonl'}"
+        + (f"   curves: tensorboard --logdir {output / 'tensorboard'}" if run.config.use_tensorboard else ""),
+        "next: --context-parallel-size 4 cuts each sequence over more ranks and gives the same losses;",
+        f"      longspan verify {output / 'config.yaml'} shows that they are",
+    ]
+    return "\n".join(lines)
+
+
+def quiet_logs() -> None:
+    """Hides what torch says to its own developers; errors stay."""
+    import logging
+    import warnings
+
+    for name in ("torch.distributed.tensor._redistribute", "torch.distributed.device_mesh", "torch.distributed.fsdp"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+
+
+def _split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+__all__ = ["Launch", "join", "read_run", "run", "train"]

@@ -1,0 +1,61 @@
+"""The architecture in a Hugging Face ``config.json``, as keys of TrainConfig."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from longspan.errors import UserError
+
+SUPPORTED_MODEL_TYPES = ("llama",)
+
+#: Hugging Face's name -> ours
+_KEYS = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "intermediate_size": "ffn_hidden_size",
+    "vocab_size": "vocab_size",
+    "rms_norm_eps": "layernorm_epsilon",
+    "rope_theta": "rotary_base",
+    "rope_scaling": "rope_scaling",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "initializer_range": "init_method_std",
+}
+
+
+def architecture_of(base_model: str) -> dict[str, Any]:
+    """Reads the architecture keys of a model folder.
+
+    Raises:
+        UserError: no such folder, no config.json, or a model type that is not supported.
+    """
+    folder = Path(base_model)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"base_model {base_model!r}: there is no {path.name} in it. Give a folder that holds a Hugging Face "
+            "config.json, or leave base_model out and give num_layers, hidden_size and num_attention_heads."
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"base_model: {path} is not valid JSON ({error}).") from None
+    if data.get("model_type") not in SUPPORTED_MODEL_TYPES:
+        raise UserError(
+            f"base_model: {path} is of model_type {data.get('model_type')!r}; supported: "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}."
+        )
+    for flag in ("attention_bias", "mlp_bias"):
+        if data.get(flag):
+            raise UserError(f"base_model: {path} sets {flag}; Llama models with biases are not supported yet.")
+    found = {ours: data[theirs] for theirs, ours in _KEYS.items() if data.get(theirs) is not None}
+    nested = data.get("rope_parameters") or {}  # transformers 5 keeps both in one place
+    if "rope_theta" in nested:
+        found.setdefault("rotary_base", nested["rope_theta"])
+    if nested.get("rope_type", "default") != "default":
+        found.setdefault("rope_scaling", {k: v for k, v in nested.items() if k != "rope_theta"})
+    return found

@@ -1,0 +1,307 @@
+"""From what the user wrote to what is run: arithmetic and the rules between keys.
+
+``resolve`` fills in everything that follows from the config and the number of processes,
+and refuses with all broken rules at once. It needs neither torch nor a process group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from longspan.config.architecture import architecture_of
+from longspan.config.model import (
+    SUPPORTED_COMM_TYPES,
+    TransformerConfig,
+    architecture_problems,
+    normal_comm_type,
+)
+from longspan.config.parallel import MeshSizes
+from longspan.config.schema import TrainConfig
+from longspan.errors import UserError
+
+Problem = tuple[tuple[str, ...], str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A config with its arithmetic done.
+
+    Attributes:
+        config: with architecture keys filled in from base_model.
+        sizes: ranks an axis.
+        micro_batch_size, accumulation, global_batch_size: sequences, micro-batches, sequences.
+        sequence_parallel: what the key's default came to.
+        model: the architecture; None while the vocabulary's size is not known.
+    """
+
+    config: TrainConfig
+    sizes: MeshSizes
+    micro_batch_size: int
+    accumulation: int
+    global_batch_size: int
+    sequence_parallel: bool
+    recompute: str
+
+    @property
+    def world_size(self) -> int:
+        return self.sizes.world_size
+
+    def transformer_config(self, params_dtype=None) -> TransformerConfig:
+        """The model's architecture and how it is cut."""
+        return TransformerConfig(params_dtype=params_dtype, **_architecture(self.config), **self._parallel())
+
+    def _parallel(self) -> dict:
+        return dict(
+            tensor_model_parallel_size=self.sizes.tp,
+            context_parallel_size=self.sizes.cp,
+            pipeline_model_parallel_size=self.sizes.pp,
+            sequence_parallel=self.sequence_parallel,
+            cp_comm_type=self.config.cp_comm_type,
+            attention_backend=self.config.attention_backend,
+        )
+
+
+def _architecture(config: TrainConfig) -> dict:
+    """Keys of TransformerConfig: Llama's architecture with the config's sizes."""
+    return dict(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        ffn_hidden_size=config.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func="silu",
+        add_bias_linear=False,
+        rotary_base=config.rotary_base,
+        rope_scaling=config.rope_scaling,
+        share_embeddings_and_output_weights=config.tie_word_embeddings,
+        init_method_std=config.init_method_std,
+    )
+
+
+def processes_asked_for(config: TrainConfig) -> int:
+    """The product of the parallel sizes: the number of processes when nobody says."""
+    return (
+        config.tensor_parallel_size
+        * config.context_parallel_size
+        * config.pipeline_parallel_size
+        * (config.dp_shard_size or 1)
+        * config.dp_replicate_size
+    )
+
+
+def resolve(
+    config: TrainConfig,
+    world_size: int | None = None,
+    *,
+    bad_keys: Iterable[str] = (),
+    earlier: Iterable[str] = (),
+) -> Run:
+    """Checks the rules between keys and does the arithmetic.
+
+    Args:
+        world_size: processes; None takes the product of the parallel sizes.
+        bad_keys: keys already found wrong: rules about them are not reported again.
+        earlier: problems already found; raised together with the new ones.
+
+    Raises:
+        UserError: with all problems.
+    """
+    found: list[Problem] = []
+    bad = set(bad_keys)
+    if config.base_model is not None:
+        try:
+            # what the file says itself wins over base_model, key by key
+            given = {k for k in config.model_fields_set if getattr(config, k) is not None}
+            base = {k: v for k, v in architecture_of(config.base_model).items() if k not in given}
+            config = config.model_copy(update=base)
+        except UserError as error:
+            found.append((("base_model",), str(error)))
+            bad |= {"num_layers", "hidden_size", "num_attention_heads", "vocab_size"}
+        if not config.reinit_weights:
+            found.append(
+                (
+                    ("base_model",),
+                    "base_model: loading Hugging Face weights is not supported yet. Set reinit_weights: true to take "
+                    "only its architecture.",
+                )
+            )
+    world = world_size if world_size is not None else processes_asked_for(config)
+    sizes = _sizes(config, world, found)
+    micro, accumulation, total = _batch(config, sizes.dp, found)
+    sequence_parallel = sizes.tp > 1 if config.sequence_parallel is None else config.sequence_parallel
+    _required(config, found)
+    _not_yet(config, found)
+    _exclusive(config, found)
+    if None not in (config.num_layers, config.hidden_size, config.num_attention_heads):
+        found += _model_problems(config)
+    messages = list(earlier) + [text for fields, text in found if not bad.intersection(fields)]
+    if messages:
+        raise UserError(messages)
+    return Run(config, sizes, micro, accumulation, total, sequence_parallel and sizes.tp > 1, _recompute(config))
+
+
+def _sizes(config: TrainConfig, world: int, found: list[Problem]) -> MeshSizes:
+    fixed = (
+        config.tensor_parallel_size
+        * config.context_parallel_size
+        * config.pipeline_parallel_size
+        * config.dp_replicate_size
+    )
+    shard = config.dp_shard_size or max(1, world // fixed)
+    sizes = MeshSizes(
+        tp=config.tensor_parallel_size,
+        cp=config.context_parallel_size,
+        pp=config.pipeline_parallel_size,
+        dp_shard=shard,
+        dp_replicate=config.dp_replicate_size,
+    )
+    keys = ("tensor_parallel_size", "context_parallel_size", "dp_shard_size", "dp_replicate_size")
+    if sizes.world_size != world:
+        remedy = (
+            f"Leave dp_shard_size out to take what is left ({world // fixed})"
+            if config.dp_shard_size and world % fixed == 0
+            else f"Use a multiple of {fixed} processes"
+            if world % fixed
+            else f"Start {sizes.world_size} processes"
+        )
+        found.append(
+            (
+                keys,
+                f"parallel sizes: {sizes.equation(world)}. The product must be the number of processes. {remedy}, "
+                "or change a size.",
+            )
+        )
+    return sizes
+
+
+def _batch(config: TrainConfig, dp: int, found: list[Problem]) -> tuple[int, int, int]:
+    """micro_batch_size, gradient_accumulation_steps, global_batch_size: any two give the third."""
+    micro, steps, total = (
+        config.micro_batch_size,
+        config.gradient_accumulation_steps,
+        config.global_batch_size,
+    )
+    keys = ("micro_batch_size", "gradient_accumulation_steps", "global_batch_size")
+    if total is None:
+        micro, steps = micro or 1, steps or 1
+        return micro, steps, micro * steps * dp
+    if micro is None:
+        micro = total // (steps * dp) if steps else 1
+    if steps is None:
+        steps = total // (max(1, micro) * dp)
+    micro, steps = max(1, micro), max(1, steps)
+    if micro * steps * dp != total:
+        unit = (config.micro_batch_size or 1) * dp * (config.gradient_accumulation_steps or 1)
+        near = max(1, round(total / unit)) * unit
+        found.append(
+            (
+                keys,
+                f"global_batch_size {total}: micro_batch_size {micro} x gradient_accumulation_steps {steps} x dp {dp} "
+                f"= {micro * steps * dp}. The two must be equal; give two of the three, e.g. global_batch_size {near}.",
+            )
+        )
+    return micro, steps, total
+
+
+def _required(config: TrainConfig, found: list[Problem]) -> None:
+    if config.base_model is None:
+        missing = [k for k in ("num_layers", "hidden_size", "num_attention_heads") if getattr(config, k) is None]
+        if missing:
+            found.append(
+                (tuple(missing), f"{', '.join(missing)}: missing. Give the architecture, or base_model: a folder that has it.")
+            )
+    if config.learning_rate is None:
+        found.append((("learning_rate",), "learning_rate: missing. A number such as 3e-4."))
+    if not config.datasets:
+        found.append((("datasets",), "datasets: missing. A list such as 'datasets: [{path: my_texts}]'."))
+
+
+def _not_yet(config: TrainConfig, found: list[Problem]) -> None:
+    for name, what in (("pipeline_parallel_size", "pipeline"), ("expert_parallel_size", "expert")):
+        if getattr(config, name) > 1:
+            found.append(((name,), f"{name} {getattr(config, name)}: {what} parallelism is not supported yet. Use 1."))
+    types = [config.cp_comm_type] if isinstance(config.cp_comm_type, str) else config.cp_comm_type
+    if config.context_parallel_size > 1:
+        for given in types:
+            if normal_comm_type(given) in ("a2a", "a2a+p2p"):
+                found.append(
+                    (
+                        ("cp_comm_type",),
+                        f"cp_comm_type {given!r} is not supported yet. Use {' or '.join(SUPPORTED_COMM_TYPES)}.",
+                    )
+                )
+
+
+def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
+    if config.warmup_steps is not None and config.warmup_ratio is not None:
+        found.append((("warmup_steps", "warmup_ratio"), "warmup_steps and warmup_ratio are both given. Keep one."))
+    if config.eval_steps is not None and config.val_set_size == 0:
+        found.append(
+            (("eval_steps", "val_set_size"), "eval_steps is given but val_set_size is 0. Hold documents out, e.g. val_set_size: 0.02.")
+        )
+    if config.tokenizer_config is not None and config.tokenizer_train_vocab_size is not None:
+        found.append(
+            (
+                ("tokenizer_config", "tokenizer_train_vocab_size"),
+                "tokenizer_config and tokenizer_train_vocab_size are both given. Load a tokenizer or train one.",
+            )
+        )
+    if config.bf16 is True and config.params_dtype == "float64":
+        found.append((("bf16", "params_dtype"), "bf16: true with params_dtype: float64. Use float32, or bf16: false."))
+    if config.sequence_parallel and config.tensor_parallel_size == 1:
+        found.append(
+            (
+                ("sequence_parallel", "tensor_parallel_size"),
+                "sequence_parallel: true with tensor_parallel_size 1 has no effect. Leave it out, or cut over more ranks.",
+            )
+        )
+
+
+def _model_problems(config: TrainConfig) -> list[Problem]:
+    """TransformerConfig's own rules, all at once and by our key names."""
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    assert heads and hidden
+    if config.kv_channels is None and hidden % heads:
+        return [
+            (
+                ("hidden_size", "num_attention_heads"),
+                f"hidden_size {hidden} is not divisible by num_attention_heads {heads}. Choose divisible sizes, or give "
+                "kv_channels (the head size).",
+            )
+        ]
+    fields = {f.name: f.default for f in dataclasses.fields(TransformerConfig)}
+    fields |= _architecture(config) | {
+        "tensor_model_parallel_size": config.tensor_parallel_size,
+        "cp_comm_type": config.cp_comm_type,
+        "kv_channels": config.kv_channels or hidden // heads,
+    }
+    ours = {"tensor_model_parallel_size": "tensor_parallel_size"}
+    found = architecture_problems(SimpleNamespace(**fields))
+    return [(tuple(ours.get(name, name) for name in names), text) for names, text in found]
+
+
+def _recompute(config: TrainConfig) -> str:
+    given = config.gradient_checkpointing
+    return given if isinstance(given, str) else "full" if given else "none"
+
+
+def training_steps(run: Run, samples: int) -> int:
+    """Optimizer steps: max_steps, or the epochs' samples over the global batch, rounded up."""
+    config = run.config
+    return config.max_steps or max(1, math.ceil(samples * config.num_epochs / run.global_batch_size))
+
+
+def warmup_steps(config: TrainConfig, steps: int) -> int:
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    if config.warmup_ratio is not None:
+        return math.ceil(config.warmup_ratio * steps)
+    return min(math.ceil(0.03 * steps), 100)

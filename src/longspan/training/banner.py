@@ -1,0 +1,53 @@
+"""The start-up banner: what will run, in about ten lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from longspan.config.resolve import Run
+from longspan.context_parallel.kernels import select_kernel
+
+
+def banner(run: Run, *, parameters: int, samples: int, held_out: int, steps: int, warmup: int, device: torch.device,
+           local_rows: int, output: Path) -> str:  # fmt: skip
+    """The lines rank 0 prints before the first step.
+
+    Args:
+        parameters: of the whole model, vocabulary padding included.
+        samples, held_out: sequences an epoch, and of an evaluation.
+        local_rows: tokens of a sequence on one rank, padding included.
+    """
+    c, sizes = run.config, run.sizes
+    dtype = torch.bfloat16 if c.bf16 is True else getattr(torch, c.params_dtype)
+    model = run.transformer_config()
+    kernel = select_kernel(device, dtype, model.kv_channels, c.attention_backend)
+    tokens = run.global_batch_size * c.sequence_len
+    layout = "zigzag" if c.cp_layout == "auto" else c.cp_layout
+    moves = c.cp_comm_type if isinstance(c.cp_comm_type, str) else "/".join(c.cp_comm_type)
+    epochs = steps * run.global_batch_size / samples
+    on = {True: "on", False: "off"}
+    rows = {
+        "model": f"{parameters / 1e6:,.1f}M parameters: {model.num_layers} layers, hidden {model.hidden_size}, "
+        f"{model.num_attention_heads} heads ({model.num_query_groups} key/value), vocabulary {c.vocab_size}",
+        "mesh": f"{sizes.equation()} processes on {device.type}",
+        "batch": f"micro {run.micro_batch_size} x accumulation {run.accumulation} x dp {sizes.dp} = "
+        f"{run.global_batch_size} sequences = {tokens:,} tokens a step",
+        "sequence": f"{c.sequence_len:,} tokens, {local_rows:,} on each of {sizes.cp} context parallel ranks "
+        f"({layout}, {moves}); sequence parallelism {on[run.sequence_parallel]}; "
+        + ("documents packed and kept apart" if c.sample_packing else "one stream of documents"),
+        "attention": f"{kernel.name} ({'chosen for' if c.attention_backend == 'auto' else 'asked for'} "
+        f"{device.type}, {str(dtype).removeprefix('torch.')})",
+        "precision": f"compute {str(dtype).removeprefix('torch.')}, weights and optimizer {c.params_dtype}; "
+        f"recompute {run.recompute}",
+        "steps": f"{steps} ({epochs:.2f} epochs of {samples} sequences), {warmup} of warm-up, "
+        f"{c.lr_scheduler} from {c.learning_rate:g}",
+        "loss": "mean over all valid tokens of the global batch, at every layout"
+        + (f"; {held_out} sequences held out" if held_out else ""),
+        "output": f"{output}: metrics.jsonl, config.yaml"
+        + (", tensorboard/" if c.use_tensorboard else "")
+        + (", checkpoints/" if c.save_last or c.save_steps else ""),
+    }
+    width = max(map(len, rows))
+    return "\n".join(["longspan", *(f"  {name:<{width}}  {text}" for name, text in rows.items())])

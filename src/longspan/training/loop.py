@@ -1,0 +1,243 @@
+"""The trainer: one loop, the same at every layout.
+
+A step, on every rank:
+
+    micro-batches -> count of valid tokens (summed over dp)
+    each micro-batch: shard by the layout -> model -> sum of losses / global count -> backward
+    gradient norm over all axes -> clip -> AdamW
+
+Each rank's loss is its share of the global mean already, and gradients are summed (not
+averaged) by FSDP, so the loss and its gradient are those of one process (invariant I1).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.config.resolve import Run, training_steps, warmup_steps
+from longspan.context_parallel import SequenceLayout
+from longspan.data import Batch, IndexedDataset, Prefetcher, TokenDataset
+from longspan.errors import UserError
+from longspan.mesh.mesh import ParallelMesh
+from longspan.models import GPTModel
+from longspan.parallelize import gradient_norm, parallelize
+from longspan.training import checkpoint
+from longspan.training.metrics import Metrics, peak_memory_gib
+from longspan.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+from longspan.training.progress import Progress
+
+
+def open_datasets(run: Run) -> tuple[TokenDataset, TokenDataset | None]:
+    """The training set and the held-out set (None without one) of a prepared config."""
+    config = run.config
+    sources = [IndexedDataset(source.prepared or source.path) for source in config.datasets]
+
+    def split(name: str) -> TokenDataset:
+        return TokenDataset(
+            sources,
+            config.sequence_len,
+            config.seed,
+            sample_packing=config.sample_packing,
+            split=name,
+            val_set_size=config.val_set_size,
+        )
+
+    return split("train"), split("validation") if config.val_set_size > 0 else None
+
+
+class Trainer:
+    """A model, its optimizer and its data on this rank of a mesh.
+
+    Args:
+        run: the resolved config, with ``vocab_size`` filled in.
+        device: where this rank computes.
+        metrics: where records go; rank 0 has sinks.
+    """
+
+    run: Run
+    mesh: ParallelMesh
+    model: GPTModel
+    optimizer: torch.optim.AdamW
+    step: int  # optimizer steps done
+    steps: int  # optimizer steps in all
+    tokens: int  # valid tokens trained on so far
+
+    def __init__(self, run: Run, device: torch.device, metrics: Metrics | None = None):
+        config = run.config
+        self.run, self.device, self.metrics = run, device, metrics or Metrics([])
+        self.train_data, self.valid_data = open_datasets(run)
+        self.steps = training_steps(run, len(self.train_data))
+        self.warmup = warmup_steps(config, self.steps)
+        self.step = self.tokens = 0
+
+        self.mesh = ParallelMesh.build(run.sizes, device.type)
+        self.groups = self.mesh.groups
+        self.dtype = getattr(torch, config.params_dtype)
+        self.compute_dtype = torch.bfloat16 if config.bf16 is True else None
+        assert config.vocab_size is not None
+        with torch.device("meta"):
+            model = GPTModel(
+                run.transformer_config(self.dtype), config.vocab_size, config.sequence_len, pg_collection=self.groups
+            )
+        self.model = parallelize(
+            model,
+            self.mesh,
+            seed=config.seed,
+            device=device,
+            compute_dtype=self.compute_dtype,
+            recompute=run.recompute,
+            reshard_after_forward=config.reshard_after_forward,
+        )
+        self.optimizer = make_optimizer(self.model, config)
+        self.cp_rank = dist.get_rank(self.groups.cp)
+        self.dp_rank = dist.get_rank(self.groups.dp)
+        self._plain_layout = lru_cache(maxsize=4)(self._make_layout)
+
+    # --- one micro-batch ------------------------------------------------------------------
+
+    def _make_layout(self, total: int, cu_seqlens=None) -> SequenceLayout:
+        kind = "zigzag" if self.run.config.cp_layout == "auto" else self.run.config.cp_layout
+        multiple = self.run.sizes.tp if self.run.sequence_parallel else 1
+        make = getattr(SequenceLayout, kind)
+        return make(total, self.run.sizes.cp, cu_seqlens=cu_seqlens, multiple_of=multiple)
+
+    def local_rows(self) -> int:
+        """Tokens of a sequence on one rank, padding included."""
+        return self._make_layout(self.run.config.sequence_len).local_length
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """The summed loss of this rank's tokens of a micro-batch."""
+        tokens, labels = batch.tokens, batch.labels
+        vocab = self.run.config.vocab_size
+        if int(tokens.max()) >= vocab:
+            raise UserError(
+                f"the data holds token {int(tokens.max())}, but vocab_size is {vocab}. It was made with another tokenizer: "
+                "give that tokenizer (tokenizer_config), or its vocab_size."
+            )
+        if batch.cu_seqlens is None:
+            layout = self._plain_layout(tokens.shape[1])
+        else:  # all rows as one pack: its documents are kept apart anyway
+            tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
+            layout = self._make_layout(tokens.shape[1], batch.cu_seqlens)
+        tokens = layout.shard(tokens, self.cp_rank, dim=1).to(self.device)
+        labels = layout.shard(labels, self.cp_rank, dim=1, pad_value=-100).to(self.device)
+        return self.model(tokens, labels=labels, layout=layout).sum()
+
+    # --- one step -------------------------------------------------------------------------
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of training step ``step`` (from 0)."""
+        return self.train_data.micro_batches(
+            step,
+            global_batch_size=self.run.global_batch_size,
+            micro_batch_size=self.run.micro_batch_size,
+            dp_rank=self.dp_rank,
+            dp_size=self.run.sizes.dp,
+        )
+
+    def compute_gradients(self, batches: list[Batch]) -> tuple[float, int]:
+        """Forward and backward of a global batch. Returns (loss, valid tokens) of all ranks."""
+        count = torch.tensor(sum(batch.num_valid for batch in batches), dtype=torch.int64)
+        dist.all_reduce(count, group=self.groups.dp)
+        self.model.train()
+        self.optimizer.zero_grad()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i, batch in enumerate(batches):
+            self.model.set_requires_all_reduce(i == len(batches) - 1)  # copies (HSDP) agree once a step
+            loss = self.loss_sum(batch)
+            (loss / count.clamp(min=1).item()).backward()
+            total += loss.detach()
+        dist.all_reduce(total, group=self.groups.dp_cp)
+        return (total / count.clamp(min=1)).item(), int(count)
+
+    def apply_gradients(self) -> tuple[float, float]:
+        """Clips and updates the weights. Returns (gradient norm before clipping, learning rate)."""
+        norm = gradient_norm(self.model)
+        clip_gradients(self.model, norm, self.run.config.max_grad_norm)
+        rate = learning_rate(self.run.config, self.step + 1, self.steps, self.warmup)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.step += 1
+        return norm.item(), rate
+
+    def train_step(self, batches: list[Batch]) -> dict:
+        """One optimizer step; returns its record."""
+        start = time.perf_counter()
+        loss, count = self.compute_gradients(batches)
+        norm, rate = self.apply_gradients()
+        self.tokens += count
+        peak = torch.tensor(peak_memory_gib(self.device), dtype=torch.float64)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        elapsed = time.perf_counter() - start
+        return self.metrics.write(
+            "train",
+            self.step,
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=rate,
+            tokens=self.tokens,
+            step_time=elapsed,
+            tokens_per_second=count / elapsed,
+            peak_memory_gib=peak.item(),
+        )
+
+    # --- the loop -------------------------------------------------------------------------
+
+    def steps_ahead(self) -> Iterator[list[Batch]]:
+        """The micro-batches of each step that is left, read ahead in a thread."""
+        with Prefetcher(self.micro_batches, self.step, self.steps) as ahead:
+            yield from ahead
+
+    def train(self, output: Path, progress: Progress) -> dict:
+        """Runs all steps, evaluating and saving on the way; returns the summary's record."""
+        config = self.run.config
+        begun = time.perf_counter()
+        record = evaluation = None
+        every = config.logging_steps or min(10, max(1, self.steps // 200))
+        for batches in self.steps_ahead():
+            record = self.train_step(batches)
+            last = self.step == self.steps
+            progress.step(record, show=last or self.step == 1 or self.step % every == 0)
+            if self.valid_data is not None and (last or (config.eval_steps and self.step % config.eval_steps == 0)):
+                evaluation = self.evaluate()
+                progress.evaluation(evaluation)
+            if (config.save_last and last) or (config.save_steps and self.step % config.save_steps == 0):
+                progress.saved(checkpoint.save(output / "checkpoints", self.step, self.model, self.optimizer))
+        assert record is not None
+        elapsed = time.perf_counter() - begun
+        return self.metrics.write(
+            "summary",
+            self.step,
+            loss=record["loss"],
+            eval_loss=evaluation["loss"] if evaluation else None,
+            tokens=self.tokens,
+            train_time=elapsed,
+            tokens_per_second=self.tokens / elapsed,
+            peak_memory_gib=record["peak_memory_gib"],
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> dict:
+        """The mean loss over all valid tokens of the held-out set; returns its record."""
+        assert self.valid_data is not None
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, tokens
+        for batch in self.valid_data.evaluation_batches(
+            micro_batch_size=self.run.micro_batch_size,
+            dp_rank=self.dp_rank,
+            dp_size=self.run.sizes.dp,
+            limit=self.run.config.eval_max_samples,
+        ):
+            sums[0] += self.loss_sum(batch)
+            # every context parallel rank sees the batch; one of them counts it
+            sums[1] += batch.num_valid if self.cp_rank == 0 else 0
+        dist.all_reduce(sums, group=self.groups.dp_cp)
+        loss, count = sums.tolist()
+        return self.metrics.write("eval", self.step, loss=loss / max(count, 1), tokens=int(count))

@@ -1,0 +1,90 @@
+"""One record a step, many places it goes to.
+
+``metrics.jsonl`` holds one JSON object a line, ``kind`` in train | eval | summary; TensorBoard
+gets the same numbers. Units: loss in nats a token, step_time in seconds, memory in GiB.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+
+class Sink(Protocol):
+    """Somewhere records go."""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """``metrics.jsonl``: flushed line by line, so that it can be followed while it grows."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoard:
+    """One scalar a number, tagged ``train/loss`` and the like."""
+
+    def __init__(self, folder: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder))
+
+    def write(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if name not in ("kind", "step") and isinstance(value, int | float) and math.isfinite(value):
+                self.writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Metrics:
+    """All sinks as one; on other ranks than the first it has none."""
+
+    def __init__(self, sinks: list[Sink]):
+        self.sinks = sinks
+
+    def write(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
+        record = {"kind": kind, "step": step, **values}
+        for sink in self.sinks:
+            sink.write(record)
+        return record
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+def set_aside(path: Path) -> Path | None:
+    """Renames the file of an earlier run to the next free ``NAME.1``, ``NAME.2`` ...; None if there was none."""
+    if not path.exists():
+        return None
+    number = 1
+    while (kept := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    path.rename(kept)
+    return kept
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has held: the CUDA allocator's, or resident memory on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

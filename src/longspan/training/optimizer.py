@@ -1,0 +1,61 @@
+"""AdamW, the learning rate of a step, and clipping by the one true gradient norm."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from longspan.config.schema import TrainConfig
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay acts on matrices only, not on norms and biases."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=config.optimizer == "adamw_torch_fused",
+    )
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int, warmup: int) -> float:
+    """The learning rate of step ``step`` (from 1) of ``steps``.
+
+    Warm-up rises linearly and reaches the peak at step ``warmup``; then cosine or linear
+    decay reaches ``cosine_min_lr_ratio`` x peak at the last step, and constant stays.
+    """
+    peak = config.learning_rate
+    assert peak is not None
+    if step <= warmup:
+        return peak * step / warmup
+    if config.lr_scheduler == "constant" or steps <= warmup:
+        return peak
+    done = (step - warmup) / (steps - warmup)
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if config.lr_scheduler == "cosine" else 1 - done
+    low = config.cosine_min_lr_ratio
+    return peak * (low + (1 - low) * shape)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, norm: torch.Tensor, max_norm: float) -> None:
+    """Scales all gradients so that the whole gradient's norm is at most ``max_norm`` (0: as they are)."""
+    if max_norm <= 0:
+        return
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters() if p.grad is not None]
+    torch._foreach_mul_(grads, scale.to(grads[0].dtype))

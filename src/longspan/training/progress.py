@@ -1,0 +1,77 @@
+"""What a person sees while a run goes on: a bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+class Progress:
+    """Silent; what the ranks other than the first use."""
+
+    def step(self, record: dict, show: bool) -> None: ...
+
+    def evaluation(self, record: dict) -> None: ...
+
+    def saved(self, folder: Path) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Lines(Progress):
+    """One line a shown step, for logs. Numbers carry their names, so that they can be searched."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def emit(self, text: str) -> None:
+        print(text, flush=True)
+
+    def step(self, record: dict, show: bool) -> None:
+        if show:
+            self.emit(
+                f"step {record['step']}/{self.steps} | loss {record['loss']:.4f} | grad_norm {record['grad_norm']:.3f} | "
+                f"lr {record['learning_rate']:.2e} | {record['tokens_per_second']:,.0f} tokens/s | "
+                f"{record['step_time']:.2f} s | {record['peak_memory_gib']:.2f} GiB"
+            )
+
+    def evaluation(self, record: dict) -> None:
+        self.emit(f"eval at step {record['step']} | loss {record['loss']:.4f} | {record['tokens']:,} tokens")
+
+    def saved(self, folder: Path) -> None:
+        self.emit(f"saved {folder}")
+
+
+class Bar(Lines):
+    """A bar with the time left, and the same lines above it."""
+
+    def __init__(self, steps: int):
+        super().__init__(steps)
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self.bar = RichProgress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self.task = self.bar.add_task("training", total=steps, loss="-")
+        self.bar.start()
+
+    def emit(self, text: str) -> None:
+        self.bar.console.print(text, highlight=False)
+
+    def step(self, record: dict, show: bool) -> None:
+        self.bar.update(self.task, completed=record["step"], loss=f"{record['loss']:.4f}")
+        super().step(record, show)
+
+    def close(self) -> None:
+        self.bar.stop()
+
+
+def make_progress(steps: int) -> Progress:
+    return Bar(steps) if sys.stdout.isatty() else Lines(steps)
