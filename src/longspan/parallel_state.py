@@ -53,7 +53,9 @@ def initialize_model_parallel(
     """
     global _mesh, _virtual_pipeline_rank, _virtual_pipeline_size
     if _mesh is not None:
-        raise RuntimeError("model parallel groups are already initialised; call destroy_model_parallel() first.")
+        raise RuntimeError(
+            "model parallel groups are already initialised; call destroy_model_parallel() first."
+        )
     stages, virtual = pipeline_model_parallel_size, virtual_pipeline_model_parallel_size
     if virtual is not None and (stages < 2 or virtual < 1):
         raise RuntimeError(
@@ -297,9 +299,9 @@ def is_pipeline_first_stage(ignore_virtual: bool = True, check_initialized: bool
 
 
 def is_pipeline_last_stage(ignore_virtual: bool = True, check_initialized: bool = True) -> bool:
-    if not ignore_virtual and _virtual_pipeline_size is not None:
-        if _virtual_pipeline_rank != _virtual_pipeline_size - 1:
-            return False
+    last = (_virtual_pipeline_size or 1) - 1
+    if not ignore_virtual and _virtual_pipeline_rank not in (None, last):
+        return False
     size = _size("pp", check_initialized)
     return size is None or _rank("pp", check_initialized) == size - 1
 

@@ -2,13 +2,13 @@
 
 import math
 
-import pool
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import pool
 from longspan import TransformerConfig, parallel_state
 from longspan.context_parallel import DotProductAttention, SequenceLayout, context_parallel_attention
 from longspan.context_parallel.kernels import KERNELS, merge
@@ -71,7 +71,9 @@ def check(world, cases, tolerance=1e-10):
     results = pool.run(world, distributed, cases)[0]
     for case, got in zip(cases, results):
         _, _, n, m, d, cu, causal = case
-        for name, x, ref in zip(("out", "lse", "dq", "dk", "dv"), got, reference(cu[-1], n, m, d, cu, causal)):
+        for name, x, ref in zip(
+            ("out", "lse", "dq", "dk", "dv"), got, reference(cu[-1], n, m, d, cu, causal)
+        ):
             error = (x - ref).abs().max() / ref.abs().max().clamp_min(1e-300)
             assert error <= tolerance, f"{name} of {case} on {world} ranks: {error:.1e}"
 
@@ -189,7 +191,7 @@ def test_refuses_what_it_cannot_do():
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", ["cpu-flash", "math"])
 def test_kernel_equals_dense(name, causal):
-    t = 1500 if name == "math" else 150  # math goes through the rows in blocks of 1024
+    t = 1500 if name == "math" else 150  # math goes through the rows in blocks of 256
     q, k, v, dout = inputs(t, 4, 2, 8)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, lse = dense(*leaves, (0, t), causal)
@@ -205,7 +207,10 @@ def test_kernel_equals_dense(name, causal):
 
 
 def test_merge_guards_rows_without_keys():
-    out, lse = torch.zeros(2, 1, 1, 3, dtype=torch.float64), torch.full((1, 1, 2), float("-inf"), dtype=torch.float64)
+    out, lse = (
+        torch.zeros(2, 1, 1, 3, dtype=torch.float64),
+        torch.full((1, 1, 2), float("-inf"), dtype=torch.float64),
+    )
     merge(out, lse, torch.ones_like(out), lse.clone())
     assert (out == 0).all()
     assert (lse == float("-inf")).all()
@@ -218,7 +223,9 @@ def bf16_error():
     cu = (0, 700, 1000)
     layout = SequenceLayout.zigzag(1000, dist.get_world_size(), cu_seqlens=cu)
     exact = reference(1000, 4, 2, 16, cu)
-    local = [layout.shard(x, dist.get_rank()).requires_grad_() for x in inputs(1000, 4, 2, 16, torch.bfloat16)]
+    local = [
+        layout.shard(x, dist.get_rank()).requires_grad_() for x in inputs(1000, 4, 2, 16, torch.bfloat16)
+    ]
     group = dist.group.WORLD
     out, lse = context_parallel_attention(*local[:3], group=group, layout=layout)
     grads = torch.autograd.grad(out, local[:3], local[3].detach())

@@ -94,7 +94,9 @@ def test_tiles_cover_each_visible_pair_exactly_once(lengths, ranks, causal, all_
 def test_both_ends_of_a_message_agree(lengths, ranks, all_at_once):
     for layout in layouts(lengths, ranks):
         schedules = [Schedule.of(layout, r, all_at_once=all_at_once) for r in range(ranks)]
-        sent = {(r, m.peer): m.ranges for r, s in enumerate(schedules) for step in s.steps for m in step.sends}
+        sent = {
+            (r, m.peer): m.ranges for r, s in enumerate(schedules) for step in s.steps for m in step.sends
+        }
         received = {
             (m.peer, r): m.ranges for r, s in enumerate(schedules) for step in s.steps for m in step.receives
         }

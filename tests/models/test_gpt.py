@@ -1,14 +1,14 @@
 """The whole model at every layout against one process, and one process against plain PyTorch. fp64."""
 
-import pool
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import pool
 from longspan import TransformerConfig
-from longspan.context_parallel import SequenceLayout
 from longspan.config.parallel import MeshSizes
+from longspan.context_parallel import SequenceLayout
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
 from longspan.parallelize import gradient_norm, init_weights, parallelize
@@ -61,11 +61,14 @@ def gradients(sizes, kind, options, layout_kind="zigzag"):
     )
     rank = dist.get_rank(mesh.groups.cp)
     count = (labels != -100).sum() * sizes.dp  # every data parallel rank takes the same sample here
-    loss = model(
-        layout.shard(tokens, rank, dim=1),
-        labels=layout.shard(labels, rank, dim=1, pad_value=-100),
-        layout=layout,
-    ).sum() / count
+    loss = (
+        model(
+            layout.shard(tokens, rank, dim=1),
+            labels=layout.shard(labels, rank, dim=1, pad_value=-100),
+            layout=layout,
+        ).sum()
+        / count
+    )
     loss.backward()
     norm = gradient_norm(model)
     total = loss.detach().clone()
@@ -118,7 +121,12 @@ def test_every_layout_computes_the_loss_and_gradients_of_one_process(name, kind)
         {"sequence_parallel": True, "share_embeddings_and_output_weights": True},
         {"cp_comm_type": "all_gather"},
         {"cp_comm_type": ["p2p", "all_gather"]},
-        {"normalization": "LayerNorm", "add_bias_linear": True, "gated_linear_unit": False, "sequence_parallel": True},
+        {
+            "normalization": "LayerNorm",
+            "add_bias_linear": True,
+            "gated_linear_unit": False,
+            "sequence_parallel": True,
+        },
         {"layernorm_zero_centered_gamma": True, "activation_func": "gelu"},
         {"recompute": "full", "sequence_parallel": True},
         {"recompute": "selective"},
@@ -162,7 +170,8 @@ def plain_llama(weights, tokens, cu, config):
             w = {k.split(f"layers.{i}.")[1]: v for k, v in weights.items() if f"layers.{i}." in k}
             y = rms(x, w["input_layernorm.weight"])
             q, k, v = (
-                (y @ w[f"self_attention.linear_{name}.weight"].T).view(len(y), -1, d).transpose(0, 1) for name in "qkv"
+                (y @ w[f"self_attention.linear_{name}.weight"].T).view(len(y), -1, d).transpose(0, 1)
+                for name in "qkv"
             )
             q, k = turn(q), turn(k)
             k, v = (z.repeat_interleave(q.shape[0] // z.shape[0], 0) for z in (k, v))

@@ -19,7 +19,16 @@ def run(arguments: Sequence[str]) -> int:
     import torch
 
     rows = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("longspan", "torch", "numpy", "pydantic", "tokenizers", "safetensors", "transformers", "flash-attn"):
+    for package in (
+        "longspan",
+        "torch",
+        "numpy",
+        "pydantic",
+        "tokenizers",
+        "safetensors",
+        "transformers",
+        "flash-attn",
+    ):
         try:
             rows[package] = version(package)
         except PackageNotFoundError:

@@ -54,7 +54,9 @@ def read_launch(taken: dict[str, str], torchrun_arguments: list[str], problems: 
     processes = number(taken, "--num-processes", problems)
     launcher = taken.get("--launcher", "torchrun")
     if launcher != "torchrun":
-        problems.append(f"--launcher {launcher!r}: torchrun is the one there is.{did_you_mean(launcher, ['torchrun'])}")
+        problems.append(
+            f"--launcher {launcher!r}: torchrun is the one there is.{did_you_mean(launcher, ['torchrun'])}"
+        )
     if machines > 1 and "--main-process-ip" not in taken:
         problems.append(f"--num-machines {machines} needs --main-process-ip: the address of machine 0.")
     if rank >= machines:
@@ -63,7 +65,9 @@ def read_launch(taken: dict[str, str], torchrun_arguments: list[str], problems: 
         problems.append(f"--num-processes {processes} does not divide by --num-machines {machines}.")
     if torchrun_arguments and "--launcher" not in taken:
         problems.append("what follows -- is for torchrun: add --launcher torchrun, or leave it out.")
-    return Launch(processes, machines, rank, taken.get("--main-process-ip", "127.0.0.1"), port, torchrun_arguments)
+    return Launch(
+        processes, machines, rank, taken.get("--main-process-ip", "127.0.0.1"), port, torchrun_arguments
+    )
 
 
 def choose_device(config: TrainConfig, launch: Launch) -> tuple[str, int]:
@@ -88,7 +92,11 @@ def choose_device(config: TrainConfig, launch: Launch) -> tuple[str, int]:
             f"device: cuda asks for {local or 1} GPUs on this machine and there are {gpus}. Use fewer processes, or "
             "device: cpu."
         )
-    if gpus and (local is None or local <= gpus) and (local is not None or processes_asked_for(config) <= gpus):
+    if (
+        gpus
+        and (local is None or local <= gpus)
+        and (local is not None or processes_asked_for(config) <= gpus)
+    ):
         return "cuda", asked or gpus * launch.machines
     return "cpu", asked or processes_asked_for(config)
 
@@ -122,6 +130,9 @@ def start(launch: Launch, processes: int, arguments: Sequence[str], device: str)
         elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(f"longspan: rank {rank} failed with exit code {failure.exitcode}; its own message is above.", file=sys.stderr)
+        print(
+            f"longspan: rank {rank} failed with exit code {failure.exitcode}; its own message is above.",
+            file=sys.stderr,
+        )
         return 2 if failure.exitcode == 2 else 1
     return 0

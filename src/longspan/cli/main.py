@@ -26,7 +26,12 @@ Exit codes: 0 success, 1 a negative answer or a failed run, 2 a mistake in what 
 
 
 def usage() -> str:
-    lines = [f"longspan {__version__}: train large language models on long context", "", "usage: longspan COMMAND ...", ""]
+    lines = [
+        f"longspan {__version__}: train large language models on long context",
+        "",
+        "usage: longspan COMMAND ...",
+        "",
+    ]
     lines += [f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join([*lines, "", EPILOG])
 
@@ -43,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments.pop(0)
     try:
         if name not in COMMANDS:
-            raise UserError(f"{name!r} is no command of longspan.{did_you_mean(name, COMMANDS)} See longspan --help.")
+            raise UserError(
+                f"{name!r} is no command of longspan.{did_you_mean(name, COMMANDS)} See longspan --help."
+            )
         return importlib.import_module(COMMANDS[name][0]).run(arguments)
     except UserError as error:
         report(error)

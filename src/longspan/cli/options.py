@@ -9,7 +9,9 @@ from longspan.config.schema import GROUPS, TrainConfig, keys
 from longspan.errors import UserError
 
 
-def take_options(arguments: Sequence[str], takes_value: dict[str, bool]) -> tuple[dict[str, str], list[str], list[str]]:
+def take_options(
+    arguments: Sequence[str], takes_value: dict[str, bool]
+) -> tuple[dict[str, str], list[str], list[str]]:
     """Takes a command's own options out of the arguments.
 
     Args:
@@ -53,7 +55,9 @@ def read_config(
     overrides, rest, more = parse_overrides(arguments, other_options)
     problems = [*problems, *more]
     if not rest:
-        raise UserError([*problems, f"longspan {command} needs a config file: longspan {command} CONFIG.yaml"])
+        raise UserError(
+            [*problems, f"longspan {command} needs a config file: longspan {command} CONFIG.yaml"]
+        )
     problems += [f"{argument!r}: unexpected argument after the config file." for argument in rest[1:]]
     try:
         values = read_yaml(rest[0])

@@ -95,7 +95,11 @@ class Counter:
         self.seen = documents, tokens
         if self.live and time.monotonic() - self.last > 0.1:
             self.last = time.monotonic()
-            print(f"\rtokenising {self.what}: {documents:,} documents, {tokens:,} tokens", end="", file=sys.stderr)
+            print(
+                f"\rtokenising {self.what}: {documents:,} documents, {tokens:,} tokens",
+                end="",
+                file=sys.stderr,
+            )
 
     def __enter__(self) -> Counter:
         return self
@@ -104,7 +108,8 @@ class Counter:
         if self.seen[0]:
             start = "\r" if self.live else ""
             print(
-                f"{start}tokenised {self.what}: {self.seen[0]:,} documents, {self.seen[1]:,} tokens", file=sys.stderr
+                f"{start}tokenised {self.what}: {self.seen[0]:,} documents, {self.seen[1]:,} tokens",
+                file=sys.stderr,
             )
 
 
@@ -127,7 +132,12 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
     from longspan.data import IndexedDataset, load_tokenizer, prepare_dataset
 
     folder, train_size = config.tokenizer_config, config.tokenizer_train_vocab_size
-    if folder is None and train_size is None and config.base_model and (Path(config.base_model) / "tokenizer.json").is_file():
+    if (
+        folder is None
+        and train_size is None
+        and config.base_model
+        and (Path(config.base_model) / "tokenizer.json").is_file()
+    ):
         folder = config.base_model
     sources = []
     for source in config.datasets:
@@ -164,7 +174,14 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
             )
         vocab = vocab or size
     if vocab is None:
-        raise UserError("vocab_size: missing. The datasets are tokenised already and there is no tokenizer to ask.")
+        raise UserError(
+            "vocab_size: missing. The datasets are tokenised already and there is no tokenizer to ask."
+        )
     return config.model_copy(
-        update={"datasets": sources, "tokenizer_config": folder, "tokenizer_train_vocab_size": None, "vocab_size": vocab}
+        update={
+            "datasets": sources,
+            "tokenizer_config": folder,
+            "tokenizer_train_vocab_size": None,
+            "vocab_size": vocab,
+        }
     )

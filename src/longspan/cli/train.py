@@ -97,7 +97,9 @@ def write_config(config, output: Path) -> None:
     try:
         write_atomically(output / "config.yaml", to_yaml(config))
     except OSError as error:
-        raise UserError(f"output_dir {output}: cannot write there ({error.strerror}). Choose another output_dir.") from None
+        raise UserError(
+            f"output_dir {output}: cannot write there ({error.strerror}). Choose another output_dir."
+        ) from None
 
 
 def join(resolved: Run, device_type: str) -> int:
@@ -217,7 +219,11 @@ def quiet_logs() -> None:
     import logging
     import warnings
 
-    for name in ("torch.distributed.tensor._redistribute", "torch.distributed.device_mesh", "torch.distributed.fsdp"):
+    for name in (
+        "torch.distributed.tensor._redistribute",
+        "torch.distributed.device_mesh",
+        "torch.distributed.fsdp",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")

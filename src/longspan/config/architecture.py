@@ -51,7 +51,9 @@ def architecture_of(base_model: str) -> dict[str, Any]:
         )
     for flag in ("attention_bias", "mlp_bias"):
         if data.get(flag):
-            raise UserError(f"base_model: {path} sets {flag}; Llama models with biases are not supported yet.")
+            raise UserError(
+                f"base_model: {path} sets {flag}; Llama models with biases are not supported yet."
+            )
     found = {ours: data[theirs] for theirs, ours in _KEYS.items() if data.get(theirs) is not None}
     nested = data.get("rope_parameters") or {}  # transformers 5 keeps both in one place
     if "rope_theta" in nested:

@@ -31,7 +31,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file in UTF-8.") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path} holds {type(data).__name__}, not a mapping of keys to values ('key: value').")
+        raise UserError(
+            f"{path} holds {type(data).__name__}, not a mapping of keys to values ('key: value')."
+        )
     return data
 
 
@@ -163,15 +165,25 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
             lines[place] = f"{place}: missing."
             continue
         rule = e["msg"].replace("Input should be", "must be").replace("Value error, ", "")
-        found = e["input"] if len(e["loc"]) == 1 else values.get(top) if isinstance(e["loc"][1], str) else e["input"]
+        found = (
+            e["input"]
+            if len(e["loc"]) == 1
+            else values.get(top)
+            if isinstance(e["loc"][1], str)
+            else e["input"]
+        )
         base = top if top != "datasets" else place
         hint = ""
         if e["type"] == "literal_error" and isinstance(found, str):
-            choices = str(e.get("ctx", {}).get("expected", "")).replace("'", "").replace(" or ", ", ").split(", ")
+            choices = (
+                str(e.get("ctx", {}).get("expected", "")).replace("'", "").replace(" or ", ", ").split(", ")
+            )
             hint = did_you_mean(found, choices)
         if base in lines:  # one line for all members of a union
-            lines[base] = lines[base].replace(".", f", or {rule.removeprefix('must be ')}.", 1) if not hint else (
-                lines[base] + hint
+            lines[base] = (
+                lines[base].replace(".", f", or {rule.removeprefix('must be ')}.", 1)
+                if not hint
+                else (lines[base] + hint)
             )
         else:
             lines[base] = f"{base}: {found!r} {rule}.{hint}"

@@ -81,7 +81,11 @@ class ModelParallelConfig:
         sizes = self.hierarchical_context_parallel_sizes
         if sizes is not None:
             object.__setattr__(self, "hierarchical_context_parallel_sizes", tuple(sizes))
-            if math.prod(sizes) != self.context_parallel_size or min(sizes, default=1) < 1:
+            if any(size < 1 for size in sizes):
+                raise ValueError(
+                    f"hierarchical_context_parallel_sizes {list(sizes)}: the size of a level is at least 1."
+                )
+            if math.prod(sizes) != self.context_parallel_size:
                 raise ValueError(
                     f"hierarchical_context_parallel_sizes {list(sizes)}: their product is {math.prod(sizes)}, "
                     f"context_parallel_size is {self.context_parallel_size}. The two must be equal."
@@ -101,9 +105,9 @@ class TransformerConfig(ModelParallelConfig):
     num_layers: int
     hidden_size: int
     num_attention_heads: int
-    num_query_groups: int | None = None
-    kv_channels: int | None = None
-    ffn_hidden_size: int | None = None
+    num_query_groups: int = None  # type: ignore[assignment]  # filled in below
+    kv_channels: int = None  # type: ignore[assignment]
+    ffn_hidden_size: int = None  # type: ignore[assignment]
     normalization: str = "LayerNorm"
     layernorm_epsilon: float = 1e-5
     layernorm_zero_centered_gamma: bool = False

@@ -145,7 +145,9 @@ def resolve(
     messages = list(earlier) + [text for fields, text in found if not bad.intersection(fields)]
     if messages:
         raise UserError(messages)
-    return Run(config, sizes, micro, accumulation, total, sequence_parallel and sizes.tp > 1, _recompute(config))
+    return Run(
+        config, sizes, micro, accumulation, total, sequence_parallel and sizes.tp > 1, _recompute(config)
+    )
 
 
 def _sizes(config: TrainConfig, world: int, found: list[Problem]) -> MeshSizes:
@@ -213,10 +215,15 @@ def _batch(config: TrainConfig, dp: int, found: list[Problem]) -> tuple[int, int
 
 def _required(config: TrainConfig, found: list[Problem]) -> None:
     if config.base_model is None:
-        missing = [k for k in ("num_layers", "hidden_size", "num_attention_heads") if getattr(config, k) is None]
+        missing = [
+            k for k in ("num_layers", "hidden_size", "num_attention_heads") if getattr(config, k) is None
+        ]
         if missing:
             found.append(
-                (tuple(missing), f"{', '.join(missing)}: missing. Give the architecture, or base_model: a folder that has it.")
+                (
+                    tuple(missing),
+                    f"{', '.join(missing)}: missing. Give the architecture, or base_model: a folder that has it.",
+                )
             )
     if config.learning_rate is None:
         found.append((("learning_rate",), "learning_rate: missing. A number such as 3e-4."))
@@ -227,7 +234,9 @@ def _required(config: TrainConfig, found: list[Problem]) -> None:
 def _not_yet(config: TrainConfig, found: list[Problem]) -> None:
     for name, what in (("pipeline_parallel_size", "pipeline"), ("expert_parallel_size", "expert")):
         if getattr(config, name) > 1:
-            found.append(((name,), f"{name} {getattr(config, name)}: {what} parallelism is not supported yet. Use 1."))
+            found.append(
+                ((name,), f"{name} {getattr(config, name)}: {what} parallelism is not supported yet. Use 1.")
+            )
     types = [config.cp_comm_type] if isinstance(config.cp_comm_type, str) else config.cp_comm_type
     if config.context_parallel_size > 1:
         for given in types:
@@ -242,10 +251,15 @@ def _not_yet(config: TrainConfig, found: list[Problem]) -> None:
 
 def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
     if config.warmup_steps is not None and config.warmup_ratio is not None:
-        found.append((("warmup_steps", "warmup_ratio"), "warmup_steps and warmup_ratio are both given. Keep one."))
+        found.append(
+            (("warmup_steps", "warmup_ratio"), "warmup_steps and warmup_ratio are both given. Keep one.")
+        )
     if config.eval_steps is not None and config.val_set_size == 0:
         found.append(
-            (("eval_steps", "val_set_size"), "eval_steps is given but val_set_size is 0. Hold documents out, e.g. val_set_size: 0.02.")
+            (
+                ("eval_steps", "val_set_size"),
+                "eval_steps is given but val_set_size is 0. Hold documents out, e.g. val_set_size: 0.02.",
+            )
         )
     if config.tokenizer_config is not None and config.tokenizer_train_vocab_size is not None:
         found.append(
@@ -255,7 +269,9 @@ def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
             )
         )
     if config.bf16 is True and config.params_dtype == "float64":
-        found.append((("bf16", "params_dtype"), "bf16: true with params_dtype: float64. Use float32, or bf16: false."))
+        found.append(
+            (("bf16", "params_dtype"), "bf16: true with params_dtype: float64. Use float32, or bf16: false.")
+        )
     if config.sequence_parallel and config.tensor_parallel_size == 1:
         found.append(
             (
@@ -268,7 +284,8 @@ def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
 def _model_problems(config: TrainConfig) -> list[Problem]:
     """TransformerConfig's own rules, all at once and by our key names."""
     heads, hidden = config.num_attention_heads, config.hidden_size
-    assert heads and hidden
+    assert heads is not None
+    assert hidden is not None
     if config.kv_channels is None and hidden % heads:
         return [
             (

@@ -97,7 +97,11 @@ class TrainConfig(BaseModel):
         None, "Key/value heads (GQA); default: as many as query heads.", group="model", unit="heads", gt=0
     )
     kv_channels: int | None = key(
-        None, "Size of a head; default: hidden_size / num_attention_heads.", group="model", unit="features", gt=0
+        None,
+        "Size of a head; default: hidden_size / num_attention_heads.",
+        group="model",
+        unit="features",
+        gt=0,
     )
     ffn_hidden_size: int | None = key(
         None, "Size of the MLP; default: 4 x hidden_size.", group="model", unit="features", gt=0
@@ -109,7 +113,9 @@ class TrainConfig(BaseModel):
         unit="tokens",
         gt=0,
     )
-    layernorm_epsilon: float = key(1e-5, "Added to the variance in norms.", group="model", flag="--norm-epsilon", gt=0)
+    layernorm_epsilon: float = key(
+        1e-5, "Added to the variance in norms.", group="model", flag="--norm-epsilon", gt=0
+    )
     rotary_base: float = key(10000.0, "Base of the rotary frequencies (rope_theta).", group="model", gt=0)
     rope_scaling: dict[str, Any] | None = key(
         None, "Hugging Face's rope_scaling: {rope_type: linear | llama3, factor: ...}.", group="model"
@@ -142,7 +148,9 @@ class TrainConfig(BaseModel):
         unit="tokens",
         ge=257,
     )
-    sequence_len: int = key(4096, "Length of a training sequence.", group="data", unit="tokens", flag="--seq-length", gt=0)
+    sequence_len: int = key(
+        4096, "Length of a training sequence.", group="data", unit="tokens", flag="--seq-length", gt=0
+    )
     sample_packing: bool = key(
         True,
         "Pack whole documents into sequences and keep them apart in attention; false: one stream, cut every "
@@ -160,14 +168,26 @@ class TrainConfig(BaseModel):
 
     # --- parallelism ----------------------------------------------------------------------
     tensor_parallel_size: int = key(
-        1, "Ranks that share each weight.", group="parallelism", unit="ranks", flag="--tensor-model-parallel-size", ge=1
+        1,
+        "Ranks that share each weight.",
+        group="parallelism",
+        unit="ranks",
+        flag="--tensor-model-parallel-size",
+        ge=1,
     )
-    context_parallel_size: int = key(1, "Ranks that share each sequence.", group="parallelism", unit="ranks", ge=1)
+    context_parallel_size: int = key(
+        1, "Ranks that share each sequence.", group="parallelism", unit="ranks", ge=1
+    )
     pipeline_parallel_size: int = key(
         1, "Stages of layers.", group="parallelism", unit="ranks", flag="--pipeline-model-parallel-size", ge=1
     )
     expert_parallel_size: int = key(
-        1, "Ranks that share the experts.", group="parallelism", unit="ranks", flag="--expert-model-parallel-size", ge=1
+        1,
+        "Ranks that share the experts.",
+        group="parallelism",
+        unit="ranks",
+        flag="--expert-model-parallel-size",
+        ge=1,
     )
     dp_shard_size: int | None = key(
         None,
@@ -186,7 +206,8 @@ class TrainConfig(BaseModel):
         megatron_default=False,
     )
     cp_comm_type: str | list[str] = key(
-        "p2p", "How keys reach queries: p2p (step by step) or all_gather (all at once); a list is cycled over layers.",
+        "p2p",
+        "How keys reach queries: p2p (step by step) or all_gather (all at once); a list is cycled over layers.",
         group="parallelism",
     )
     cp_layout: Literal["auto", "contiguous", "zigzag"] = key(
@@ -195,11 +216,18 @@ class TrainConfig(BaseModel):
 
     # --- batch and schedule ---------------------------------------------------------------
     micro_batch_size: int | None = key(
-        None, "Sequences a data parallel rank takes at a time; default 1.", group="batch and schedule",
-        unit="sequences", ge=1,
+        None,
+        "Sequences a data parallel rank takes at a time; default 1.",
+        group="batch and schedule",
+        unit="sequences",
+        ge=1,
     )
     gradient_accumulation_steps: int | None = key(
-        None, "Micro-batches a rank takes a step; default 1.", group="batch and schedule", unit="micro-batches", ge=1
+        None,
+        "Micro-batches a rank takes a step; default 1.",
+        group="batch and schedule",
+        unit="micro-batches",
+        ge=1,
     )
     global_batch_size: int | None = key(
         None,
@@ -209,25 +237,48 @@ class TrainConfig(BaseModel):
         aliases=("batch_size",),
         ge=1,
     )
-    num_epochs: float = key(1.0, "Passes over the data, unless max_steps is set.", group="batch and schedule", unit="epochs", gt=0)
+    num_epochs: float = key(
+        1.0, "Passes over the data, unless max_steps is set.", group="batch and schedule", unit="epochs", gt=0
+    )
     max_steps: int | None = key(
-        None, "Optimizer steps; wins over num_epochs.", group="batch and schedule", unit="steps", flag="--train-iters", gt=0
+        None,
+        "Optimizer steps; wins over num_epochs.",
+        group="batch and schedule",
+        unit="steps",
+        flag="--train-iters",
+        gt=0,
     )
     lr_scheduler: Literal["cosine", "linear", "constant"] = key(
-        "cosine", "Shape of the learning rate after warm-up.", group="batch and schedule", flag="--lr-decay-style",
+        "cosine",
+        "Shape of the learning rate after warm-up.",
+        group="batch and schedule",
+        flag="--lr-decay-style",
         megatron_default="linear",
     )
     warmup_steps: int | None = key(
-        None, "Steps of linear warm-up; default: 3 % of the steps, at most 100.", group="batch and schedule",
-        unit="steps", flag="--lr-warmup-iters", ge=0,
+        None,
+        "Steps of linear warm-up; default: 3 % of the steps, at most 100.",
+        group="batch and schedule",
+        unit="steps",
+        flag="--lr-warmup-iters",
+        ge=0,
     )
     warmup_ratio: float | None = key(
-        None, "Warm-up as a share of the steps.", group="batch and schedule", unit="share",
-        flag="--lr-warmup-fraction", ge=0, le=1,
+        None,
+        "Warm-up as a share of the steps.",
+        group="batch and schedule",
+        unit="share",
+        flag="--lr-warmup-fraction",
+        ge=0,
+        le=1,
     )
     cosine_min_lr_ratio: float = key(
-        0.0, "Learning rate at the end as a share of its peak (cosine and linear).", group="batch and schedule",
-        unit="share", ge=0, le=1,
+        0.0,
+        "Learning rate at the end as a share of its peak (cosine and linear).",
+        group="batch and schedule",
+        unit="share",
+        ge=0,
+        le=1,
     )
     seed: int = key(
         42, "Of initial weights and data order.", group="batch and schedule", megatron_default=1234, ge=0
@@ -245,12 +296,18 @@ class TrainConfig(BaseModel):
     adam_beta2: float = key(0.999, "AdamW's beta 2.", group="optimizer", ge=0, lt=1)
     adam_epsilon: float = key(1e-8, "AdamW's epsilon.", group="optimizer", flag="--adam-eps", ge=0)
     max_grad_norm: float = key(
-        1.0, "Gradients are scaled down to this norm; 0 switches clipping off.", group="optimizer", flag="--clip-grad", ge=0
+        1.0,
+        "Gradients are scaled down to this norm; 0 switches clipping off.",
+        group="optimizer",
+        flag="--clip-grad",
+        ge=0,
     )
 
     # --- precision and memory -------------------------------------------------------------
     device: Literal["auto", "cpu", "cuda"] = key(
-        "auto", "auto takes CUDA where there are as many GPUs as local processes.", group="precision and memory"
+        "auto",
+        "auto takes CUDA where there are as many GPUs as local processes.",
+        group="precision and memory",
     )
     bf16: Literal["auto"] | bool = key(
         "auto",
@@ -275,22 +332,39 @@ class TrainConfig(BaseModel):
     )
 
     # --- logging, evaluation, saving ------------------------------------------------------
-    output_dir: str = key("./model-out", "Where a run writes.", group="logging, evaluation, saving", flag="--save")
+    output_dir: str = key(
+        "./model-out", "Where a run writes.", group="logging, evaluation, saving", flag="--save"
+    )
     logging_steps: int | None = key(
-        None, "Print a line every so many steps; default: 0.5 % of the steps, from 1 to 10.",
-        group="logging, evaluation, saving", unit="steps", flag="--log-interval", ge=1,
+        None,
+        "Print a line every so many steps; default: 0.5 % of the steps, from 1 to 10.",
+        group="logging, evaluation, saving",
+        unit="steps",
+        flag="--log-interval",
+        ge=1,
     )
     eval_steps: int | None = key(
-        None, "Evaluate every so many steps, and at the end; default: at the end, if documents are held out.",
-        group="logging, evaluation, saving", unit="steps", flag="--eval-interval", ge=1,
+        None,
+        "Evaluate every so many steps, and at the end; default: at the end, if documents are held out.",
+        group="logging, evaluation, saving",
+        unit="steps",
+        flag="--eval-interval",
+        ge=1,
     )
     eval_max_samples: int | None = key(
-        None, "Sequences of an evaluation at most; default: all.", group="logging, evaluation, saving",
-        unit="sequences", ge=1,
+        None,
+        "Sequences of an evaluation at most; default: all.",
+        group="logging, evaluation, saving",
+        unit="sequences",
+        ge=1,
     )
     save_steps: int | None = key(
-        None, "Save a checkpoint every so many steps, and at the end; default: at the end.",
-        group="logging, evaluation, saving", unit="steps", flag="--save-interval", ge=1,
+        None,
+        "Save a checkpoint every so many steps, and at the end; default: at the end.",
+        group="logging, evaluation, saving",
+        unit="steps",
+        flag="--save-interval",
+        ge=1,
     )
     save_last: bool = key(True, "Save a checkpoint at the end.", group="logging, evaluation, saving")
     use_tensorboard: bool = key(True, "Write TensorBoard files.", group="logging, evaluation, saving")

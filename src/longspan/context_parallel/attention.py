@@ -82,9 +82,7 @@ def _attend(
     ranks = dist.get_world_size(group)
     comm_type = check_comm_type(cp_comm_type, ranks)
     _check_shapes(q, k, v, layout, ranks)
-    schedule = Schedule.of(
-        layout, dist.get_rank(group), causal=causal, all_at_once=comm_type == "all_gather"
-    )
+    schedule = Schedule.of(layout, dist.get_rank(group), causal=causal, all_at_once=comm_type == "all_gather")
     kernel = select_kernel(q.device, q.dtype, q.shape[-1], backend)
     scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(q.shape[-1])
     return MoveKeys.apply(q, k, v, schedule, group, kernel, scale)
@@ -126,11 +124,15 @@ def context_parallel_attention(
         ValueError: shapes, layout, type or window do not fit; nothing was sent.
     """
     if q.dim() != 3:
-        raise ValueError(f"q has shape {tuple(q.shape)}; one pack is [t, n, d]. Batches go through DotProductAttention.")
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}; one pack is [t, n, d]. Batches go through DotProductAttention."
+        )
     if window is not None:
         raise ValueError(f"window={window}: sliding windows are not supported yet. Use window=None.")
     if deterministic and q.device.type == "cuda":
-        raise ValueError("deterministic=True is not supported on CUDA yet: PyTorch's flash backward uses atomics.")
+        raise ValueError(
+            "deterministic=True is not supported on CUDA yet: PyTorch's flash backward uses atomics."
+        )
     out, lse = _attend(
         q.unsqueeze(1),
         k.unsqueeze(1),

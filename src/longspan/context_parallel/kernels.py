@@ -29,7 +29,9 @@ class Kernel(Protocol):
 
     name: str
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]: ...
 
     def backward(
         self,
@@ -108,10 +110,10 @@ class CudaFlash:
 
 
 class Math:
-    """Plain PyTorch in the input's dtype, at least float32: the reference. Never more than 1024 query rows at once."""
+    """Plain PyTorch in the input's dtype, at least float32: the reference. Never more than 256 query rows at once."""
 
     name = "math"
-    rows = 1024
+    rows = 256
 
     def _scores(self, q, k, start, causal, scale):
         """[b, m, n/m, rows, t] for query rows from ``start``."""
@@ -119,7 +121,9 @@ class Math:
         m, t = k.shape[1], k.shape[2]
         scores = torch.einsum("bgrsd,bgtd->bgrst", q.reshape(b, m, n // m, rows, d), k) * scale
         if causal:
-            hidden = torch.arange(t, device=q.device) > torch.arange(start, start + rows, device=q.device)[:, None]
+            hidden = (
+                torch.arange(t, device=q.device) > torch.arange(start, start + rows, device=q.device)[:, None]
+            )
             scores = scores.masked_fill(hidden, float("-inf"))
         return scores
 

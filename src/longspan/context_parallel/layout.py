@@ -109,7 +109,9 @@ class SequenceLayout:
             edges = _boundaries(cu_seqlens_padded, None)
             padded = [stop - start for start, stop in zip(edges, edges[1:])]
             if len(padded) != len(lengths) or any(p < n for p, n in zip(padded, lengths)):
-                raise ValueError("cu_seqlens_padded must hold the same documents, none shorter than in cu_seqlens.")
+                raise ValueError(
+                    "cu_seqlens_padded must hold the same documents, none shorter than in cu_seqlens."
+                )
             for n in padded:
                 if n % (2 * ranks) and ranks > 1:
                     raise ValueError(
@@ -230,7 +232,9 @@ class SequenceLayout:
         so one loss computed on every rank counts once.
         """
         if local.shape[dim] != self.local_length:
-            raise ValueError(f"tensor has {local.shape[dim]} rows along dim {dim}, a rank holds {self.local_length}.")
+            raise ValueError(
+                f"tensor has {local.shape[dim]} rows along dim {dim}, a rank holds {self.local_length}."
+            )
         gathered = collectives.gather(local, group, dim)
         return gathered.index_select(dim, self._inverse().to(local.device))
 
@@ -284,5 +288,7 @@ def _boundaries(cu_seqlens, total: int | None) -> tuple[int, ...]:
     if any(b < a for a, b in zip(given, given[1:])):
         raise ValueError("cu_seqlens must not fall: it is the running sum of the document lengths.")
     if total is not None and given[-1] != total:
-        raise ValueError(f"cu_seqlens ends at {given[-1]}, the sequence has {total} tokens. The two must be equal.")
+        raise ValueError(
+            f"cu_seqlens ends at {given[-1]}, the sequence has {total} tokens. The two must be equal."
+        )
     return (0, *(b for a, b in zip(given, given[1:]) if b > a))

@@ -29,7 +29,6 @@ import torch
 from longspan.config.model import IGNORE_INDEX
 from longspan.errors import UserError
 
-
 OPEN_PACKS = 256
 """Packs that best-fit chooses from. More would fill rows better by a thousandth and cost time."""
 

@@ -92,7 +92,9 @@ class RankGenerator:
         axes = token.split("-")
         unknown = [axis for axis in axes if axis not in self.sizes]
         if unknown:
-            raise ValueError(f"{token!r}: {unknown[0]!r} is not an axis; the axes are {', '.join(self.sizes)}.")
+            raise ValueError(
+                f"{token!r}: {unknown[0]!r} is not an axis; the axes are {', '.join(self.sizes)}."
+            )
         return grid_groups(self.sizes, axes, self.rank_offset)
 
 

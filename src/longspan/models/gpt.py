@@ -50,7 +50,9 @@ class Norm(TensorParallelModule):
         size = config.hidden_size
         self.epsilon, self.zero_centered = config.layernorm_epsilon, config.layernorm_zero_centered_gamma
         self.weight = self._parameter("weight", (size,), None, 0.0 if self.zero_centered else None)
-        self.bias = self._parameter("bias", (size,), None, 0.0) if config.normalization == "LayerNorm" else None
+        self.bias = (
+            self._parameter("bias", (size,), None, 0.0) if config.normalization == "LayerNorm" else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.replicated(self.weight)
@@ -110,7 +112,9 @@ class MLP(nn.Module):
         kwargs = {"bias": config.add_bias_linear, "tp_group": pg_collection.tp_mesh}
         func = config.activation_func
         self.activation = ACTIVATIONS[func] if isinstance(func, str) else func
-        self.linear_gate = ColumnParallelLinear(h, ffn, config, **kwargs) if config.gated_linear_unit else None
+        self.linear_gate = (
+            ColumnParallelLinear(h, ffn, config, **kwargs) if config.gated_linear_unit else None
+        )
         self.linear_up = ColumnParallelLinear(h, ffn, config, **kwargs)
         self.linear_down = RowParallelLinear(ffn, h, config, init_std=_residual_std(config), **kwargs)
 
@@ -150,7 +154,9 @@ class TransformerLayer(nn.Module):
         x = x + self.self_attention.output(context)
         return x + self.mlp(self.pre_mlp_layernorm(x))
 
-    def _whole(self, x: Tensor, rotary, packed_seq_params, layout, around=lambda part, *args: part(*args)) -> Tensor:
+    def _whole(
+        self, x: Tensor, rotary, packed_seq_params, layout, around=lambda part, *args: part(*args)
+    ) -> Tensor:
         q, k, v = around(self._before, x, rotary)
         context, _ = self.self_attention.core_attention(
             q, k, v, packed_seq_params=packed_seq_params, layout=layout
@@ -282,7 +288,11 @@ class OutputLayer(ColumnParallelLinear):
 
     def __init__(self, config: TransformerConfig, vocab_size: int, pg_collection: ProcessGroupCollection):
         super().__init__(
-            config.hidden_size, padded_vocab_size(vocab_size), config, bias=False, tp_group=pg_collection.tp_mesh
+            config.hidden_size,
+            padded_vocab_size(vocab_size),
+            config,
+            bias=False,
+            tp_group=pg_collection.tp_mesh,
         )
         self.vocab_size = vocab_size
 
@@ -337,7 +347,9 @@ class GPTModel(nn.Module):
         self.output_layer = OutputLayer(config, vocab_size, groups) if post_process else None
         if config.share_embeddings_and_output_weights:
             if self.embedding is None or self.output_layer is None:
-                raise ValueError("tied embeddings need the embedding and the output layer in one part of the model.")
+                raise ValueError(
+                    "tied embeddings need the embedding and the output layer in one part of the model."
+                )
             self.output_layer.weight = self.embedding.word_embeddings.weight
 
     def forward(

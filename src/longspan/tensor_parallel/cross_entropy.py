@@ -40,15 +40,18 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _local_columns(target: Tensor, columns: int, width: int, rank: int) -> tuple[Tensor, Tensor]:
+def _local_columns(target: Tensor, columns: int, width: int, rank: int, vocab: int) -> tuple[Tensor, Tensor]:
     """Target ids as local column numbers, and where they are this rank's.
 
     Args:
-        columns: columns that stand for real tokens here; width: columns every rank holds.
+        columns: columns that stand for real tokens here; width: columns every rank holds;
+        vocab: real tokens. An id beyond them stays out of range on every rank, so that
+        looking it up fails, as in ``torch.nn.functional.cross_entropy``.
     """
     shifted = target - rank * width
     mine = (shifted >= 0) & (shifted < columns)
-    return shifted.where(mine, 0), mine
+    elsewhere = ((target >= 0) & (target < vocab) & ~mine) | (target == IGNORE_INDEX)
+    return shifted.masked_fill(elsewhere, 0), mine
 
 
 def _log_sum_exp(logits: Tensor, column: Tensor, mine: Tensor, group) -> tuple[Tensor, Tensor]:
@@ -80,17 +83,17 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         logits = _wide(logits.reshape(-1, logits.shape[-1]))
         target = target.reshape(-1)
         valid = target != IGNORE_INDEX
-        width = logits.shape[1]
-        column, mine = _local_columns(target, width, width, dist.get_rank(group))
+        width, ranks = logits.shape[1], dist.get_world_size(group)
+        column, mine = _local_columns(target, width, width, dist.get_rank(group), width * ranks)
         lse, picked = _log_sum_exp(logits, column, mine, group)
         loss = lse - picked
         if label_smoothing:
-            mean = logits.sum(1) / (width * dist.get_world_size(group))
-            if dist.get_world_size(group) > 1:
+            mean = logits.sum(1) / (width * ranks)
+            if ranks > 1:
                 dist.all_reduce(mean, group=group)
             loss = (1 - label_smoothing) * loss + label_smoothing * (lse - mean)
         ctx.save_for_backward(logits, lse, column, mine, valid)
-        ctx.smoothing, ctx.classes, ctx.dtype = label_smoothing, width * dist.get_world_size(group), dtype
+        ctx.smoothing, ctx.classes, ctx.dtype = label_smoothing, width * ranks, dtype
         return loss.where(valid, 0).view(shape)
 
     @staticmethod
@@ -138,12 +141,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         lses = torch.empty_like(loss)
         for start in range(0, labels.shape[0], chunk):
             part = slice(start, start + chunk)
-            column, mine = _local_columns(labels[part], columns, width, rank)
+            column, mine = _local_columns(labels[part], columns, width, rank, vocab_size)
             logits = _wide(hidden[part] @ used.t())
             lses[part], picked = _log_sum_exp(logits, column, mine, group)
             loss[part] = (lses[part] - picked).where(labels[part] != IGNORE_INDEX, 0)
         ctx.save_for_backward(hidden, weight, labels, lses)
-        ctx.columns, ctx.width, ctx.rank, ctx.chunk = columns, width, rank, chunk
+        ctx.columns, ctx.width, ctx.rank, ctx.chunk, ctx.vocab_size = columns, width, rank, chunk, vocab_size
         return loss
 
     @staticmethod
@@ -154,7 +157,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=lses.dtype, device=weight.device)
         for start in range(0, labels.shape[0], ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            column, mine = _local_columns(labels[part], ctx.columns, ctx.width, ctx.rank)
+            column, mine = _local_columns(labels[part], ctx.columns, ctx.width, ctx.rank, ctx.vocab_size)
             logits = _wide(hidden[part] @ used.t())
             scale = grad_loss[part].where(labels[part] != IGNORE_INDEX, 0)
             grad = _logit_gradient(logits, lses[part], column, mine, scale).to(hidden.dtype)

@@ -254,7 +254,10 @@ class VocabParallelEmbedding(TensorParallelModule):
             rows = self.num_embeddings // self.tp_size
             shifted = ids - self.tp_rank * rows
             mine = (shifted >= 0) & (shifted < rows)
-            out = F.embedding(shifted.where(mine, 0), weight) * mine.unsqueeze(-1)
+            elsewhere = (
+                (ids >= 0) & (ids < self.num_embeddings) & ~mine
+            )  # ids of no rank fail here as at tp 1
+            out = F.embedding(shifted.masked_fill(elsewhere, 0), weight) * mine.unsqueeze(-1)
         if self.reduce_scatter_embeddings:
             return mappings.reduce_scatter_to_sequence_parallel_region(
                 out.transpose(0, 1).contiguous(), self.tp_group

@@ -84,7 +84,10 @@ class Trainer:
         assert config.vocab_size is not None
         with torch.device("meta"):
             model = GPTModel(
-                run.transformer_config(self.dtype), config.vocab_size, config.sequence_len, pg_collection=self.groups
+                run.transformer_config(self.dtype),
+                config.vocab_size,
+                config.sequence_len,
+                pg_collection=self.groups,
             )
         self.model = parallelize(
             model,
@@ -205,7 +208,9 @@ class Trainer:
             record = self.train_step(batches)
             last = self.step == self.steps
             progress.step(record, show=last or self.step == 1 or self.step % every == 0)
-            if self.valid_data is not None and (last or (config.eval_steps and self.step % config.eval_steps == 0)):
+            if self.valid_data is not None and (
+                last or (config.eval_steps and self.step % config.eval_steps == 0)
+            ):
                 evaluation = self.evaluate()
                 progress.evaluation(evaluation)
             if (config.save_last and last) or (config.save_steps and self.step % config.save_steps == 0):

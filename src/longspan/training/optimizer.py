@@ -57,5 +57,9 @@ def clip_gradients(model: nn.Module, norm: torch.Tensor, max_norm: float) -> Non
     if max_norm <= 0:
         return
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters() if p.grad is not None]
+    grads = [
+        p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+        for p in model.parameters()
+        if p.grad is not None
+    ]
     torch._foreach_mul_(grads, scale.to(grads[0].dtype))

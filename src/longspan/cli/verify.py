@@ -1,0 +1,221 @@
+"""``longspan verify``: the first steps at the config's layout and on one process, side by side.
+
+Both runs start from the same config, weights and data, in float64. The layout's run uses the
+config's kernels; the reference is one process with the plain ``math`` kernel, so what is
+compared shares neither the cutting nor the kernel. Compared are the losses of all steps, the
+gradient norms, the evaluation, and every whole gradient of the first step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from longspan.cli.config import number
+from longspan.cli.launch import HELP, start, under_torchrun
+from longspan.cli.options import key_help
+from longspan.cli.prepare import prepare_config
+from longspan.cli.train import quiet_logs, read_run
+from longspan.config.load import to_yaml
+from longspan.config.parallel import MeshSizes
+from longspan.config.resolve import Run, resolve
+from longspan.errors import UserError
+
+USAGE = f"""\
+usage: longspan verify CONFIG [--any-key value] [--steps N] [--dtype float64|float32] [--json]
+
+Runs the first steps and an evaluation at the config's layout and on one process and compares them.
+  --steps N    training steps to compare (default 2)
+  --dtype D    precision of both runs (default float64)
+  --json       print the result as JSON
+Exit code 0: within tolerance, 1: not.
+{HELP}"""
+
+OPTIONS = {"--steps": True, "--dtype": True, "--json": False, "--worker": True}
+#: relative, against the one-process reference
+TOLERANCES = {"float64": 1e-10, "float32": 1e-4}
+EVALUATION_SAMPLES = 4
+
+
+def run(arguments: Sequence[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE)
+        print(key_help())
+        return 0
+    own: dict[str, str] = {}
+    resolved, launch, device = read_run("verify", arguments, OPTIONS, own)
+    problems: list[str] = []
+    steps = number(own, "--steps", problems) or 2
+    dtype = own.get("--dtype", "float64")
+    if dtype not in TOLERANCES:
+        problems.append(f"--dtype {dtype!r}: one of {', '.join(TOLERANCES)}.")
+    if problems:
+        raise UserError(problems)
+    if "--worker" in own:
+        return work(resolved, device, steps, Path(own["--worker"]))
+    if under_torchrun() or launch.machines > 1:
+        raise UserError(
+            "longspan verify starts its processes itself, on one machine: run it without torchrun."
+        )
+    quiet_logs()
+    changes = {"params_dtype": dtype, "bf16": False, "use_tensorboard": False}
+    config = prepare_config(resolved.config, show=True).model_copy(update=changes)
+    resolved = resolve(config, resolved.world_size)
+    with tempfile.TemporaryDirectory() as folder:
+        path, result = Path(folder) / "config.yaml", Path(folder) / "result.pt"
+        path.write_text(to_yaml(config), encoding="utf-8")
+        say(own, f"running {steps} steps at {resolved.sizes.equation()}")
+        worker = ["verify", str(path), "--steps", str(steps), "--worker", str(result)]
+        code = start(launch, resolved.world_size, worker, device)
+        if code:
+            return code
+        say(own, "running them on one process")
+        return report(compare(resolved, steps, dtype, result, device), "--json" in own)
+
+
+def say(own: dict[str, str], text: str) -> None:
+    if "--json" not in own:
+        print(text, flush=True)
+
+
+def one_process(resolved: Run) -> Run:
+    """The same run on one process: the same global batch, plain attention."""
+    config = resolved.config.model_copy(
+        update={
+            "tensor_parallel_size": 1,
+            "context_parallel_size": 1,
+            "pipeline_parallel_size": 1,
+            "dp_shard_size": 1,
+            "dp_replicate_size": 1,
+            "sequence_parallel": None,
+            "gradient_accumulation_steps": None,
+            "attention_backend": "math",
+            "cp_comm_type": "p2p",
+        }
+    )
+    alone = resolve(config, 1)
+    assert alone.sizes == MeshSizes()
+    assert alone.global_batch_size == resolved.global_batch_size
+    return alone
+
+
+def measure(run: Run, device, steps: int) -> dict:
+    """Losses, gradient norms, evaluation and the first step's whole gradients. Collective."""
+    import torch.distributed as dist
+
+    from longspan.training.loop import Trainer
+
+    run.config.eval_max_samples = min(run.config.eval_max_samples or EVALUATION_SAMPLES, EVALUATION_SAMPLES)
+    trainer = Trainer(run, device)
+    first = dist.get_rank() == 0
+    result: dict = {"losses": [], "norms": [], "gradients": {}}
+    for step in range(steps):
+        loss, _ = trainer.compute_gradients(trainer.micro_batches(step))
+        if step == 0:
+            for name, parameter in trainer.model.named_parameters():
+                whole = parameter.grad.full_tensor().cpu().clone()  # clipping works in place
+                if first:
+                    result["gradients"][name] = whole
+        norm, _ = trainer.apply_gradients()
+        result["losses"].append(loss)
+        result["norms"].append(norm)
+    result["evaluation"] = trainer.evaluate()["loss"] if trainer.valid_data is not None else None
+    return result
+
+
+def work(run: Run, device_type: str, steps: int, result: Path) -> int:
+    """One rank of the layout's run; rank 0 writes the result."""
+    import torch
+    import torch.distributed as dist
+
+    from longspan.mesh.mesh import close_distributed, init_distributed
+
+    quiet_logs()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    init_distributed(device_type)
+    device = (
+        torch.device(device_type, int(os.environ["LOCAL_RANK"]))
+        if device_type == "cuda"
+        else torch.device("cpu")
+    )
+    measured = measure(run, device, steps)
+    if dist.get_rank() == 0:
+        torch.save(measured, result)
+    close_distributed()
+    return 0
+
+
+def compare(run: Run, steps: int, dtype: str, result: Path, device_type: str) -> dict:
+    """Runs the reference in this process and holds the layout's result against it."""
+    import torch
+
+    from longspan.mesh.mesh import close_distributed, init_distributed
+
+    init_distributed(device_type)
+    expected = measure(one_process(run), torch.device(device_type), steps)
+    close_distributed()
+    got = torch.load(result, weights_only=True)
+
+    def relative(a: float, b: float) -> float:
+        return abs(a - b) / max(abs(b), 1e-300)
+
+    losses = list(map(relative, got["losses"], expected["losses"]))
+    if expected["evaluation"] is not None:
+        losses.append(relative(got["evaluation"], expected["evaluation"]))
+    gradients = {
+        name: ((got["gradients"][name] - whole).abs().max() / whole.abs().max().clamp_min(1e-300)).item()
+        for name, whole in expected["gradients"].items()
+    }
+    worst = max(gradients, key=lambda name: gradients[name])
+    numbers = {
+        "loss_error": max(losses),
+        "grad_norm_error": max(map(relative, got["norms"], expected["norms"])),
+        "max_gradient_error": gradients[worst],
+    }
+    return {
+        "layout": run.sizes.equation(),
+        "reference": "one process, math attention",
+        "dtype": dtype,
+        "tolerance": TOLERANCES[dtype],
+        **numbers,
+        "worst_parameter": worst,
+        "steps": steps,
+        "losses": got["losses"],
+        "reference_losses": expected["losses"],
+        "eval_loss": got["evaluation"],
+        "reference_eval_loss": expected["evaluation"],
+        # a NaN is not within any tolerance
+        "passed": all(value <= TOLERANCES[dtype] for value in numbers.values()),
+    }
+
+
+def report(result: dict, as_json: bool) -> int:
+    """Prints the result; the exit code says whether it passed."""
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return 0 if result["passed"] else 1
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result['layout']}  against  {result['reference']}  ({result['dtype']})")
+    for column in ("quantity", "layout", "one process", "relative error"):
+        table.add_column(column, justify="left" if column == "quantity" else "right")
+    for i, (a, b) in enumerate(zip(result["losses"], result["reference_losses"]), 1):
+        table.add_row(f"loss, step {i}", f"{a:.12f}", f"{b:.12f}", f"{abs(a - b) / abs(b):.1e}")
+    if result["eval_loss"] is not None:
+        a, b = result["eval_loss"], result["reference_eval_loss"]
+        table.add_row("evaluation loss", f"{a:.12f}", f"{b:.12f}", f"{abs(a - b) / abs(b):.1e}")
+    table.add_row("gradient norm", "", "", f"{result['grad_norm_error']:.1e}")
+    table.add_row(
+        f"worst gradient: {result['worst_parameter']}", "", "", f"{result['max_gradient_error']:.1e}"
+    )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    word = "passed" if result["passed"] else "FAILED"
+    print(f"{word}: every error must be within {result['tolerance']:.0e}")
+    if result["eval_loss"] is None:
+        print("evaluation was not compared: no documents are held out (val_set_size: 0)")
+    return 0 if result["passed"] else 1

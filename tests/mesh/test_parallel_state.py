@@ -1,0 +1,319 @@
+"""initialize_model_parallel and its getters, on every rank, against coordinates in the grid."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import longspan
+import pool
+from longspan import parallel_state
+from longspan.config.parallel import MeshSizes
+from longspan.mesh.mesh import ParallelMesh
+
+GROUPS = {  # getter's stem -> axes inside the group
+    "tensor_model_parallel": ("tp",),
+    "context_parallel": ("cp",),
+    "data_parallel": ("dp",),
+    "pipeline_model_parallel": ("pp",),
+    "tensor_and_context_parallel": ("tp", "cp"),
+}
+EXPERT_GROUPS = {
+    "expert_model_parallel": ("ep",),
+    "expert_tensor_parallel": ("tp",),
+    "expert_data_parallel": ("dp",),
+    "expert_tensor_and_model_parallel": ("tp", "ep"),
+}
+
+
+def expected_ranks(sizes, order, axes):
+    """Ranks that share all other coordinates with this one; the leftmost axis of the order varies fastest."""
+
+    def place(rank):
+        found = {}
+        for axis in order:
+            rank, found[axis] = divmod(rank, sizes[axis])
+        return found
+
+    mine = place(dist.get_rank())
+    return [
+        rank
+        for rank in range(dist.get_world_size())
+        if all(place(rank)[axis] == mine[axis] for axis in order if axis not in axes)
+    ]
+
+
+def check_groups(getters, sizes, order):
+    rank = dist.get_rank()
+    for stem, axes in getters.items():
+        ranks = expected_ranks(sizes, order, axes)
+        group = getattr(parallel_state, f"get_{stem}_group")()
+        assert dist.get_process_group_ranks(group) == ranks, stem
+        total = torch.tensor([float(rank)])
+        dist.all_reduce(total, group=group)
+        assert total.item() == sum(ranks), stem
+        for suffix, value in (
+            ("world_size", len(ranks)),
+            ("rank", ranks.index(rank)),
+            ("global_ranks", ranks),
+            ("src_rank", ranks[0]),
+            ("first_rank", ranks[0]),
+            ("last_rank", ranks[-1]),
+            ("next_rank", ranks[(ranks.index(rank) + 1) % len(ranks)]),
+            ("prev_rank", ranks[ranks.index(rank) - 1]),
+        ):
+            getter = getattr(parallel_state, f"get_{stem}_{suffix}", None)
+            assert getter is not None or suffix not in ("world_size", "rank") or "_and_" in stem
+            if getter is not None:
+                assert getter() == value, (stem, suffix)
+
+
+def check_layout(tp, cp, pp, ep=1, etp=None, order="tp-cp-ep-dp-pp", replicate=1):
+    world = dist.get_world_size()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+        order=order,
+        data_parallel_replicate_size=replicate,
+    )
+    assert parallel_state.model_parallel_is_initialized()
+    names = order.split("-")
+    dense = {"tp": tp, "cp": cp, "ep": 1, "dp": world // (tp * cp * pp), "pp": pp}
+    check_groups(GROUPS, dense, names)
+    etp = etp or tp
+    expert = {"tp": etp, "cp": 1, "ep": ep, "dp": world // (etp * ep * pp), "pp": pp}
+    check_groups(EXPERT_GROUPS, expert, names)
+
+    ranks = expected_ranks(dense, names, ("dp", "cp"))
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    assert dist.get_process_group_ranks(group) == ranks
+    assert parallel_state.get_data_parallel_world_size(with_context_parallel=True) == len(ranks)
+    assert parallel_state.get_data_parallel_rank(with_context_parallel=True) == ranks.index(dist.get_rank())
+
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    assert parallel_state.is_pipeline_first_stage() == (stage == 0)
+    assert parallel_state.is_pipeline_last_stage() == (stage == pp - 1)
+    assert parallel_state.is_rank_0() == (dist.get_rank() == 0)
+
+    # where parameters live: the same ranks, as (pp, dp_replicate, fsdp, tp)
+    mesh = parallel_state.get_mesh().device_mesh
+    assert mesh.mesh_dim_names == ("pp", "dp_replicate", "fsdp", "tp")
+    assert tuple(mesh.mesh.shape) == (pp, replicate, dense["dp"] // replicate * cp, tp)
+    assert mesh["tp"].mesh.tolist() == expected_ranks(dense, names, ("tp",))
+    fsdp = mesh["fsdp"].mesh.tolist()
+    if replicate == 1:
+        assert sorted(fsdp) == ranks
+    else:
+        assert sorted(mesh["dp_replicate", "fsdp"].mesh.flatten().tolist()) == ranks
+    parallel_state.destroy_model_parallel()
+    assert not parallel_state.model_parallel_is_initialized()
+
+
+def check_layouts(layouts):
+    """One after the other in one process: destroy_model_parallel makes room for the next."""
+    for layout in layouts:
+        check_layout(**layout)
+
+
+def test_every_group_and_getter():
+    pool.run(
+        4,
+        check_layouts,
+        [
+            dict(tp=1, cp=1, pp=1),
+            dict(tp=2, cp=2, pp=1),
+            dict(tp=2, cp=1, pp=2),
+            dict(tp=1, cp=2, pp=1, replicate=2),
+            dict(tp=1, cp=2, pp=2, order="tp-cp-pp-ep-dp"),
+            dict(tp=1, cp=2, pp=1, order="dp-tp-cp-ep-pp"),
+            dict(tp=2, cp=2, pp=1, ep=4, etp=1),  # the ranks of attention folded into experts
+            dict(tp=2, cp=1, pp=1, ep=2),
+            dict(tp=1, cp=2, pp=2, ep=2),
+        ],
+    )
+
+
+def test_layouts_of_three_ranks():
+    pool.run(3, check_layouts, [dict(tp=3, cp=1, pp=1), dict(tp=1, cp=3, pp=1), dict(tp=1, cp=1, pp=1, ep=3)])
+
+
+def hierarchy():
+    rank = dist.get_rank()
+    for sizes, levels in (
+        ([2, 2], [[[0, 1], [2, 3]], [[0, 2], [1, 3]]]),
+        ([4, 1], [[[0, 1, 2, 3]], [[0], [1], [2], [3]]]),
+    ):
+        parallel_state.initialize_model_parallel(
+            context_parallel_size=4, hierarchical_context_parallel_sizes=sizes
+        )
+        groups = parallel_state.get_hierarchical_context_parallel_groups()
+        for group, level in zip(groups, levels, strict=True):
+            mine = next(ranks for ranks in level if rank in ranks)
+            assert dist.get_process_group_ranks(group) == mine
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(context_parallel_size=4)
+    with pytest.raises(RuntimeError, match="hierarchical_context_parallel_sizes"):
+        parallel_state.get_hierarchical_context_parallel_groups()
+    assert parallel_state.get_hierarchical_context_parallel_groups(check_initialized=False) is None
+    parallel_state.destroy_model_parallel()
+    with pytest.raises(ValueError, match=r"2 x 4 = 8.*4 ranks"):
+        parallel_state.initialize_model_parallel(
+            context_parallel_size=4, hierarchical_context_parallel_sizes=[2, 4]
+        )
+
+
+def test_hierarchical_context_parallel_groups():
+    pool.run(4, hierarchy)
+
+
+def virtual_stages():
+    rank = dist.get_rank()
+    parallel_state.initialize_model_parallel(
+        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=3
+    )
+    assert parallel_state.get_virtual_pipeline_model_parallel_world_size() == 3
+    assert parallel_state.get_virtual_pipeline_model_parallel_rank() == 0
+    first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
+    assert first(ignore_virtual=False) == (rank == 0)
+    assert not last(ignore_virtual=False)
+    parallel_state.set_virtual_pipeline_model_parallel_rank(2)
+    assert not first(ignore_virtual=False)
+    assert last(ignore_virtual=False) == (rank == 1)
+    assert (first(), last()) == (rank == 0, rank == 1)
+    parallel_state.destroy_model_parallel()
+    assert parallel_state.get_virtual_pipeline_model_parallel_world_size() is None
+    with pytest.raises(
+        RuntimeError, match=r"virtual_pipeline_model_parallel_size 2.*at least 2 pipeline stages"
+    ):
+        parallel_state.initialize_model_parallel(virtual_pipeline_model_parallel_size=2)
+    assert not parallel_state.model_parallel_is_initialized()
+
+
+def test_virtual_pipeline_stages():
+    pool.run(2, virtual_stages)
+
+
+def refusals():
+    start = parallel_state.initialize_model_parallel
+    with pytest.raises(
+        ValueError, match=r"tensor 3 x context 1 x pipeline 1 = 3 does not divide 2 processes"
+    ):
+        start(tensor_model_parallel_size=3)
+    with pytest.raises(ValueError, match=r"tensor 0 x context 1 x pipeline 1.*at least 1"):
+        start(tensor_model_parallel_size=0)
+    with pytest.raises(ValueError, match=r"etp 1 x ep 3 x pp 1 does not divide 2 processes"):
+        start(expert_model_parallel_size=3)
+    with pytest.raises(ValueError, match=r"data_parallel_replicate_size 4 does not divide.*2.*divisor"):
+        start(data_parallel_replicate_size=4)
+    with pytest.raises(RuntimeError, match=r"tp has size 2 but order 'cp-ep-dp-pp' does not name it"):
+        start(tensor_model_parallel_size=2, order="cp-ep-dp-pp")
+    with pytest.raises(RuntimeError, match=r"ep has size 2 but order 'tp-cp-dp-pp' does not name it"):
+        start(expert_model_parallel_size=2, order="tp-cp-dp-pp")
+    with pytest.raises(
+        ValueError, match=r"tp 2 x cp 2 x dp_shard 1 x dp_replicate 1 x pp 1 = 4, but there are 2 processes"
+    ):
+        ParallelMesh.build(MeshSizes(tp=2, cp=2))
+    with pytest.raises(ValueError, match=r"pipeline groups.*differ.*pp last"):
+        start(
+            pipeline_model_parallel_size=2,
+            tensor_model_parallel_size=1,
+            order="pp-tp-cp-ep-dp",
+            expert_tensor_parallel_size=2,
+        )
+    assert not parallel_state.model_parallel_is_initialized()
+    start(context_parallel_size=2)  # after all that, a right call still works
+    with pytest.raises(RuntimeError, match=r"already initialised.*destroy_model_parallel"):
+        start(context_parallel_size=2)
+    assert parallel_state.get_context_parallel_world_size() == 2
+
+
+def test_refusals_leave_nothing_behind():
+    pool.run(2, refusals)
+
+
+def getters():
+    return [
+        function
+        for name, function in vars(parallel_state).items()
+        if name.startswith("get_") and inspect.isfunction(function)
+    ]
+
+
+def test_getters_before_initialisation():
+    assert len(getters()) > 30
+    for getter in getters():
+        assert inspect.signature(getter).parameters["check_initialized"].default is True, getter.__name__
+        assert getter(check_initialized=False) is None, getter.__name__
+        if "virtual" not in getter.__name__:
+            with pytest.raises(RuntimeError, match="initialize_model_parallel"):
+                getter()
+    assert not parallel_state.model_parallel_is_initialized()
+    assert parallel_state.is_rank_0()
+
+
+# --- processes of their own: no pool, no init_process_group ---------------------------------
+
+UNDER_TORCHRUN = """
+import json, sys
+import torch
+import torch.distributed as dist
+from longspan import parallel_state
+
+assert not dist.is_initialized()
+parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+total = torch.tensor([1.0 + parallel_state.get_tensor_model_parallel_rank()])
+dist.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
+with open(f"{sys.argv[1]}/{dist.get_rank()}.json", "w") as file:
+    json.dump([total.item(), parallel_state.get_tensor_model_parallel_global_ranks(), dist.get_backend()], file)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+ALONE = """
+import json, sys
+import longspan
+import longspan.config.model, longspan.mesh.topology
+light = "torch" not in sys.modules
+from longspan import parallel_state
+parallel_state.initialize_model_parallel()
+import torch.distributed as dist
+print(json.dumps([light, dist.get_world_size(), dist.get_backend(), parallel_state.get_context_parallel_rank(),
+                  parallel_state.get_data_parallel_global_ranks(with_context_parallel=True)]))
+"""
+
+
+def environment():
+    """This one without a GPU and without the traces of any launcher."""
+    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in drop}
+    source = str(Path(longspan.__file__).parents[1])
+    return kept | {"PYTHONPATH": source, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def test_under_torchrun_it_starts_the_process_group(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(UNDER_TORCHRUN)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(script), str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [3.0, [0, 1], "gloo"]
+
+
+def test_a_plain_process_is_a_world_of_one():
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [True, 1, "gloo", 0, [0]]

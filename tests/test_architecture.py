@@ -1,0 +1,88 @@
+"""The rules of the house that a machine can check: imports point down, files fit one sitting, nobody hides state."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "longspan"
+
+#: level of each package or module: a file imports from its own package and from lower levels only
+LEVELS = {
+    "errors": 0,
+    "config": 1,
+    "mesh": 2,
+    "tensor_parallel": 3,
+    "context_parallel": 3,
+    "expert_parallel": 3,
+    "models": 4,
+    "data": 5,
+    "parallelize": 5,
+    "pipeline": 5,
+    "training": 6,
+    "planner": 6,
+    "cli": 7,
+    "parallel_state": 8,  # a leaf for users
+}
+#: the one upward import: "no process groups given -> the installed ones"
+EXCEPTIONS = {("mesh/installed.py", "parallel_state")}
+
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def imported(tree):
+    """Names of longspan's packages that a file imports, wherever the statement stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("longspan."):
+                    yield alias.name.split(".")[1]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            if node.module == "longspan":
+                yield from (alias.name for alias in node.names if alias.name in LEVELS)
+            elif node.module.startswith("longspan."):
+                yield node.module.split(".")[1]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_down_and_files_are_short(path):
+    name = str(path.relative_to(SOURCE))
+    text = path.read_text()
+    assert text.count("\n") <= 550, f"{name} is more than one sitting"
+    tree = ast.parse(text)
+    assert name == "__main__.py" or ast.get_docstring(tree), f"{name} has no docstring"
+    package = name.split("/")[0].removesuffix(".py")
+    if package in ("__init__", "__main__"):
+        return
+    for other in imported(tree):
+        if other == package or (name, other) in EXCEPTIONS:
+            continue
+        assert LEVELS[other] < LEVELS[package], f"{name} imports longspan.{other}, which is not below it"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "models"], ids=lambda p: p.name)
+def test_models_contain_no_collective(path):
+    for word in ("all_reduce", "all_gather", "all_to_all", "isend", "irecv", "broadcast"):
+        assert f".{word}" not in path.read_text(), f"{path.name} calls {word}"
+
+
+def test_only_one_file_reads_the_launchers_environment_for_groups_and_none_decides_by_variables():
+    readers = {str(p.relative_to(SOURCE)) for p in FILES if "os.environ" in p.read_text()}
+    assert readers <= {"mesh/mesh.py", "cli/launch.py", "cli/train.py", "cli/verify.py"}
+
+
+def test_global_statements_live_in_parallel_state_only():
+    for path in FILES:
+        has = any(isinstance(node, ast.Global) for node in ast.walk(ast.parse(path.read_text())))
+        assert not has or path.name == "parallel_state.py", path
+
+
+def test_importing_longspan_and_checking_a_config_need_no_torch():
+    code = (
+        "import sys, longspan, longspan.config.load, longspan.config.resolve, longspan.cli.main\n"
+        "longspan.TrainConfig; longspan.TransformerConfig\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
