@@ -70,7 +70,10 @@ def _serve(connection, paths: list[str], stacks: str) -> None:
             with contextlib.suppress(Exception):
                 if dist.is_initialized():
                     dist.destroy_process_group()
-        connection.send((ok, result))
+        try:
+            connection.send((ok, result))
+        except Exception:  # a result that cannot travel
+            connection.send((False, traceback.format_exc()))
 
 
 class Pool:
@@ -121,7 +124,7 @@ class Pool:
                 failures.append(
                     f"rank {rank} of {world} hung in {function.__name__} for {timeout:.0f} s:\n{self._stack(rank)}"
                 )
-        if waiting:
+        if waiting or any(not process.is_alive() for process, *_ in self.workers):
             self.close()
         if failures:
             raise WorkerError("\n".join(failures))

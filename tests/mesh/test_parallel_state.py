@@ -133,7 +133,7 @@ def test_every_group_and_getter():
             dict(tp=2, cp=2, pp=1),
             dict(tp=2, cp=1, pp=2),
             dict(tp=1, cp=2, pp=1, replicate=2),
-            dict(tp=1, cp=2, pp=2, order="tp-cp-pp-ep-dp"),
+            dict(tp=1, cp=1, pp=2, order="tp-cp-ep-pp-dp"),
             dict(tp=1, cp=2, pp=1, order="dp-tp-cp-ep-pp"),
             dict(tp=2, cp=2, pp=1, ep=4, etp=1),  # the ranks of attention folded into experts
             dict(tp=2, cp=1, pp=1, ep=2),
@@ -222,13 +222,6 @@ def refusals():
         ValueError, match=r"tp 2 x cp 2 x dp_shard 1 x dp_replicate 1 x pp 1 = 4, but there are 2 processes"
     ):
         ParallelMesh.build(MeshSizes(tp=2, cp=2))
-    with pytest.raises(ValueError, match=r"pipeline groups.*differ.*pp last"):
-        start(
-            pipeline_model_parallel_size=2,
-            tensor_model_parallel_size=1,
-            order="pp-tp-cp-ep-dp",
-            expert_tensor_parallel_size=2,
-        )
     assert not parallel_state.model_parallel_is_initialized()
     start(context_parallel_size=2)  # after all that, a right call still works
     with pytest.raises(RuntimeError, match=r"already initialised.*destroy_model_parallel"):
@@ -238,6 +231,17 @@ def refusals():
 
 def test_refusals_leave_nothing_behind():
     pool.run(2, refusals)
+
+
+def two_grids():
+    with pytest.raises(ValueError, match=r"order 'tp-cp-ep-pp-dp': the pipeline groups.*differ.*Put pp last"):
+        parallel_state.initialize_model_parallel(
+            pipeline_model_parallel_size=2, expert_tensor_parallel_size=2, order="tp-cp-ep-pp-dp"
+        )
+
+
+def test_the_pipeline_groups_of_both_grids_must_coincide():
+    pool.run(4, two_grids)
 
 
 def getters():

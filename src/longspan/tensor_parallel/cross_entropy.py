@@ -100,9 +100,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         logits, lse, column, mine, valid = ctx.saved_tensors
         weight = grad_loss.reshape(-1).where(valid, 0)
-        onehot = mine * (1 - ctx.smoothing)
         grad = (logits - lse.unsqueeze(1)).exp_()
-        grad.scatter_add_(1, column.unsqueeze(1), -onehot.to(grad.dtype).unsqueeze(1))
+        onehot = mine.to(grad.dtype) * (1 - ctx.smoothing)
+        grad.scatter_add_(1, column.unsqueeze(1), -onehot.unsqueeze(1))
         if ctx.smoothing:
             grad -= ctx.smoothing / ctx.classes
         grad *= weight.unsqueeze(1)

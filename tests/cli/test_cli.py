@@ -1,0 +1,266 @@
+"""The command line as a user meets it: whole processes, exit codes, messages, files."""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+COMMAND = [sys.executable, "-m", "longspan"]
+
+
+def longspan(*arguments, cwd, env=None, timeout=240):
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with tokenised data, a text corpus and a config."""
+    path = tmp_path_factory.mktemp("cli")
+    tiny.write_data(path)
+    (path / "texts").mkdir()
+    for i in range(30):
+        (path / "texts" / f"{i}.txt").write_text(f"This is text number {i}. " * (i + 1))
+    write(path, "config.yaml")
+    return path
+
+
+def write(folder, name, remove=(), **changes):
+    values = tiny.values("tiny", max_steps=3, output_dir="out", **changes)
+    for key in remove:
+        del values[key]
+    (folder / name).write_text(yaml.safe_dump(values))
+    return name
+
+
+def records(path, kind="train"):
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+# --- help, versions, small commands ---------------------------------------------------------
+
+
+def test_help_answers_in_under_half_a_second(tmp_path):
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = longspan("--help", cwd=tmp_path)
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0
+        assert "longspan train examples/quickstart.yaml" in done.stdout
+    assert statistics.median(times) < 0.5
+
+
+@pytest.mark.parametrize("command", ["train", "verify", "prepare", "config", "env"])
+def test_every_command_has_help(command, tmp_path):
+    done = longspan(command, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: longspan {command}")
+
+
+def test_help_of_train_lists_every_key_with_its_flag(tmp_path):
+    text = longspan("train", "--help", cwd=tmp_path).stdout
+    assert "--learning-rate, --lr" in text
+    assert "--sequence-len, --seq-length [tokens] (default 4096)" in text
+
+
+def test_unknown_command_has_a_near_miss(tmp_path):
+    done = longspan("trian", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "longspan: error: 'trian' is no command of longspan. Did you mean train? See longspan --help.\n"
+
+
+def test_env_prints_versions(tmp_path):
+    done = longspan("env", cwd=tmp_path)
+    assert done.returncode == 0
+    assert re.search(r"^torch +2\.", done.stdout, re.M)
+
+
+def test_config_prints_the_arithmetic_done_and_the_schema(folder):
+    done = longspan("config", "config.yaml", "--context-parallel-size", "2", "--num-processes", "4", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    values = yaml.safe_load(done.stdout)
+    assert (values["dp_shard_size"], values["gradient_accumulation_steps"]) == (2, 2)
+    schema = json.loads(longspan("config", "--schema", cwd=folder).stdout)
+    assert "context_parallel_size" in schema["properties"]
+
+
+# --- mistakes -------------------------------------------------------------------------------
+
+
+def refused(folder, *arguments, out="out-refused"):
+    before = sorted(p for p in folder.rglob("*"))
+    done = longspan("train", *arguments, "--output-dir", out, cwd=folder)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(p for p in folder.rglob("*")) == before, "something was written"
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert all(line.startswith("longspan: error: ") for line in lines), done.stderr
+    return [line.removeprefix("longspan: error: ") for line in lines]
+
+
+def test_unknown_keys_and_options_are_refused_together(folder):
+    name = write(folder, "typo.yaml", contxt_parallel_size=2)
+    assert refused(folder, name, "--learning-rat", "1") == [
+        "--learning-rat: unknown option. Did you mean --learning-rate?",
+        "contxt_parallel_size: unknown key. Did you mean context_parallel_size?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--context-parallel-size", 2, "--num-processes", 3], "= 2, but there are 3 processes"),
+        (["--tensor-parallel-size", 3], "num_attention_heads 4 is not divisible by tensor_parallel_size 3"),
+        (["--datasets", "[{path: txts}]"], "txts"),
+        (["--datasets", "[{path: texts}]"], "there is no tokenizer"),
+        (["--device", "cuda"], "there are 0"),
+        (["--num-processes", "two"], "--num-processes 'two': a whole number from 1 on"),
+        (["--num-machines", 2, "--num-processes", 2], "needs --main-process-ip"),
+        (["--launcher", "torchrn"], "Did you mean torchrun?"),
+        (["again.yaml"], "unexpected argument"),
+        (["--", "--nproc-per-node", "2"], "add --launcher torchrun"),
+        (["--attention-backend", "cuda-flash"], "cuda-flash"),
+    ],
+)
+def test_each_mistake_is_one_clear_message(folder, arguments, message):
+    found = refused(folder, "config.yaml", *arguments)
+    assert any(message in problem for problem in found), found
+
+
+def test_missing_and_truncated_data_are_refused(folder):
+    import shutil
+
+    for suffix in (".bin", ".idx"):
+        shutil.copy(folder / f"tiny{suffix}", folder / f"short{suffix}")
+    data = (folder / "short.bin").read_bytes()
+    (folder / "short.bin").write_bytes(data[: len(data) // 2])
+    (message,) = refused(folder, "config.yaml", "--datasets", "[{path: short}]")
+    assert "short.bin" in message
+    assert str(len(data)) in message.replace(",", "")
+    (folder / "short.bin").unlink()
+    (message,) = refused(folder, "config.yaml", "--datasets", "[{path: short}]")
+    assert "short.bin" in message
+    (message,) = refused(folder, "config.yaml", "--datasets", "[{path: tny}]")
+    assert "tny" in message
+
+
+def test_a_missing_config_file(folder):
+    assert refused(folder, "confg.yaml") == ["config file confg.yaml does not exist. Did you mean config.yaml?"]
+
+
+# --- training -------------------------------------------------------------------------------
+
+
+def test_train_launches_the_processes_the_config_asks_for(folder):
+    done = longspan("train", "config.yaml", "--context-parallel-size", 2, "--eval-steps", 2, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tp 1 x cp 2 x dp_shard 1 x dp_replicate 1 x pp 1 = 2 processes on cpu" in done.stdout
+    assert "micro 1 x accumulation 4 x dp 1 = 4 sequences = 200 tokens a step" in done.stdout
+    assert "step 3/3 | loss" in done.stdout
+    assert "done: 3 steps" in done.stdout
+    out = folder / "out"
+    assert [r["step"] for r in records(out)] == [1, 2, 3]
+    assert len(records(out, "eval")) == 2
+    assert yaml.safe_load((out / "config.yaml").read_text())["context_parallel_size"] == 2
+    assert (out / "checkpoints" / "step_00000003").is_dir()
+
+    alone = longspan("train", "config.yaml", "--output-dir", "alone", cwd=folder)
+    assert alone.returncode == 0, alone.stderr
+    for a, b in zip(records(out), records(folder / "alone")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-10)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-10)
+
+
+def test_train_joins_under_torchrun(folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "longspan", "train", "config.yaml", "--output-dir", "joined", "--tokenizer-train-vocab-size", "300"]
+    command += ["--datasets", "[{path: texts}]", "--dataset-prepared-path", "prepared", "--vocab-size", "320"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "dp_shard 2" in done.stdout
+    assert [r["step"] for r in records(folder / "joined")] == [1, 2, 3]
+    # the same through the launcher, with the tokenised data found again
+    args = ["config.yaml", "--output-dir", "launched", "--datasets", "[{path: texts}]", "--vocab-size", 320]
+    args += ["--tokenizer-train-vocab-size", 300, "--dataset-prepared-path", "prepared", "--num-processes", 2]
+    again = longspan("train", *args, "--launcher", "torchrun", "--", "--standalone", "--nproc-per-node", 2, cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert [r["loss"] for r in records(folder / "launched")] == [r["loss"] for r in records(folder / "joined")]
+
+
+def test_a_mistake_under_torchrun_is_one_message_too(folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "longspan", "train", "config.yaml", "--tensor-parallel-size", "3", "--output-dir", "never"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("longspan: error: num_attention_heads 4")]
+    assert len(errors) == 1, done.stderr
+    assert not (folder / "never").exists()
+
+
+def test_a_second_run_keeps_the_metrics_of_the_first(folder):
+    for _ in range(2):
+        done = longspan("train", "config.yaml", "--output-dir", "twice", "--max-steps", 1, cwd=folder)
+        assert done.returncode == 0
+    assert "metrics of an earlier run are kept" in done.stdout
+    assert (folder / "twice" / "metrics.jsonl.1").exists()
+    assert len(records(folder / "twice")) == 1
+
+
+# --- verify, prepare ------------------------------------------------------------------------
+
+
+def test_verify_compares_a_layout_with_one_process(folder):
+    args = ["config.yaml", "--tensor-parallel-size", 2, "--context-parallel-size", 2]
+    done = longspan("verify", *args, "--json", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout)
+    for name in ("layout", "reference", "dtype", "tolerance", "loss_error", "grad_norm_error", "max_gradient_error",
+                 "worst_parameter", "passed"):  # fmt: skip
+        assert name in result
+    assert result["passed"] is True
+    assert result["dtype"] == "float64"
+    assert max(result["loss_error"], result["grad_norm_error"], result["max_gradient_error"]) <= 1e-10
+    assert result["eval_loss"] is not None
+
+
+def test_verify_can_say_no(folder):
+    """A layout that computes something else fails: float32 rounding is far outside float64's tolerance."""
+    from longspan.cli import verify
+
+    result = {
+        "layout": "cp 2", "reference": "one", "dtype": "float64", "tolerance": 1e-10, "loss_error": 1e-3,
+        "grad_norm_error": 0.0, "max_gradient_error": float("nan"), "worst_parameter": "w", "losses": [1.001],
+        "reference_losses": [1.0], "eval_loss": None, "reference_eval_loss": None, "passed": False,
+    }  # fmt: skip
+    assert verify.report(result, as_json=True) == 1
+    assert verify.report(result, as_json=False) == 1
+
+
+def test_prepare_writes_an_indexed_dataset(folder):
+    args = ["--input", "texts", "--output-prefix", "made/set", "--train-vocab-size", 300]
+    done = longspan("prepare", *args, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "30 documents" in done.stdout
+    from longspan.data import IndexedDataset
+
+    assert len(IndexedDataset(folder / "made" / "set_text_document")) == 30
+    wrong = longspan("prepare", "--input", "texts", "--outptu-prefix", "x", cwd=folder)
+    assert wrong.returncode == 2
+    assert "Did you mean --output-prefix?" in wrong.stderr
+    assert Path(folder / "x").exists() is False

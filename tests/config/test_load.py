@@ -1,0 +1,213 @@
+"""Configs: every accepted spelling, and every mistake in one clear message, all at once."""
+
+import json
+
+import pytest
+import tiny
+import yaml
+
+from longspan.config.load import load_config, make_config, parse_overrides, to_yaml
+from longspan.config.resolve import resolve, training_steps, warmup_steps
+from longspan.config.schema import GROUPS, TrainConfig, keys, names
+from longspan.errors import UserError
+
+
+def problems_of(changes=None, world=None, remove=(), **kwargs):
+    values = tiny.values("prefix", **(changes or {}), **kwargs)
+    for name in remove:
+        del values[name]
+    config, problems, bad = make_config(values)
+    try:
+        resolve(config, world, bad_keys=bad, earlier=problems)
+    except UserError as error:
+        return error.problems
+    return []
+
+
+def test_every_key_has_a_text_a_group_and_one_flag():
+    flags = [k.flag for k in keys()]
+    assert len(set(flags)) == len(flags)
+    for k in keys():
+        assert k.text.endswith((".", ".", "}.")), k.name
+        assert k.group in GROUPS
+    assert names()["seq_length"] == "sequence_len"
+    assert names()["batch_size"] == "global_batch_size"
+
+
+def test_the_schema_is_valid_json():
+    schema = json.loads(json.dumps(TrainConfig.model_json_schema()))
+    assert schema["properties"]["sequence_len"]["unit"] == "tokens"
+    assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("spelling", "near"),
+    [
+        ("contxt_parallel_size", "context_parallel_size"),
+        ("learning_rat", "learning_rate"),
+        ("sequence_length", "sequence_len"),
+        ("gradient_acumulation_steps", "gradient_accumulation_steps"),
+        ("micro_batchsize", "micro_batch_size"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_near_one(spelling, near):
+    assert problems_of({spelling: 1}) == [f"{spelling}: unknown key. Did you mean {near}?"]
+
+
+def test_all_problems_come_at_once():
+    found = problems_of(
+        {
+            "contxt_parallel_size": 2,
+            "learning_rate": "fast",
+            "tensor_parallel_size": 3,
+            "lr_scheduler": "cosin",
+            "warmup_steps": 2,
+            "warmup_ratio": 0.1,
+        },
+        world=3,
+    )
+    assert len(found) == 7
+    text = "\n".join(found)
+    assert "contxt_parallel_size: unknown key. Did you mean context_parallel_size?" in text
+    assert "learning_rate: 'fast' must be a valid number" in text
+    assert "lr_scheduler: 'cosin' must be 'cosine', 'linear' or 'constant'. Did you mean cosine?" in text
+    assert "num_attention_heads 4 is not divisible by tensor_parallel_size 3" in text
+    assert "num_query_groups 2 (key/value heads) is not divisible by tensor_parallel_size 3" in text
+    assert "does not divide 128, the unit the vocabulary is padded to" in text
+    assert "warmup_steps and warmup_ratio are both given" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "message"),
+    [
+        ({"context_parallel_size": 2, "dp_shard_size": 2}, 6, r"tp 1 x cp 2 x dp_shard 2 .* = 4, but there are 6"),
+        ({"context_parallel_size": 4}, 6, "Use a multiple of 4 processes"),
+        ({"num_attention_heads": 6, "num_query_groups": 4, "kv_channels": 8}, 1, "6 is not divisible by num_query_groups 4"),
+        ({"hidden_size": 33}, 1, "hidden_size 33 is not divisible by num_attention_heads 4"),
+        ({"global_batch_size": 3}, 2, r"micro_batch_size 1 x .* x dp 2 = 2.*global_batch_size 4"),
+        ({"pipeline_parallel_size": 2}, 2, "pipeline parallelism is not supported yet"),
+        ({"cp_comm_type": "a2a", "context_parallel_size": 2}, 2, "'a2a' is not supported yet. Use p2p or all_gather"),
+        ({"cp_comm_type": "p2q", "context_parallel_size": 2}, 2, "'p2q'.*Did you mean p2p"),
+        ({"eval_steps": 5, "val_set_size": 0}, 1, "val_set_size is 0"),
+        ({"bf16": True}, 1, "bf16: true with params_dtype: float64"),
+        ({"sequence_parallel": True}, 1, "has no effect"),
+        ({"rope_scaling": {"rope_type": "yarm"}}, 1, "'yarm'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, 1, "low_freq_factor"),
+        ({"max_steps": 0}, 1, "max_steps: 0 must be greater than 0"),
+        ({"datasets": [{"path": "x", "feild": "y"}]}, 1, "datasets.0.feild: unknown key. Did you mean field"),
+        ({"datasets": []}, 1, "datasets: missing"),
+        ({"base_model": "nowhere"}, 1, "there is no config.json"),
+        ({"batch_size": 8}, 1, "the same key with two values"),
+    ],
+)
+def test_each_broken_rule_names_number_and_remedy(changes, world, message):
+    found = problems_of(changes, world)
+    assert len([p for p in found if "\n" in p]) == 0
+    import re
+
+    assert any(re.search(message, problem) for problem in found), found
+
+
+def test_missing_keys_are_one_message():
+    found = problems_of(remove=["num_layers", "hidden_size", "learning_rate"])
+    assert found[0].startswith("num_layers, hidden_size: missing.")
+    assert found[1].startswith("learning_rate: missing.")
+
+
+@pytest.mark.parametrize(
+    ("given", "world", "expected"),
+    [
+        ({}, 1, (1, 1, 1)),
+        ({"micro_batch_size": 2, "gradient_accumulation_steps": 3}, 4, (2, 3, 24)),
+        ({"global_batch_size": 24}, 4, (1, 6, 24)),
+        ({"global_batch_size": 24, "micro_batch_size": 2}, 4, (2, 3, 24)),
+        ({"global_batch_size": 24, "gradient_accumulation_steps": 2}, 4, (3, 2, 24)),
+        ({"global_batch_size": 24, "gradient_accumulation_steps": 2, "micro_batch_size": 3}, 4, (3, 2, 24)),
+    ],
+)
+def test_any_two_batch_keys_give_the_third(given, world, expected):
+    values = tiny.values("prefix")
+    del values["global_batch_size"]
+    config, _, _ = make_config(values | given)
+    run = resolve(config, world)
+    assert (run.micro_batch_size, run.accumulation, run.global_batch_size) == expected
+
+
+def test_steps_and_warm_up():
+    run = tiny.tiny_run("prefix", 1, max_steps=None, num_epochs=2.5)
+    assert training_steps(run, 10) == 7  # ceil(10 x 2.5 / 4)
+    assert warmup_steps(run.config, 1000) == 30
+    assert warmup_steps(run.config, 10000) == 100
+    assert warmup_steps(tiny.tiny_run("prefix", 1, warmup_ratio=0.5).config, 10) == 5
+
+
+def test_overrides_take_both_names_and_read_yaml():
+    values, rest, problems = parse_overrides(
+        ["c.yaml", "--lr", "1e-4", "--context_parallel_size=2", "--sample-packing", "--no-save-last",
+         "--gradient-checkpointing", "selective", "--cp-comm-type", "[p2p, all_gather]",
+         "--untie-embeddings-and-output-weights", "--seq-length", "128"]
+    )  # fmt: skip
+    assert problems == []
+    assert rest == ["c.yaml"]
+    assert values == {
+        "learning_rate": "1e-4",
+        "context_parallel_size": 2,
+        "sample_packing": True,
+        "save_last": False,
+        "gradient_checkpointing": "selective",
+        "cp_comm_type": ["p2p", "all_gather"],
+        "tie_word_embeddings": False,
+        "sequence_len": 128,
+    }
+
+
+def test_wrong_overrides_come_at_once_with_near_misses():
+    _, _, problems = parse_overrides(["--learning-rat", "1", "--max-steps", "--seed=3", "--num-proceses", "4"],
+                                     ["--num-processes"])  # fmt: skip
+    assert problems == [
+        "--learning-rat: unknown option. Did you mean --learning-rate?",
+        "--max-steps needs a value: Optimizer steps; wins over num_epochs.",
+        "--num-proceses: unknown option. Did you mean --num-processes?",
+    ]
+
+
+def test_load_and_write_back(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(tiny.values("prefix")))
+    config = load_config(path, ["--seed", "7"])
+    assert config.seed == 7
+    path.write_text(to_yaml(config))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "not valid YAML"), ("- a\n- b", "holds list, not a mapping"), ("", "holds NoneType"), (b"\xff\xfe\x00", "UTF-8")],
+)
+def test_files_that_are_no_config(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message):
+        load_config(path)
+
+
+def test_a_missing_file_names_the_near_one(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    with pytest.raises(UserError, match=r"does not exist. Did you mean config.yaml\?"):
+        load_config(tmp_path / "confg.yaml")
+
+
+def test_architecture_from_a_model_folder(tmp_path):
+    base = {"model_type": "llama", "num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 1000, "rms_norm_eps": 1e-6,
+            "rope_theta": 500000.0, "tie_word_embeddings": True}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(base))
+    values = tiny.values("prefix", base_model=str(tmp_path), reinit_weights=True)
+    for name in ("hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
+        del values[name]
+    config, problems, _ = make_config(values)
+    assert not problems
+    model = resolve(config, 1).transformer_config()
+    assert (model.num_layers, model.hidden_size, model.num_query_groups) == (2, 64, 2)  # the file's own key wins
+    assert (model.rotary_base, model.layernorm_epsilon) == (500000.0, 1e-6)
+    assert model.share_embeddings_and_output_weights

@@ -1,0 +1,50 @@
+"""The worker pool itself: a failing rank shows its traceback, a hanging one its stack, and the pool goes on."""
+
+import os
+import time
+
+import pool
+import pytest
+import torch
+import torch.distributed as dist
+
+
+def total():
+    x = torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(x)
+    return x.item()
+
+
+def fails_on_rank_one():
+    if dist.get_rank() == 1:
+        raise ValueError("a clear message")
+    dist.barrier()
+
+
+def hangs_on_rank_one():
+    if dist.get_rank() == 1:
+        time.sleep(1000)
+
+
+def dies_on_rank_one():
+    if dist.get_rank() == 1:
+        os._exit(3)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (fails_on_rank_one, "rank 1 of 2, fails_on_rank_one:(.|\n)*ValueError: a clear message"),
+        (hangs_on_rank_one, "rank 1 of 2 hung in hangs_on_rank_one for 4 s:(.|\n)*in hangs_on_rank_one"),
+        (dies_on_rank_one, "rank 1 died"),
+    ],
+)
+def test_trouble_is_named_and_the_pool_goes_on(function, message):
+    own = pool.Pool()
+    try:
+        assert own.run(2, total) == [1.0, 1.0]
+        with pytest.raises(pool.WorkerError, match=message):
+            own.run(2, function, timeout=4)
+        assert own.run(2, total, timeout=60) == [1.0, 1.0]
+    finally:
+        own.close()

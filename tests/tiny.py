@@ -1,0 +1,52 @@
+"""A tiny model on tiny data, for tests of training."""
+
+import numpy as np
+
+from longspan.config.load import make_config
+from longspan.config.resolve import resolve
+from longspan.data import IndexedDatasetWriter
+
+VOCAB = 97
+
+
+def write_data(folder, documents=60, seed=0, vocab=VOCAB):
+    """Documents of 1 to 90 tokens in which each token depends on the one before: something to learn."""
+    rng = np.random.default_rng(seed)
+    prefix = folder / "tiny"
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        for _ in range(documents):
+            length = int(rng.choice([1, 2, 5, 20, 33, 60, 90]))
+            tokens = [int(rng.integers(vocab))]
+            while len(tokens) < length:
+                tokens.append((tokens[-1] * 3 + int(rng.integers(2))) % vocab)
+            writer.add_document(np.array(tokens))
+    return str(prefix)
+
+
+def values(prefix, **changes):
+    """A config as a dict: 2 layers, sequences of 50 tokens, fp64."""
+    return {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 48,
+        "vocab_size": VOCAB,
+        "init_method_std": 0.1,
+        "datasets": [{"path": prefix}],
+        "sequence_len": 50,
+        "val_set_size": 0.1,
+        "global_batch_size": 4,
+        "max_steps": 30,
+        "learning_rate": 1e-2,
+        "params_dtype": "float64",
+        "bf16": False,
+        "device": "cpu",
+        "use_tensorboard": False,
+    } | changes
+
+
+def tiny_run(prefix, world, **changes):
+    config, problems, _ = make_config(values(prefix, **changes))
+    assert not problems, problems
+    return resolve(config, world)

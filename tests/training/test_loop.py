@@ -1,0 +1,204 @@
+"""Training at every layout against one process: a curve, evaluation, precision, checkpoints."""
+
+import json
+import math
+from pathlib import Path
+
+import pool
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+
+from longspan.training.loop import Trainer
+from longspan.training.metrics import JsonLines, Metrics, set_aside
+from longspan.training.optimizer import learning_rate
+from longspan.training.progress import Lines, Progress
+
+CPU = torch.device("cpu")
+
+
+def curve(prefix, steps, changes):
+    """Losses and gradient norms of some steps, and the evaluation before and after."""
+    trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), **changes), CPU)
+    before = trainer.evaluate()
+    records = [trainer.train_step(trainer.micro_batches(step)) for step in range(steps)]
+    after = trainer.evaluate()
+    return {
+        "losses": [r["loss"] for r in records],
+        "norms": [r["grad_norm"] for r in records],
+        "tokens": [r["tokens"] for r in records],
+        "evals": [(e["loss"], e["tokens"]) for e in (before, after)],
+    }
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    return tiny.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def reference(prefix):
+    done = {}
+
+    def get(steps, **changes):
+        key = (steps, *sorted(changes.items()))
+        if key not in done:
+            done[key] = pool.run(1, curve, prefix, steps, changes)[0]
+        return done[key]
+
+    return get
+
+
+def compare(got, expected, tolerance):
+    for name in ("losses", "norms"):
+        for step, (a, b) in enumerate(zip(got[name], expected[name])):
+            assert abs(a - b) <= tolerance * abs(b), f"{name} at step {step + 1}: {a} instead of {b}"
+    assert got["tokens"] == expected["tokens"]
+    for (a, n), (b, m) in zip(got["evals"], expected["evals"]):
+        assert n == m
+        assert abs(a - b) <= tolerance * abs(b)
+
+
+CURVES = {
+    "tp2 x cp2": (4, {"tensor_parallel_size": 2, "context_parallel_size": 2}),
+    "dp_shard2 x cp2": (4, {"dp_shard_size": 2, "context_parallel_size": 2, "micro_batch_size": 2}),
+    "dp_replicate2 x tp2": (4, {"dp_replicate_size": 2, "tensor_parallel_size": 2}),
+    "cp3, all at once": (3, {"context_parallel_size": 3, "cp_comm_type": "all_gather"}),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_thirty_steps_follow_the_curve_of_one_process(name, prefix, reference):
+    world, changes = CURVES[name]
+    got = pool.run(world, curve, prefix, 30, changes)
+    assert all(rank == got[0] for rank in got), "the ranks disagree about what they computed"
+    compare(got[0], reference(30), 1e-9)
+    assert got[0]["losses"][-1] < 0.7 * got[0]["losses"][0]
+
+
+SINGLE_STEPS = {
+    "one stream of documents": (2, {"context_parallel_size": 2, "sample_packing": False}),
+    "one stream, batches of two": (2, {"context_parallel_size": 2, "sample_packing": False, "micro_batch_size": 2}),
+    "contiguous": (2, {"context_parallel_size": 2, "cp_layout": "contiguous"}),
+    "recompute": (2, {"context_parallel_size": 2, "gradient_checkpointing": True}),
+    "tied": (2, {"tensor_parallel_size": 2, "tie_word_embeddings": True}),
+    "hybrid shard": (4, {"dp_replicate_size": 2, "dp_shard_size": 2}),
+    "no resharding": (2, {"dp_shard_size": 2, "reshard_after_forward": False}),
+    "more ranks than some sequences have tokens": (8, {"context_parallel_size": 8, "sequence_len": 7}),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE_STEPS)
+def test_two_steps_equal_one_process(name, prefix, reference):
+    world, changes = SINGLE_STEPS[name]
+    plain = {k: v for k, v in changes.items() if k in ("sample_packing", "tie_word_embeddings", "sequence_len")}
+    compare(pool.run(world, curve, prefix, 2, changes)[0], reference(2, **plain), 1e-10)
+
+
+def test_float32_follows_to_rounding(prefix, reference):
+    changes = {"tensor_parallel_size": 2, "context_parallel_size": 2, "params_dtype": "float32"}
+    compare(pool.run(4, curve, prefix, 30, changes)[0], reference(30, params_dtype="float32"), 1e-4)
+
+
+def test_bf16_trains_with_float32_weights(prefix, reference):
+    changes = {"context_parallel_size": 2, "params_dtype": "float32", "bf16": True}
+    got = pool.run(2, curve, prefix, 30, changes)[0]
+    expected = reference(30)
+    assert got["tokens"] == expected["tokens"]
+    assert got["losses"][-1] == pytest.approx(expected["losses"][-1], rel=0.05)
+    assert got["evals"][-1][0] == pytest.approx(expected["evals"][-1][0], rel=0.05)
+
+
+def bf16_state(prefix):
+    trainer = Trainer(tiny.tiny_run(prefix, 2, context_parallel_size=2, params_dtype="float32", bf16=True), CPU)
+    trainer.train_step(trainer.micro_batches(0))
+    kinds = {p.dtype for p in trainer.model.parameters()} | {p.grad.dtype for p in trainer.model.parameters()}
+    kinds |= {s.dtype for state in trainer.optimizer.state.values() for s in state.values() if s.dim()}
+    return kinds
+
+
+def test_weights_gradients_and_optimizer_stay_float32_under_bf16(prefix):
+    assert pool.run(2, bf16_state, prefix)[0] == {torch.float32}
+
+
+def whole_run(prefix, folder):
+    """Train to the end as the command does: metrics, evaluation and a checkpoint."""
+    folder = Path(folder)
+    changes = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "context_parallel_size": 2}
+    trainer = Trainer(tiny.tiny_run(prefix, 2, **changes), CPU)
+    first = dist.get_rank() == 0
+    trainer.metrics = Metrics([JsonLines(folder / "metrics.jsonl")] if first else [])
+    trainer.train(folder, Lines(4) if first else Progress())
+    trainer.metrics.close()
+    return {n: p.detach().full_tensor() for n, p in trainer.model.named_parameters()}
+
+
+def load_at_another_layout(prefix, folder):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    trainer = Trainer(tiny.tiny_run(prefix, 2, tensor_parallel_size=2, seed=7), CPU)
+    state = {"model": get_model_state_dict(trainer.model)}
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(trainer.model, state["model"])
+    return {n: p.detach().full_tensor() for n, p in trainer.model.named_parameters()}
+
+
+def test_a_run_writes_its_records_and_a_checkpoint_that_loads_at_another_layout(prefix, tmp_path):
+    weights = pool.run(2, whole_run, prefix, str(tmp_path))[0]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["kind"], r["step"]) for r in records] == [
+        ("train", 1),
+        ("train", 2),
+        ("eval", 2),
+        ("train", 3),
+        ("train", 4),
+        ("eval", 4),
+        ("summary", 4),
+    ]
+    assert set(records[0]) == {
+        "kind", "step", "loss", "grad_norm", "learning_rate", "tokens", "step_time", "tokens_per_second",
+        "peak_memory_gib",
+    }  # fmt: skip
+    assert set(records[2]) == {"kind", "step", "loss", "tokens"}
+    folder = tmp_path / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step_00000002", "step_00000004"]
+    assert (folder / "latest").read_text() == "step_00000004\n"
+    loaded = pool.run(2, load_at_another_layout, prefix, str(folder / "step_00000004"))[0]
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
+def test_metrics_of_an_earlier_run_are_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert set_aside(path) is None
+    for text in ("first", "second"):
+        path.write_text(text)
+        set_aside(path)
+    assert (tmp_path / "metrics.jsonl.1").read_text() == "first"
+    assert (tmp_path / "metrics.jsonl.2").read_text() == "second"
+
+
+def wrong_vocabulary(prefix):
+    trainer = Trainer(tiny.tiny_run(prefix, 1, vocab_size=50), CPU)
+    with pytest.raises(ValueError, match=r"holds token \d+, but vocab_size is 50"):
+        trainer.train_step(trainer.micro_batches(0))
+
+
+def test_data_of_another_tokenizer_is_refused(prefix):
+    pool.run(1, wrong_vocabulary, prefix)
+
+
+class _Config:
+    learning_rate, cosine_min_lr_ratio, lr_scheduler = 1.0, 0.1, "cosine"
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_learning_rate_rises_then_follows_its_shape(kind):
+    config = _Config()
+    config.lr_scheduler = kind
+    rates = [learning_rate(config, step, 20, 5) for step in range(1, 21)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    middle = {"cosine": 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 10 / 15)), "linear": 0.1 + 0.9 / 3, "constant": 1.0}
+    assert rates[14] == pytest.approx(middle[kind])
+    assert rates[-1] == pytest.approx(1.0 if kind == "constant" else 0.1)
