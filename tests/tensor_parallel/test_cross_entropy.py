@@ -179,7 +179,7 @@ def fused_halves():
     target = labels((t,), vocab)
 
     def plain(dtype):
-        x, w = (a.to(dtype).requires_grad_() for a in (hidden, weight))
+        x, w = (a.to(dtype, copy=True).requires_grad_() for a in (hidden, weight))
         logits = F.linear(x, w)[:, :vocab]
         loss = plain_cross_entropy(logits.to(torch.promote_types(dtype, torch.float32)), target)
         loss.sum().backward()

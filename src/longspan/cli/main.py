@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -61,7 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(error: UserError) -> None:
-    """Prints a user's mistakes, one a line."""
+    """Prints a user's mistakes, one a line.
+
+    Under torchrun every rank finds the same mistake before the process group starts; the first one tells.
+    """
+    started = "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
+    if os.environ.get("RANK", "0") != "0" and not started:
+        return
     for problem in error.problems:
         print(f"longspan: error: {problem}", file=sys.stderr)
 

@@ -72,7 +72,21 @@ def read_run(command: str, arguments: Sequence[str], more_options: dict[str, boo
             "sequence_parallel": resolved.sequence_parallel if resolved.sizes.tp > 1 else None,
         }
     )
-    return resolve(final, resolved.world_size), launch, device
+    final_run = resolve(final, resolved.world_size)
+    if final.attention_backend != "auto":
+        check_backend(final_run, device)
+    return final_run, launch, device
+
+
+def check_backend(run: Run, device: str) -> None:
+    """Refuses an attention backend that cannot serve this run (UserError)."""
+    import torch
+
+    from longspan.context_parallel.kernels import select_kernel
+
+    dtype = torch.bfloat16 if run.config.bf16 is True else getattr(torch, run.config.params_dtype)
+    head_dim = run.transformer_config().kv_channels
+    select_kernel(torch.device(device), dtype, head_dim, run.config.attention_backend)
 
 
 def missing_sources(config) -> list[str]:
