@@ -3,10 +3,11 @@
 import os
 import time
 
-import pool
 import pytest
 import torch
 import torch.distributed as dist
+
+import pool
 
 
 def total():

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import yaml
+
+import tiny
 
 COMMAND = [sys.executable, "-m", "longspan"]
 
@@ -82,7 +83,10 @@ def test_help_of_train_lists_every_key_with_its_flag(tmp_path):
 def test_unknown_command_has_a_near_miss(tmp_path):
     done = longspan("trian", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "longspan: error: 'trian' is no command of longspan. Did you mean train? See longspan --help.\n"
+    assert (
+        done.stderr
+        == "longspan: error: 'trian' is no command of longspan. Did you mean train? See longspan --help.\n"
+    )
 
 
 def test_env_prints_versions(tmp_path):
@@ -92,7 +96,9 @@ def test_env_prints_versions(tmp_path):
 
 
 def test_config_prints_the_arithmetic_done_and_the_schema(folder):
-    done = longspan("config", "config.yaml", "--context-parallel-size", "2", "--num-processes", "4", cwd=folder)
+    done = longspan(
+        "config", "config.yaml", "--context-parallel-size", "2", "--num-processes", "4", cwd=folder
+    )
     assert done.returncode == 0, done.stderr
     values = yaml.safe_load(done.stdout)
     assert (values["dp_shard_size"], values["gradient_accumulation_steps"]) == (2, 2)
@@ -161,7 +167,9 @@ def test_missing_and_truncated_data_are_refused(folder):
 
 
 def test_a_missing_config_file(folder):
-    assert refused(folder, "confg.yaml") == ["config file confg.yaml does not exist. Did you mean config.yaml?"]
+    assert refused(folder, "confg.yaml") == [
+        "config file confg.yaml does not exist. Did you mean config.yaml?"
+    ]
 
 
 # --- training -------------------------------------------------------------------------------
@@ -189,7 +197,16 @@ def test_train_launches_the_processes_the_config_asks_for(folder):
 
 def test_train_joins_under_torchrun(folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "longspan", "train", "config.yaml", "--output-dir", "joined", "--tokenizer-train-vocab-size", "300"]
+    command += [
+        "-m",
+        "longspan",
+        "train",
+        "config.yaml",
+        "--output-dir",
+        "joined",
+        "--tokenizer-train-vocab-size",
+        "300",
+    ]
     command += ["--datasets", "[{path: texts}]", "--dataset-prepared-path", "prepared", "--vocab-size", "320"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -198,17 +215,32 @@ def test_train_joins_under_torchrun(folder):
     # the same through the launcher, with the tokenised data found again
     args = ["config.yaml", "--output-dir", "launched", "--datasets", "[{path: texts}]", "--vocab-size", 320]
     args += ["--tokenizer-train-vocab-size", 300, "--dataset-prepared-path", "prepared", "--num-processes", 2]
-    again = longspan("train", *args, "--launcher", "torchrun", "--", "--standalone", "--nproc-per-node", 2, cwd=folder)
+    again = longspan(
+        "train", *args, "--launcher", "torchrun", "--", "--standalone", "--nproc-per-node", 2, cwd=folder
+    )
     assert again.returncode == 0, again.stderr
-    assert [r["loss"] for r in records(folder / "launched")] == [r["loss"] for r in records(folder / "joined")]
+    assert [r["loss"] for r in records(folder / "launched")] == [
+        r["loss"] for r in records(folder / "joined")
+    ]
 
 
 def test_a_mistake_under_torchrun_is_one_message_too(folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "longspan", "train", "config.yaml", "--tensor-parallel-size", "3", "--output-dir", "never"]
+    command += [
+        "-m",
+        "longspan",
+        "train",
+        "config.yaml",
+        "--tensor-parallel-size",
+        "3",
+        "--output-dir",
+        "never",
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if line.startswith("longspan: error: num_attention_heads 4")]
+    errors = [
+        line for line in done.stderr.splitlines() if line.startswith("longspan: error: num_attention_heads 4")
+    ]
     assert len(errors) == 1, done.stderr
     assert not (folder / "never").exists()
 

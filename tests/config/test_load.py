@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import tiny
 import yaml
 
+import tiny
 from longspan.config.load import load_config, make_config, parse_overrides, to_yaml
 from longspan.config.resolve import resolve, training_steps, warmup_steps
 from longspan.config.schema import GROUPS, TrainConfig, keys, names
@@ -80,13 +80,25 @@ def test_all_problems_come_at_once():
 @pytest.mark.parametrize(
     ("changes", "world", "message"),
     [
-        ({"context_parallel_size": 2, "dp_shard_size": 2}, 6, r"tp 1 x cp 2 x dp_shard 2 .* = 4, but there are 6"),
+        (
+            {"context_parallel_size": 2, "dp_shard_size": 2},
+            6,
+            r"tp 1 x cp 2 x dp_shard 2 .* = 4, but there are 6",
+        ),
         ({"context_parallel_size": 4}, 6, "Use a multiple of 4 processes"),
-        ({"num_attention_heads": 6, "num_query_groups": 4, "kv_channels": 8}, 1, "6 is not divisible by num_query_groups 4"),
+        (
+            {"num_attention_heads": 6, "num_query_groups": 4, "kv_channels": 8},
+            1,
+            "6 is not divisible by num_query_groups 4",
+        ),
         ({"hidden_size": 33}, 1, "hidden_size 33 is not divisible by num_attention_heads 4"),
         ({"global_batch_size": 3}, 2, r"micro_batch_size 1 x .* x dp 2 = 2.*global_batch_size 4"),
         ({"pipeline_parallel_size": 2}, 2, "pipeline parallelism is not supported yet"),
-        ({"cp_comm_type": "a2a", "context_parallel_size": 2}, 2, "'a2a' is not supported yet. Use p2p or all_gather"),
+        (
+            {"cp_comm_type": "a2a", "context_parallel_size": 2},
+            2,
+            "'a2a' is not supported yet. Use p2p or all_gather",
+        ),
         ({"cp_comm_type": "p2q", "context_parallel_size": 2}, 2, "'p2q'.*Did you mean p2p"),
         ({"eval_steps": 5, "val_set_size": 0}, 1, "val_set_size is 0"),
         ({"bf16": True}, 1, "bf16: true with params_dtype: float64"),
@@ -182,7 +194,12 @@ def test_load_and_write_back(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "not valid YAML"), ("- a\n- b", "holds list, not a mapping"), ("", "holds NoneType"), (b"\xff\xfe\x00", "UTF-8")],
+    [
+        ("a: [", "not valid YAML"),
+        ("- a\n- b", "holds list, not a mapping"),
+        ("", "holds NoneType"),
+        (b"\xff\xfe\x00", "UTF-8"),
+    ],
 )
 def test_files_that_are_no_config(tmp_path, text, message):
     path = tmp_path / "c.yaml"
@@ -208,6 +225,10 @@ def test_architecture_from_a_model_folder(tmp_path):
     config, problems, _ = make_config(values)
     assert not problems
     model = resolve(config, 1).transformer_config()
-    assert (model.num_layers, model.hidden_size, model.num_query_groups) == (2, 64, 2)  # the file's own key wins
+    assert (model.num_layers, model.hidden_size, model.num_query_groups) == (
+        2,
+        64,
+        2,
+    )  # the file's own key wins
     assert (model.rotary_base, model.layernorm_epsilon) == (500000.0, 1e-6)
     assert model.share_embeddings_and_output_weights

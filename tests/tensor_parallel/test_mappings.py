@@ -118,3 +118,25 @@ def refusals():
 
 def test_refusals():
     pool.run(2, refusals)
+
+
+def moves_between_tokens_and_features():
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=4)
+    rank = dist.get_rank()
+    whole = torch.arange(8 * 12, dtype=torch.float64).view(8, 12)
+    by_tokens = whole.chunk(4)[rank].clone().requires_grad_()
+    by_features = tensor_parallel.all_to_all_sp2hp(by_tokens)
+    assert torch.equal(by_features, whole.chunk(4, dim=1)[rank])
+    assert torch.equal(tensor_parallel.all_to_all_hp2sp(by_features), by_tokens)
+    by_features.backward(2 * whole.chunk(4, dim=1)[rank])
+    assert torch.equal(by_tokens.grad, 2 * by_tokens)
+    part = whole.chunk(4, dim=1)[rank].clone().requires_grad_()
+    gathered = tensor_parallel.all_gather_last_dim_from_tensor_parallel_region(part)
+    assert torch.equal(gathered, whole)
+    gathered.backward(whole)
+    assert torch.equal(part.grad, 4 * part)
+    assert torch.equal(tensor_parallel.reduce_scatter_last_dim_to_tensor_parallel_region(whole), 4 * part)
+
+
+def test_moves_between_tokens_and_features():
+    pool.run(4, moves_between_tokens_and_features)

@@ -4,12 +4,12 @@ import json
 import math
 from pathlib import Path
 
-import pool
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
 
+import pool
+import tiny
 from longspan.training.loop import Trainer
 from longspan.training.metrics import JsonLines, Metrics, set_aside
 from longspan.training.optimizer import learning_rate
@@ -79,7 +79,10 @@ def test_thirty_steps_follow_the_curve_of_one_process(name, prefix, reference):
 
 SINGLE_STEPS = {
     "one stream of documents": (2, {"context_parallel_size": 2, "sample_packing": False}),
-    "one stream, batches of two": (2, {"context_parallel_size": 2, "sample_packing": False, "micro_batch_size": 2}),
+    "one stream, batches of two": (
+        2,
+        {"context_parallel_size": 2, "sample_packing": False, "micro_batch_size": 2},
+    ),
     "contiguous": (2, {"context_parallel_size": 2, "cp_layout": "contiguous"}),
     "recompute": (2, {"context_parallel_size": 2, "gradient_checkpointing": True}),
     "tied": (2, {"tensor_parallel_size": 2, "tie_word_embeddings": True}),
@@ -92,7 +95,9 @@ SINGLE_STEPS = {
 @pytest.mark.parametrize("name", SINGLE_STEPS)
 def test_two_steps_equal_one_process(name, prefix, reference):
     world, changes = SINGLE_STEPS[name]
-    plain = {k: v for k, v in changes.items() if k in ("sample_packing", "tie_word_embeddings", "sequence_len")}
+    plain = {
+        k: v for k, v in changes.items() if k in ("sample_packing", "tie_word_embeddings", "sequence_len")
+    }
     compare(pool.run(world, curve, prefix, 2, changes)[0], reference(2, **plain), 1e-10)
 
 
@@ -111,7 +116,9 @@ def test_bf16_trains_with_float32_weights(prefix, reference):
 
 
 def bf16_state(prefix):
-    trainer = Trainer(tiny.tiny_run(prefix, 2, context_parallel_size=2, params_dtype="float32", bf16=True), CPU)
+    trainer = Trainer(
+        tiny.tiny_run(prefix, 2, context_parallel_size=2, params_dtype="float32", bf16=True), CPU
+    )
     trainer.train_step(trainer.micro_batches(0))
     kinds = {p.dtype for p in trainer.model.parameters()} | {p.grad.dtype for p in trainer.model.parameters()}
     kinds |= {s.dtype for state in trainer.optimizer.state.values() for s in state.values() if s.dim()}
@@ -199,6 +206,10 @@ def test_learning_rate_rises_then_follows_its_shape(kind):
     config.lr_scheduler = kind
     rates = [learning_rate(config, step, 20, 5) for step in range(1, 21)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    middle = {"cosine": 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 10 / 15)), "linear": 0.1 + 0.9 / 3, "constant": 1.0}
+    middle = {
+        "cosine": 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 10 / 15)),
+        "linear": 0.1 + 0.9 / 3,
+        "constant": 1.0,
+    }
     assert rates[14] == pytest.approx(middle[kind])
     assert rates[-1] == pytest.approx(1.0 if kind == "constant" else 0.1)

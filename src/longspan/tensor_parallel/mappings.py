@@ -9,6 +9,10 @@ With n = tensor parallel size, s the local sequence, h the hidden size:
     scatter_to_sequence_parallel_region             [s, ..]     -> [s/n, ..]     backward: gather
     gather_from_sequence_parallel_region            [s/n, ..]   -> [s, ..]       backward: sum and split
     reduce_scatter_to_sequence_parallel_region      partial [s, ..] -> [s/n, ..] backward: gather
+    all_gather_last_dim_from_tensor_parallel_region     [.., h/n]   -> [.., h]   backward: sum and split
+    reduce_scatter_last_dim_to_tensor_parallel_region   partial [.., h] -> [.., h/n] backward: gather
+    all_to_all_sp2hp                                [t/n, h]    -> [t, h/n]      backward: all_to_all_hp2sp
+    all_to_all_hp2sp                                [t, h/n]    -> [t/n, h]      backward: all_to_all_sp2hp
 
 The f and g operators of Shoeybi et al. 2019 (Megatron-LM) and their sequence parallel
 forms of Korthikanti et al. 2022. ``group`` is the tensor parallel group; None takes the
@@ -17,6 +21,7 @@ installed one.
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -74,3 +79,25 @@ def all_to_all(
 ) -> Tensor:
     """Rows to every rank of the group, with autograd; see :func:`longspan.mesh.collectives.all_to_all`."""
     return collectives.all_to_all(input, tensor_parallel_group(group), output_split_sizes, input_split_sizes)
+
+
+def all_gather_last_dim_from_tensor_parallel_region(x: Tensor, group=None) -> Tensor:
+    return collectives.all_gather(x, tensor_parallel_group(group), dim=x.dim() - 1)
+
+
+def reduce_scatter_last_dim_to_tensor_parallel_region(x: Tensor, group=None) -> Tensor:
+    return collectives.reduce_scatter(x, tensor_parallel_group(group), dim=x.dim() - 1)
+
+
+def all_to_all_sp2hp(x: Tensor, group=None) -> Tensor:
+    """From cut by tokens to cut by features: [t/n, h] -> [t, h/n]."""
+    group = tensor_parallel_group(group)
+    n = dist.get_world_size(group)
+    return collectives.all_to_all(torch.cat(x.chunk(n, dim=-1)), group)
+
+
+def all_to_all_hp2sp(x: Tensor, group=None) -> Tensor:
+    """From cut by features to cut by tokens: [t, h/n] -> [t/n, h]."""
+    group = tensor_parallel_group(group)
+    n = dist.get_world_size(group)
+    return torch.cat(collectives.all_to_all(x, group).chunk(n), dim=-1)
