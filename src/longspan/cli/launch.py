@@ -112,6 +112,7 @@ def start(launch: Launch, processes: int, arguments: Sequence[str], device: str)
 
         torchrun([*launch.torchrun_arguments, *command])
         return 0
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -128,6 +129,9 @@ def start(launch: Launch, processes: int, arguments: Sequence[str], device: str)
     )
     try:
         elastic_launch(config, sys.executable)(*command)
+    except SignalException as error:
+        print(f"longspan: stopped by signal {error.sigval.name}", file=sys.stderr)
+        return 1
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(

@@ -30,6 +30,7 @@ def run(arguments: Sequence[str]) -> int:
     if under_torchrun() or resolved.world_size == 1:
         return join(resolved, device)
     config = prepare_config(resolved.config, show=True)
+    config = config.model_copy(update={"resume": resume_point(resolve(config, resolved.world_size))})
     output = Path(config.output_dir)
     write_config(config, output)
     return start(launch, resolved.world_size, ["train", str(output / "config.yaml")], device)
@@ -122,6 +123,7 @@ def join(resolved: Run, device_type: str) -> int:
     import torch.distributed as dist
 
     from longspan.mesh.mesh import close_distributed, init_distributed
+    from longspan.training.session import train
 
     quiet_logs()
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -134,12 +136,36 @@ def join(resolved: Run, device_type: str) -> int:
     if config is None:
         config = prepare_together(resolved, local_rank)
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
-    final = resolve(config, resolved.world_size)
+    config = config.model_copy(update={"resume": resume_point(resolve(config, resolved.world_size))})
     if dist.get_rank() == 0:
         write_config(config, Path(config.output_dir))
-    train(final, device)
+    code = train(resolve(config, resolved.world_size), device)
     close_distributed()
-    return 0
+    return code
+
+
+def resume_point(run: Run) -> str | None:
+    """The checkpoint ``resume`` stands for, checked against the config before anything starts.
+
+    Raises:
+        UserError: there is none, it is not whole, or it is of another model, batch or data.
+    """
+    config = run.config
+    if config.resume is None:
+        if config.no_load_optim or config.no_load_rng:
+            raise UserError(
+                "no_load_optim and no_load_rng say what to leave out of a resume: give resume too."
+            )
+        return None
+    from longspan.training.checkpoint import check_fits, find, newest
+    from longspan.training.loop import describe_run, open_datasets
+
+    folder = Path(config.output_dir) / "checkpoints"
+    path = newest(folder) if config.resume == "auto" else find(Path(config.resume))
+    if path is None:
+        return None
+    check_fits(path, describe_run(run, open_datasets(run)[0]), weights_only=config.no_load_optim)
+    return str(path)
 
 
 def prepare_together(resolved: Run, local_rank: int):
@@ -168,66 +194,6 @@ def prepare_together(resolved: Run, local_rank: int):
     return config if config is not None else prepare_config(resolved.config, show=False)
 
 
-def train(run: Run, device) -> dict:
-    """Builds the trainer and runs it; rank 0 speaks and writes."""
-    import torch.distributed as dist
-
-    from longspan.training.banner import banner
-    from longspan.training.loop import Trainer
-    from longspan.training.metrics import JsonLines, Metrics, Sink, TensorBoard, set_aside
-    from longspan.training.progress import Progress, make_progress
-
-    config, output = run.config, Path(run.config.output_dir)
-    trainer = Trainer(run, device)
-    progress = Progress()
-    if dist.get_rank() == 0:
-        kept = set_aside(output / "metrics.jsonl")
-        sinks: list[Sink] = [JsonLines(output / "metrics.jsonl")]
-        if config.use_tensorboard:
-            sinks.append(TensorBoard(output / "tensorboard"))
-        trainer.metrics = Metrics(sinks)
-        print(
-            banner(
-                run,
-                parameters=sum(p.numel() for p in trainer.model.parameters()),
-                samples=len(trainer.train_data),
-                held_out=len(trainer.valid_data) if trainer.valid_data else 0,
-                steps=trainer.steps,
-                warmup=trainer.warmup,
-                device=device,
-                local_rows=trainer.local_rows(),
-                output=output,
-            )
-        )
-        if kept:
-            print(f"  the metrics of an earlier run are kept in {kept}")
-        progress = make_progress(trainer.steps)
-    try:
-        summary = trainer.train(output, progress)
-    finally:
-        progress.close()
-        trainer.metrics.close()
-    if dist.get_rank() == 0:
-        print(last_lines(summary, run, output))
-    return summary
-
-
-def last_lines(summary: dict, run: Run, output: Path) -> str:
-    """What happened, where it is, and what to try next."""
-    lines = [
-        "",
-        f"done: {summary['step']} steps, {summary['tokens']:,} tokens in {summary['train_time']:.0f} s "
-        f"({summary['tokens_per_second']:,.0f} tokens/s), peak {summary['peak_memory_gib']:.2f} GiB a rank",
-        f"loss: {summary['loss']:.4f} in the last step"
-        + (f", {summary['eval_loss']:.4f} held out" if summary["eval_loss"] is not None else ""),
-        f"metrics: {output / 'metrics.jsonl'}"
-        + (f"   curves: tensorboard --logdir {output / 'tensorboard'}" if run.config.use_tensorboard else ""),
-        "next: --context-parallel-size 4 cuts each sequence over more ranks and gives the same losses;",
-        f"      longspan verify {output / 'config.yaml'} shows that they are",
-    ]
-    return "\n".join(lines)
-
-
 def quiet_logs() -> None:
     """Hides what torch says to its own developers; errors stay."""
     import logging
@@ -250,4 +216,4 @@ def _split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:at], arguments[at + 1 :]
 
 
-__all__ = ["Launch", "join", "read_run", "run", "train"]
+__all__ = ["Launch", "join", "read_run", "run"]

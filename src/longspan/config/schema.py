@@ -367,6 +367,31 @@ class TrainConfig(BaseModel):
         ge=1,
     )
     save_last: bool = key(True, "Save a checkpoint at the end.", group="logging, evaluation, saving")
+    save_total_limit: int | None = key(
+        None,
+        "How many of the newest checkpoints to keep; default: all.",
+        group="logging, evaluation, saving",
+        unit="checkpoints",
+        ge=1,
+    )
+    async_save: bool = key(
+        True, "Write checkpoints in a thread while training goes on.", group="logging, evaluation, saving"
+    )
+    resume: str | None = key(
+        None,
+        "Go on from a checkpoint: a path, or auto for the newest in output_dir, if there is one.",
+        group="logging, evaluation, saving",
+        flag="--load",
+        aliases=("resume_from_checkpoint",),
+    )
+    no_load_optim: bool = key(
+        False,
+        "Take only the weights of the checkpoint and start at step 0.",
+        group="logging, evaluation, saving",
+    )
+    no_load_rng: bool = key(
+        False, "Do not take the checkpoint's random number states.", group="logging, evaluation, saving"
+    )
     use_tensorboard: bool = key(True, "Write TensorBoard files.", group="logging, evaluation, saving")
 
 

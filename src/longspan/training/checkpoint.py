@@ -1,39 +1,281 @@
 """Checkpoints by torch's distributed checkpoint (DCP): whole or absent, loadable at any layout.
 
-``checkpoints/step_00000100/`` is written beside under another name and renamed when it is
-whole; ``checkpoints/latest`` is one line with the newest name.
+    checkpoints/step_00000100/   .metadata and one .distcp file a rank (DCP), longspan.json
+    checkpoints/latest           one line: the newest name
+
+A checkpoint is written under a hidden name beside and renamed when it is whole, so a kill
+at any moment leaves it whole or absent. Writing goes on in a thread while training does: the
+step waits only for a copy of the state in memory. Weights and optimizer state are DTensors,
+so DCP reshards them to whatever layout loads them; ``longspan.json`` says what was trained.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
+
+from longspan.errors import UserError, did_you_mean
+
+DESCRIPTION = "longspan.json"
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
-    """Writes model and optimizer; collective. Returns the checkpoint's folder."""
-    name = f"step_{step:08d}"
-    final, partial = folder / name, folder / f".{name}.partial"
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state, "step": step}, checkpoint_id=str(partial))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
-        write_atomically(folder / "latest", name + "\n")
-    dist.barrier()
-    return final
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; earlier ones are as they were."""
+
+
+# --- reading --------------------------------------------------------------------------------
+
+
+def find(path: Path) -> Path:
+    """The checkpoint a path stands for: itself, or the newest of a run's folder.
+
+    Raises:
+        UserError: nothing there, or a half-written one.
+    """
+    for folder in (path, path / "checkpoints"):
+        if (folder / "latest").is_file():
+            path = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+            break
+    if not path.is_dir():
+        siblings = [p.name for p in path.parent.glob("step_*")] if path.parent.is_dir() else []
+        near = did_you_mean(path.name, siblings)
+        raise UserError(
+            f"resume: there is no checkpoint at {path}.{near} Give a folder step_NNNNNNNN, or a run's."
+        )
+    missing = [name for name in (".metadata", DESCRIPTION) if not (path / name).is_file()]
+    if missing:
+        others = sorted(
+            p.name for p in path.parent.glob("step_*") if (p / ".metadata").is_file() and p != path
+        )
+        remedy = f"Use {others[-1]}, which is whole." if others else "There is no other one beside it."
+        raise UserError(f"resume: {path} is not a whole checkpoint: {', '.join(missing)} missing. {remedy}")
+    return path
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint ``latest`` names, or None where none was saved yet."""
+    return find(folder) if (folder / "latest").is_file() else None
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What ``longspan.json`` says of a checkpoint.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"resume: {path / DESCRIPTION} cannot be read ({error}). Use another checkpoint."
+        ) from None
+
+
+def check_fits(path: Path, now: dict[str, Any], weights_only: bool) -> dict[str, Any]:
+    """Refuses a checkpoint of another model, and (unless only weights are taken) of another batch or data.
+
+    Args:
+        now: what this run would write as its own description.
+
+    Returns:
+        The checkpoint's description.
+
+    Raises:
+        UserError: with every difference.
+    """
+    then = describe(path)
+    problems = [
+        f"resume: {path.name} is a checkpoint of another model: {name} was {then['model'].get(name)!r}, the config says "
+        f"{value!r}. Give the model's own value, or start without resume."
+        for name, value in now["model"].items()
+        if then["model"].get(name) != value
+    ]
+    if not weights_only:
+        if then["global_batch_size"] != now["global_batch_size"]:
+            problems.append(
+                f"resume: {path.name} was trained with global_batch_size {then['global_batch_size']}, the config gives "
+                f"{now['global_batch_size']}. A resume keeps the global batch: change micro_batch_size or "
+                "gradient_accumulation_steps, or take only the weights with no_load_optim: true."
+            )
+        problems += [
+            f"resume: {path.name} was trained with {name} {then['settings'].get(name)!r}, the config gives {value!r}. Keep it, "
+            "or take only the weights with no_load_optim: true."
+            for name, value in now["settings"].items()
+            if then["settings"].get(name) != value
+        ]
+    if problems:
+        raise UserError(problems)
+    return then
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, rng: bool) -> None:
+    """Loads weights, optimizer state (unless None) and random number states; collective, from any layout."""
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    written = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
+    own = f"rng.{dist.get_rank()}"
+    if rng and own in written:  # at another number of ranks each starts from its seed
+        state[own] = torch.get_rng_state()
+    dcp.load(state, checkpoint_id=str(path))
+    set_model_state_dict(model, state["model"])
+    if optimizer is not None:
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    if own in state:
+        torch.set_rng_state(state[own])
+
+
+# --- writing --------------------------------------------------------------------------------
+
+
+class Checkpointer:
+    """Saves into a run's ``checkpoints/``; collective.
+
+    Args:
+        folder: ``output_dir/checkpoints``.
+        keep: how many of the newest stay; None keeps all.
+        background: write in a thread while training goes on.
+    """
+
+    def __init__(self, folder: Path, keep: int | None = None, background: bool = True):
+        self.folder, self.keep, self.background = folder, keep, background
+        self.first = dist.get_rank() == 0
+        # of its own: the writing thread's messages must not meet the training's
+        self.group = dist.new_group(backend="gloo") if background else None
+        self.pending: tuple[Path, Future] | None = None
+        if self.first:  # what a kill left behind
+            for leftover in [*folder.glob(".step_*.partial"), *folder.glob(".step_*.removed")]:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, description: dict[str, Any]
+    ) -> Path:
+        """Starts writing the state of a step. Returns where it will be.
+
+        Raises:
+            SaveError: an earlier save failed, or this one could not start.
+        """
+        self.finish()
+        final = self.folder / f"step_{step:08d}"
+        partial = self._partial(final)
+        trouble = None
+        if self.first:
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                (partial / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
+            except OSError as error:
+                trouble = str(error)
+        told = [trouble]
+        dist.broadcast_object_list(told, src=0)
+        if told[0]:
+            raise SaveError(f"cannot write {partial}: {told[0]}")
+        state: dict[str, Any] = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer),
+            f"rng.{dist.get_rank()}": torch.get_rng_state(),
+        }
+        if self.background:
+            # a copy of our own: tensors that are on the CPU already would be written while they change
+            future = dcp.async_save(
+                tree_map(_copy, state), checkpoint_id=str(partial), process_group=self.group
+            )
+            self.pending = (final, future)
+        else:
+            future = Future()
+            try:
+                future.set_result(dcp.save(state, checkpoint_id=str(partial)))
+            except (Exception, CheckpointException) as error:
+                future.set_exception(error)
+            self.pending = (final, future)
+            self.finish()
+        return final
+
+    def finish(self) -> Path | None:
+        """Waits until the last save is whole and named. Returns it.
+
+        Raises:
+            SaveError: it could not be written; what was there before is untouched.
+        """
+        if self.pending is None:
+            return None
+        (final, future), self.pending = self.pending, None
+        trouble = None
+        try:
+            future.result()
+            if self.first and self._partial(final).is_dir():
+                self._name(final)
+        except (Exception, CheckpointException) as error:
+            # DCP's exception (no Exception by its class) holds each failed rank's own
+            failures = getattr(error, "failures", None) or {0: (error,)}
+            cause = next(iter(failures.values()))[0]
+            trouble = f"{type(cause).__name__}: {cause}"
+        told: list = [None] * dist.get_world_size()
+        dist.all_gather_object(told, trouble)
+        found = next((text for text in told if text), None)
+        if found:
+            if self.first:
+                shutil.rmtree(self._partial(final), ignore_errors=True)
+            raise SaveError(f"cannot write {final}: {found}")
+        return final
+
+    def settle(self) -> None:
+        """Names a save whose writing has ended; cheap, no communication. ``finish`` reports what went wrong."""
+        if self.first and self.pending and self.pending[1].done() and not self.pending[1].exception():
+            final = self.pending[0]
+            if self._partial(final).is_dir():
+                self._name(final)
+
+    def _name(self, final: Path) -> None:
+        # DCP's metadata is written last, after all ranks' files: what the first rank sees done is whole
+        shutil.rmtree(final, ignore_errors=True)  # the same step of an earlier run
+        os.rename(self._partial(final), final)
+        write_atomically(self.folder / "latest", final.name + "\n")
+        self._prune()
+
+    def _partial(self, final: Path) -> Path:
+        return final.with_name(f".{final.name}.partial")
+
+    def _prune(self) -> None:
+        """Removes all but the newest checkpoints; each loses its name before its files."""
+        if self.keep is None:
+            return
+        for old in sorted(self.folder.glob("step_*"))[: -self.keep]:
+            gone = old.with_name(f".{old.name}.removed")
+            os.rename(old, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, DTensor):
+        local = value.to_local().detach().clone()
+        return DTensor.from_local(
+            local,
+            value.device_mesh,
+            value.placements,
+            run_check=False,
+            shape=value.shape,
+            stride=value.stride(),
+        )
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def write_atomically(path: Path, text: str) -> None:

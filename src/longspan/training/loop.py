@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan import __version__
 from longspan.config.resolve import Run, training_steps, warmup_steps
 from longspan.context_parallel import SequenceLayout
 from longspan.data import Batch, IndexedDataset, Prefetcher, TokenDataset
@@ -28,7 +29,7 @@ from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
 from longspan.parallelize import gradient_norm, parallelize
-from longspan.training import checkpoint
+from longspan.training.checkpoint import Checkpointer, SaveError, check_fits, load
 from longspan.training.metrics import Metrics, peak_memory_gib
 from longspan.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from longspan.training.progress import Progress
@@ -50,6 +51,41 @@ def open_datasets(run: Run) -> tuple[TokenDataset, TokenDataset | None]:
         )
 
     return split("train"), split("validation") if config.val_set_size > 0 else None
+
+
+#: what must be the same for weights to fit
+MODEL_KEYS = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+)
+#: what must be the same for a run to go on as if it had not stopped
+SETTINGS = (
+    "sequence_len",
+    "sample_packing",
+    "seed",
+    "val_set_size",
+    "rotary_base",
+    "rope_scaling",
+    "layernorm_epsilon",
+)
+
+
+def describe_run(run: Run, data: TokenDataset) -> dict:
+    """The part of a checkpoint's description that follows from the config and the data."""
+    model, config = run.transformer_config(), run.config
+    return {
+        "longspan": __version__,
+        "torch": torch.__version__,
+        "layout": run.sizes.equation(),
+        "global_batch_size": run.global_batch_size,
+        "model": {name: getattr(model, name) for name in MODEL_KEYS}
+        | {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings},
+        "settings": {name: getattr(config, name) for name in SETTINGS} | {"training tokens": data.num_tokens},
+    }
 
 
 class Trainer:
@@ -76,6 +112,7 @@ class Trainer:
         self.steps = training_steps(run, len(self.train_data))
         self.warmup = warmup_steps(config, self.steps)
         self.step = self.tokens = 0
+        self.stop_asked = False  # set by a signal; all ranks stop at the same step
 
         self.mesh = ParallelMesh.build(run.sizes, device.type)
         self.groups = self.mesh.groups
@@ -102,6 +139,27 @@ class Trainer:
         self.cp_rank = dist.get_rank(self.groups.cp)
         self.dp_rank = dist.get_rank(self.groups.dp)
         self._plain_layout = lru_cache(maxsize=4)(self._make_layout)
+
+    # --- resuming -------------------------------------------------------------------------
+
+    def description(self) -> dict:
+        """What a checkpoint says of itself: where it stands and what it fits."""
+        return describe_run(self.run, self.train_data) | {"step": self.step, "tokens": self.tokens}
+
+    def resume(self, path: Path) -> None:
+        """Goes on from a checkpoint made at any layout: weights, optimizer, position; see ``checkpoint.check_fits``."""
+        config = self.run.config
+        then = check_fits(path, self.description(), weights_only=config.no_load_optim)
+        if config.no_load_optim:
+            load(path, self.model, None, rng=not config.no_load_rng)
+            return
+        if then["step"] >= self.steps:
+            raise UserError(
+                f"resume: {path.name} has trained {then['step']} steps and the config asks for {self.steps}: there is nothing "
+                "left to do. Raise max_steps (or num_epochs) to go on."
+            )
+        load(path, self.model, self.optimizer, rng=not config.no_load_rng)
+        self.step, self.tokens = then["step"], then["tokens"]
 
     # --- one micro-batch ------------------------------------------------------------------
 
@@ -176,8 +234,10 @@ class Trainer:
         loss, count = self.compute_gradients(batches)
         norm, rate = self.apply_gradients()
         self.tokens += count
-        peak = torch.tensor(peak_memory_gib(self.device), dtype=torch.float64)
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        # one small message: the largest memory of a rank, and whether any rank was asked to stop
+        shared = torch.tensor([peak_memory_gib(self.device), float(self.stop_asked)], dtype=torch.float64)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        peak, self.stop_asked = shared[0], bool(shared[1])
         elapsed = time.perf_counter() - start
         return self.metrics.write(
             "train",
@@ -199,22 +259,37 @@ class Trainer:
             yield from ahead
 
     def train(self, output: Path, progress: Progress) -> dict:
-        """Runs all steps, evaluating and saving on the way; returns the summary's record."""
+        """Runs the steps that are left, evaluating and saving on the way; returns the summary's record.
+
+        A run that is asked to stop (``stop_asked``) finishes its step, saves and returns.
+
+        Raises:
+            SaveError: the last checkpoint could not be written. A failed earlier one is reported and training goes on.
+        """
         config = self.run.config
-        begun = time.perf_counter()
+        saves = Checkpointer(output / "checkpoints", config.save_total_limit, config.async_save)
+        begun, tokens = time.perf_counter(), self.tokens
         record = evaluation = None
         every = config.logging_steps or min(10, max(1, self.steps // 200))
         for batches in self.steps_ahead():
             record = self.train_step(batches)
-            last = self.step == self.steps
+            last = self.step == self.steps or self.stop_asked
             progress.step(record, show=last or self.step == 1 or self.step % every == 0)
-            if self.valid_data is not None and (
-                last or (config.eval_steps and self.step % config.eval_steps == 0)
-            ):
+            saves.settle()
+            due = last or (config.eval_steps and self.step % config.eval_steps == 0)
+            if self.valid_data is not None and due and not self.stop_asked:
                 evaluation = self.evaluate()
                 progress.evaluation(evaluation)
             if (config.save_last and last) or (config.save_steps and self.step % config.save_steps == 0):
-                progress.saved(checkpoint.save(output / "checkpoints", self.step, self.model, self.optimizer))
+                try:
+                    progress.saving(saves.save(self.step, self.model, self.optimizer, self.description()))
+                except SaveError as error:
+                    if last:
+                        raise
+                    progress.warn(f"{error}. Training goes on; earlier checkpoints are as they were.")
+            if self.stop_asked:
+                break
+        saves.finish()
         assert record is not None
         elapsed = time.perf_counter() - begun
         return self.metrics.write(
@@ -224,7 +299,7 @@ class Trainer:
             eval_loss=evaluation["loss"] if evaluation else None,
             tokens=self.tokens,
             train_time=elapsed,
-            tokens_per_second=self.tokens / elapsed,
+            tokens_per_second=(self.tokens - tokens) / elapsed,
             peak_memory_gib=record["peak_memory_gib"],
         )
 

@@ -41,10 +41,12 @@ class JsonLines:
 class TensorBoard:
     """One scalar a number, tagged ``train/loss`` and the like."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, first_step: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder))
+        self.writer = SummaryWriter(
+            str(folder), purge_step=first_step
+        )  # steps run again replace the old ones
 
     def write(self, record: dict[str, Any]) -> None:
         for name, value in record.items():
@@ -70,6 +72,23 @@ class Metrics:
     def close(self) -> None:
         for sink in self.sinks:
             sink.close()
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drops the lines of steps after ``step`` (they are run again) and of summaries; the file is replaced whole."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # the half line of a kill
+            continue
+        if record.get("step", 0) <= step and record.get("kind") != "summary":
+            kept.append(line + "\n")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
 
 
 def set_aside(path: Path) -> Path | None:

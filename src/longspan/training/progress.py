@@ -13,7 +13,9 @@ class Progress:
 
     def evaluation(self, record: dict) -> None: ...
 
-    def saved(self, folder: Path) -> None: ...
+    def saving(self, folder: Path) -> None: ...
+
+    def warn(self, text: str) -> None: ...
 
     def close(self) -> None: ...
 
@@ -38,14 +40,17 @@ class Lines(Progress):
     def evaluation(self, record: dict) -> None:
         self.emit(f"eval at step {record['step']} | loss {record['loss']:.4f} | {record['tokens']:,} tokens")
 
-    def saved(self, folder: Path) -> None:
-        self.emit(f"saved {folder}")
+    def saving(self, folder: Path) -> None:
+        self.emit(f"saving {folder}")
+
+    def warn(self, text: str) -> None:
+        self.emit(f"warning: {text}")
 
 
 class Bar(Lines):
     """A bar with the time left, and the same lines above it."""
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int, done: int):
         super().__init__(steps)
         from rich.progress import (
             BarColumn,
@@ -65,7 +70,7 @@ class Bar(Lines):
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        self.task = self.bar.add_task("training", total=steps, loss="-")
+        self.task = self.bar.add_task("training", total=steps, completed=done, loss="-")
         self.bar.start()
 
     def emit(self, text: str) -> None:
@@ -79,5 +84,6 @@ class Bar(Lines):
         self.bar.stop()
 
 
-def make_progress(steps: int) -> Progress:
-    return Bar(steps) if sys.stdout.isatty() else Lines(steps)
+def make_progress(steps: int, done: int = 0) -> Progress:
+    """A bar on a terminal, lines elsewhere; ``done`` steps were trained before."""
+    return Bar(steps, done) if sys.stdout.isatty() else Lines(steps)

@@ -1,0 +1,123 @@
+"""One run from start to end on this rank: trainer, sinks, resuming, signals, what is printed."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from longspan.config.resolve import Run
+from longspan.training.banner import banner
+from longspan.training.checkpoint import SaveError
+from longspan.training.loop import Trainer
+from longspan.training.metrics import JsonLines, Metrics, Sink, TensorBoard, keep_until, set_aside
+from longspan.training.progress import Progress, make_progress
+
+
+def train(run: Run, device: torch.device) -> int:
+    """Trains; rank 0 speaks and writes. Returns the exit code."""
+    config, output = run.config, Path(run.config.output_dir)
+    first = dist.get_rank() == 0
+    trainer = Trainer(run, device)
+    resumed = Path(config.resume) if config.resume else None
+    if resumed:
+        trainer.resume(resumed)
+    progress = Progress()
+    try:
+        if first:
+            notes = [f"  resume     {resumed}, after step {trainer.step}"] if resumed else []
+            trainer.metrics, kept = open_sinks(run, output, trainer.step, resumed)
+            notes += [f"  the metrics of an earlier run are kept in {kept}"] if kept else []
+            print("\n".join([describe(trainer, output), *notes]), flush=True)
+            progress = make_progress(trainer.steps, trainer.step)
+        stop_on_signal(trainer)
+        summary = trainer.train(output, progress)
+    except SaveError as error:
+        if first:
+            print(
+                f"longspan: error: {error}. Checkpoints that were there before are untouched.",
+                file=sys.stderr,
+            )
+        return 1
+    except OSError as error:
+        # the other ranks may wait for this one in a collective: leave at once, the launcher ends them
+        print(f"longspan: error: {error.strerror or error}: {error.filename or output}", file=sys.stderr)
+        sys.stderr.flush()
+        sys.exit(1)
+    finally:
+        progress.close()
+        trainer.metrics.close()
+    if first:
+        print(last_lines(summary, trainer, output), flush=True)
+    return 1 if trainer.step < trainer.steps else 0
+
+
+def open_sinks(run: Run, output: Path, step: int, resumed: Path | None) -> tuple[Metrics, Path | None]:
+    """The places records go; going on in the same folder goes on in its files, a new run keeps the old ones aside."""
+    path, kept = output / "metrics.jsonl", None
+    if resumed is not None and resumed.resolve().parent.parent == output.resolve() and step:
+        keep_until(path, step)
+    else:
+        kept = set_aside(path)
+    sinks: list[Sink] = [JsonLines(path)]
+    if run.config.use_tensorboard:
+        sinks.append(TensorBoard(output / "tensorboard", step + 1))
+    return Metrics(sinks), kept
+
+
+def stop_on_signal(trainer: Trainer) -> None:
+    """A first SIGTERM or Ctrl-C asks for a stop at the next step boundary; a second one acts at once."""
+
+    def ask(number, _frame):
+        trainer.stop_asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask)
+
+
+def describe(trainer: Trainer, output: Path) -> str:
+    return banner(
+        trainer.run,
+        parameters=sum(p.numel() for p in trainer.model.parameters()),
+        samples=len(trainer.train_data),
+        held_out=len(trainer.valid_data) if trainer.valid_data else 0,
+        steps=trainer.steps,
+        warmup=trainer.warmup,
+        device=trainer.device,
+        local_rows=trainer.local_rows(),
+        output=output,
+    )
+
+
+def last_lines(summary: dict, trainer: Trainer, output: Path) -> str:
+    """What happened, where it is, and what to try next."""
+    config = trainer.run.config
+    stopped = trainer.step < trainer.steps
+    loss = f"loss: {summary['loss']:.4f} in the last step"
+    if summary["eval_loss"] is not None:
+        loss += f", {summary['eval_loss']:.4f} held out"
+    where = f"metrics: {output / 'metrics.jsonl'}"
+    if config.use_tensorboard:
+        where += f"   curves: tensorboard --logdir {output / 'tensorboard'}"
+    return "\n".join(
+        [
+            "",
+            f"{'stopped' if stopped else 'done'}: {summary['step']} steps, {summary['tokens']:,} tokens in "
+            f"{summary['train_time']:.0f} s ({summary['tokens_per_second']:,.0f} tokens/s), peak "
+            f"{summary['peak_memory_gib']:.2f} GiB a rank",
+            loss,
+            where,
+            *(
+                [f"next: the same command with --resume auto goes on from step {summary['step']}"]
+                if stopped
+                else [
+                    "next: --context-parallel-size 4 cuts each sequence over more ranks and gives the same losses;",
+                    f"      longspan verify {output / 'config.yaml'} shows that they are",
+                ]
+            ),
+        ]
+    )

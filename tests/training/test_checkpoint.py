@@ -1,0 +1,277 @@
+"""Stop and go on: bit-equal at the same layout, equal to rounding at another; whole or absent whatever happens."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+
+import pool
+import tiny
+from longspan.errors import UserError
+from longspan.training import checkpoint
+from longspan.training.checkpoint import Checkpointer, SaveError
+from longspan.training.loop import Trainer
+from longspan.training.metrics import keep_until
+
+CPU = torch.device("cpu")
+TP2_CP2 = {"tensor_parallel_size": 2, "context_parallel_size": 2}
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    return tiny.write_data(tmp_path_factory.mktemp("data"))
+
+
+def steps(prefix, changes, folder, first, last, background=True):
+    """Trains steps first+1 .. last, from the checkpoint in ``folder`` unless first is 0, and saves there."""
+    folder = Path(folder)
+    trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), max_steps=20, **changes), CPU)
+    if first:
+        trainer.resume(checkpoint.find(folder))
+        assert trainer.step == first
+    losses = [
+        trainer.train_step(batches)["loss"] for batches, _ in zip(trainer.steps_ahead(), range(last - first))
+    ]
+    saves = Checkpointer(folder, background=background)
+    saves.save(trainer.step, trainer.model, trainer.optimizer, trainer.description())
+    # training goes on while the checkpoint is written, and must not leak into it
+    trainer.train_step(trainer.micro_batches(trainer.step))
+    saves.finish()
+    return losses
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_same_layout_goes_on_bit_equal(prefix, tmp_path, background):
+    whole = pool.run(4, steps, prefix, TP2_CP2, str(tmp_path / "a"), 0, 14)[0]
+    head = pool.run(4, steps, prefix, TP2_CP2, str(tmp_path / "b"), 0, 10, background)[0]
+    tail = pool.run(4, steps, prefix, TP2_CP2, str(tmp_path / "b"), 10, 14, background)[0]
+    assert head + tail == whole
+
+
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [
+        (4, {"context_parallel_size": 4}),
+        (4, {"dp_shard_size": 4}),
+        (4, {"dp_replicate_size": 2, "tensor_parallel_size": 2}),
+        (3, {"context_parallel_size": 3}),
+        (1, {}),
+    ],
+    ids=str,
+)
+def test_another_layout_goes_on_to_rounding(prefix, tmp_path_factory, world, changes):
+    base = tmp_path_factory.getbasetemp() / "at-tp2-cp2"
+    if not base.exists():
+        base.mkdir()
+        head = pool.run(4, steps, prefix, TP2_CP2, str(base / "ten"), 0, 10)[0]
+        whole = pool.run(4, steps, prefix, TP2_CP2, str(base / "whole"), 0, 14)[0]
+        (base / "losses.json").write_text(json.dumps([head, whole]))
+    head, whole = json.loads((base / "losses.json").read_text())
+    folder = tmp_path_factory.mktemp("resumed")
+    import shutil
+
+    shutil.copytree(base / "ten", folder, dirs_exist_ok=True)
+    tail = pool.run(world, steps, prefix, changes, str(folder), 10, 14)[0]
+    assert head + tail == pytest.approx(whole, rel=1e-9)
+
+
+def weights_only(prefix, folder):
+    """Weights alone start at step 0, with a new optimizer, and may change batch and length."""
+    run = tiny.tiny_run(prefix, 1, no_load_optim=True, global_batch_size=2, sequence_len=30)
+    trainer = Trainer(run, CPU)
+    before = {n: p.detach().full_tensor().clone() for n, p in trainer.model.named_parameters()}
+    trainer.resume(checkpoint.find(Path(folder)))
+    assert trainer.step == trainer.tokens == 0
+    assert not trainer.optimizer.state
+    assert not any(
+        torch.equal(before[n], p.full_tensor()) for n, p in trainer.model.named_parameters() if p.dim() > 1
+    )
+
+
+def refusals(prefix, folder):
+    def problems(**changes):
+        trainer = Trainer(tiny.tiny_run(prefix, 1, **changes), CPU)
+        with pytest.raises(UserError) as caught:
+            trainer.resume(checkpoint.find(Path(folder)))
+        return "\n".join(caught.value.problems)
+
+    text = problems(num_layers=3, hidden_size=64)
+    assert "another model: num_layers was 2, the config says 3" in text
+    assert "hidden_size was 32" in text
+    assert "global_batch_size 4, the config gives 8" in problems(global_batch_size=8)
+    assert "trained with seed 42, the config gives 7" in problems(seed=7)
+    assert "nothing left to do. Raise max_steps" in problems(max_steps=3)
+
+
+def test_weights_alone_and_refusals(prefix, tmp_path):
+    pool.run(2, steps, prefix, {"context_parallel_size": 2}, str(tmp_path), 0, 3)
+    pool.run(1, weights_only, prefix, str(tmp_path))
+    pool.run(1, refusals, prefix, str(tmp_path))
+    (tmp_path / "step_00000003" / ".metadata").unlink()
+    with pytest.raises(UserError, match=r"not a whole checkpoint: .metadata missing"):
+        checkpoint.find(tmp_path)
+    with pytest.raises(UserError, match="there is no checkpoint at"):
+        checkpoint.find(tmp_path / "step_00000099")
+
+
+def keeps_two(prefix, folder):
+    trainer = Trainer(tiny.tiny_run(prefix, 1), CPU)
+    saves = Checkpointer(Path(folder), keep=2)
+    for step in (1, 2, 3):
+        saves.save(step, trainer.model, trainer.optimizer, trainer.description())
+    saves.finish()
+    assert sorted(p.name for p in Path(folder).iterdir()) == ["latest", "step_00000002", "step_00000003"]
+
+
+def fails_and_recovers(prefix, folder):
+    """A save that fails leaves the earlier one, and says so on every rank; the next one works."""
+    trainer = Trainer(tiny.tiny_run(prefix, 2, context_parallel_size=2), CPU)
+    saves = Checkpointer(Path(folder))
+    saves.save(1, trainer.model, trainer.optimizer, trainer.description())
+    saves.finish()
+    import torch.distributed.checkpoint.filesystem as filesystem
+
+    whole, filesystem.FileSystemWriter.write_data = filesystem.FileSystemWriter.write_data, _no_space
+    saves.save(2, trainer.model, trainer.optimizer, trainer.description())
+    with pytest.raises(SaveError, match="cannot write .*step_00000002.*No space left"):
+        saves.finish()
+    filesystem.FileSystemWriter.write_data = whole
+    assert checkpoint.find(Path(folder)).name == "step_00000001"
+    dist.barrier()
+    saves.save(3, trainer.model, trainer.optimizer, trainer.description())
+    assert saves.finish().name == "step_00000003"
+
+
+def _no_space(self, plan, planner):
+    raise OSError(28, "No space left on device")
+
+
+def test_keep_the_newest_and_survive_a_failed_save(prefix, tmp_path):
+    pool.run(1, keeps_two, prefix, str(tmp_path / "two"))
+    pool.run(2, fails_and_recovers, prefix, str(tmp_path / "full"))
+
+
+def test_metrics_drop_the_lines_of_steps_that_are_run_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"kind": "train", "step": s} for s in (1, 2, 3, 4)]
+    lines[2:2] = [{"kind": "eval", "step": 2}]
+    path.write_text(
+        "".join(json.dumps(x) + "\n" for x in [*lines, {"kind": "summary", "step": 2}]) + '{"kind": "tr'
+    )
+    keep_until(path, 2)
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(r["kind"], r["step"]) for r in kept] == [("train", 1), ("train", 2), ("eval", 2)]
+
+
+# --- as a user meets it ---------------------------------------------------------------------
+
+
+def write_config(folder, prefix, **changes):
+    values = tiny.values(prefix, output_dir="out", val_set_size=0, **changes)
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+
+
+def train(folder, *arguments):
+    command = [sys.executable, "-m", "longspan", "train", "config.yaml", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_resume_from_the_command_line(prefix, tmp_path):
+    write_config(tmp_path, prefix, max_steps=6, save_steps=2, lr_scheduler="constant")
+    first = train(tmp_path, "--resume", "auto")  # nothing there yet: a fresh start
+    assert first.returncode == 0, first.stderr
+    records = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    again = train(tmp_path, "--resume", "out/checkpoints/step_00000004", "--context-parallel-size", "2")
+    assert again.returncode == 0, again.stderr
+    assert "step_00000004, after step 4" in again.stdout
+    resumed = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    expected = [json.loads(line) for line in records]
+    assert [(r["kind"], r["step"]) for r in resumed] == [(r["kind"], r["step"]) for r in expected]
+    for a, b in zip(resumed, expected):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-9)
+        assert a["tokens"] == b["tokens"]
+    for arguments, message in (
+        (["--resume", "auto"], "nothing left to do"),
+        (["--resume", "auto", "--num-layers", "3"], "another model: num_layers was 2"),
+        (["--resume", "nowhere"], "there is no checkpoint at nowhere"),
+        (["--no-load-optim"], "give resume too"),
+        (["--resume", "auto", "--global-batch-size", "8", "--max-steps", "9"], "global_batch_size 4"),
+    ):
+        refused = train(tmp_path, *arguments)
+        assert refused.returncode == 2, refused.stdout
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_can_go_on(prefix, tmp_path):
+    write_config(tmp_path, prefix, max_steps=100000)
+    command = [sys.executable, "-m", "longspan", "train", "config.yaml", "--context-parallel-size", "2"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert "stopped: " in output
+    assert "--resume auto goes on" in output
+    step = checkpoint.describe(checkpoint.find(tmp_path / "out"))["step"]
+    assert json.loads(metrics.read_text().splitlines()[-1]) | {"kind": "summary", "step": step}
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, "nothing happened in a minute"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_twenty_kills_never_leave_a_broken_checkpoint(prefix, tmp_path):
+    """A run that saves at every step is killed at arbitrary moments; what ``latest`` names always loads."""
+    write_config(tmp_path, prefix, max_steps=1000000, save_steps=1, save_total_limit=3)
+    folder, seen = tmp_path / "out" / "checkpoints", 0
+    for kill in range(20):
+        command = [sys.executable, "-m", "longspan", "train", "config.yaml", "--resume", "auto"]
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        last = seen
+        wait_for(lambda last=last: newest_step(folder) > last, process)
+        time.sleep(0.013 * kill)  # a different moment of the save each time
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        path = checkpoint.find(folder)
+        seen = checkpoint.describe(path)["step"]
+        for whole in folder.glob("step_*"):
+            checkpoint.find(whole)
+    pool.run(1, loads, prefix, str(folder))
+
+
+def newest_step(folder):
+    try:
+        return int((folder / "latest").read_text().strip().removeprefix("step_"))
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def loads(prefix, folder):
+    trainer = Trainer(tiny.tiny_run(prefix, 1, max_steps=1000000, val_set_size=0), CPU)
+    for path in Path(folder).glob("step_*"):
+        trainer.resume(path)
+        assert all(torch.isfinite(p.full_tensor()).all() for p in trainer.model.parameters())
