@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models.gpt import GPTModel
+from longspan.models.huggingface import SafetensorsFolder, read_part
 from longspan.tensor_parallel.layers import TensorParallelModule
 from longspan.tensor_parallel.random import draw_rows
 
@@ -29,7 +30,7 @@ def parallelize(
     model: GPTModel,
     mesh: ParallelMesh,
     *,
-    seed: int,
+    seed: int | None,
     device: torch.device,
     compute_dtype: torch.dtype | None = None,
     recompute: str = "none",
@@ -38,7 +39,7 @@ def parallelize(
     """Shards a model made on ``meta`` and fills it.
 
     Args:
-        seed: of the initial weights.
+        seed: of the initial weights; None leaves them to ``load_pretrained``.
         compute_dtype: bfloat16 computes in it while weights, gradients' reductions and the
             optimizer stay in the parameters' own dtype; None computes in that.
         recompute: ``none``, ``selective`` or ``full``; see TransformerLayer.
@@ -49,7 +50,8 @@ def parallelize(
         layer.recompute = recompute
     shard(model, mesh, compute_dtype, reshard_after_forward)
     model.to_empty(device=device)
-    init_weights(model, seed)
+    if seed is not None:
+        init_weights(model, seed)
     return model
 
 
@@ -121,6 +123,14 @@ def init_weights(model: nn.Module, seed: int) -> None:
                 columns = ranges[1] if len(shape) > 1 else None
                 name = f"{prefix}.{short}"
                 held.copy_(draw_rows(seed, name, shape, std, ranges[0], columns, held.dtype))
+
+
+@torch.no_grad()
+def load_pretrained(model: GPTModel, source: SafetensorsFolder) -> None:
+    """Fills every parameter from a Hugging Face model; each rank reads only what it holds."""
+    for name, parameter in model.named_parameters():
+        part = read_part(source, name, parameter.shape, local_ranges(parameter), model.vocab_size)
+        parameter.to_local().copy_(part)
 
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:

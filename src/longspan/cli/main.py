@@ -15,6 +15,8 @@ COMMANDS = {
     "train": ("longspan.cli.train", "train a model as a config says"),
     "verify": ("longspan.cli.verify", "compare the config's layout with one process: loss, gradients"),
     "prepare": ("longspan.cli.prepare", "tokenise text, jsonl or code into .bin/.idx"),
+    "convert": ("longspan.cli.convert", "between a checkpoint and a Hugging Face folder"),
+    "generate": ("longspan.cli.generate", "let a trained model write on from a prompt"),
     "config": ("longspan.cli.config", "print a config with every key resolved, or its JSON Schema"),
     "env": ("longspan.cli.env", "print versions and devices, for a bug report"),
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from longspan.cli.config import number
 from longspan.cli.options import read_config, take_options
+from longspan.config.architecture import model_folder
 from longspan.config.resolve import resolve
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError, did_you_mean
@@ -132,13 +133,9 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
     from longspan.data import IndexedDataset, load_tokenizer, prepare_dataset
 
     folder, train_size = config.tokenizer_config, config.tokenizer_train_vocab_size
-    if (
-        folder is None
-        and train_size is None
-        and config.base_model
-        and (Path(config.base_model) / "tokenizer.json").is_file()
-    ):
-        folder = config.base_model
+    if folder is None and train_size is None and config.base_model is not None:
+        own = model_folder(config.base_model) if not config.reinit_weights else Path(config.base_model)
+        folder = str(own) if (own / "tokenizer.json").is_file() else None
     sources = []
     for source in config.datasets:
         given = source.prepared or source.path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,49 @@ _KEYS = {
 }
 
 
+def model_file(base_model: str, name: str) -> Path:
+    """A file of a model: in a local folder, or fetched from the hub for an id such as ``org/name``.
+
+    Raises:
+        UserError: it is in neither.
+    """
+    path = Path(base_model) / name
+    if path.is_file():
+        return path
+    if not Path(base_model).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):
+        try:
+            from huggingface_hub import hf_hub_download
+
+            return Path(hf_hub_download(base_model, name))
+        except Exception as error:  # offline, no such model, no access: the remedy is the same
+            raise UserError(
+                f"base_model {base_model!r} is no local folder and {name} could not be fetched from the hub "
+                f"({type(error).__name__}). Download the model and give its folder."
+            ) from None
+    raise UserError(
+        f"base_model {base_model!r}: there is no {name} in it. Give a folder that holds a Hugging Face "
+        "config.json, or leave base_model out and give num_layers, hidden_size and num_attention_heads."
+    )
+
+
+def model_folder(base_model: str) -> Path:
+    """The folder of a model with its weights and tokenizer; a hub id is fetched whole (safetensors and JSON only)."""
+    if Path(base_model).is_dir():
+        return Path(base_model)
+    path = model_file(base_model, "config.json")
+    from huggingface_hub import snapshot_download
+
+    snapshot_download(base_model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"])
+    return path.parent
+
+
 def architecture_of(base_model: str) -> dict[str, Any]:
     """Reads the architecture keys of a model folder.
 
     Raises:
         UserError: no such folder, no config.json, or a model type that is not supported.
     """
-    folder = Path(base_model)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"base_model {base_model!r}: there is no {path.name} in it. Give a folder that holds a Hugging Face "
-            "config.json, or leave base_model out and give num_layers, hidden_size and num_attention_heads."
-        )
+    path = model_file(base_model, "config.json")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

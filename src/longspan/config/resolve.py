@@ -7,6 +7,7 @@ and refuses with all broken rules at once. It needs neither torch nor a process 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -49,6 +50,11 @@ class Run:
     @property
     def world_size(self) -> int:
         return self.sizes.world_size
+
+    @property
+    def pretrained(self) -> bool:
+        """Do the weights come from base_model?"""
+        return self.config.base_model is not None and not self.config.reinit_weights
 
     def transformer_config(self, params_dtype=None) -> TransformerConfig:
         """The model's architecture and how it is cut."""
@@ -125,14 +131,6 @@ def resolve(
         except UserError as error:
             found.append((("base_model",), str(error)))
             bad |= {"num_layers", "hidden_size", "num_attention_heads", "vocab_size"}
-        if not config.reinit_weights:
-            found.append(
-                (
-                    ("base_model",),
-                    "base_model: loading Hugging Face weights is not supported yet. Set reinit_weights: true to take "
-                    "only its architecture.",
-                )
-            )
     world = world_size if world_size is not None else processes_asked_for(config)
     sizes = _sizes(config, world, found)
     micro, accumulation, total = _batch(config, sizes.dp, found)
@@ -266,6 +264,24 @@ def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
             (
                 ("tokenizer_config", "tokenizer_train_vocab_size"),
                 "tokenizer_config and tokenizer_train_vocab_size are both given. Load a tokenizer or train one.",
+            )
+        )
+    if config.reinit_weights and config.base_model is None:
+        found.append(
+            (("reinit_weights",), "reinit_weights: true without base_model has no effect. Leave it out.")
+        )
+    if config.use_wandb and importlib.util.find_spec("wandb") is None:
+        found.append(
+            (
+                ("use_wandb",),
+                "use_wandb: true needs the wandb package, which is not installed. pip install 'longspan[wandb]'.",
+            )
+        )
+    if not config.use_wandb and (config.wandb_project or config.wandb_name):
+        found.append(
+            (
+                ("use_wandb",),
+                "wandb_project and wandb_name have no effect without use_wandb: true. Set it, or leave them out.",
             )
         )
     if config.bf16 is True and config.params_dtype == "float64":

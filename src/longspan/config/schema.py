@@ -85,7 +85,10 @@ class TrainConfig(BaseModel):
 
     # --- model ----------------------------------------------------------------------------
     base_model: str | None = key(
-        None, "Folder with a Hugging Face config.json (Llama family).", group="model", flag="--base-model"
+        None,
+        "Hugging Face model to start from: a local folder, or a hub id when the hub can be reached (Llama).",
+        group="model",
+        flag="--base-model",
     )
     reinit_weights: bool = key(
         False, "Take only the architecture of base_model and start from random weights.", group="model"
@@ -391,6 +394,26 @@ class TrainConfig(BaseModel):
     )
     no_load_rng: bool = key(
         False, "Do not take the checkpoint's random number states.", group="logging, evaluation, saving"
+    )
+    export_hf: bool = key(
+        True,
+        "Write the trained model for Hugging Face into output_dir/hf at the end.",
+        group="logging, evaluation, saving",
+    )
+    export_dtype: Literal["auto", "float32", "bfloat16"] = key(
+        "auto",
+        "Of the exported weights; auto: base_model's, else bfloat16 when trained in it, else float32.",
+        group="logging, evaluation, saving",
+    )
+    use_wandb: bool = key(
+        False, "Log to Weights & Biases (pip install 'longspan[wandb]').", group="logging, evaluation, saving"
+    )
+    wandb_project: str | None = key(None, "Project of the run.", group="logging, evaluation, saving")
+    wandb_name: str | None = key(
+        None, "Name of the run.", group="logging, evaluation, saving", flag="--wandb-exp-name"
+    )
+    wandb_mode: Literal["online", "offline", "disabled"] = key(
+        "online", "offline keeps the run on this machine.", group="logging, evaluation, saving"
     )
     use_tensorboard: bool = key(True, "Write TensorBoard files.", group="logging, evaluation, saving")
 

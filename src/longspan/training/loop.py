@@ -22,13 +22,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan import __version__
+from longspan.config.architecture import model_folder
 from longspan.config.resolve import Run, training_steps, warmup_steps
 from longspan.context_parallel import SequenceLayout
 from longspan.data import Batch, IndexedDataset, Prefetcher, TokenDataset
 from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
-from longspan.parallelize import gradient_norm, parallelize
+from longspan.models.huggingface import SafetensorsFolder
+from longspan.parallelize import gradient_norm, load_pretrained, parallelize
 from longspan.training.checkpoint import Checkpointer, SaveError, check_fits, load
 from longspan.training.metrics import Metrics, peak_memory_gib
 from longspan.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
@@ -85,6 +87,7 @@ def describe_run(run: Run, data: TokenDataset) -> dict:
         "model": {name: getattr(model, name) for name in MODEL_KEYS}
         | {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings},
         "settings": {name: getattr(config, name) for name in SETTINGS} | {"training tokens": data.num_tokens},
+        "init_method_std": config.init_method_std,
     }
 
 
@@ -129,12 +132,14 @@ class Trainer:
         self.model = parallelize(
             model,
             self.mesh,
-            seed=config.seed,
+            seed=None if run.pretrained else config.seed,
             device=device,
             compute_dtype=self.compute_dtype,
             recompute=run.recompute,
             reshard_after_forward=config.reshard_after_forward,
         )
+        if run.pretrained:
+            load_pretrained(self.model, SafetensorsFolder(model_folder(config.base_model)))
         self.optimizer = make_optimizer(self.model, config)
         self.cp_rank = dist.get_rank(self.groups.cp)
         self.dp_rank = dist.get_rank(self.groups.dp)

@@ -57,6 +57,24 @@ class TensorBoard:
         self.writer.close()
 
 
+class Wandb:
+    """Weights & Biases, an optional extra; records become ``train/loss`` and the like."""
+
+    def __init__(
+        self, project: str | None, name: str | None, mode: str, config: dict[str, Any], folder: Path
+    ):
+        import wandb
+
+        self.run = wandb.init(project=project, name=name, mode=mode, config=config, dir=str(folder))
+
+    def write(self, record: dict[str, Any]) -> None:
+        values = {f"{record['kind']}/{k}": v for k, v in record.items() if k not in ("kind", "step")}
+        self.run.log(values, step=record["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
 class Metrics:
     """All sinks as one; on other ranks than the first it has none."""
 

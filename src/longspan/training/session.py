@@ -12,8 +12,9 @@ import torch.distributed as dist
 from longspan.config.resolve import Run
 from longspan.training.banner import banner
 from longspan.training.checkpoint import SaveError
+from longspan.training.export import export
 from longspan.training.loop import Trainer
-from longspan.training.metrics import JsonLines, Metrics, Sink, TensorBoard, keep_until, set_aside
+from longspan.training.metrics import JsonLines, Metrics, Sink, TensorBoard, Wandb, keep_until, set_aside
 from longspan.training.progress import Progress, make_progress
 
 
@@ -35,6 +36,8 @@ def train(run: Run, device: torch.device) -> int:
             progress = make_progress(trainer.steps, trainer.step)
         stop_on_signal(trainer)
         summary = trainer.train(output, progress)
+        if config.export_hf and not trainer.stop_asked:
+            export(trainer, output / "hf")
     except SaveError as error:
         if first:
             print(
@@ -65,6 +68,9 @@ def open_sinks(run: Run, output: Path, step: int, resumed: Path | None) -> tuple
     sinks: list[Sink] = [JsonLines(path)]
     if run.config.use_tensorboard:
         sinks.append(TensorBoard(output / "tensorboard", step + 1))
+    if run.config.use_wandb:
+        c = run.config
+        sinks.append(Wandb(c.wandb_project, c.wandb_name, c.wandb_mode, c.model_dump(), output))
     return Metrics(sinks), kept
 
 
@@ -101,6 +107,8 @@ def last_lines(summary: dict, trainer: Trainer, output: Path) -> str:
     if summary["eval_loss"] is not None:
         loss += f", {summary['eval_loss']:.4f} held out"
     where = f"metrics: {output / 'metrics.jsonl'}"
+    if config.export_hf and not stopped:
+        where = f"model: {output / 'hf'}, for Hugging Face transformers\n{where}"
     if config.use_tensorboard:
         where += f"   curves: tensorboard --logdir {output / 'tensorboard'}"
     return "\n".join(
@@ -117,6 +125,11 @@ def last_lines(summary: dict, trainer: Trainer, output: Path) -> str:
                 else [
                     "next: --context-parallel-size 4 cuts each sequence over more ranks and gives the same losses;",
                     f"      longspan verify {output / 'config.yaml'} shows that they are",
+                    *(
+                        [f"      longspan generate {output / 'hf'} lets the model write"]
+                        if config.export_hf
+                        else []
+                    ),
                 ]
             ),
         ]

@@ -1,0 +1,143 @@
+"""``longspan convert``: between a checkpoint and a Hugging Face folder, without starting a job.
+
+Both ways go through the tensors one after another; nothing is computed and no process group
+is made. From a checkpoint the optimizer's state stays behind; from Hugging Face there is none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from longspan import __version__
+from longspan.cli.options import take_options
+from longspan.errors import UserError, did_you_mean
+
+USAGE = """\
+usage: longspan convert --checkpoint STEP_FOLDER --output FOLDER [--tokenizer FOLDER] [--dtype float32|bfloat16]
+       longspan convert --model HF_FOLDER --output STEP_FOLDER
+
+The first makes a Hugging Face folder of a checkpoint, the second a checkpoint of a Hugging Face model, to start from
+with --resume STEP_FOLDER --no-load-optim.
+  --tokenizer FOLDER  put this tokenizer beside the weights
+  --dtype D           of the written weights (default float32)
+"""
+OPTIONS = {"--checkpoint": True, "--model": True, "--output": True, "--tokenizer": True, "--dtype": True}
+DTYPES = ("float32", "bfloat16")
+
+
+def run(arguments: Sequence[str]) -> int:
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(USAGE)
+        return 0 if arguments else 2
+    taken, rest, problems = take_options(arguments, OPTIONS)
+    problems += [f"{a}: unknown option.{did_you_mean(a, OPTIONS)}" for a in rest]
+    if ("--checkpoint" in taken) == ("--model" in taken):
+        problems.append("give one of --checkpoint STEP_FOLDER and --model HF_FOLDER.")
+    if "--output" not in taken:
+        problems.append("--output is missing.")
+    elif Path(taken["--output"]).exists():
+        problems.append(f"--output {taken['--output']} exists. Give a new folder; nothing is overwritten.")
+    if "--model" in taken:
+        problems += [f"{o} goes with --checkpoint only." for o in ("--tokenizer", "--dtype") if o in taken]
+    if taken.get("--dtype", "float32") not in DTYPES:
+        problems.append(f"--dtype {taken['--dtype']!r}: one of {', '.join(DTYPES)}.")
+    if "--tokenizer" in taken and not Path(taken["--tokenizer"]).exists():
+        problems.append(f"--tokenizer {taken['--tokenizer']} does not exist.")
+    if problems:
+        raise UserError(problems)
+    output = Path(taken["--output"])
+    if "--checkpoint" in taken:
+        tokenizer = Path(taken["--tokenizer"]) if "--tokenizer" in taken else None
+        to_hugging_face(Path(taken["--checkpoint"]), output, tokenizer, taken.get("--dtype", "float32"))
+    else:
+        to_checkpoint(taken["--model"], output)
+    print(f"wrote {output}")
+    return 0
+
+
+def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str) -> None:
+    """A checkpoint's weights -> a Hugging Face folder, tensor by tensor."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from longspan.models.huggingface import FolderWriter, hugging_face_config
+    from longspan.training import checkpoint
+
+    path = checkpoint.find(path)
+    said = checkpoint.describe(path)
+    model = said["model"] | said["settings"] | {"init_method_std": said["init_method_std"]}
+    metadata = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
+    names = [name.removeprefix("model.") for name in metadata if name.startswith("model.")]
+    if model["tie_word_embeddings"]:
+        names = [name for name in names if name != "output_layer.weight"]
+    writer = FolderWriter(output, model["vocab_size"], getattr(torch, dtype))
+    for name in names:
+        about = metadata[f"model.{name}"]
+        state = {"model": {name: torch.empty(about.size, dtype=about.properties.dtype)}}
+        dcp.load(state, checkpoint_id=str(path), no_dist=True)
+        writer.add(name, state["model"][name])
+    writer.finish(hugging_face_config(model, getattr(torch, dtype)), tokenizer)
+
+
+def to_checkpoint(model: str, output: Path) -> None:
+    """A Hugging Face model -> a checkpoint of weights alone."""
+    import os
+    import shutil
+
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from longspan.config.architecture import architecture_of, model_folder
+    from longspan.config.load import make_config
+    from longspan.config.model import padded_vocab_size
+    from longspan.config.resolve import resolve
+    from longspan.models.huggingface import SafetensorsFolder, hugging_face_name, read_part
+    from longspan.training.checkpoint import DESCRIPTION
+    from longspan.training.loop import MODEL_KEYS, SETTINGS
+
+    values = architecture_of(model)
+    config, problems, _ = make_config(values | {"learning_rate": 0, "datasets": [{"path": "none"}]})
+    if config is None or problems:
+        raise UserError(problems)
+    architecture = resolve(config, 1).transformer_config()
+    vocab = values["vocab_size"]
+    source = SafetensorsFolder(model_folder(model))
+    weights = {}
+    for name in parameter_names(architecture.num_layers, config.tie_word_embeddings):
+        shape = list(source.slice(hugging_face_name(name)).get_shape())
+        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            shape[0] = padded_vocab_size(vocab)
+        part = read_part(source, name, shape, [(0, size) for size in shape], vocab)
+        weights[name] = part.to(torch.float32)
+    if config.tie_word_embeddings:
+        weights["output_layer.weight"] = weights["embedding.word_embeddings.weight"]
+    description = {
+        "longspan": __version__,
+        "torch": torch.__version__,
+        "layout": f"converted from {model}",
+        "global_batch_size": None,
+        "model": {name: getattr(architecture, name) for name in MODEL_KEYS}
+        | {"vocab_size": vocab, "tie_word_embeddings": config.tie_word_embeddings},
+        "settings": {name: getattr(config, name) for name in SETTINGS},
+        "init_method_std": config.init_method_std,
+        "step": 0,
+        "tokens": 0,
+    }
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    dcp.save({"model": weights}, checkpoint_id=str(partial), no_dist=True)
+    (partial / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
+    os.rename(partial, output)
+
+
+def parameter_names(layers: int, tied: bool) -> list[str]:
+    """Our names of a Llama's parameters."""
+    inside = ["input_layernorm", "pre_mlp_layernorm"]
+    inside += [f"self_attention.linear_{x}" for x in ("q", "k", "v", "proj")]
+    inside += [f"mlp.linear_{x}" for x in ("gate", "up", "down")]
+    names = ["embedding.word_embeddings.weight"]
+    names += [f"decoder.layers.{i}.{x}.weight" for i in range(layers) for x in inside]
+    return [*names, "decoder.final_layernorm.weight", *([] if tied else ["output_layer.weight"])]

@@ -1,0 +1,95 @@
+"""``longspan generate``: a model folder writes on from a prompt, on one process, at small scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from longspan.cli.config import number
+from longspan.cli.options import take_options
+from longspan.errors import UserError, did_you_mean
+
+USAGE = """\
+usage: longspan generate MODEL [--prompt TEXT] [--max-new-tokens N] [--temperature T] [--seed S]
+
+Writes on from a prompt with a Hugging Face folder such as OUTPUT_DIR/hf. Each token reads the whole text again
+(there is no key/value cache): good for a look at a model, not for serving.
+  --prompt TEXT       what to start from (default: nothing)
+  --max-new-tokens N  default 64
+  --temperature T     0 always takes the likeliest token (default 0.8)
+  --seed S            of the choice between tokens (default 0)
+"""
+OPTIONS = {"--prompt": True, "--max-new-tokens": True, "--temperature": True, "--seed": True}
+
+
+def run(arguments: Sequence[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE)
+        return 0
+    taken, rest, problems = take_options(arguments, OPTIONS)
+    problems += [f"{a}: unknown option.{did_you_mean(a, OPTIONS)}" for a in rest if a.startswith("--")]
+    models = [a for a in rest if not a.startswith("--")]
+    if len(models) != 1:
+        problems.append("longspan generate needs one model folder: longspan generate MODEL --prompt TEXT")
+    count = number(taken, "--max-new-tokens", problems) or 64
+    seed = number(taken, "--seed", problems, least=0) or 0
+    temperature = 0.8
+    try:
+        temperature = float(taken.get("--temperature", temperature))
+    except ValueError:
+        problems.append(f"--temperature {taken['--temperature']!r}: a number from 0 on.")
+    if temperature < 0:
+        problems.append(f"--temperature {temperature}: a number from 0 on.")
+    if problems:
+        raise UserError(problems)
+    print(generate(models[0], taken.get("--prompt", ""), count, temperature, seed))
+    return 0
+
+
+def generate(folder: str, prompt: str, count: int, temperature: float, seed: int) -> str:
+    """The prompt and what the model makes of it."""
+    import torch
+
+    from longspan.config.architecture import architecture_of, model_folder
+    from longspan.config.load import make_config
+    from longspan.config.resolve import resolve
+    from longspan.context_parallel import SequenceLayout
+    from longspan.data import eod_id, load_tokenizer
+    from longspan.mesh.mesh import ParallelMesh, close_distributed, init_distributed
+    from longspan.models import GPTModel
+    from longspan.models.huggingface import SafetensorsFolder
+    from longspan.parallelize import load_pretrained
+
+    values = architecture_of(folder)
+    path = model_folder(folder)
+    tokenizer = load_tokenizer(path)
+    end = eod_id(tokenizer, path)
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or ([end] if end is not None else [0])
+    source = [{"path": "none"}]  # the schema asks for a training run's keys
+    config, problems, _ = make_config(values | {"learning_rate": 0, "datasets": source})
+    if config is None or problems:
+        raise UserError(problems)
+    init_distributed("cpu")
+    try:
+        run = resolve(config, 1)
+        mesh = ParallelMesh.build(run.sizes, "cpu")
+        with torch.device("meta"):
+            model = GPTModel(
+                run.transformer_config(), values["vocab_size"], config.sequence_len, pg_collection=mesh.groups
+            )
+        model.to_empty(device="cpu")
+        load_pretrained(model, SafetensorsFolder(path))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for _ in range(count):
+                layout = SequenceLayout.contiguous(len(ids), 1)
+                logits = model(torch.tensor([ids]), layout=layout)[0, -1].float()
+                if temperature == 0:
+                    token = int(logits.argmax())
+                else:
+                    token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+                if token == end:
+                    break
+                ids.append(token)
+    finally:
+        close_distributed()
+    return tokenizer.decode(ids)

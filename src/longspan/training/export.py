@@ -1,0 +1,71 @@
+"""A trained model as a Hugging Face folder: weights, config, tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longspan.config.architecture import model_file
+from longspan.config.resolve import Run
+from longspan.models.huggingface import FolderWriter, hugging_face_config, whole_parameters
+from longspan.training.loop import Trainer
+
+EXTRA_FIELDS = (
+    "vocab_size",
+    "tie_word_embeddings",
+    "layernorm_epsilon",
+    "rotary_base",
+    "rope_scaling",
+    "init_method_std",
+    "sequence_len",
+)
+
+
+def architecture(run: Run) -> dict[str, Any]:
+    """The fields ``hugging_face_config`` takes."""
+    model = run.transformer_config()
+    names = (
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "ffn_hidden_size",
+    )
+    return {name: getattr(model, name) for name in names} | {
+        name: getattr(run.config, name) for name in EXTRA_FIELDS
+    }
+
+
+def export_dtype(run: Run, base: dict[str, Any] | None) -> torch.dtype:
+    """``export_dtype: auto`` is base_model's, else what was computed in, at most float32."""
+    config = run.config
+    if config.export_dtype != "auto":
+        return getattr(torch, config.export_dtype)
+    if base is not None:
+        return getattr(torch, base.get("torch_dtype") or base.get("dtype") or "float32")
+    return torch.bfloat16 if config.bf16 is True else torch.float32
+
+
+def export(trainer: Trainer, folder: Path) -> None:
+    """Writes the model; collective. The folder is whole or as it was."""
+    run = trainer.run
+    base = None
+    if run.config.base_model is not None:
+        base = json.loads(model_file(run.config.base_model, "config.json").read_text(encoding="utf-8"))
+    dtype = export_dtype(run, base)
+    assert run.config.vocab_size is not None
+    writer = FolderWriter(folder, run.config.vocab_size, dtype) if dist.get_rank() == 0 else None
+    for name, whole in whole_parameters(trainer.model):
+        if writer is not None:
+            writer.add(name, whole)
+    if writer is not None:
+        tokenizer = run.config.tokenizer_config
+        writer.finish(
+            hugging_face_config(architecture(run), dtype, base), Path(tokenizer) if tokenizer else None
+        )
+    dist.barrier()

@@ -1,0 +1,201 @@
+"""Hugging Face Llama in and out, against transformers itself."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pool
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+import yaml
+from safetensors.torch import load_file
+
+from longspan.context_parallel import SequenceLayout
+from longspan.errors import UserError
+from longspan.models import huggingface
+from longspan.training import checkpoint
+from longspan.training.export import export
+from longspan.training.loop import Trainer
+
+CPU = torch.device("cpu")
+
+
+def make_llama(folder, tied, dtype=torch.float32, scaling=None):
+    """A random Llama as transformers saves it: grouped key/value heads, a vocabulary that is no multiple of 128."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=tiny.VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        rope_scaling=scaling,
+    )
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size="20KB")
+    return str(folder)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    return tiny.write_data(tmp_path_factory.mktemp("data"))
+
+
+def changes(base, **more):
+    """A config that takes its architecture from base_model alone."""
+    own = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
+    return {name: None for name in (*own, "init_method_std")} | {"base_model": base} | more
+
+
+def imported(prefix, base, folder, more):
+    """Logits of the imported model at this layout; then its export."""
+    trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), **changes(base, **more)), CPU)
+    tokens = torch.arange(45).view(1, 45) * 7 % tiny.VOCAB
+    layout = SequenceLayout.zigzag(45, trainer.run.sizes.cp, multiple_of=trainer.run.sizes.tp)
+    trainer.model.parallel_output = False
+    with torch.no_grad():
+        local = trainer.model(layout.shard(tokens, trainer.cp_rank, dim=1), layout=layout)
+    export(trainer, Path(folder))
+    return tokens, layout.unshard(local, trainer.groups.cp, dim=1)
+
+
+@pytest.mark.parametrize(("tied", "scaling"), [(False, None), (True, None), (False, LLAMA3)])
+def test_logits_are_transformers_and_the_round_trip_is_bit_equal(prefix, tmp_path, tied, scaling):
+    from transformers import AutoModelForCausalLM
+
+    base = make_llama(tmp_path / "base", tied, scaling=scaling)
+    assert (tmp_path / "base" / "model.safetensors.index.json").exists()
+    layout = {"tensor_parallel_size": 2, "context_parallel_size": 2, "params_dtype": "float32"}
+    tokens, logits = pool.run(4, imported, prefix, base, str(tmp_path / "hf"), layout)[0]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(base)(tokens).logits
+    assert logits.shape == expected.shape
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, expected)
+
+
+def test_bf16_weights_stay_bf16_and_bit_equal(prefix, tmp_path):
+    base = make_llama(tmp_path / "base", tied=False, dtype=torch.bfloat16)
+    pool.run(2, imported, prefix, base, str(tmp_path / "hf"), {"dp_shard_size": 2, "params_dtype": "float32"})
+    before = {}
+    for file in Path(base).glob("*.safetensors"):
+        before |= load_file(file)
+    after = load_file(tmp_path / "hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(after[n].dtype == torch.bfloat16 and torch.equal(before[n], after[n]) for n in before)
+
+
+def test_reading_takes_a_ranks_part_only(tmp_path):
+    base = make_llama(tmp_path / "base", tied=False)
+    source = huggingface.SafetensorsFolder(base)
+    whole = source.slice("model.embed_tokens.weight")[:]
+    part = huggingface.read_part(source, "embedding.word_embeddings.weight", (128, 32), [(64, 128), (0, 32)], tiny.VOCAB)
+    assert torch.equal(part[: tiny.VOCAB - 64], whole[64:])
+    assert (part[tiny.VOCAB - 64 :] == 0).all()
+
+
+def test_broken_model_folders_are_refused(prefix, tmp_path):
+    base = Path(make_llama(tmp_path / "base", tied=False))
+    source = huggingface.SafetensorsFolder(base)
+    with pytest.raises(UserError, match=r"tensor lm_nose.weight is missing"):
+        source.slice("lm_nose.weight")
+    with pytest.raises(UserError, match=r"has shape \[97, 32\], the config needs \[96, 32\]"):
+        huggingface.read_part(source, "output_layer.weight", (128, 32), [(0, 128), (0, 32)], 96)
+    first = sorted(base.glob("*.safetensors"))[0]
+    first.write_bytes(first.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot be read"):
+        for name in source.files:
+            huggingface.SafetensorsFolder(base).slice(name)
+    for file in base.glob("*.safetensors*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"no model.safetensors"):
+        huggingface.SafetensorsFolder(base)
+
+
+def longspan(folder, *arguments):
+    command = [sys.executable, "-m", "longspan", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def trained_weights(prefix, folder):
+    trainer = Trainer(tiny.tiny_run(prefix, 1, params_dtype="float32", val_set_size=0, no_load_optim=True), CPU)
+    trainer.resume(checkpoint.find(Path(folder)))
+    return dict(huggingface.whole_parameters(trainer.model))
+
+
+def test_convert_both_ways_and_train_from_base_model(prefix, tmp_path):
+    values = tiny.values(prefix, output_dir="out", val_set_size=0, max_steps=2, params_dtype="float32")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    done = longspan(tmp_path, "train", "config.yaml", "--context-parallel-size", 2)
+    assert done.returncode == 0, done.stderr
+    # checkpoint -> Hugging Face: the same as the run's own export
+    done = longspan(tmp_path, "convert", "--checkpoint", "out", "--output", "hf")
+    assert done.returncode == 0, done.stderr
+    exported, converted = (load_file(tmp_path / p / "model.safetensors") for p in ("out/hf", "hf"))
+    assert exported.keys() == converted.keys()
+    assert all(torch.equal(exported[n], converted[n]) for n in exported)
+    configs = [json.loads((tmp_path / p / "config.json").read_text()) for p in ("out/hf", "hf")]
+    assert configs[0] == configs[1]
+    # Hugging Face -> checkpoint: the weights the run ended with
+    done = longspan(tmp_path, "convert", "--model", "hf", "--output", "again")
+    assert done.returncode == 0, done.stderr
+    a = pool.run(1, trained_weights, prefix, str(tmp_path / "out"))[0]
+    b = pool.run(1, trained_weights, prefix, str(tmp_path / "again"))[0]
+    for name in a:
+        real = tiny.VOCAB if name in huggingface.VOCABULARY else None
+        assert torch.equal(a[name][:real], b[name][:real])
+    # a run that starts from the export, and from the converted checkpoint, goes on from the same loss
+    own = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
+    base = {k: v for k, v in values.items() if k not in own} | {"base_model": "hf", "output_dir": "from-base"}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    assert longspan(tmp_path, "train", "base.yaml", "--tensor-parallel-size", 2).returncode == 0
+    resumed = longspan(tmp_path, "train", "config.yaml", "--output-dir", "resumed", "--resume", "again", "--no-load-optim")
+    assert resumed.returncode == 0, resumed.stderr
+    first = [
+        json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0])["loss"] for run in ("from-base", "resumed")
+    ]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    without = longspan(tmp_path, "train", "config.yaml", "--output-dir", "never", "--resume", "again")
+    assert without.returncode == 2
+    assert "no_load_optim" in without.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "nowhere", "--output", "x"], "there is no checkpoint at nowhere"),
+        (["--model", "nowhere", "--output", "x"], "there is no config.json"),
+        (["--output", "x"], "give one of --checkpoint"),
+        (["--modle", "a", "--model", "b", "--output", "."], "Did you mean --model?"),
+    ],
+)
+def test_convert_refuses(tmp_path, arguments, message):
+    done = longspan(tmp_path, "convert", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
