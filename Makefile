@@ -9,6 +9,7 @@ DEV    := $(VENV)/.ready-dev
 
 quickstart: $(READY)
 	$(BIN)/longspan train examples/quickstart.yaml
+	$(BIN)/longspan generate outputs/quickstart/hf --prompt "def "
 
 test: $(DEV)
 	$(BIN)/python -m pytest

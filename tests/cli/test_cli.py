@@ -249,7 +249,7 @@ def test_a_second_run_keeps_the_metrics_of_the_first(folder):
     for _ in range(2):
         done = longspan("train", "config.yaml", "--output-dir", "twice", "--max-steps", 1, cwd=folder)
         assert done.returncode == 0
-    assert "metrics of an earlier run are kept" in done.stdout
+    assert "an earlier run's metrics.jsonl.1, checkpoints.1, hf.1 are kept beside" in done.stdout
     assert (folder / "twice" / "metrics.jsonl.1").exists()
     assert len(records(folder / "twice")) == 1
 
@@ -296,3 +296,179 @@ def test_prepare_writes_an_indexed_dataset(folder):
     assert wrong.returncode == 2
     assert "Did you mean --output-prefix?" in wrong.stderr
     assert Path(folder / "x").exists() is False
+
+
+# --- what a hostile reader found: each failed before -----------------------------------------
+
+
+def test_a_config_of_the_users_own_is_never_overwritten(folder, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    text = "# my comment\n" + (folder / "config.yaml").read_text().replace("tiny", str(folder / "tiny"))
+    (own / "config.yaml").write_text(text)
+    done = longspan("train", "config.yaml", "--output-dir", ".", cwd=own)
+    assert done.returncode == 2
+    assert "longspan did not write" in done.stderr
+    assert (own / "config.yaml").read_text() == text
+
+
+def test_a_refused_run_leaves_an_earlier_one_as_it_was(folder):
+    assert (
+        longspan("train", "config.yaml", "--output-dir", "kept", "--max-steps", 1, cwd=folder).returncode == 0
+    )
+    before = (folder / "kept" / "config.yaml").read_text()
+    done = longspan(
+        "train",
+        "config.yaml",
+        "--output-dir",
+        "kept",
+        "--val-set-size",
+        1000,
+        "--num-processes",
+        2,
+        cwd=folder,
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert (folder / "kept" / "config.yaml").read_text() == before
+
+
+def test_a_second_run_sets_the_first_ones_checkpoints_aside(folder):
+    for seed in (1, 2):
+        done = longspan(
+            "train", "config.yaml", "--output-dir", "aside", "--max-steps", 1, "--seed", seed, cwd=folder
+        )
+        assert done.returncode == 0, done.stderr
+    assert (folder / "aside" / "checkpoints.1" / "step_00000001").is_dir()
+    assert (folder / "aside" / "hf.1" / "config.json").is_file()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_the_weights_change(folder):
+    done = longspan(
+        "train",
+        "config.yaml",
+        "--learning-rate",
+        "1e300",
+        "--max-grad-norm",
+        0,
+        "--output-dir",
+        "nan",
+        cwd=folder,
+    )
+    assert done.returncode == 1, done.stdout
+    assert "the weights were not updated" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (folder / "nan" / "checkpoints").exists()
+    for line in (folder / "nan" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_data_that_teaches_nothing_or_does_not_fit_is_refused(folder):
+    import numpy as np
+
+    from longspan.data import IndexedDatasetWriter
+
+    for name, tokens in (("ones", [5]), ("big", [5, 400, 7]), ("negative", [5, -1, 7])):
+        with IndexedDatasetWriter(folder / name, np.int32) as writer:
+            for _ in range(40):
+                writer.add_document(np.array(tokens))
+    for name, message in (
+        ("ones", "no document has two tokens"),
+        ("big", "holds token 400"),
+        ("negative", "token -1"),
+    ):
+        (found,) = refused(folder, "config.yaml", "--datasets", f"[{{path: {name}}}]", "--num-processes", 2)
+        assert message in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-epochs", ".inf"], "num_epochs"),
+        (["--learning-rate", "true"], "learning_rate: True must be a number, not true or false"),
+        (["--rope-scaling", "{rope_type: linear, factor: 0}"], "factor 0: a number above 0"),
+        (["--rope-scaling", "{rope_type: [a]}"], "rope_scaling type ['a']"),
+        (["--val-set-size", "1.5"], "a whole number of them"),
+        (["--main-process-port", "99999"], "from 1 to 65535"),
+        (["--num-machines", 2, "--main-process-ip", "127.0.0.1"], "1 processes do not divide by 2 machines"),
+        (["--cp-comm-type", "[]"], "empty list"),
+    ],
+)
+def test_more_mistakes_that_are_one_message(folder, arguments, message):
+    found = refused(folder, "config.yaml", *arguments)
+    assert any(message in problem for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 2024-13-45\n", "not valid YAML"),
+        ("seed: 1\nseed: 2\n", "seed is given twice"),
+        ("a: &a [*a]\n", "a: unknown key"),
+    ],
+)
+def test_yaml_that_is_none(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    done = longspan("config", "c.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_text_values_on_the_command_line_stay_text(folder):
+    done = longspan("config", "config.yaml", "--output-dir", "2024", cwd=folder)
+    assert yaml.safe_load(done.stdout)["output_dir"] == "2024"
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ([], "holds list, not an object"),
+        ({"model_type": "llama"}, "num_layers, hidden_size, num_attention_heads: missing"),
+        ({"model_type": "llama", "hidden_size": -32}, "hidden_size in its config.json: -32"),
+        ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"model_type": "mamba"}, "model_type 'mamba'"),
+    ],
+)
+def test_a_broken_base_model_is_refused(folder, tmp_path, base, message):
+    (tmp_path / "config.json").write_text(json.dumps(base))
+    own = (
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "ffn_hidden_size",
+        "vocab_size",
+    )
+    name = write(folder, "base.yaml", remove=own, base_model=str(tmp_path))
+    done = longspan("config", name, cwd=folder)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_killed_worker_is_named(folder):
+    import signal
+
+    command = [
+        *COMMAND,
+        "train",
+        "config.yaml",
+        "--context-parallel-size",
+        "2",
+        "--output-dir",
+        "killed",
+        "--max-steps",
+        "9999",
+    ]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics, end = folder / "killed" / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    children = subprocess.run(
+        ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "was ended by SIGKILL" in errors

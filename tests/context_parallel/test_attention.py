@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 
 import pool
 from longspan import TransformerConfig, parallel_state
-from longspan.context_parallel import DotProductAttention, SequenceLayout, context_parallel_attention
+from longspan.context_parallel import (
+    DotProductAttention,
+    PackedSeqParams,
+    SequenceLayout,
+    context_parallel_attention,
+)
 from longspan.context_parallel.kernels import KERNELS, merge
 
 
@@ -252,3 +257,55 @@ def bf16_error():
 def test_bf16_is_at_most_twice_as_far_off_as_one_process():
     ratios = pool.run(4, bf16_error)[0]
     assert max(ratios) <= 2.0, ratios
+
+
+def packing_refusals():
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
+    attention = DotProductAttention(TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=4), 1)
+    x, cu = torch.randn(8, 4, 4), torch.tensor([0, 8, 16])
+    row = x.unsqueeze(1)
+    for message, args, kwargs in (
+        ("qkv_format None", (row, row, row), {"packed_seq_params": PackedSeqParams(cu_seqlens_q=cu)}),
+        ("qkv_format 'bshd'", (row, row, row), {"packed_seq_params": PackedSeqParams("bshd")}),
+        ("2 documents in a batch of 1", (row, row, row), {"packed_seq_params": PackedSeqParams("sbhd", cu)}),
+        ("differ", (x, x, x), {"packed_seq_params": PackedSeqParams("thd", cu, torch.tensor([0, 4, 16]))}),
+        (
+            "Give one of them",
+            (x, x, x),
+            {"packed_seq_params": PackedSeqParams("thd", cu), "layout": SequenceLayout.zigzag(16, 2)},
+        ),
+        ("as one row", (torch.cat([row, row], 1),) * 3, {"packed_seq_params": PackedSeqParams("thd", cu)}),
+        ("batch of 1, key of 2", (row, torch.cat([row, row], 1), torch.cat([row, row], 1)), {}),
+        ("must be alike", (row, row.double(), row), {}),
+        ("dims", (row, x, x), {}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(*args, **kwargs)
+
+
+def test_packing_that_would_be_ignored_is_refused():
+    pool.run(2, packing_refusals)
+
+
+def padded_documents():
+    """thd with padding behind documents, one of them empty: what Megatron-style callers hand in."""
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
+    attention = DotProductAttention(TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=4), 1)
+    cu, padded = (0, 5, 5, 16), (0, 8, 16, 32)
+    q, k, v, dout = inputs(16, 4, 2, 4)
+    layout = SequenceLayout.per_document_zigzag(cu, 2, cu_seqlens_padded=padded)
+    rank = dist.get_rank()
+    params = PackedSeqParams(
+        "thd", torch.tensor(cu), torch.tensor(cu), torch.tensor(padded), torch.tensor(padded), 16, 16
+    )
+    local = [layout.shard(x, rank).requires_grad_() for x in (q, k, v)]
+    assert local[0].shape[0] == 16
+    out, lse = attention(*local, packed_seq_params=params)
+    assert lse.shape == (4, 16)
+    grads = torch.autograd.grad(out, local, layout.shard(dout, rank))
+    for got, expected in zip((out.detach(), *grads), (reference(16, 4, 2, 4, cu)[i] for i in (0, 2, 3, 4))):
+        torch.testing.assert_close(layout.unshard(got, dist.group.WORLD), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_padded_documents():
+    pool.run(2, padded_documents)

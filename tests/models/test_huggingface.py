@@ -5,14 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pool
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 
+import pool
+import tiny
 from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
 from longspan.models import huggingface
@@ -60,7 +60,14 @@ def prefix(tmp_path_factory):
 
 def changes(base, **more):
     """A config that takes its architecture from base_model alone."""
-    own = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
+    own = (
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "ffn_hidden_size",
+        "vocab_size",
+    )
     return {name: None for name in (*own, "init_method_std")} | {"base_model": base} | more
 
 
@@ -113,7 +120,9 @@ def test_reading_takes_a_ranks_part_only(tmp_path):
     base = make_llama(tmp_path / "base", tied=False)
     source = huggingface.SafetensorsFolder(base)
     whole = source.slice("model.embed_tokens.weight")[:]
-    part = huggingface.read_part(source, "embedding.word_embeddings.weight", (128, 32), [(64, 128), (0, 32)], tiny.VOCAB)
+    part = huggingface.read_part(
+        source, "embedding.word_embeddings.weight", (128, 32), [(64, 128), (0, 32)], tiny.VOCAB
+    )
     assert torch.equal(part[: tiny.VOCAB - 64], whole[64:])
     assert (part[tiny.VOCAB - 64 :] == 0).all()
 
@@ -142,7 +151,9 @@ def longspan(folder, *arguments):
 
 
 def trained_weights(prefix, folder):
-    trainer = Trainer(tiny.tiny_run(prefix, 1, params_dtype="float32", val_set_size=0, no_load_optim=True), CPU)
+    trainer = Trainer(
+        tiny.tiny_run(prefix, 1, params_dtype="float32", val_set_size=0, no_load_optim=True), CPU
+    )
     trainer.resume(checkpoint.find(Path(folder)))
     return dict(huggingface.whole_parameters(trainer.model))
 
@@ -169,14 +180,24 @@ def test_convert_both_ways_and_train_from_base_model(prefix, tmp_path):
         real = tiny.VOCAB if name in huggingface.VOCABULARY else None
         assert torch.equal(a[name][:real], b[name][:real])
     # a run that starts from the export, and from the converted checkpoint, goes on from the same loss
-    own = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
+    own = (
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "ffn_hidden_size",
+        "vocab_size",
+    )
     base = {k: v for k, v in values.items() if k not in own} | {"base_model": "hf", "output_dir": "from-base"}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     assert longspan(tmp_path, "train", "base.yaml", "--tensor-parallel-size", 2).returncode == 0
-    resumed = longspan(tmp_path, "train", "config.yaml", "--output-dir", "resumed", "--resume", "again", "--no-load-optim")
+    resumed = longspan(
+        tmp_path, "train", "config.yaml", "--output-dir", "resumed", "--resume", "again", "--no-load-optim"
+    )
     assert resumed.returncode == 0, resumed.stderr
     first = [
-        json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0])["loss"] for run in ("from-base", "resumed")
+        json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        for run in ("from-base", "resumed")
     ]
     assert first[0] == pytest.approx(first[1], rel=1e-5)
     without = longspan(tmp_path, "train", "config.yaml", "--output-dir", "never", "--resume", "again")

@@ -9,6 +9,7 @@ from longspan.cli.options import key_help, read_config, take_options
 from longspan.config.load import to_yaml
 from longspan.config.resolve import resolve
 from longspan.config.schema import TrainConfig
+from longspan.errors import UserError
 
 USAGE = """\
 usage: longspan config CONFIG [--any-key value] [--num-processes N] [--json]
@@ -29,6 +30,8 @@ def run(arguments: Sequence[str]) -> int:
     own = {"--schema": False, "--json": False, "--num-processes": True}
     taken, rest, problems = take_options(arguments, own)
     if "--schema" in taken:
+        if rest or problems:
+            raise UserError([*problems, *(f"{a!r}: --schema takes nothing else." for a in rest)])
         print(json.dumps(TrainConfig.model_json_schema(), indent=2))
         return 0
     config, problems, bad = read_config("config", rest, list(own), problems)
@@ -47,7 +50,9 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def number(taken: dict[str, str], option: str, problems: list[str], least: int = 1) -> int | None:
+def number(
+    taken: dict[str, str], option: str, problems: list[str], least: int = 1, most: int | None = None
+) -> int | None:
     """An option's whole number; None when it is not given. A wrong one is added to the problems."""
     if option not in taken:
         return None
@@ -55,7 +60,9 @@ def number(taken: dict[str, str], option: str, problems: list[str], least: int =
         value = int(taken[option])
     except ValueError:
         value = least - 1
-    if value < least:
-        problems.append(f"{option} {taken[option]!r}: a whole number from {least} on.")
+    if value < least or (most is not None and value > most):
+        problems.append(
+            f"{option} {taken[option]!r}: a whole number from {least} {f'to {most}' if most else 'on'}."
+        )
         return None
     return value

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from longspan.cli.config import number
 from longspan.config.resolve import processes_asked_for
@@ -50,7 +52,7 @@ def read_launch(taken: dict[str, str], torchrun_arguments: list[str], problems: 
     """The launcher's options; what is wrong with them is added to the problems."""
     machines = number(taken, "--num-machines", problems) or 1
     rank = number(taken, "--machine-rank", problems, least=0) or 0
-    port = number(taken, "--main-process-port", problems) or (29500 if machines > 1 else 0)
+    port = number(taken, "--main-process-port", problems, most=65535) or (29500 if machines > 1 else 0)
     processes = number(taken, "--num-processes", problems)
     launcher = taken.get("--launcher", "torchrun")
     if launcher != "torchrun":
@@ -74,8 +76,19 @@ def choose_device(config: TrainConfig, launch: Launch) -> tuple[str, int]:
     """The device type and the number of processes over all machines.
 
     Raises:
-        UserError: CUDA is asked for and there are not as many GPUs as local processes.
+        UserError: CUDA is asked for and there are not as many GPUs as local processes, or the processes do not
+            divide by the machines.
     """
+    device, processes = _choose(config, launch)
+    if processes % launch.machines:
+        raise UserError(
+            f"{processes} processes do not divide by {launch.machines} machines: each runs the same number. Choose parallel "
+            "sizes, or --num-processes, whose product is a multiple."
+        )
+    return device, processes
+
+
+def _choose(config: TrainConfig, launch: Launch) -> tuple[str, int]:
     asked = launch.processes
     if under_torchrun():
         asked = int(os.environ["WORLD_SIZE"])
@@ -108,10 +121,11 @@ def start(launch: Launch, processes: int, arguments: Sequence[str], device: str)
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // local))
     command = ["-m", "longspan", *arguments]
     if launch.torchrun_arguments:
-        from torch.distributed.run import main as torchrun
+        return _torchrun(launch.torchrun_arguments, command, local)
+    import logging
 
-        torchrun([*launch.torchrun_arguments, *command])
-        return 0
+    # what it says of a failure, we say below
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -133,10 +147,41 @@ def start(launch: Launch, processes: int, arguments: Sequence[str], device: str)
         print(f"longspan: stopped by signal {error.sigval.name}", file=sys.stderr)
         return 1
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(
-            f"longspan: rank {rank} failed with exit code {failure.exitcode}; its own message is above.",
-            file=sys.stderr,
-        )
+        rank, failure = _cause(error.failures)
+        if failure.exitcode == 2:  # a mistake of the user's, told already
+            return 2
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            hint = " (out of memory?)" if name == "SIGKILL" else ""
+            text = f"rank {rank} was ended by {name}{hint}; the other ranks were stopped."
+        else:
+            text = f"rank {rank} failed with exit code {failure.exitcode}; its own message is above."
+        print(f"longspan: {text}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _cause(failures: dict) -> tuple[int, Any]:
+    """The failure the others follow from: a mistake told already, a kill that was not the launcher's, or the first."""
+
+    def order(item):
+        code = item[1].exitcode
+        return (code != 2, not (code < 0 and code != -signal.SIGTERM), item[1].timestamp)
+
+    return min(failures.items(), key=order)
+
+
+def _torchrun(given: list[str], command: list[str], local: int) -> int:
+    """torchrun with the user's arguments; the number of local processes is ours unless they name it."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    named = any(a.replace("_", "-").startswith("--nproc-per-node") for a in given)
+    try:
+        torchrun([*([] if named else [f"--nproc-per-node={local}"]), *given, *command])
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
         return 2 if failure.exitcode == 2 else 1
+    except SystemExit as error:  # its own parser
+        return 2 if error.code else 0
     return 0

@@ -58,6 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         report(error)
         return 2
+    except BrokenPipeError:  # `longspan train --help | head`
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    except OSError as error:  # a file that cannot be read or written, before anything has started
+        report(
+            UserError(
+                f"{error.filename or ''}: {error.strerror or error}. Check the path and its permissions."
+            )
+        )
+        return 2
     except KeyboardInterrupt:
         print("longspan: interrupted", file=sys.stderr)
         return 1
@@ -69,7 +79,7 @@ def report(error: UserError) -> None:
     Under torchrun every rank finds the same mistake before the process group starts; the first one tells.
     """
     started = "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
-    if os.environ.get("RANK", "0") != "0" and not started:
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0" and not started:
         return
     for problem in error.problems:
         print(f"longspan: error: {problem}", file=sys.stderr)

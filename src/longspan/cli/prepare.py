@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(USAGE)
         return 0 if arguments else 2
-    if "--input" in arguments or "--output-prefix" in arguments or arguments[0].startswith("--"):
+    if any(argument.partition("=")[0] in OPTIONS for argument in arguments):
         return prepare_files(arguments)
     config, problems, bad = read_config("prepare", arguments)
     config = resolve(config, bad_keys=bad, earlier=problems).config
@@ -64,12 +64,17 @@ def prepare_files(arguments: Sequence[str]) -> int:
         problems.append("--append-eod and --no-append-eod are both given. Keep one.")
     if problems:
         raise UserError(problems)
+    import shutil
+
     from longspan.data import eod_id, iter_documents, load_tokenizer, tokenize_to_indexed, train_tokenizer
+    from longspan.data import vocabulary_size as size_of
 
     source, field = taken["--input"], taken.get("--json-key", "text")
     prefix = Path(taken["--output-prefix"] + "_text_document")
     if size is not None:
-        folder = Path(taken["--output-prefix"] + "_tokenizer")
+        # beside its place until the tokens are whole: tokens and tokenizer always belong together
+        final = Path(taken["--output-prefix"] + "_tokenizer")
+        folder = final.with_name(f".{final.name}.partial")
         train_tokenizer(iter_documents(source, field), size, folder)
     else:
         folder = Path(taken["--tokenizer"])
@@ -79,8 +84,11 @@ def prepare_files(arguments: Sequence[str]) -> int:
         raise UserError(f"the tokenizer in {folder} names no end-of-document token. Add --no-append-eod.")
     with Counter(source) as counter:
         done = tokenize_to_indexed(
-            iter_documents(source, field), tokenizer, prefix, eod, tokenizer.get_vocab_size(), counter
+            iter_documents(source, field), tokenizer, prefix, eod, size_of(tokenizer), counter
         )
+    if size is not None:
+        shutil.rmtree(final, ignore_errors=True)
+        folder.rename(final)
     print(f"{done['documents']:,} documents, {done['tokens']:,} tokens -> {prefix}.bin, {prefix}.idx")
     return 0
 
@@ -130,7 +138,7 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
     Raises:
         UserError: a missing or broken source, no tokenizer, or a vocabulary that does not fit.
     """
-    from longspan.data import IndexedDataset, load_tokenizer, prepare_dataset
+    from longspan.data import IndexedDataset, load_tokenizer, prepare_dataset, vocabulary_size
 
     folder, train_size = config.tokenizer_config, config.tokenizer_train_vocab_size
     if folder is None and train_size is None and config.base_model is not None:
@@ -163,7 +171,7 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
         sources.append(source.model_copy(update={"prepared": str(prefix)}))
     vocab = config.vocab_size
     if folder is not None:
-        size = load_tokenizer(folder).get_vocab_size()
+        size = vocabulary_size(load_tokenizer(folder))
         if vocab is not None and vocab < size:
             raise UserError(
                 f"vocab_size {vocab} is smaller than the tokenizer's {size} tokens. Leave vocab_size out, or make it at "

@@ -27,10 +27,14 @@ def run(arguments: Sequence[str]) -> int:
         print(key_help())
         return 0
     resolved, launch, device = read_run("train", arguments)
-    if under_torchrun() or resolved.world_size == 1:
+    if under_torchrun() or (resolved.world_size == 1 and launch.machines == 1):
         return join(resolved, device)
+    from longspan.training.loop import check_data
+
     config = prepare_config(resolved.config, show=True)
-    config = config.model_copy(update={"resume": resume_point(resolve(config, resolved.world_size))})
+    checked = resolve(config, resolved.world_size)
+    check_data(checked)
+    config = config.model_copy(update={"resume": resume_point(checked)})
     output = Path(config.output_dir)
     write_config(config, output)
     return start(launch, resolved.world_size, ["train", str(output / "config.yaml")], device)
@@ -106,11 +110,20 @@ def missing_sources(config) -> list[str]:
     return problems
 
 
+WRITTEN_BY = "# written by longspan"
+
+
 def write_config(config, output: Path) -> None:
     from longspan.training.checkpoint import write_atomically
 
+    path = output / "config.yaml"
     try:
-        write_atomically(output / "config.yaml", to_yaml(config))
+        if path.is_file() and not path.read_text(encoding="utf-8").startswith(WRITTEN_BY):
+            raise UserError(
+                f"output_dir {output}: there is a config.yaml that longspan did not write. Choose another output_dir; nothing "
+                "is overwritten."
+            )
+        write_atomically(path, f"{WRITTEN_BY}; every key resolved\n{to_yaml(config)}")
     except OSError as error:
         raise UserError(
             f"output_dir {output}: cannot write there ({error.strerror}). Choose another output_dir."
@@ -123,6 +136,7 @@ def join(resolved: Run, device_type: str) -> int:
     import torch.distributed as dist
 
     from longspan.mesh.mesh import close_distributed, init_distributed
+    from longspan.training.loop import check_data
     from longspan.training.session import train
 
     quiet_logs()
@@ -136,7 +150,9 @@ def join(resolved: Run, device_type: str) -> int:
     if config is None:
         config = prepare_together(resolved, local_rank)
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
-    config = config.model_copy(update={"resume": resume_point(resolve(config, resolved.world_size))})
+    checked = resolve(config, resolved.world_size)
+    check_data(checked)
+    config = config.model_copy(update={"resume": resume_point(checked)})
     if dist.get_rank() == 0:
         write_config(config, Path(config.output_dir))
     code = train(resolve(config, resolved.world_size), device)

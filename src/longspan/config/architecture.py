@@ -75,6 +75,8 @@ def architecture_of(base_model: str) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"base_model: {path} is not valid JSON ({error}).") from None
+    if not isinstance(data, dict):
+        raise UserError(f"base_model: {path} holds {type(data).__name__}, not an object of fields.")
     if data.get("model_type") not in SUPPORTED_MODEL_TYPES:
         raise UserError(
             f"base_model: {path} is of model_type {data.get('model_type')!r}; supported: "
@@ -85,8 +87,13 @@ def architecture_of(base_model: str) -> dict[str, Any]:
             raise UserError(
                 f"base_model: {path} sets {flag}; Llama models with biases are not supported yet."
             )
+    if data.get("hidden_act", "silu") != "silu":
+        raise UserError(f"base_model: {path} sets hidden_act {data['hidden_act']!r}; only silu is supported.")
     found = {ours: data[theirs] for theirs, ours in _KEYS.items() if data.get(theirs) is not None}
-    nested = data.get("rope_parameters") or {}  # transformers 5 keeps both in one place
+    nested = data.get("rope_parameters") or {}
+    if not isinstance(nested, dict):
+        raise UserError(f"base_model: {path} sets rope_parameters {nested!r}, not an object of fields.")
+    # transformers 5 keeps both in one place
     if "rope_theta" in nested:
         found.setdefault("rotary_base", nested["rope_theta"])
     if nested.get("rope_type", "default") != "default":

@@ -25,16 +25,31 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise UserError(f"config file {path} {found}.{did_you_mean(path.name, siblings)}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file in UTF-8.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     if not isinstance(data, dict):
         raise UserError(
             f"{path} holds {type(data).__name__}, not a mapping of keys to values ('key: value')."
         )
     return data
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader that refuses a key given twice, of which the first would be lost."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            name = self.construct_object(key_node, deep=True)
+            if isinstance(name, str) and name in seen:
+                raise yaml.YAMLError(f"{name} is given twice{key_node.start_mark}. Keep one.")
+            seen.add(name if isinstance(name, str) else id(key_node))
+        return super().construct_mapping(node, deep)
 
 
 def parse_overrides(
@@ -82,14 +97,14 @@ def parse_overrides(
                 problems.append(f"{option} takes no value; found {text!r}.")
             value = fixed
         elif equals:
-            value = _yaml_value(text)
+            value = _value(k, text)
         elif _is_bool(k) and (not arguments or arguments[0].startswith("--") or _no_bool(arguments[0])):
             value = True
         elif not arguments or arguments[0].startswith("--"):
             problems.append(f"{option} needs a value: {k.text}")
             continue
         else:
-            value = _yaml_value(arguments.pop(0))
+            value = _value(k, arguments.pop(0))
         values[k.name] = value
     return values, rest, problems
 
@@ -105,10 +120,13 @@ def _no_bool(text: str) -> bool:
     return text.lower() not in ("true", "false", "yes", "no", "on", "off", "auto", "full", "selective")
 
 
-def _yaml_value(text: str) -> Any:
+def _value(k: Key, text: str) -> Any:
+    """A value as YAML reads it; the text itself for a key that holds text."""
+    if k.annotation is str or set(getattr(k.annotation, "__args__", ())) == {str, type(None)}:
+        return text
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
 

@@ -16,6 +16,9 @@ from longspan.errors import did_you_mean
 
 VOCAB_MULTIPLE = 128
 
+#: names activation_func takes
+ACTIVATIONS = ("silu", "gelu", "relu")
+
 #: rope_scaling types and the fields each needs
 ROPE_SCALING_FIELDS = {
     "default": (),
@@ -232,9 +235,19 @@ def architecture_problems(c: Any) -> list[tuple[tuple[str, ...], str]]:
             ("cp_comm_type",),
             f"cp_comm_type {given!r}: one of {', '.join(CP_COMM_TYPES)}.{did_you_mean(given, CP_COMM_TYPES)}",
         )
+    rule(
+        c.cp_comm_type != [],
+        ("cp_comm_type",),
+        f"cp_comm_type is an empty list: name one of {', '.join(CP_COMM_TYPES)}.",
+    )
+    rule(
+        not isinstance(c.activation_func, str) or c.activation_func in ACTIVATIONS,
+        ("activation_func",),
+        f"activation_func {c.activation_func!r}: one of {', '.join(ACTIVATIONS)}, or a callable.",
+    )
     if c.rope_scaling:
         kind = c.rope_scaling.get("rope_type", c.rope_scaling.get("type"))
-        needs = ROPE_SCALING_FIELDS.get(kind)
+        needs = ROPE_SCALING_FIELDS.get(kind) if isinstance(kind, str) else None
         rule(
             needs is not None,
             ("rope_scaling",),
@@ -242,7 +255,23 @@ def architecture_problems(c: Any) -> list[tuple[tuple[str, ...], str]]:
         )
         missing = [field for field in needs or () if field not in c.rope_scaling]
         rule(not missing, ("rope_scaling",), f"rope_scaling of type {kind}: {', '.join(missing)} missing.")
+        numbers = {field: c.rope_scaling[field] for field in needs or () if field in c.rope_scaling}
+        wrong = [f"{k} {v!r}" for k, v in numbers.items() if not _positive(v)]
+        rule(not wrong, ("rope_scaling",), f"rope_scaling: {', '.join(wrong)}: a number above 0.")
+        if kind == "llama3" and not missing and not wrong:
+            low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
+            rule(
+                high > low,
+                ("rope_scaling",),
+                f"rope_scaling: high_freq_factor {high} must be larger than low_freq_factor {low}.",
+            )
     return found
+
+
+def _positive(value: Any) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    )
 
 
 def normal_comm_type(name: str) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from pydantic import ValidationError
+
 from longspan.config.architecture import architecture_of
 from longspan.config.model import (
     SUPPORTED_COMM_TYPES,
@@ -127,10 +129,18 @@ def resolve(
             # what the file says itself wins over base_model, key by key
             given = {k for k in config.model_fields_set if getattr(config, k) is not None}
             base = {k: v for k, v in architecture_of(config.base_model).items() if k not in given}
-            config = config.model_copy(update=base)
+            config = TrainConfig.model_validate(config.model_dump(exclude_unset=True) | base)
+        except ValidationError as error:
+            for e in error.errors():
+                found.append(
+                    (
+                        ("base_model",),
+                        f"base_model: {e['loc'][0]} in its config.json: {e['input']!r} {e['msg']}.",
+                    )
+                )
         except UserError as error:
             found.append((("base_model",), str(error)))
-            bad |= {"num_layers", "hidden_size", "num_attention_heads", "vocab_size"}
+            bad |= {"num_layers", "hidden_size", "num_attention_heads", "vocab_size", "reinit_weights"}
     world = world_size if world_size is not None else processes_asked_for(config)
     sizes = _sizes(config, world, found)
     micro, accumulation, total = _batch(config, sizes.dp, found)
@@ -212,17 +222,10 @@ def _batch(config: TrainConfig, dp: int, found: list[Problem]) -> tuple[int, int
 
 
 def _required(config: TrainConfig, found: list[Problem]) -> None:
-    if config.base_model is None:
-        missing = [
-            k for k in ("num_layers", "hidden_size", "num_attention_heads") if getattr(config, k) is None
-        ]
-        if missing:
-            found.append(
-                (
-                    tuple(missing),
-                    f"{', '.join(missing)}: missing. Give the architecture, or base_model: a folder that has it.",
-                )
-            )
+    missing = [k for k in ("num_layers", "hidden_size", "num_attention_heads") if getattr(config, k) is None]
+    if missing:
+        text = f"{', '.join(missing)}: missing. Give the architecture, or base_model: a folder that has it."
+        found.append((tuple(missing), text))
     if config.learning_rate is None:
         found.append((("learning_rate",), "learning_rate: missing. A number such as 3e-4."))
     if not config.datasets:
@@ -248,6 +251,13 @@ def _not_yet(config: TrainConfig, found: list[Problem]) -> None:
 
 
 def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
+    if config.val_set_size > 1 and config.val_set_size != int(config.val_set_size):
+        found.append(
+            (
+                ("val_set_size",),
+                f"val_set_size {config.val_set_size}: below 1 it is a share of the documents, from 1 on a whole number of them.",
+            )
+        )
     if config.warmup_steps is not None and config.warmup_ratio is not None:
         found.append(
             (("warmup_steps", "warmup_ratio"), "warmup_steps and warmup_ratio are both given. Keep one.")

@@ -7,11 +7,12 @@ the command line, the Megatron flags, ``longspan config --schema`` and the docum
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 _UNSET: Any = object()
 
@@ -73,6 +74,12 @@ class DatasetConfig(BaseModel):
     )
     type: Literal["completion"] = Field("completion", description="completion: whole documents, no prompt.")
     field: str = Field("text", description="The field of a .jsonl line that holds the text.")
+
+    @field_validator("path")
+    @classmethod
+    def _path(cls, value: str) -> str:
+        return os.path.expanduser(value)
+
     prepared: str | None = Field(
         None, description="The .bin/.idx prefix this source was tokenised to; filled in by longspan."
     )
@@ -81,7 +88,23 @@ class DatasetConfig(BaseModel):
 class TrainConfig(BaseModel):
     """What ``longspan train`` is told."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        kinds = (annotation, *get_args(annotation))
+        if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+            raise ValueError("must be a number, not true or false")
+        return value
+
+    @field_validator("base_model", "tokenizer_config", "dataset_prepared_path", "output_dir", "resume")
+    @classmethod
+    def _path(cls, value: str | None) -> str | None:
+        if value == "":
+            raise ValueError("must not be empty")
+        return None if value is None else os.path.expanduser(value)
 
     # --- model ----------------------------------------------------------------------------
     base_model: str | None = key(

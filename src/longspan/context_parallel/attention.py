@@ -43,6 +43,17 @@ def check_comm_type(cp_comm_type: str, ranks: int) -> str:
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, ranks: int) -> None:
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(
+            f"query, key and value have {q.dim()}, {k.dim()} and {v.dim()} dims: all three are [s, b, heads, d], or "
+            "[t, heads, d] for one pack."
+        )
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        raise ValueError(
+            f"query is {q.dtype} on {q.device}, key {k.dtype} on {k.device}, value {v.dtype} on {v.device}: they must be alike."
+        )
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(f"query has a batch of {q.shape[1]}, key of {k.shape[1]}: they must be equal.")
     if layout.ranks != ranks:
         raise ValueError(
             f"the layout is made for {layout.ranks} ranks, the context parallel group has {ranks}. "
@@ -146,6 +157,38 @@ def context_parallel_attention(
     return out.squeeze(1), lse.squeeze(0)
 
 
+def check_packed(params: PackedSeqParams | None, query: Tensor, layout: SequenceLayout | None) -> None:
+    """Refuses packing that would be ignored: a format that is not known, boundaries beside a layout, two kinds of them."""
+    if params is None:
+        return
+    cu = params.cu_seqlens_q
+    given = [x for x in (cu, params.cu_seqlens_kv, params.cu_seqlens_q_padded) if x is not None]
+    if params.qkv_format not in ("thd", "sbhd") and (given or params.qkv_format is not None):
+        raise ValueError(
+            f"packed_seq_params.qkv_format {params.qkv_format!r}: 'thd' for packed documents ([t, heads, d]), 'sbhd' otherwise."
+        )
+    if layout is not None and given:
+        raise ValueError(
+            "packed_seq_params with boundaries and layout= both say where documents end. Give one of them."
+        )
+    for name in ("cu_seqlens", "cu_seqlens_{}_padded"):
+        ours, theirs = (
+            getattr(params, name.format(x) if "{}" in name else f"{name}_{x}") for x in ("q", "kv")
+        )
+        if theirs is not None and (ours is None or ours.tolist() != theirs.tolist()):
+            raise ValueError(
+                "packed_seq_params: the boundaries of queries and of keys differ. Cross-attention is not supported yet."
+            )
+    batch = query.shape[1] if query.dim() == 4 else 1
+    if params.qkv_format == "thd" and batch != 1:
+        raise ValueError(f"packed documents (thd) come as one row [t, heads, d], not as a batch of {batch}.")
+    if params.qkv_format == "sbhd" and cu is not None and len(cu) - 1 != batch:
+        raise ValueError(
+            f"qkv_format 'sbhd' with {len(cu) - 1} documents in a batch of {batch}: each row is one document. Use 'thd' for "
+            "several documents in a row."
+        )
+
+
 class DotProductAttention(nn.Module):
     """Megatron's core attention (there: ``TEDotProductAttention``), without parameters.
 
@@ -172,6 +215,11 @@ class DotProductAttention(nn.Module):
     ):
         super().__init__()
         self.cp_group = process_groups(pg_collection).cp
+        if config.context_parallel_size > dist.get_world_size(self.cp_group):
+            raise ValueError(
+                f"config.context_parallel_size is {config.context_parallel_size}, the context parallel group has "
+                f"{dist.get_world_size(self.cp_group)} ranks. Initialise with the same sizes."
+            )
         self.causal = attn_mask_type.is_causal
         self.softmax_scale = softmax_scale
         self.cp_comm_type = check_comm_type(
@@ -218,6 +266,7 @@ class DotProductAttention(nn.Module):
                 "packed_seq_params.cp_group and local_cp_size (context parallelism that changes from call to call) "
                 "are not supported yet. Leave them None."
             )
+        check_packed(packed_seq_params, query, layout)
         packed = query.dim() == 3
         if packed:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))

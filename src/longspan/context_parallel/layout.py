@@ -99,15 +99,15 @@ class SequenceLayout:
             cu_seqlens_padded: boundaries with the padding the caller put behind each document;
                 every padded length must divide by 2P. None pads each document just enough.
         """
-        bounds = _boundaries(cu_seqlens, None)
-        total = bounds[-1]
+        edges = _checked(cu_seqlens, None)  # an empty document may have padding
+        total = edges[-1]
         _check_sizes(total, ranks)
-        lengths = [stop - start for start, stop in zip(bounds, bounds[1:])]
+        bounds, lengths = edges[:-1], [stop - start for start, stop in zip(edges, edges[1:])]
         if cu_seqlens_padded is None:
             padded = [_round_up(n, 2 * ranks) for n in lengths]
         else:
-            edges = _boundaries(cu_seqlens_padded, None)
-            padded = [stop - start for start, stop in zip(edges, edges[1:])]
+            padded_edges = _checked(cu_seqlens_padded, None)
+            padded = [stop - start for start, stop in zip(padded_edges, padded_edges[1:])]
             if len(padded) != len(lengths) or any(p < n for p, n in zip(padded, lengths)):
                 raise ValueError(
                     "cu_seqlens_padded must hold the same documents, none shorter than in cu_seqlens."
@@ -137,7 +137,7 @@ class SequenceLayout:
             if short:
                 spans[r].append((spare, spare + short))
                 spare += short
-        return cls._make("per_document_zigzag", total, ranks, bounds, spans)
+        return cls._make("per_document_zigzag", total, ranks, edges, spans)
 
     @classmethod
     def _make(cls, name, total, ranks, cu_seqlens, spans) -> SequenceLayout:
@@ -188,6 +188,11 @@ class SequenceLayout:
             self._memo[key] = found
         return self._memo[key]
 
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document."""
+        return max(stop - start for start, stop in zip(self.cu_seqlens, self.cu_seqlens[1:]))
+
     def area(self, rank: int) -> int:
         """Causal (query, key) pairs computed on a rank."""
         pairs = 0
@@ -214,6 +219,8 @@ class SequenceLayout:
             raise ValueError(
                 f"tensor has {tensor.shape[dim]} rows along dim {dim}, the layout is made for {self.total}."
             )
+        if not 0 <= rank < self.ranks:
+            raise ValueError(f"rank {rank} of a layout of {self.ranks} ranks: from 0 to {self.ranks - 1}.")
         parts = []
         for start, stop in self.all_spans[rank]:
             real = min(stop, self.total)
@@ -282,6 +289,12 @@ def _boundaries(cu_seqlens, total: int | None) -> tuple[int, ...]:
     if cu_seqlens is None:
         assert total is not None
         return (0, total)
+    given = _checked(cu_seqlens, total)
+    return (0, *(b for a, b in zip(given, given[1:]) if b > a))
+
+
+def _checked(cu_seqlens, total: int | None) -> list[int]:
+    """cu_seqlens as integers that start with 0, do not fall and end with ``total``."""
     given = [int(n) for n in (cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else cu_seqlens)]
     if len(given) < 2 or given[0] != 0:
         raise ValueError(f"cu_seqlens {given[:8]}: it starts with 0 and ends with the number of tokens.")
@@ -291,4 +304,4 @@ def _boundaries(cu_seqlens, total: int | None) -> tuple[int, ...]:
         raise ValueError(
             f"cu_seqlens ends at {given[-1]}, the sequence has {total} tokens. The two must be equal."
         )
-    return (0, *(b for a, b in zip(given, given[1:]) if b > a))
+    return given

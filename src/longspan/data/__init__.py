@@ -4,23 +4,48 @@
 - `text`: documents from files, tokenizers, and the cached way from one to the other.
 - `packing`: which tokens make a row, with shifted labels; `Batch`.
 - `loader`: which rows a rank trains on at which step.
+
+Names are imported when they are first used: checking that a file is there must not wait for torch.
 """
 
-from longspan.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
-from longspan.data.loader import Prefetcher, TokenDataset
-from longspan.data.packing import IGNORE_INDEX, Batch, Packs, Row, Stream, make_batch, plan_packs, plan_stream
-from longspan.data.text import (
-    eod_id,
-    find_sources,
-    iter_documents,
-    load_tokenizer,
-    prepare_dataset,
-    tokenize_to_indexed,
-    train_tokenizer,
-)
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from longspan.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
+    from longspan.data.loader import Prefetcher, TokenDataset
+    from longspan.data.packing import Batch, Packs, Row, Stream, make_batch, plan_packs, plan_stream
+    from longspan.data.text import (
+        eod_id,
+        find_sources,
+        iter_documents,
+        load_tokenizer,
+        prepare_dataset,
+        tokenize_to_indexed,
+        train_tokenizer,
+        vocabulary_size,
+    )
+
+_NAMES = {
+    "indexed": ("IndexedDataset", "IndexedDatasetWriter", "best_dtype"),
+    "loader": ("Prefetcher", "TokenDataset"),
+    "packing": ("Batch", "Packs", "Row", "Stream", "make_batch", "plan_packs", "plan_stream"),
+    "text": (
+        "eod_id",
+        "find_sources",
+        "iter_documents",
+        "load_tokenizer",
+        "prepare_dataset",
+        "tokenize_to_indexed",
+        "train_tokenizer",
+        "vocabulary_size",
+    ),
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "IGNORE_INDEX",
     "Batch",
     "IndexedDataset",
     "IndexedDatasetWriter",
@@ -40,4 +65,11 @@ __all__ = [
     "prepare_dataset",
     "tokenize_to_indexed",
     "train_tokenizer",
+    "vocabulary_size",
 ]
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"longspan.data.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'longspan.data' has no attribute {name!r}")

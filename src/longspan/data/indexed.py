@@ -92,6 +92,12 @@ class IndexedDataset:
         name = str(self.bin_path).removesuffix(".bin")
         return f"IndexedDataset({name!r}: {len(self)} documents, {self.num_tokens} tokens, {self.dtype})"
 
+    def token_range(self, most: int) -> tuple[int, int]:
+        """The smallest and the largest of the first ``most`` tokens of the file; (0, 0) of none."""
+        count = min(most, self.num_tokens)
+        head = self._bytes[: count * self.dtype.itemsize].view(self.dtype)
+        return (int(head.min()), int(head.max())) if len(head) else (0, 0)
+
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens ``[start, stop)`` of a document (to its end without `stop`).
 

@@ -167,6 +167,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest token number: numbers may have gaps, so their count would not do."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def eod_id(tokenizer: Tokenizer, folder: str | Path | None) -> int | None:
     """The number of the token that ends a document, or None.
 
@@ -222,7 +227,7 @@ def tokenize_to_indexed(
                 if tokens.max() >= vocab_size:
                     raise UserError(
                         f"the tokenizer gave token {tokens.max()}, but the vocabulary size is {vocab_size}; "
-                        f"it must be at least {tokenizer.get_vocab_size()}."
+                        f"it must be at least {vocabulary_size(tokenizer)}."
                     )
                 writer.add_document(tokens)
             if progress is not None:
@@ -277,7 +282,7 @@ def prepare_dataset(
         load_tokenizer(given)  # before it is copied
         _copy_tokenizer(given, tokenizer_folder)
     tokenizer = load_tokenizer(tokenizer_folder)
-    vocab_size = max(tokenizer.get_vocab().values()) + 1  # numbers may have gaps, so not their count
+    vocab_size = vocabulary_size(tokenizer)
     end = eod_id(tokenizer, tokenizer_folder)
     tokenize_to_indexed(iter_documents(path, field), tokenizer, prefix, end, vocab_size, progress)
     return prefix, tokenizer_folder

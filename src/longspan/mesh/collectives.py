@@ -78,69 +78,25 @@ def own_part(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     return x.chunk(n, dim)[dist.get_rank(group)].contiguous()
 
 
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        return all_reduce_sum(x, group)
+class _Move(torch.autograd.Function):
+    """``there`` in forward, its transpose ``back`` in backward; both take (tensor, group, dim)."""
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
+    def forward(ctx, x, group, dim, there, back):
+        ctx.group, ctx.dim, ctx.back = group, dim, back
+        return there(x, group, dim)
 
     @staticmethod
     def backward(ctx, grad):
-        return all_reduce_sum(grad, ctx.group), None
+        return ctx.back(grad, ctx.group, ctx.dim), None, None, None, None
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group, dim):
-        ctx.group, ctx.dim = group, dim
-        return all_gather_dim(x, group, dim)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return own_part(grad, ctx.group, ctx.dim), None, None
+def _sum(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    return all_reduce_sum(x, group)
 
 
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group, dim):
-        ctx.group, ctx.dim = group, dim
-        return own_part(x, group, dim)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return all_gather_dim(grad, ctx.group, ctx.dim), None, None
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group, dim):
-        ctx.group, ctx.dim = group, dim
-        return all_gather_dim(x, group, dim)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return reduce_scatter_dim(grad, ctx.group, ctx.dim), None, None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group, dim):
-        ctx.group, ctx.dim = group, dim
-        return reduce_scatter_dim(x, group, dim)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return all_gather_dim(grad, ctx.group, ctx.dim), None, None
+def _as_it_is(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    return x.view_as(x)
 
 
 class _AllToAll(torch.autograd.Function):
@@ -180,32 +136,32 @@ def _alone(group: dist.ProcessGroup) -> bool:
 
 def reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Partial sums -> their sum on every rank; backward passes the gradient on."""
-    return x if _alone(group) else _Reduce.apply(x, group)
+    return x if _alone(group) else _Move.apply(x, group, 0, _sum, _as_it_is)
 
 
 def copy(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The same tensor on every rank; backward sums the ranks' partial gradients."""
-    return x if _alone(group) else _Copy.apply(x, group)
+    return x if _alone(group) else _Move.apply(x, group, 0, _as_it_is, _sum)
 
 
 def gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """[.., x, ..] -> [.., n x, ..] for ranks that go on alike; backward takes the own part."""
-    return x if _alone(group) else _Gather.apply(x, group, dim)
+    return x if _alone(group) else _Move.apply(x, group, dim, all_gather_dim, own_part)
 
 
 def scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """[.., n x, ..] -> [.., x, ..] of the same tensor; backward gathers."""
-    return x if _alone(group) else _Scatter.apply(x, group, dim)
+    return x if _alone(group) else _Move.apply(x, group, dim, own_part, all_gather_dim)
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """[.., x, ..] -> [.., n x, ..] for ranks that go on differently; backward sums and splits."""
-    return x if _alone(group) else _AllGather.apply(x, group, dim)
+    return x if _alone(group) else _Move.apply(x, group, dim, all_gather_dim, reduce_scatter_dim)
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """[.., n x, ..] partial -> [.., x, ..] summed; backward gathers."""
-    return x if _alone(group) else _ReduceScatter.apply(x, group, dim)
+    return x if _alone(group) else _Move.apply(x, group, dim, reduce_scatter_dim, all_gather_dim)
 
 
 def all_to_all(

@@ -39,8 +39,6 @@ from longspan.tensor_parallel.mappings import gather_from_tensor_model_parallel_
 
 RotaryTable = tuple[Tensor, Tensor]
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
-
 
 class Norm(TensorParallelModule):
     """RMSNorm or LayerNorm over the hidden dim of [.., h]."""
@@ -111,7 +109,7 @@ class MLP(nn.Module):
         h, ffn = config.hidden_size, config.ffn_hidden_size
         kwargs = {"bias": config.add_bias_linear, "tp_group": pg_collection.tp_mesh}
         func = config.activation_func
-        self.activation = ACTIVATIONS[func] if isinstance(func, str) else func
+        self.activation = getattr(F, func) if isinstance(func, str) else func
         self.linear_gate = (
             ColumnParallelLinear(h, ffn, config, **kwargs) if config.gated_linear_unit else None
         )
@@ -141,6 +139,10 @@ class TransformerLayer(nn.Module):
     ):
         super().__init__()
         groups = process_groups(pg_collection)
+        if config.num_moe_experts is not None:
+            raise ValueError(
+                f"num_moe_experts={config.num_moe_experts}: experts are not supported yet. Leave it None."
+            )
         self.config, self.recompute = config, "none"
         self.input_layernorm = Norm(config, groups)
         self.self_attention = SelfAttention(config, layer_number, groups)
@@ -340,6 +342,10 @@ class GPTModel(nn.Module):
     ):
         super().__init__()
         groups = process_groups(pg_collection)
+        if config.pipeline_model_parallel_size > 1:
+            raise ValueError(
+                f"pipeline_model_parallel_size={config.pipeline_model_parallel_size}: pipelines are not supported yet. Use 1."
+            )
         self.config, self.vocab_size, self.max_sequence_length = config, vocab_size, max_sequence_length
         self.parallel_output = parallel_output
         self.embedding = Embedding(config, vocab_size, groups) if pre_process else None
@@ -377,6 +383,11 @@ class GPTModel(nn.Module):
         """
         if loss_mask is not None and labels is None:
             raise ValueError("loss_mask without labels has no effect. Give labels too, or leave it out.")
+        if layout is not None and layout.longest_document > self.max_sequence_length:
+            raise ValueError(
+                f"a document of {layout.longest_document} tokens: the model is made for max_sequence_length "
+                f"{self.max_sequence_length}. Make it with a larger one, or cut the document."
+            )
         hidden = self.embedding(input_ids) if self.embedding is not None else input_ids
         hidden, _ = self.decoder(hidden, attention_mask, packed_seq_params, layout, position_ids)
         if self.output_layer is None:

@@ -88,12 +88,15 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         lse, picked = _log_sum_exp(logits, column, mine, group)
         loss = lse - picked
         if label_smoothing:
-            mean = logits.sum(1) / (width * ranks)
+            real = torch.isfinite(logits)  # padding columns are -inf and no classes
+            sums = torch.stack([logits.where(real, 0).sum(1), real.sum(1).to(logits.dtype)])
             if ranks > 1:
-                dist.all_reduce(mean, group=group)
+                dist.all_reduce(sums, group=group)
+            mean, classes = sums[0] / sums[1], sums[1]
             loss = (1 - label_smoothing) * loss + label_smoothing * (lse - mean)
         ctx.save_for_backward(logits, lse, column, mine, valid)
-        ctx.smoothing, ctx.classes, ctx.dtype = label_smoothing, width * ranks, dtype
+        ctx.smoothing, ctx.dtype = label_smoothing, dtype
+        ctx.classes = classes if label_smoothing else None
         return loss.where(valid, 0).view(shape)
 
     @staticmethod
@@ -104,7 +107,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         onehot = mine.to(grad.dtype) * (1 - ctx.smoothing)
         grad.scatter_add_(1, column.unsqueeze(1), -onehot.unsqueeze(1))
         if ctx.smoothing:
-            grad -= ctx.smoothing / ctx.classes
+            grad -= (ctx.smoothing / ctx.classes).unsqueeze(1) * torch.isfinite(logits)
         grad *= weight.unsqueeze(1)
         return grad.to(ctx.dtype).view(*grad_loss.shape, grad.shape[1]), None, None, None
 

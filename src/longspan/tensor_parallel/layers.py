@@ -52,7 +52,12 @@ class TensorParallelModule(nn.Module):
         self.tp_size = dist.get_world_size(self.tp_group)
         self.tp_rank = dist.get_rank(self.tp_group)
         self.sequence_parallel = config.sequence_parallel
-        self.dtype = config.params_dtype or torch.float32
+        if config.tensor_model_parallel_size > self.tp_size:
+            raise ValueError(
+                f"config.tensor_model_parallel_size is {config.tensor_model_parallel_size}, the tensor parallel group has "
+                f"{self.tp_size} ranks. Initialise with the same sizes."
+            )
+        self.dtype = config.params_dtype or (torch.bfloat16 if config.bf16 else torch.float32)
         self.perform_initialization = config.perform_initialization
         self.initial_std: dict[str, float | None] = {}
 

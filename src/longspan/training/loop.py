@@ -12,8 +12,9 @@ averaged) by FSDP, so the loss and its gradient are those of one process (invari
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -76,6 +77,36 @@ SETTINGS = (
 )
 
 
+#: how many tokens are looked at before a run; the rest are as they come
+SCANNED_TOKENS = 1 << 28
+
+
+def check_data(run: Run) -> TokenDataset:
+    """Opens a prepared config's data and refuses what would fail or teach nothing; before any process starts.
+
+    Raises:
+        UserError: no document on one side of the split, no token with a next one, or a token beyond the vocabulary.
+    """
+    train, _ = open_datasets(run)
+    sources = [IndexedDataset(source.prepared or source.path) for source in run.config.datasets]
+    longest = max(int(source.document_lengths.max(initial=0)) for source in sources)
+    if longest < 2 and (run.config.sample_packing or train.num_tokens < 2):
+        raise UserError(
+            "datasets: no document has two tokens, so no token has a next one to learn. Look at the data, or tokenise it again."
+        )
+    vocab, left = run.config.vocab_size, SCANNED_TOKENS
+    assert vocab is not None
+    for source, given in zip(sources, run.config.datasets):
+        smallest, largest = source.token_range(left)
+        left = max(0, left - source.num_tokens)
+        if largest >= vocab or smallest < 0:
+            raise UserError(
+                f"datasets: {given.path} holds token {largest if largest >= vocab else smallest}, but vocab_size is {vocab}. "
+                "It was made with another tokenizer: give that tokenizer (tokenizer_config), or its vocab_size."
+            )
+    return train
+
+
 def describe_run(run: Run, data: TokenDataset) -> dict:
     """The part of a checkpoint's description that follows from the config and the data."""
     model, config = run.transformer_config(), run.config
@@ -89,6 +120,10 @@ def describe_run(run: Run, data: TokenDataset) -> dict:
         "settings": {name: getattr(config, name) for name in SETTINGS} | {"training tokens": data.num_tokens},
         "init_method_std": config.init_method_std,
     }
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradient is infinite or no number."""
 
 
 class Trainer:
@@ -182,9 +217,10 @@ class Trainer:
         """The summed loss of this rank's tokens of a micro-batch."""
         tokens, labels = batch.tokens, batch.labels
         vocab = self.run.config.vocab_size
-        if int(tokens.max()) >= vocab:
+        largest, smallest = int(max(tokens.max(), labels.max())), int(tokens.min())
+        if largest >= vocab or smallest < 0:
             raise UserError(
-                f"the data holds token {int(tokens.max())}, but vocab_size is {vocab}. It was made with another tokenizer: "
+                f"the data holds token {largest if largest >= vocab else smallest}, but vocab_size is {vocab}. It was made with another tokenizer: "
                 "give that tokenizer (tokenizer_config), or its vocab_size."
             )
         if batch.cu_seqlens is None:
@@ -226,6 +262,11 @@ class Trainer:
     def apply_gradients(self) -> tuple[float, float]:
         """Clips and updates the weights. Returns (gradient norm before clipping, learning rate)."""
         norm = gradient_norm(self.model)
+        if not torch.isfinite(norm):
+            raise NotFinite(
+                f"the gradient norm is {norm.item()} in step {self.step + 1}; the weights were not updated. Lower learning_rate, "
+                "or look at the data of this step."
+            )
         clip_gradients(self.model, norm, self.run.config.max_grad_norm)
         rate = learning_rate(self.run.config, self.step + 1, self.steps, self.warmup)
         set_learning_rate(self.optimizer, rate)
@@ -237,6 +278,11 @@ class Trainer:
         """One optimizer step; returns its record."""
         start = time.perf_counter()
         loss, count = self.compute_gradients(batches)
+        if not math.isfinite(loss):
+            raise NotFinite(
+                f"the loss is {loss} in step {self.step + 1}; the weights were not updated. Lower learning_rate, or look at "
+                "the data of this step."
+            )
         norm, rate = self.apply_gradients()
         self.tokens += count
         # one small message: the largest memory of a rank, and whether any rank was asked to stop
@@ -263,10 +309,13 @@ class Trainer:
         with Prefetcher(self.micro_batches, self.step, self.steps) as ahead:
             yield from ahead
 
-    def train(self, output: Path, progress: Progress) -> dict:
+    def train(self, output: Path, progress: Progress, started: Callable[[], None] = lambda: None) -> dict:
         """Runs the steps that are left, evaluating and saving on the way; returns the summary's record.
 
         A run that is asked to stop (``stop_asked``) finishes its step, saves and returns.
+
+        Args:
+            started: called once, after the first step.
 
         Raises:
             SaveError: the last checkpoint could not be written. A failed earlier one is reported and training goes on.
@@ -277,7 +326,9 @@ class Trainer:
         record = evaluation = None
         every = config.logging_steps or min(10, max(1, self.steps // 200))
         for batches in self.steps_ahead():
-            record = self.train_step(batches)
+            first, record = record is None, self.train_step(batches)
+            if first:
+                started()
             last = self.step == self.steps or self.stop_asked
             progress.step(record, show=last or self.step == 1 or self.step % every == 0)
             saves.settle()

@@ -23,6 +23,12 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with null for numbers JSON does not know."""
+    bad = (k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v))
+    return record | dict.fromkeys(bad)
+
+
 class JsonLines:
     """``metrics.jsonl``: flushed line by line, so that it can be followed while it grows."""
 
@@ -31,7 +37,7 @@ class JsonLines:
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(json.dumps(finite(record), allow_nan=False) + "\n")
         self.file.flush()
 
     def close(self) -> None:
@@ -110,7 +116,7 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Renames the file of an earlier run to the next free ``NAME.1``, ``NAME.2`` ...; None if there was none."""
+    """Renames a file or folder of an earlier run to the next free ``NAME.1``, ``NAME.2`` ...; None if there was none."""
     if not path.exists():
         return None
     number = 1

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from longspan.config.resolve import Run
+from longspan.errors import UserError
 from longspan.training.banner import banner
 from longspan.training.checkpoint import SaveError
 from longspan.training.export import export
-from longspan.training.loop import Trainer
+from longspan.training.loop import NotFinite, Trainer
 from longspan.training.metrics import JsonLines, Metrics, Sink, TensorBoard, Wandb, keep_until, set_aside
 from longspan.training.progress import Progress, make_progress
 
@@ -31,11 +35,11 @@ def train(run: Run, device: torch.device) -> int:
         if first:
             notes = [f"  resume     {resumed}, after step {trainer.step}"] if resumed else []
             trainer.metrics, kept = open_sinks(run, output, trainer.step, resumed)
-            notes += [f"  the metrics of an earlier run are kept in {kept}"] if kept else []
+            notes += [f"  an earlier run's {', '.join(kept)} are kept beside"] if kept else []
             print("\n".join([describe(trainer, output), *notes]), flush=True)
             progress = make_progress(trainer.steps, trainer.step)
-        stop_on_signal(trainer)
-        summary = trainer.train(output, progress)
+        # before the first step a signal ends the process at once: there is nothing to save
+        summary = trainer.train(output, progress, started=lambda: stop_on_signal(trainer))
         if config.export_hf and not trainer.stop_asked:
             export(trainer, output / "hf")
     except SaveError as error:
@@ -45,11 +49,14 @@ def train(run: Run, device: torch.device) -> int:
                 file=sys.stderr,
             )
         return 1
-    except OSError as error:
-        # the other ranks may wait for this one in a collective: leave at once, the launcher ends them
-        print(f"longspan: error: {error.strerror or error}: {error.filename or output}", file=sys.stderr)
-        sys.stderr.flush()
-        sys.exit(1)
+    except NotFinite as error:
+        if first:
+            print(f"longspan: error: {error}", file=sys.stderr)
+        return 1
+    except UserError:
+        raise
+    except Exception as error:
+        leave(error, output)
     finally:
         progress.close()
         trainer.metrics.close()
@@ -58,13 +65,34 @@ def train(run: Run, device: torch.device) -> int:
     return 1 if trainer.step < trainer.steps else 0
 
 
-def open_sinks(run: Run, output: Path, step: int, resumed: Path | None) -> tuple[Metrics, Path | None]:
+def leave(error: Exception, output: Path) -> NoReturn:
+    """Ends this process at once with exit code 1: the other ranks wait for it in a collective, and torch's own
+    tear-down may wait for them in turn."""
+    rank = f"rank {dist.get_rank()}: " if dist.get_world_size() > 1 else ""
+    if isinstance(error, OSError):
+        print(
+            f"longspan: error: {rank}{error.strerror or error}: {error.filename or output}", file=sys.stderr
+        )
+    elif isinstance(error, RuntimeError) and any(
+        word in str(error) for word in ("Connection", "connection", "NCCL")
+    ):
+        print(f"longspan: {rank}lost the connection to another rank, which ended.", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def open_sinks(run: Run, output: Path, step: int, resumed: Path | None) -> tuple[Metrics, list[str]]:
     """The places records go; going on in the same folder goes on in its files, a new run keeps the old ones aside."""
-    path, kept = output / "metrics.jsonl", None
+    path, kept = output / "metrics.jsonl", []
     if resumed is not None and resumed.resolve().parent.parent == output.resolve() and step:
         keep_until(path, step)
     else:
-        kept = set_aside(path)
+        for name in ("metrics.jsonl", "checkpoints", "hf", "tensorboard"):
+            if aside := set_aside(output / name):
+                kept.append(aside.name)
     sinks: list[Sink] = [JsonLines(path)]
     if run.config.use_tensorboard:
         sinks.append(TensorBoard(output / "tensorboard", step + 1))

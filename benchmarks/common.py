@@ -1,0 +1,88 @@
+"""What the benchmarks share: two gloo processes, paired runs, medians and ratios.
+
+Every figure is a ratio of medians over pairs that ran alternately in one process tree, so that
+a machine whose speed drifts changes both sides alike.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _rank(rank: int, world: int, store: str, function: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    function(*args)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_ranks(world: int, function: Callable, *args) -> None:
+    """Runs ``function(*args)`` on ``world`` gloo ranks of one thread each."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (world, str(Path(folder) / "store"), function, args), nprocs=world, join=True)
+
+
+def timed(function: Callable, threads: int, everyone: bool) -> float:
+    """Seconds of one call. ``everyone``: all ranks take part; else rank 0 alone with ``threads``, others wait."""
+    dist.barrier()
+    seconds = 0.0
+    if everyone or dist.get_rank() == 0:
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        function()
+        seconds = time.perf_counter() - start
+        torch.set_num_threads(1)
+    if everyone:
+        slowest = torch.tensor(seconds, dtype=torch.float64)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        return slowest.item()
+    dist.barrier()
+    return seconds
+
+
+def compare(
+    contestants: dict[str, tuple[Callable, int, bool]], pairs: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Times each contestant in turn, ``pairs`` times after ``warmup`` rounds.
+
+    Args:
+        contestants: name -> (function, threads, whether all ranks take part).
+    """
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(warmup + pairs):
+        for name, (function, threads, everyone) in contestants.items():
+            seconds = timed(function, threads, everyone)
+            if turn >= warmup:
+                times[name].append(seconds)
+    return times
+
+
+def report(title: str, times: dict[str, list[float]], ours: str) -> None:
+    """Medians in ms, and for each peer its time over ours (above 1: we are faster), median of the pairs."""
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    print(f"\n{title}")
+    for name, seconds in times.items():
+        line = f"  {name:<44} {1e3 * statistics.median(seconds):10.1f} ms"
+        if name != ours:
+            ratios = [peer / own for peer, own in zip(seconds, times[ours])]
+            line += f"   x {statistics.median(ratios):.3f}  ({min(ratios):.3f} .. {max(ratios):.3f})"
+        print(line, flush=True)
+
+
+def machine() -> str:
+    """The machine and versions, for the record."""
+    return f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, python {sys.version.split()[0]}"

@@ -1,0 +1,27 @@
+"""All benchmarks, one after another: `make bench`. Paste what matters into docs/benchmarks.md, with the machine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RUNS = (
+    ["attention.py"],
+    ["attention.py", "--seq", "1024"],
+    ["attention.py", "--kv-heads", "2"],
+    ["training.py"],
+    ["training.py", "--bf16"],
+    ["memory.py"],
+)
+
+
+def main() -> int:
+    codes = []
+    for run in RUNS:
+        print(f"\n$ python benchmarks/{' '.join(run)}", flush=True)
+        codes.append(subprocess.run([sys.executable, str(HERE / run[0]), *run[1:]]).returncode)
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
