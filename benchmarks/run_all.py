@@ -11,6 +11,8 @@ RUNS = (
     ["attention.py", "--kv-heads", "2"],
     ["training.py"],
     ["training.py", "--bf16"],
+    ["training.py", "--ranks", "1"],
+    ["training.py", "--ranks", "1", "--bf16"],
     ["memory.py"],
 )
 

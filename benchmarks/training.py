@@ -1,4 +1,4 @@
-"""Training steps: longspan over two ranks of one thread against transformers on one process with two.
+"""Training steps: longspan on two cores, as two ranks or as one process, against transformers on the same two.
 
     python benchmarks/training.py [--seq 4096] [--bf16] [--pairs 7]
 
@@ -23,6 +23,7 @@ from longspan.config.resolve import resolve
 from longspan.data import IndexedDatasetWriter
 from longspan.training.loop import Trainer
 
+THREADS = 2
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, FFN = 8192, 384, 6, 6, 2, 1024
 
 
@@ -59,6 +60,8 @@ def make_trainer(folder: str, seq: int, bf16: bool, ranks: int, **changes) -> Tr
         "max_steps": 1000,
         "learning_rate": 1e-4,
         "bf16": bf16,
+        "warmup_steps": 0,
+        "reshard_after_forward": False,  # a small model: the peer keeps its weights too
     }
     config, problems, _ = make_config(values | changes)
     assert config is not None, problems
@@ -101,14 +104,12 @@ def bench(args: argparse.Namespace, folder: str) -> None:
     def peer_step():
         losses["transformers"] = peer.step(tokens)
 
-    ours = f"longspan, {dist.get_world_size()} ranks x 1 thread"
+    ranks = dist.get_world_size()
+    threads = THREADS // ranks
+    ours = f"longspan, {ranks} process(es) x {threads} thread(s)"
     contestants = {
-        ours: (ours_step, 1, True),
-        f"transformers, 1 process x {dist.get_world_size()} threads": (
-            peer_step,
-            dist.get_world_size(),
-            False,
-        ),
+        ours: (ours_step, threads, True),
+        f"transformers, 1 process x {THREADS} threads": (peer_step, THREADS, False),
     }
     times = common.compare(contestants, args.pairs)
     kind = "bfloat16 compute" if args.bf16 else "float32"
@@ -124,10 +125,11 @@ if __name__ == "__main__":
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--ranks", type=int, default=2, help="processes of longspan; they share two threads")
     os.environ["HF_HUB_OFFLINE"] = "1"
     print(common.machine())
     with tempfile.TemporaryDirectory() as folder:
         args = parser.parse_args()
         make_model(Path(folder))
         make_data(Path(folder), args.seq)
-        common.run_ranks(2, bench, args, folder)
+        common.run_ranks(args.ranks, bench, args, folder)

@@ -4,8 +4,7 @@
     linear_cross_entropy           hidden [t, h], weight [v/tp, h], labels   -> loss [t]
 
 The second one never holds the logits of a whole sequence: it goes through the tokens in
-chunks, keeps one log-sum-exp a token, and computes each chunk's logits again in backward
-(a fourth matrix product beside three; memory [chunk, v/tp] instead of [t, v/tp]).
+chunks: memory [chunk, v/tp] instead of [t, v/tp].
 
 A rank sees its own columns only. What travels for a chunk of c tokens is [2, c] a rank:
 the local log-sum-exp and the target's logit where this rank holds it. The logits are
@@ -134,6 +133,14 @@ def vocab_parallel_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """Both directions share one pass over the chunks, :func:`_gradients`.
+
+    Forward already computes the gradients of the plain sum of losses, while a chunk's logits are
+    at hand: three matrix products in all. A training step asks for just that sum, scaled, and
+    backward scales. Where backward is given weights that differ from token to token, it goes
+    through the chunks again.
+    """
+
     @staticmethod
     def forward(ctx, hidden, weight, labels, vocab_size, chunk, group):
         width, rank = weight.shape[0], dist.get_rank(group)
@@ -142,34 +149,58 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.empty(labels.shape, dtype=dtype, device=hidden.device)
         lses = torch.empty_like(loss)
+        ctx.columns, ctx.rank, ctx.chunk, ctx.vocab_size = columns, rank, chunk, vocab_size
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        sums = _empty_gradients(hidden, weight) if wanted else None
         for start in range(0, labels.shape[0], chunk):
             part = slice(start, start + chunk)
             column, mine = _local_columns(labels[part], columns, width, rank, vocab_size)
             logits = _wide(hidden[part] @ used.t())
             lses[part], picked = _log_sum_exp(logits, column, mine, group)
-            loss[part] = (lses[part] - picked).where(labels[part] != IGNORE_INDEX, 0)
-        ctx.save_for_backward(hidden, weight, labels, lses)
-        ctx.columns, ctx.width, ctx.rank, ctx.chunk, ctx.vocab_size = columns, width, rank, chunk, vocab_size
+            valid = labels[part] != IGNORE_INDEX
+            loss[part] = (lses[part] - picked).where(valid, 0)
+            if sums is not None:
+                grad = _logit_gradient(logits, lses[part], column, mine, valid.to(dtype))
+                _add_chunk(sums, grad.to(hidden.dtype), hidden, used, part)
+        ctx.save_for_backward(hidden, weight, labels, lses, *(sums or ()))
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        hidden, weight, labels, lses = ctx.saved_tensors
-        used = weight[: ctx.columns]
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=lses.dtype, device=weight.device)
-        for start in range(0, labels.shape[0], ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            column, mine = _local_columns(labels[part], ctx.columns, ctx.width, ctx.rank, ctx.vocab_size)
-            logits = _wide(hidden[part] @ used.t())
-            scale = grad_loss[part].where(labels[part] != IGNORE_INDEX, 0)
-            grad = _logit_gradient(logits, lses[part], column, mine, scale).to(hidden.dtype)
-            grad_hidden[part] = grad @ used
-            if grad.dtype == grad_weight.dtype:
-                grad_weight[: ctx.columns].addmm_(grad.t(), hidden[part])
-            else:
-                grad_weight[: ctx.columns] += grad.t() @ hidden[part]
+        hidden, weight, labels, lses, *sums = ctx.saved_tensors
+        if grad_loss.numel() and not any(
+            grad_loss.stride()
+        ):  # one number for all tokens: the gradient of a sum
+            scale = grad_loss.flatten()[0]
+            grad_hidden, grad_weight = sums[0] * scale.to(hidden.dtype), sums[1] * scale
+        else:
+            grad_hidden, grad_weight = _empty_gradients(hidden, weight)
+            used = weight[: ctx.columns]
+            for start in range(0, labels.shape[0], ctx.chunk):
+                part = slice(start, start + ctx.chunk)
+                column, mine = _local_columns(
+                    labels[part], ctx.columns, weight.shape[0], ctx.rank, ctx.vocab_size
+                )
+                scale = grad_loss[part].where(labels[part] != IGNORE_INDEX, 0)
+                grad = _logit_gradient(_wide(hidden[part] @ used.t()), lses[part], column, mine, scale)
+                _add_chunk((grad_hidden, grad_weight), grad.to(hidden.dtype), hidden, used, part)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _empty_gradients(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the gradient of hidden [t, h], and zeros in at least float32 for that of weight."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return torch.empty_like(hidden), torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+
+
+def _add_chunk(sums: tuple[Tensor, Tensor], grad: Tensor, hidden: Tensor, used: Tensor, part: slice) -> None:
+    """A chunk's logit gradients [c, columns] into the gradients of hidden (its rows) and weight (all of it)."""
+    grad_hidden, grad_weight = sums
+    grad_hidden[part] = grad @ used
+    if grad.dtype == grad_weight.dtype:
+        grad_weight[: used.shape[0]].addmm_(grad.t(), hidden[part])
+    else:
+        grad_weight[: used.shape[0]] += grad.t() @ hidden[part]
 
 
 def linear_cross_entropy(
