@@ -132,6 +132,10 @@ class ParallelMesh:
             hcp=tuple(levels),
             tp_mesh=device_mesh["tp"],
         )
+        if device_type == "cuda":
+            # NCCL makes a communicator at its first use, which all ranks must share; later only those
+            # with something to send take part in an exchange
+            dist.all_reduce(torch.zeros(1, device=device_type), group=groups.cp)
         return cls(sizes, groups, device_mesh, dense, expert, made)
 
     def group_for(self, rank_lists: list[list[int]]) -> dist.ProcessGroup:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from longspan.config.architecture import model_file
 from longspan.config.resolve import Run
 from longspan.models.huggingface import FolderWriter, hugging_face_config, whole_parameters
-from longspan.training.loop import Trainer
+from longspan.training.loop import MODEL_KEYS, Trainer
 
 EXTRA_FIELDS = (
     "vocab_size",
@@ -28,15 +28,7 @@ EXTRA_FIELDS = (
 def architecture(run: Run) -> dict[str, Any]:
     """The fields ``hugging_face_config`` takes."""
     model = run.transformer_config()
-    names = (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-        "ffn_hidden_size",
-    )
-    return {name: getattr(model, name) for name in names} | {
+    return {name: getattr(model, name) for name in MODEL_KEYS} | {
         name: getattr(run.config, name) for name in EXTRA_FIELDS
     }
 

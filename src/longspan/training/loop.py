@@ -24,6 +24,7 @@ from torch import Tensor
 
 from longspan import __version__
 from longspan.config.architecture import model_folder
+from longspan.config.model import IGNORE_INDEX
 from longspan.config.resolve import Run, training_steps, warmup_steps
 from longspan.context_parallel import SequenceLayout
 from longspan.data import Batch, IndexedDataset, Prefetcher, TokenDataset
@@ -229,7 +230,7 @@ class Trainer:
             tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
             layout = self._make_layout(tokens.shape[1], batch.cu_seqlens)
         tokens = layout.shard(tokens, self.cp_rank, dim=1).to(self.device)
-        labels = layout.shard(labels, self.cp_rank, dim=1, pad_value=-100).to(self.device)
+        labels = layout.shard(labels, self.cp_rank, dim=1, pad_value=IGNORE_INDEX).to(self.device)
         return self.model(tokens, labels=labels, layout=layout).sum()
 
     # --- one step -------------------------------------------------------------------------
