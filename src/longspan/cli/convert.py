@@ -93,7 +93,7 @@ def to_checkpoint(model: str, output: Path) -> None:
     from longspan.config.load import make_config
     from longspan.config.model import padded_vocab_size
     from longspan.config.resolve import resolve
-    from longspan.models.huggingface import SafetensorsFolder, hugging_face_name, read_part
+    from longspan.models.huggingface import VOCABULARY, SafetensorsFolder, hugging_face_name, read_part
     from longspan.training.checkpoint import DESCRIPTION
     from longspan.training.loop import MODEL_KEYS, SETTINGS
 
@@ -107,7 +107,7 @@ def to_checkpoint(model: str, output: Path) -> None:
     weights = {}
     for name in parameter_names(architecture.num_layers, config.tie_word_embeddings):
         shape = list(source.slice(hugging_face_name(name)).get_shape())
-        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        if name in VOCABULARY:
             shape[0] = padded_vocab_size(vocab)
         part = read_part(source, name, shape, [(0, size) for size in shape], vocab)
         weights[name] = part.to(torch.float32)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from longspan.cli.launch import HELP, OPTIONS, Launch, choose_device, read_launch, start, under_torchrun
+from longspan.cli.launch import HELP, OPTIONS, choose_device, read_launch, start, under_torchrun
 from longspan.cli.options import key_help, read_config, take_options
 from longspan.cli.prepare import prepare_config
 from longspan.config.load import to_yaml
 from longspan.config.resolve import Run, resolve
+from longspan.config.schema import TrainConfig
 from longspan.errors import UserError
 
 USAGE = f"""\
@@ -29,12 +29,7 @@ def run(arguments: Sequence[str]) -> int:
     resolved, launch, device = read_run("train", arguments)
     if under_torchrun() or (resolved.world_size == 1 and launch.machines == 1):
         return join(resolved, device)
-    from longspan.training.loop import check_data
-
-    config = prepare_config(resolved.config, show=True)
-    checked = resolve(config, resolved.world_size)
-    check_data(checked)
-    config = config.model_copy(update={"resume": resume_point(checked)})
+    config = prepared(resolved, show=True)
     output = Path(config.output_dir)
     write_config(config, output)
     return start(launch, resolved.world_size, ["train", str(output / "config.yaml")], device)
@@ -136,7 +131,6 @@ def join(resolved: Run, device_type: str) -> int:
     import torch.distributed as dist
 
     from longspan.mesh.mesh import close_distributed, init_distributed
-    from longspan.training.loop import check_data
     from longspan.training.session import train
 
     quiet_logs()
@@ -145,14 +139,11 @@ def join(resolved: Run, device_type: str) -> int:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
     alone = resolved.world_size == 1 and not under_torchrun()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    config = prepare_config(resolved.config, show=True) if alone else None
+    config = prepared(resolved, show=True) if alone else None
     init_distributed(device_type)
     if config is None:
-        config = prepare_together(resolved, local_rank)
+        config = prepared_together(resolved, local_rank)
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
-    checked = resolve(config, resolved.world_size)
-    check_data(checked)
-    config = config.model_copy(update={"resume": resume_point(checked)})
     if dist.get_rank() == 0:
         write_config(config, Path(config.output_dir))
     code = train(resolve(config, resolved.world_size), device)
@@ -184,30 +175,37 @@ def resume_point(run: Run) -> str | None:
     return str(path)
 
 
-def prepare_together(resolved: Run, local_rank: int):
-    """One process a machine tokenises what is not tokenised yet; the others wait for it, for as long as it takes."""
+def prepared(resolved: Run, show: bool) -> TrainConfig:
+    """The config with its data tokenised and checked, and its checkpoint found."""
+    from longspan.training.loop import check_data
+
+    config = prepare_config(resolved.config, show=show)
+    checked = resolve(config, resolved.world_size)
+    check_data(checked)
+    return config.model_copy(update={"resume": resume_point(checked)})
+
+
+def prepared_together(resolved: Run, local_rank: int) -> TrainConfig:
+    """One process a machine does :func:`prepared`; the others wait for it, for as long as it takes, and take its config."""
     import datetime
 
     import torch.distributed as dist
 
+    from longspan.mesh.mesh import close_distributed
+
     waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-    config, failure = None, None
+    config, problems = None, []
     if local_rank == 0:
         try:
-            config = prepare_config(resolved.config, show=dist.get_rank() == 0)
+            config = prepared(resolved, show=dist.get_rank() == 0)
         except UserError as error:
-            failure = error
-    failures: list = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure.problems if failure else None, group=waiting)
-    problems = [p for found in failures if found for p in found]
-    if problems:
-        from longspan.mesh.mesh import close_distributed
-
+            problems = error.problems
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (config, problems), group=waiting)
+    if trouble := [problem for _, problems in found for problem in problems]:
         close_distributed()
-        if dist.is_initialized() is False and int(os.environ.get("RANK", "0")) == 0:
-            raise UserError(list(dict.fromkeys(problems)))
-        sys.exit(2)
-    return config if config is not None else prepare_config(resolved.config, show=False)
+        raise UserError(dict.fromkeys(trouble))  # the first rank tells
+    return found[dist.get_rank() - local_rank][0]
 
 
 def quiet_logs() -> None:
@@ -230,6 +228,3 @@ def _split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
         return arguments, []
     at = arguments.index("--")
     return arguments[:at], arguments[at + 1 :]
-
-
-__all__ = ["Launch", "join", "read_run", "run"]

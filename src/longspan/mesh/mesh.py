@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -57,7 +57,6 @@ class ParallelMesh:
     device_mesh: DeviceMesh
     dense: RankGenerator
     expert: RankGenerator
-    _made: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(cls, sizes: MeshSizes, device_type: str = "cpu") -> ParallelMesh:
@@ -136,12 +135,7 @@ class ParallelMesh:
             # NCCL makes a communicator at its first use, which all ranks must share; later only those
             # with something to send take part in an exchange
             dist.all_reduce(torch.zeros(1, device=device_type), group=groups.cp)
-        return cls(sizes, groups, device_mesh, dense, expert, made)
-
-    def group_for(self, rank_lists: list[list[int]]) -> dist.ProcessGroup:
-        """The already made group of this rank among ``rank_lists``; KeyError if there is none."""
-        mine = next(tuple(ranks) for ranks in rank_lists if dist.get_rank() in ranks)
-        return self._made[mine]
+        return cls(sizes, groups, device_mesh, dense, expert)
 
     def __str__(self) -> str:
         return self.sizes.equation(dist.get_world_size())
