@@ -1,6 +1,9 @@
 """Attention cut over ranks against one dense masked reference in fp64: values, lse and gradients."""
 
+import dataclasses
 import math
+from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -9,17 +12,41 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pool
-from longspan import TransformerConfig, parallel_state
+from longspan import AttnMaskType, TransformerConfig, parallel_state
 from longspan.context_parallel import (
     DotProductAttention,
     PackedSeqParams,
     SequenceLayout,
     context_parallel_attention,
+    keys,
+    schedule,
 )
-from longspan.context_parallel.kernels import KERNELS, merge
+from longspan.context_parallel.kernels import CPU_KERNELS, merge
+from longspan.context_parallel.layout import LAYOUTS
+from longspan.context_parallel.schedule import Schedule
+from longspan.mesh.topology import hierarchical_groups
 
 
-def dense(q, k, v, cu_seqlens, causal=True, scale=None):
+@dataclass(frozen=True)
+class Case:
+    """One attention problem and a way to cut it. ``comm`` a2a+p2p moves heads inside groups of ``inner`` ranks."""
+
+    layout: str = "zigzag"
+    comm: str = "p2p"
+    heads: tuple[int, int] = (4, 2)  # query, key/value
+    d: int = 8
+    cu: tuple[int, ...] = (0, 37)
+    causal: bool = True
+    window: int | None = None
+    inner: int = 1
+    rows_a_step: int = 0
+
+    def fits(self, world):
+        degree = {"a2a": world, "a2a+p2p": self.inner}.get(self.comm, 1)
+        return self.heads[0] % degree == 0 and world % degree == 0 and (self.causal or self.window is None)
+
+
+def dense(q, k, v, cu_seqlens, causal=True, window=None, scale=None):
     """The oracle: q [t, n, d], k and v [t, m, d] in one dense masked softmax. Returns out, lse [n, t]."""
     t, n, d = q.shape
     k, v = (x.repeat_interleave(n // x.shape[1], dim=1) for x in (k, v))
@@ -28,6 +55,8 @@ def dense(q, k, v, cu_seqlens, causal=True, scale=None):
     seen = document[:, None] == document[None, :]
     if causal:
         seen &= torch.arange(t)[:, None] >= torch.arange(t)[None, :]
+    if window is not None:
+        seen &= torch.arange(t)[:, None] - torch.arange(t)[None, :] < window
     scores = scores.masked_fill(~seen, float("-inf"))
     return torch.einsum("nst,tnd->snd", scores.softmax(-1), v), scores.logsumexp(-1)
 
@@ -39,31 +68,52 @@ def inputs(t, n, m, d, dtype=torch.float64, seed=0):
     return q, k, v, dout
 
 
-def reference(t, n, m, d, cu_seqlens, causal=True):
-    q, k, v, dout = inputs(t, n, m, d)
+@cache
+def reference(heads, d, cu, causal, window):
+    q, k, v, dout = inputs(cu[-1], *heads, d)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out, lse = dense(*leaves, cu_seqlens, causal)
+    out, lse = dense(*leaves, cu, causal, window)
     return (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout))
 
 
-def make_layout(kind, cu_seqlens, ranks, multiple_of=1):
-    if kind == "per_document_zigzag":
-        return SequenceLayout.per_document_zigzag(cu_seqlens, ranks, multiple_of=multiple_of)
-    make = getattr(SequenceLayout, kind)
-    return make(cu_seqlens[-1], ranks, cu_seqlens=cu_seqlens, multiple_of=multiple_of)
+def hierarchy(inner):
+    """This rank's inner and outer groups; every rank makes all of them once."""
+    made, key = vars(hierarchy).setdefault("made", {}), (dist.group.WORLD, inner)
+    if key not in made:
+        world = dist.get_world_size()
+        groups = hierarchical_groups(range(world), [inner, world // inner])
+        rank = dist.get_rank()
+        everyone = [[(ranks, dist.new_group(ranks)) for ranks in level] for level in groups]
+        made[key] = [next(g for ranks, g in level if rank in ranks) for level in everyone]
+    return made[key]
 
 
-def distributed(cases):
+def distributed(cases, deterministic_twice=False):
     """For each case: out, lse, dq, dk, dv of the whole sequence, put together from the ranks."""
     results = []
-    for kind, comm, n, m, d, cu, causal in cases:
-        group, rank = dist.group.WORLD, dist.get_rank()
-        layout = make_layout(kind, cu, dist.get_world_size())
-        local = [layout.shard(x, rank).requires_grad_() for x in inputs(cu[-1], n, m, d)]
-        out, lse = context_parallel_attention(
-            *local[:3], group=group, layout=layout, causal=causal, cp_comm_type=comm
-        )
-        grads = torch.autograd.grad(out, local[:3], local[3].detach())
+    for case in cases:
+        group, rank, (n, m) = dist.group.WORLD, dist.get_rank(), case.heads
+        total, ranks = case.cu[-1], dist.get_world_size()
+        layout = SequenceLayout.make(case.layout, total, ranks, cu_seqlens=case.cu, windows=[case.window])
+        usual, schedule.ROWS_A_STEP = schedule.ROWS_A_STEP, case.rows_a_step
+        local = [layout.shard(x, rank).requires_grad_() for x in inputs(total, n, m, case.d)]
+
+        def run(case=case, layout=layout, local=local):
+            out, lse = context_parallel_attention(
+                *local[:3],
+                group=dist.group.WORLD,
+                layout=layout,
+                causal=case.causal,
+                window=case.window,
+                cp_comm_type=case.comm,
+                hierarchical_groups=hierarchy(case.inner) if case.comm == "a2a+p2p" else None,
+            )
+            return out, lse, *torch.autograd.grad(out, local[:3], local[3].detach())
+
+        out, lse, *grads = run()
+        if deterministic_twice:
+            assert all(torch.equal(a, b) for a, b in zip(run(), (out, lse, *grads)))
+        schedule.ROWS_A_STEP = usual
         whole = [layout.unshard(x, group) for x in (out.detach(), lse.t().contiguous(), *grads)]
         padding = layout.positions(rank) >= layout.total
         assert (out[padding] == 0).all()
@@ -72,32 +122,31 @@ def distributed(cases):
     return results if dist.get_rank() == 0 else None
 
 
-def check(world, cases, tolerance=1e-10):
-    results = pool.run(world, distributed, cases)[0]
+def check(world, cases, tolerance=1e-10, deterministic_twice=False):
+    cases = [case for case in cases if case.fits(world)]
+    results = pool.run(world, distributed, cases, deterministic_twice)[0]
     for case, got in zip(cases, results):
-        _, _, n, m, d, cu, causal = case
-        for name, x, ref in zip(
-            ("out", "lse", "dq", "dk", "dv"), got, reference(cu[-1], n, m, d, cu, causal)
-        ):
+        expected = reference(case.heads, case.d, case.cu, case.causal, case.window)
+        for name, x, ref in zip(("out", "lse", "dq", "dk", "dv"), got, expected):
             error = (x - ref).abs().max() / ref.abs().max().clamp_min(1e-300)
             assert error <= tolerance, f"{name} of {case} on {world} ranks: {error:.1e}"
 
 
-KINDS = ("contiguous", "zigzag", "per_document_zigzag")
+COMMS = ("p2p", "all_gather", "a2a", "a2a+p2p")
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_equals_dense_attention(world):
+@pytest.mark.parametrize("comm", COMMS)
+def test_equals_dense_attention(world, comm):
     """Lengths that divide by nothing, one-token documents, fewer key/value heads than ranks."""
     check(
         world,
         [
-            (kind, comm, n, m, 8, cu, causal)
-            for kind in KINDS
-            for comm in ("p2p", "all_gather")
-            for n, m in ((4, 4), (4, 2), (3, 1))
+            Case(layout, comm, heads, 8, cu, causal, window, inner=2 if world == 4 else world)
+            for layout in LAYOUTS
+            for heads in ((12, 12), (12, 3), (12, 1), (4, 2))
             for cu in ((0, 37), (0, 1, 2, 17, 40, 41), (0, 16, 32))
-            for causal in (True, False)
+            for causal, window in ((True, None), (False, None), (True, 7))
         ],
     )
 
@@ -106,27 +155,89 @@ def test_equals_dense_attention(world):
 def test_many_ranks_and_empty_ones(world):
     """More ranks than some documents have tokens; ranks with nothing but padding."""
     cases = [
-        (kind, comm, 2, 1, 4, cu, True)
-        for kind in KINDS
-        for comm in ("p2p", "all_gather")
-        for cu in ((0, 3), (0, 5, 6, 29), (0, 64))
+        Case(layout, comm, (24, m), 4, cu, True, window, inner=2, rows_a_step=least)
+        for layout in LAYOUTS
+        for comm in COMMS
+        for m, cu, window, least in (
+            (1, (0, 3), None, 0),
+            (4, (0, 5, 6, 29), None, 12),
+            (1, (0, 5, 6, 29), 5, 0),
+            (4, (0, 64), None, 0),
+        )
     ]
     check(world, cases)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_random_packs(data):
-    world = data.draw(st.sampled_from([2, 3, 4]))
+    world = data.draw(st.sampled_from([2, 3, 4, 6, 8]))
     cases = []
     for _ in range(6):
         lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=8))
-        m = data.draw(st.sampled_from([1, 2]))
-        n = m * data.draw(st.sampled_from([1, 2, 3]))
-        cu = tuple(sum(lengths[:i]) for i in range(len(lengths) + 1))
-        kind, comm = data.draw(st.sampled_from(KINDS)), data.draw(st.sampled_from(["p2p", "all_gather"]))
-        cases.append((kind, comm, n, m, 4, cu, data.draw(st.booleans())))
-    check(world, cases)
+        m = data.draw(st.sampled_from([1, 2, 3]))
+        comm = data.draw(st.sampled_from(COMMS))
+        inner = data.draw(st.sampled_from([i for i in range(1, world + 1) if world % i == 0]))
+        degree = {"a2a": world, "a2a+p2p": inner}.get(comm, 1)
+        n = math.lcm(m, degree) * data.draw(st.sampled_from([1, 2, 3]))
+        causal = data.draw(st.booleans())
+        cases.append(
+            Case(
+                data.draw(st.sampled_from(LAYOUTS)),
+                comm,
+                (n, m),
+                4,
+                tuple(sum(lengths[:i]) for i in range(len(lengths) + 1)),
+                causal,
+                data.draw(st.one_of(st.none(), st.integers(1, 50))) if causal else None,
+                inner,
+                data.draw(st.sampled_from([0, 10, 512])),
+            )
+        )
+    check(world, cases, deterministic_twice=True)
+
+
+def bytes_sent(cases):
+    """What really went over the wire in forward and backward: elements of keys and of gradients, for each case."""
+    counted = []
+    real = dist.batch_isend_irecv
+
+    def count(ops):
+        counted.extend(op.tensor.numel() for op in ops if op.op is dist.isend)
+        return real(ops)
+
+    keys.dist.batch_isend_irecv = count
+    found = []
+    try:
+        for layout in cases:
+            x = layout.shard(torch.randn(layout.total, 2, 4), dist.get_rank())
+            q, k, v = (x.clone().requires_grad_() for _ in range(3))
+            counted.clear()
+            out, _ = context_parallel_attention(q, k, v, group=dist.group.WORLD, layout=layout)
+            forward = sum(counted)
+            out.sum().backward()
+            found.append((forward, sum(counted) - forward))
+    finally:
+        keys.dist.batch_isend_irecv = real
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_what_is_sent_is_what_the_schedule_says(world):
+    """A causal zigzag sequence moves 3/4 of a ring's rows in forward, in backward the same and gradients home."""
+    zigzag = SequenceLayout.zigzag(16 * world, world)
+    packed = SequenceLayout.balanced((0, 5, 40, 41, 90), world)
+    ranks = pool.run(world, bytes_sent, [zigzag, packed])
+    row = 2 * 2 * 4  # keys and values, heads, head size
+    for number, layout in enumerate((zigzag, packed)):
+        rows = [Schedule.of(layout, r).sent_rows for r in range(world)]
+        received = [Schedule.of(layout, r).received_rows for r in range(world)]
+        assert [forward for forward, _ in (r[number] for r in ranks)] == [row * n for n in rows]
+        assert [backward for _, backward in (r[number] for r in ranks)] == [
+            row * (a + b) for a, b in zip(rows, received)
+        ]
+    ring = world * (world - 1) * zigzag.local_length
+    assert sum(r[0][0] for r in ranks) == ring * 3 // 4 * row
 
 
 # --- DotProductAttention ------------------------------------------------------------------
@@ -166,8 +277,23 @@ def test_dot_product_attention_takes_zigzag_shards_of_a_batch(comm):
 def refusals():
     parallel_state.initialize_model_parallel(context_parallel_size=2)
     config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=4, context_parallel_size=2)
-    with pytest.raises(ValueError, match="a2a.*not supported yet"):
-        DotProductAttention(config, 1, cp_comm_type="a2a")
+    with pytest.raises(ValueError, match=r"'a2a\+p2p' with 2 .* needs hierarchical_context_parallel_sizes"):
+        DotProductAttention(config, 1, cp_comm_type="a2a+p2p")
+    odd = TransformerConfig(
+        num_layers=1, hidden_size=12, num_attention_heads=3, context_parallel_size=2, cp_comm_type="p2p"
+    )
+    with pytest.raises(ValueError, match="3 query heads .* do not divide by 2. Use p2p"):
+        DotProductAttention(odd, 1, cp_comm_type="a2a")
+    for message, arguments in (
+        ("self-attention only", {"attention_type": "cross"}),
+        ("attention_dropout=0.1", {"attention_dropout": 0.1}),
+        ("MLA", {"k_channels": 8, "v_channels": 4}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DotProductAttention(config, 1, **arguments)
+    windowed = dataclasses.replace(config, sliding_window=4)
+    with pytest.raises(ValueError, match="full attention"):
+        DotProductAttention(windowed, 1, AttnMaskType.no_mask)
     with pytest.raises(ValueError, match="cp_comm_type 'ring'"):
         DotProductAttention(config, 1, cp_comm_type="ring")
     attention = DotProductAttention(config, 1)
@@ -180,8 +306,17 @@ def refusals():
         attention(x, x, x, layout=SequenceLayout.zigzag(12, 3))
     layout = SequenceLayout.zigzag(8, 2)
     q = torch.randn(4, 4, 4)
-    with pytest.raises(ValueError, match="window"):
-        context_parallel_attention(q, q, q, group=dist.group.WORLD, layout=layout, window=4)
+    group = dist.group.WORLD
+    for message, arguments in (
+        ("window=0", {"window": 0}),
+        ("needs causal=True", {"window": 4, "causal": False}),
+        (r"needs hierarchical_context_parallel_sizes.*\[1, 2\]", {"cp_comm_type": "a2a+p2p"}),
+        ("two levels", {"cp_comm_type": "a2a+p2p", "hierarchical_groups": [group, group]}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            context_parallel_attention(q, q, q, group=group, layout=layout, **arguments)
+    with pytest.raises(ValueError, match="attention_bias"):
+        attention(x, x, x, attention_bias=torch.ones(4, 4))
     with pytest.raises(ValueError, match="divide"):
         context_parallel_attention(q, q[:, :3], q[:, :3], group=dist.group.WORLD, layout=layout)
 
@@ -201,7 +336,7 @@ def test_kernel_equals_dense(name, causal):
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, lse = dense(*leaves, (0, t), causal)
     expected = torch.autograd.grad(out, leaves, dout)
-    kernel = KERNELS[name]
+    kernel = CPU_KERNELS[name]
     q, k, v, dout = (x.detach().unsqueeze(1) for x in (q, k, v, dout))
     got, got_lse = kernel.forward(q, k, v, causal, 1 / math.sqrt(8))
     grads = kernel.backward(dout, q, k, v, got, got_lse, causal, 1 / math.sqrt(8))
@@ -227,7 +362,7 @@ def test_merge_guards_rows_without_keys():
 def bf16_error():
     cu = (0, 700, 1000)
     layout = SequenceLayout.zigzag(1000, dist.get_world_size(), cu_seqlens=cu)
-    exact = reference(1000, 4, 2, 16, cu)
+    exact = reference((4, 2), 16, cu, True, None)
     local = [
         layout.shard(x, dist.get_rank()).requires_grad_() for x in inputs(1000, 4, 2, 16, torch.bfloat16)
     ]
@@ -303,7 +438,9 @@ def padded_documents():
     out, lse = attention(*local, packed_seq_params=params)
     assert lse.shape == (4, 16)
     grads = torch.autograd.grad(out, local, layout.shard(dout, rank))
-    for got, expected in zip((out.detach(), *grads), (reference(16, 4, 2, 4, cu)[i] for i in (0, 2, 3, 4))):
+    for got, expected in zip(
+        (out.detach(), *grads), (reference((4, 2), 4, cu, True, None)[i] for i in (0, 2, 3, 4))
+    ):
         torch.testing.assert_close(layout.unshard(got, dist.group.WORLD), expected, rtol=1e-10, atol=1e-10)
 
 

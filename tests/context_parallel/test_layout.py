@@ -6,6 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longspan.context_parallel import Schedule, SequenceLayout
+from longspan.context_parallel.calls import Pack, calls_of
+from longspan.context_parallel.schedule import rows_matrix
+from longspan.context_parallel.tiles import Mask
 
 packs = st.lists(st.integers(1, 30), min_size=1, max_size=10)
 
@@ -17,6 +20,12 @@ def layouts(lengths, ranks, multiple=1):
     yield SequenceLayout.contiguous(cu[-1], ranks, cu_seqlens=cu, multiple_of=multiple)
     yield SequenceLayout.zigzag(cu[-1], ranks, cu_seqlens=cu, multiple_of=multiple)
     yield SequenceLayout.per_document_zigzag(cu, ranks, multiple_of=multiple)
+    yield SequenceLayout.balanced(cu, ranks, multiple_of=multiple)
+    yield SequenceLayout.balanced(cu, ranks, window=[None, 5], multiple_of=multiple)
+    for inner in range(2, ranks + 1):
+        if ranks % inner == 0:  # after an all-to-all inside groups of ``inner`` ranks
+            groups = [range(i, i + inner) for i in range(0, ranks, inner)]
+            yield SequenceLayout.zigzag(cu[-1], ranks, cu_seqlens=cu).merged(groups)
 
 
 def test_zigzag_of_eight_tokens_over_two_ranks():
@@ -44,28 +53,75 @@ def test_a_short_document_is_padded_at_its_own_end():
 @given(packs, st.integers(1, 9), st.sampled_from([1, 2, 4, 3]))
 def test_every_token_is_held_once_by_ranks_with_equal_rows(lengths, ranks, multiple):
     for layout in layouts(lengths, ranks, multiple):
-        held = torch.cat([layout.positions(r) for r in range(ranks)])
+        everyone = range(layout.ranks)
+        held = torch.cat([layout.positions(r) for r in everyone])
         assert sorted(held.tolist()) == list(range(layout.padded_total))
-        assert {len(layout.positions(r)) for r in range(ranks)} == {layout.local_length}
-        assert layout.local_length % multiple == 0
+        assert {len(layout.positions(r)) for r in everyone} == {layout.local_length}
+        assert "merged" in layout.name or layout.local_length % multiple == 0
         data = torch.randn(sum(lengths), 2)
-        whole = torch.cat([layout.shard(data, r, pad_value=7) for r in range(ranks)])
+        whole = torch.cat([layout.shard(data, r, pad_value=7) for r in everyone])
         assert torch.equal(whole[layout._inverse()], data)
 
 
-@given(packs, st.integers(1, 9), st.booleans(), st.booleans())
-def test_tiles_cover_each_visible_pair_exactly_once(lengths, ranks, causal, all_at_once):
+windows = st.one_of(st.none(), st.integers(1, 12))
+
+
+class Packing:
+    """Stands for a kernel that takes many sequences in one call."""
+
+    packs = True
+
+
+def covered(rows, keys, mask):
+    """The pairs of a tile, or of a packed sequence (causal: aligned at the bottom right)."""
+    block = torch.ones(rows, keys, dtype=torch.int32)
+    if mask is Mask.CAUSAL:
+        return block.tril(keys - rows)
+    return block.triu() if mask is Mask.ANTI else block
+
+
+@given(packs, st.integers(1, 6), windows)
+def test_packed_calls_compute_the_same_pairs(lengths, ranks, window):
+    for layout in layouts(lengths, ranks):
+        for rank in range(layout.ranks):
+            for step in Schedule.of(layout, rank, window=window).steps:
+                width = step.received_rows or layout.local_length
+                expected, got = (torch.zeros(layout.local_length, width, dtype=torch.int32) for _ in range(2))
+                for tile in step.tiles:
+                    q, k = slice(*tile.q), slice(*tile.k)
+                    expected[q, k] += covered(q.stop - q.start, k.stop - k.start, tile.mask)
+                touched = torch.zeros(layout.local_length, dtype=torch.bool)
+                for call in calls_of(step, Packing, torch.device("cpu")):
+                    q, k = (torch.arange(layout.local_length)[call.q], torch.arange(width)[call.k])
+                    assert not (call.first and touched[q].any())
+                    touched[q] = True
+                    if not isinstance(call, Pack):
+                        got[q[:, None], k] += covered(len(q), len(k), call.mask)
+                        continue
+                    assert len(q) == len(set(q.tolist())), "a query row twice in one call"
+                    for a, b, c, d in zip(call.cu_q, call.cu_q[1:], call.cu_k, call.cu_k[1:]):
+                        got[q[a:b, None], k[c:d]] += covered(int(b - a), int(d - c), call.mask)
+                assert torch.equal(got, expected)
+
+
+@given(packs, st.integers(1, 9), st.booleans(), st.booleans(), windows, st.integers(0, 40))
+def test_tiles_cover_each_visible_pair_exactly_once(lengths, ranks, causal, all_at_once, window, least):
     """The tiles of all ranks, put back into token numbers, are the mask: no pair missing, none twice."""
+    window = window if causal else None
     for layout in layouts(lengths, ranks):
         t = sum(lengths)
         document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         expected = (document[:, None] == document[None, :]).int()
         if causal:
             expected = expected.tril()
+        if window is not None:
+            expected = expected.triu(1 - window)
         seen = torch.zeros(t, t, dtype=torch.int32)
         touched = set()
-        for rank in range(ranks):
-            schedule = Schedule.of(layout, rank, causal=causal, all_at_once=all_at_once)
+        for rank in range(layout.ranks):
+            schedule = Schedule.of(
+                layout, rank, causal=causal, window=window, all_at_once=all_at_once, rows_a_step=least
+            )
             positions = layout.positions(rank)
             area = 0
             for step in schedule.steps:
@@ -78,29 +134,87 @@ def test_tiles_cover_each_visible_pair_exactly_once(lengths, ranks, causal, all_
                         keys = torch.cat([keys[a:b] for a, b in step.order])
                 for tile in step.tiles:
                     q, k = positions[slice(*tile.q)], keys[slice(*tile.k)]
-                    block = torch.ones(len(q), len(k), dtype=torch.int32)
-                    seen[q[:, None], k[None, :]] += block.tril() if tile.causal else block
+                    seen[q[:, None], k[None, :]] += covered(len(q), len(k), tile.mask)
                     area += tile.area
                     rows = {(rank, row) for row in range(*tile.q)}
                     assert (rows.isdisjoint(touched)) == tile.first
                     assert tile.first or rows <= touched
                     touched |= rows
             if causal:
-                assert area == layout.area(rank)
+                assert area == schedule.area == layout.area(rank, window)
+            wanted = rows_matrix(layout, causal=causal, window=window)[rank].sum()
+            assert schedule.received_rows == wanted
         assert torch.equal(seen, expected)
 
 
-@given(packs, st.integers(2, 8), st.booleans())
-def test_both_ends_of_a_message_agree(lengths, ranks, all_at_once):
+@given(packs, st.integers(2, 8), st.booleans(), windows, st.integers(0, 40))
+def test_both_ends_of_a_message_agree(lengths, ranks, all_at_once, window, least):
     for layout in layouts(lengths, ranks):
-        schedules = [Schedule.of(layout, r, all_at_once=all_at_once) for r in range(ranks)]
-        sent = {
-            (r, m.peer): m.ranges for r, s in enumerate(schedules) for step in s.steps for m in step.sends
-        }
-        received = {
-            (m.peer, r): m.ranges for r, s in enumerate(schedules) for step in s.steps for m in step.receives
-        }
-        assert sent == received
+        schedules = [
+            Schedule.of(layout, r, window=window, all_at_once=all_at_once, rows_a_step=least)
+            for r in range(layout.ranks)
+        ]
+
+        def ends(name, schedules=schedules):
+            return [
+                (i, r, m.peer, m.rows) if name == "sends" else (i, m.peer, r, m.rows)
+                for r, s in enumerate(schedules)
+                for i, step in enumerate(s.steps)
+                for m in getattr(step, name)
+            ]
+
+        assert sorted(ends("sends")) == sorted(ends("receives"))  # in the same step, too
+
+
+@given(packs, st.integers(1, 8), st.integers(1, 4), windows)
+def test_balanced_work(lengths, ranks, multiple, window):
+    """Even for tiny packs no rank has more than a chunk's work above the mean."""
+    cu = [0]
+    for n in lengths:
+        cu.append(cu[-1] + 9 * n)
+    layout = SequenceLayout.balanced(cu, ranks, window, multiple_of=multiple)
+    areas = [layout.area(r, window) for r in range(ranks)]
+    longest = max(b - a for a, b in zip(cu, cu[1:]))
+    chunk = layout.local_length  # a rank's chunks are no longer than its rows
+    assert max(areas) - sum(areas) / ranks <= chunk * min(longest, window or longest)
+    assert layout.local_length % multiple == 0
+
+
+PUBLISHED = [[1886, 83, 811, 4096, 724, 789, 113, 757, 4096, 238, 2791], [16384 - 9000, 9000]]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5, 8])
+@pytest.mark.parametrize("window", [None, 1024])
+def test_packs_of_documents_are_balanced_and_move_little(ranks, window):
+    for lengths in PUBLISHED:
+        cu = [0]
+        for n in lengths:
+            cu.append(cu[-1] + n)
+        layout = SequenceLayout.balanced(cu, ranks, window)
+        areas = [layout.area(r, window) for r in range(ranks)]
+        assert max(areas) <= 1.02 * sum(areas) / ranks
+        ring = (ranks - 1) * layout.padded_total
+        assert sum(layout.received_rows(r, window) for r in range(ranks)) < 0.8 * ring
+        assert layout.padded_total - layout.total < 64 * ranks
+
+
+def test_auto_balances_documents_and_cuts_one_sequence_zigzag():
+    def name(*args, **kwargs):
+        return SequenceLayout.make("auto", *args, **kwargs).name
+
+    assert name(64, 4) == name(64, 4, cu_seqlens=[0, 64]) == "zigzag"
+    assert name(64, 4, cu_seqlens=[0, 10, 64]) == "balanced"
+    assert name(64, 4, windows=[8, 16]) == name(64, 1) == "contiguous"
+    assert name(64, 4, windows=[8, None]) == name(64, 4, windows=[17]) == "zigzag"
+
+
+def test_steps_that_bring_few_rows_are_one_exchange():
+    """512 ranks are not 511 tiny messages one after another."""
+    layout = SequenceLayout.zigzag(512 * 4, 512)
+    assert len(Schedule.of(layout, 3).steps) <= 1 + 4
+    assert len(Schedule.of(layout, 3, rows_a_step=0).steps) > 500
+    long = SequenceLayout.zigzag(1 << 16, 8)
+    assert len(Schedule.of(long, 3).steps) == 8  # steps worth their while stay
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
@@ -120,7 +234,7 @@ def test_few_tiles_for_a_plain_sequence():
     """Zigzag costs one causal tile and one tile a step; all at once, two."""
     layout = SequenceLayout.zigzag(64, 4)
     for rank in range(4):
-        assert all(len(step.tiles) == 1 for step in Schedule.of(layout, rank).steps)
+        assert all(len(step.tiles) == 1 for step in Schedule.of(layout, rank, rows_a_step=0).steps)
         both = Schedule.of(layout, rank, all_at_once=True).steps
         assert len(both) == 2
         assert len(both[1].tiles) <= 4
@@ -135,6 +249,8 @@ def test_few_tiles_for_a_plain_sequence():
         (lambda: SequenceLayout.zigzag(8, 2, cu_seqlens=[0, 5, 4, 8]), "must not fall"),
         (lambda: SequenceLayout.zigzag(8, 2, cu_seqlens=[1, 8]), "starts with 0"),
         (lambda: SequenceLayout.zigzag(8, 2).shard(torch.zeros(7), 0), "7 rows"),
+        (lambda: SequenceLayout.balanced([0, 8], 2, window=0), "1 or more"),
+        (lambda: SequenceLayout.make("striped", 8, 2), "'striped': auto or one of contiguous"),
         (
             lambda: SequenceLayout.per_document_zigzag([0, 3], 2, cu_seqlens_padded=[0, 6]),
             "pad it to 8",

@@ -86,7 +86,9 @@ def check_backend(run: Run, device: str) -> None:
 
     dtype = torch.bfloat16 if run.config.bf16 is True else getattr(torch, run.config.params_dtype)
     head_dim = run.transformer_config().kv_channels
-    select_kernel(torch.device(device), dtype, head_dim, run.config.attention_backend)
+    select_kernel(
+        torch.device(device), dtype, head_dim, run.config.attention_backend, run.config.deterministic_mode
+    )
 
 
 def missing_sources(config) -> list[str]:

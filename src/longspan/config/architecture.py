@@ -9,7 +9,10 @@ from typing import Any
 
 from longspan.errors import UserError
 
-SUPPORTED_MODEL_TYPES = ("llama",)
+SUPPORTED_MODEL_TYPES = ("llama", "mistral")
+
+#: what transformers takes where a Mistral's config.json names no sliding_window
+MISTRAL_WINDOW = 4096
 
 #: Hugging Face's name -> ours
 _KEYS = {
@@ -25,6 +28,7 @@ _KEYS = {
     "rope_scaling": "rope_scaling",
     "tie_word_embeddings": "tie_word_embeddings",
     "initializer_range": "init_method_std",
+    "sliding_window": "sliding_window",
 }
 
 
@@ -84,12 +88,12 @@ def architecture_of(base_model: str) -> dict[str, Any]:
         )
     for flag in ("attention_bias", "mlp_bias"):
         if data.get(flag):
-            raise UserError(
-                f"base_model: {path} sets {flag}; Llama models with biases are not supported yet."
-            )
+            raise UserError(f"base_model: {path} sets {flag}; models with biases are not supported yet.")
     if data.get("hidden_act", "silu") != "silu":
         raise UserError(f"base_model: {path} sets hidden_act {data['hidden_act']!r}; only silu is supported.")
     found = {ours: data[theirs] for theirs, ours in _KEYS.items() if data.get(theirs) is not None}
+    if data["model_type"] == "mistral":
+        found.setdefault("sliding_window", data.get("sliding_window", MISTRAL_WINDOW))
     nested = data.get("rope_parameters") or {}
     if not isinstance(nested, dict):
         raise UserError(f"base_model: {path} sets rope_parameters {nested!r}, not an object of fields.")

@@ -30,8 +30,6 @@ ROPE_SCALING_FIELDS = {
 IGNORE_INDEX = -100
 
 CP_COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
-#: the types that exist so far
-SUPPORTED_COMM_TYPES = ("p2p", "all_gather")
 
 
 class AttnMaskType(enum.Enum):
@@ -84,15 +82,8 @@ class ModelParallelConfig:
         sizes = self.hierarchical_context_parallel_sizes
         if sizes is not None:
             object.__setattr__(self, "hierarchical_context_parallel_sizes", tuple(sizes))
-            if any(size < 1 for size in sizes):
-                raise ValueError(
-                    f"hierarchical_context_parallel_sizes {list(sizes)}: the size of a level is at least 1."
-                )
-            if math.prod(sizes) != self.context_parallel_size:
-                raise ValueError(
-                    f"hierarchical_context_parallel_sizes {list(sizes)}: their product is {math.prod(sizes)}, "
-                    f"context_parallel_size is {self.context_parallel_size}. The two must be equal."
-                )
+            if problem := hierarchy_problem(sizes, self.context_parallel_size):
+                raise ValueError(problem)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +93,9 @@ class TransformerConfig(ModelParallelConfig):
     Sizes are numbers of features, heads or layers. ``num_query_groups`` is the number of
     key/value heads (GQA); None means as many as query heads. ``kv_channels`` is the size of
     a head; None means hidden_size / num_attention_heads. ``activation_func`` is a name
-    (``"gelu"``, ``"silu"``) or a callable.
+    (``"gelu"``, ``"silu"``) or a callable. ``cp_comm_type`` and ``sliding_window`` (tokens a
+    query sees, itself included; None is no limit) hold for all layers, or are a list cycled
+    over the layers.
     """
 
     num_layers: int
@@ -125,6 +118,10 @@ class TransformerConfig(ModelParallelConfig):
     share_embeddings_and_output_weights: bool = False
 
     cp_comm_type: str | list[str] | None = None
+    sliding_window: int | list[int | None] | None = None
+    softmax_type: str = "vanilla"
+    attn_logit_softcapping: float | None = None
+    multi_latent_attention: bool = False
     attention_backend: str = "auto"
     deterministic_mode: bool = False
 
@@ -160,6 +157,17 @@ class TransformerConfig(ModelParallelConfig):
         types = self.cp_comm_type or "p2p"
         chosen = types if isinstance(types, str) else types[(layer_number - 1) % len(types)]
         return normal_comm_type(chosen)
+
+    def window_of_layer(self, layer_number: int) -> int | None:
+        """The sliding window of layer ``layer_number`` (from 1), None for none."""
+        windows = self.windows
+        return windows[(layer_number - 1) % len(windows)]
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The sliding windows that are cycled over the layers."""
+        given = self.sliding_window
+        return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def architecture_problems(c: Any) -> list[tuple[tuple[str, ...], str]]:
@@ -240,6 +248,24 @@ def architecture_problems(c: Any) -> list[tuple[tuple[str, ...], str]]:
         ("cp_comm_type",),
         f"cp_comm_type is an empty list: name one of {', '.join(CP_COMM_TYPES)}.",
     )
+    found += _head_move_problems(c)
+    windows = c.sliding_window if isinstance(c.sliding_window, list | tuple) else [c.sliding_window]
+    rule(
+        bool(windows) and all(w is None or (isinstance(w, int) and w >= 1) for w in windows),
+        ("sliding_window",),
+        f"sliding_window {c.sliding_window}: tokens a query sees, itself included, so 1 or more; null for no limit; or a "
+        "list of these, cycled over the layers.",
+    )
+    for name, off, what in (
+        ("softmax_type", "vanilla", "attention sinks are"),
+        ("attn_logit_softcapping", None, "soft-capping of attention logits is"),
+        ("multi_latent_attention", False, "multi-latent attention (MLA) is"),
+    ):
+        rule(
+            getattr(c, name) == off,
+            (name,),
+            f"{name}={getattr(c, name)!r}: {what} not supported yet. Leave it {off!r}.",
+        )
     rule(
         not isinstance(c.activation_func, str) or c.activation_func in ACTIVATIONS,
         ("activation_func",),
@@ -266,6 +292,60 @@ def architecture_problems(c: Any) -> list[tuple[tuple[str, ...], str]]:
                 f"rope_scaling: high_freq_factor {high} must be larger than low_freq_factor {low}.",
             )
     return found
+
+
+def _head_move_problems(c: Any) -> list[tuple[tuple[str, ...], str]]:
+    """Broken rules of communication types that move heads."""
+    cp, sizes = c.context_parallel_size, c.hierarchical_context_parallel_sizes
+    given = [c.cp_comm_type] if isinstance(c.cp_comm_type, str) else c.cp_comm_type or []
+    types = {normal_comm_type(name) for name in given}
+    found: list[tuple[tuple[str, ...], str]] = []
+    hierarchy = "hierarchical_context_parallel_sizes"
+    if sizes and (problem := hierarchy_problem(sizes, cp)):
+        return [((hierarchy, "context_parallel_size"), problem)]
+    if cp == 1 or c.num_attention_heads % c.tensor_model_parallel_size:
+        return found
+    heads = c.num_attention_heads // c.tensor_model_parallel_size
+    if "a2a+p2p" in types and (not sizes or len(sizes) != 2):
+        found.append(
+            (
+                (hierarchy,),
+                f"cp_comm_type 'a2a+p2p' needs {hierarchy} [inner a2a, outer p2p], two sizes whose product is "
+                f"context_parallel_size {cp}; found {list(sizes) if sizes else 'none'}. For example {hierarchy_proposal(cp, heads)}.",
+            )
+        )
+        return found
+    for name, degree in (("a2a", cp), ("a2a+p2p", sizes[0] if sizes else 1)):
+        if name in types and heads % degree:
+            found.append(
+                (
+                    ("cp_comm_type", "num_attention_heads"),
+                    f"cp_comm_type {name!r} moves heads over {degree} ranks, but each tensor parallel rank has {heads} query "
+                    f"heads, which do not divide by {degree}. Use p2p or all_gather, or a2a+p2p with {hierarchy} "
+                    f"{hierarchy_proposal(cp, heads)}.",
+                )
+            )
+    return found
+
+
+def hierarchy_problem(sizes: Any, cp: int) -> str | None:
+    """What is wrong with hierarchical_context_parallel_sizes; None where nothing is."""
+    sizes = list(sizes)
+    if any(size < 1 for size in sizes):
+        return f"hierarchical_context_parallel_sizes {sizes}: the size of a level is at least 1."
+    if math.prod(sizes) != cp:
+        return (
+            f"hierarchical_context_parallel_sizes {sizes}: their product is {math.prod(sizes)}, "
+            f"context_parallel_size is {cp}. The two must be equal."
+        )
+    return None
+
+
+def hierarchy_proposal(cp: int, heads: int | None = None) -> list[int]:
+    """Sizes [inner, outer] for ``cp`` ranks: the inner one divides the heads and lies near the square root."""
+    good = [d for d in range(1, cp + 1) if cp % d == 0 and (heads is None or heads % d == 0)]
+    inner = min(good, key=lambda d: (abs(math.log(d * d / cp)), d))
+    return [inner, cp // inner]
 
 
 def _positive(value: Any) -> bool:

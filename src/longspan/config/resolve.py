@@ -17,10 +17,8 @@ from pydantic import ValidationError
 
 from longspan.config.architecture import architecture_of
 from longspan.config.model import (
-    SUPPORTED_COMM_TYPES,
     TransformerConfig,
     architecture_problems,
-    normal_comm_type,
 )
 from longspan.config.parallel import MeshSizes
 from longspan.config.schema import TrainConfig
@@ -62,6 +60,12 @@ class Run:
         """The model's architecture and how it is cut."""
         return TransformerConfig(params_dtype=params_dtype, **_architecture(self.config), **self._parallel())
 
+    @property
+    def windows(self) -> list[int | None]:
+        """The sliding windows of the layers, one a layer."""
+        model = self.transformer_config()
+        return [model.window_of_layer(number) for number in range(1, model.num_layers + 1)]
+
     def _parallel(self) -> dict:
         return dict(
             tensor_model_parallel_size=self.sizes.tp,
@@ -69,7 +73,9 @@ class Run:
             pipeline_model_parallel_size=self.sizes.pp,
             sequence_parallel=self.sequence_parallel,
             cp_comm_type=self.config.cp_comm_type,
+            hierarchical_context_parallel_sizes=self.config.hierarchical_context_parallel_sizes,
             attention_backend=self.config.attention_backend,
+            deterministic_mode=self.config.deterministic_mode,
         )
 
 
@@ -89,6 +95,7 @@ def _architecture(config: TrainConfig) -> dict:
         add_bias_linear=False,
         rotary_base=config.rotary_base,
         rope_scaling=config.rope_scaling,
+        sliding_window=config.sliding_window,
         share_embeddings_and_output_weights=config.tie_word_embeddings,
         init_method_std=config.init_method_std,
     )
@@ -172,6 +179,7 @@ def _sizes(config: TrainConfig, world: int, found: list[Problem]) -> MeshSizes:
         pp=config.pipeline_parallel_size,
         dp_shard=shard,
         dp_replicate=config.dp_replicate_size,
+        hierarchical_cp=tuple(config.hierarchical_context_parallel_sizes or ()),
     )
     keys = ("tensor_parallel_size", "context_parallel_size", "dp_shard_size", "dp_replicate_size")
     if sizes.world_size != world:
@@ -238,16 +246,6 @@ def _not_yet(config: TrainConfig, found: list[Problem]) -> None:
             found.append(
                 ((name,), f"{name} {getattr(config, name)}: {what} parallelism is not supported yet. Use 1.")
             )
-    types = [config.cp_comm_type] if isinstance(config.cp_comm_type, str) else config.cp_comm_type
-    if config.context_parallel_size > 1:
-        for given in types:
-            if normal_comm_type(given) in ("a2a", "a2a+p2p"):
-                found.append(
-                    (
-                        ("cp_comm_type",),
-                        f"cp_comm_type {given!r} is not supported yet. Use {' or '.join(SUPPORTED_COMM_TYPES)}.",
-                    )
-                )
 
 
 def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
@@ -323,7 +321,9 @@ def _model_problems(config: TrainConfig) -> list[Problem]:
     fields = {f.name: f.default for f in dataclasses.fields(TransformerConfig)}
     fields |= _architecture(config) | {
         "tensor_model_parallel_size": config.tensor_parallel_size,
+        "context_parallel_size": config.context_parallel_size,
         "cp_comm_type": config.cp_comm_type,
+        "hierarchical_context_parallel_sizes": config.hierarchical_context_parallel_sizes,
         "kv_channels": config.kv_channels or hidden // heads,
     }
     ours = {"tensor_model_parallel_size": "tensor_parallel_size"}

@@ -146,6 +146,12 @@ class TrainConfig(BaseModel):
     rope_scaling: dict[str, Any] | None = key(
         None, "Hugging Face's rope_scaling: {rope_type: linear | llama3, factor: ...}.", group="model"
     )
+    sliding_window: int | list[int | None] | None = key(
+        None,
+        "Tokens a query sees, itself included; null for all before it; a list is cycled over the layers.",
+        group="model",
+        unit="tokens",
+    )
     tie_word_embeddings: bool = key(
         False,
         "Embedding and output layer share their weight.",
@@ -233,11 +239,20 @@ class TrainConfig(BaseModel):
     )
     cp_comm_type: str | list[str] = key(
         "p2p",
-        "How keys reach queries: p2p (step by step) or all_gather (all at once); a list is cycled over layers.",
+        "How keys reach queries: p2p (keys step by step), all_gather (keys all at once), a2a (heads), a2a+p2p (heads inside "
+        "groups, keys across); a list is cycled over the layers.",
         group="parallelism",
     )
-    cp_layout: Literal["auto", "contiguous", "zigzag"] = key(
-        "auto", "Which tokens a rank holds; auto is zigzag.", group="parallelism"
+    hierarchical_context_parallel_sizes: list[int] | None = key(
+        None,
+        "For a2a+p2p: [ranks that move heads, ranks that move keys]; their product is context_parallel_size.",
+        group="parallelism",
+        unit="ranks",
+    )
+    cp_layout: Literal["auto", "contiguous", "zigzag", "per_document_zigzag", "balanced"] = key(
+        "auto",
+        "Which tokens a rank holds; auto balances packed documents, and cuts one sequence zigzag.",
+        group="parallelism",
     )
 
     # --- batch and schedule ---------------------------------------------------------------
@@ -353,8 +368,13 @@ class TrainConfig(BaseModel):
     reshard_after_forward: bool = key(
         True, "Free a layer's gathered weights after its forward pass.", group="precision and memory"
     )
-    attention_backend: Literal["auto", "cpu-flash", "cuda-flash", "math"] = key(
-        "auto", "Kernel of one tile of attention.", group="precision and memory"
+    attention_backend: Literal[
+        "auto", "flash-attn-3", "flash-attn-2", "cuda-flash", "cudnn", "cpu-flash", "math"
+    ] = key("auto", "Kernel of one tile of attention.", group="precision and memory")
+    deterministic_mode: bool = key(
+        False,
+        "Two runs give equal bits on CUDA too (on CPU they always do).",
+        group="precision and memory",
     )
 
     # --- logging, evaluation, saving ------------------------------------------------------

@@ -2,24 +2,34 @@
 
 ``context_parallel_attention`` is the function, ``DotProductAttention`` the module with
 Megatron's signature. Both pick a layout, a schedule, a kernel and a way to move, and refuse
-what no path supports before anything is sent.
+what no path supports before anything is sent (``checks``).
+
+The four communication types are two moves:
+
+    p2p, all_gather    move keys, step by step or all at once
+    a2a                move heads, so that every rank has the whole sequence
+    a2a+p2p            move heads inside the inner groups, then keys across the outer ones
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longspan.config.model import (
-    CP_COMM_TYPES,
-    SUPPORTED_COMM_TYPES,
-    AttnMaskType,
-    TransformerConfig,
-    normal_comm_type,
+from longspan.config.model import AttnMaskType, TransformerConfig
+from longspan.context_parallel.checks import (
+    check_comm_type,
+    check_heads_of,
+    check_packed,
+    check_shapes,
+    check_window,
+    group_of_call,
 )
+from longspan.context_parallel.heads import HeadMove, lse_to_tokens, to_heads, to_tokens
 from longspan.context_parallel.kernels import select_kernel
 from longspan.context_parallel.keys import MoveKeys
 from longspan.context_parallel.layout import SequenceLayout
@@ -28,53 +38,15 @@ from longspan.context_parallel.schedule import Schedule
 from longspan.mesh.installed import process_groups
 from longspan.mesh.mesh import ProcessGroupCollection
 
-
-def check_comm_type(cp_comm_type: str, ranks: int) -> str:
-    """The normal name of a communication type; ValueError for one that cannot serve ``ranks`` ranks."""
-    name = normal_comm_type(cp_comm_type)
-    if name not in CP_COMM_TYPES:
-        raise ValueError(f"cp_comm_type {cp_comm_type!r}: one of {', '.join(CP_COMM_TYPES)}.")
-    if ranks > 1 and name not in SUPPORTED_COMM_TYPES:
-        raise ValueError(
-            f"cp_comm_type {name!r} is not supported yet with {ranks} context parallel ranks. "
-            f"Use {' or '.join(SUPPORTED_COMM_TYPES)}."
-        )
-    return name
+Groups = Sequence[dist.ProcessGroup]
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, ranks: int) -> None:
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(
-            f"query, key and value have {q.dim()}, {k.dim()} and {v.dim()} dims: all three are [s, b, heads, d], or "
-            "[t, heads, d] for one pack."
-        )
-    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
-        raise ValueError(
-            f"query is {q.dtype} on {q.device}, key {k.dtype} on {k.device}, value {v.dtype} on {v.device}: they must be alike."
-        )
-    if q.shape[1] != k.shape[1]:
-        raise ValueError(f"query has a batch of {q.shape[1]}, key of {k.shape[1]}: they must be equal.")
-    if layout.ranks != ranks:
-        raise ValueError(
-            f"the layout is made for {layout.ranks} ranks, the context parallel group has {ranks}. "
-            "Make the layout with the group's size."
-        )
-    if q.shape[0] != layout.local_length or k.shape[0] != q.shape[0] or v.shape[0] != q.shape[0]:
-        raise ValueError(
-            f"query, key and value have {q.shape[0]}, {k.shape[0]} and {v.shape[0]} rows; the {layout.name} layout "
-            f"of {layout.total} tokens over {ranks} ranks holds {layout.local_length} a rank. Shard all three with "
-            "layout.shard(tensor, rank)."
-        )
-    if k.shape[1:] != v.shape[1:] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(
-            f"query {tuple(q.shape)}, key {tuple(k.shape)} and value {tuple(v.shape)}: head sizes must be equal, "
-            "and key and value alike. Unequal head sizes (MLA) are not supported yet."
-        )
-    if q.shape[-2] % k.shape[-2]:
-        raise ValueError(
-            f"{q.shape[-2]} query heads do not divide by {k.shape[-2]} key/value heads: each key/value head "
-            "serves the same number of query heads."
-        )
+def _size(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def _levels(groups: Groups | None) -> list[int] | None:
+    return [_size(group) for group in groups] if groups else None
 
 
 def _attend(
@@ -82,21 +54,38 @@ def _attend(
     k: Tensor,
     v: Tensor,
     *,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
+    hierarchical_groups: Groups | None,
     layout: SequenceLayout,
     causal: bool,
+    window: int | None,
     softmax_scale: float | None,
     cp_comm_type: str,
+    deterministic: bool,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """q, k, v [s, b, heads, d] -> out [s, b, n, d], lse [b, n, s]."""
-    ranks = dist.get_world_size(group)
-    comm_type = check_comm_type(cp_comm_type, ranks)
-    _check_shapes(q, k, v, layout, ranks)
-    schedule = Schedule.of(layout, dist.get_rank(group), causal=causal, all_at_once=comm_type == "all_gather")
-    kernel = select_kernel(q.device, q.dtype, q.shape[-1], backend)
+    """q, k, v [s, b, heads, d] -> out [s, b, n, d], lse [b, n, s]. ``group`` None is one rank."""
+    ranks, n, m = _size(group), q.shape[-2], k.shape[-2]
+    comm_type = check_comm_type(cp_comm_type, ranks, _levels(hierarchical_groups))
+    check_window(window, causal)
+    check_shapes(q, k, v, layout, ranks)
+    check_heads_of(comm_type, n, ranks, _levels(hierarchical_groups))
+    kernel, _ = select_kernel(q.device, q.dtype, q.shape[-1], backend, deterministic)
     scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(q.shape[-1])
-    return MoveKeys.apply(q, k, v, schedule, group, kernel, scale)
+    rank = 0 if group is None else dist.get_rank(group)
+    if ranks == 1 or comm_type in ("p2p", "all_gather"):
+        at_once = comm_type == "all_gather"
+        schedule = Schedule.of(layout, rank, causal=causal, window=window, all_at_once=at_once)
+        return MoveKeys.apply(q, k, v, schedule, group, kernel, scale)
+
+    inner, outer = (group, None) if comm_type == "a2a" else hierarchical_groups or (None, None)
+    assert inner is not None
+    together = _size(inner)
+    groups = tuple(tuple(range(first, first + together)) for first in range(0, ranks, together))
+    move = HeadMove.of(inner, layout, groups[rank // together], n, m)
+    schedule = Schedule.of(layout.merged(groups), rank // together, causal=causal, window=window)
+    out, lse = MoveKeys.apply(*to_heads(q, k, v, move), schedule, outer, kernel, scale)
+    return to_tokens(out, move), lse_to_tokens(lse, move)
 
 
 def context_parallel_attention(
@@ -111,6 +100,7 @@ def context_parallel_attention(
     softmax_scale: float | None = None,
     cp_comm_type: str = "p2p",
     deterministic: bool = False,
+    hierarchical_groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention for one pack of documents cut over a group of ranks.
 
@@ -121,72 +111,40 @@ def context_parallel_attention(
         k, v: [t, m, d]; m divides n.
         group: the ranks the pack is cut over.
         layout: who holds which tokens.
-        window: sliding windows are not supported yet.
+        window: a query sees itself and the ``window - 1`` tokens before it; None is no limit.
         softmax_scale: None is 1 / sqrt(d).
-        cp_comm_type: ``p2p`` (step by step) or ``all_gather`` (all at once).
+        cp_comm_type: ``p2p`` (keys step by step), ``all_gather`` (keys all at once), ``a2a``
+            (heads; n divides by the ranks) or ``a2a+p2p``.
         deterministic: two runs give equal bits. Gradients are always summed in a fixed
             order here, so this only matters to kernels that are not deterministic themselves.
+        hierarchical_groups: for ``a2a+p2p``, this rank's inner (consecutive ranks of the group)
+            and outer group.
 
     Returns:
         out [t, n, d] in q's dtype and lse [n, t] (natural log, at least float32). Padding
         rows are 0 and -inf.
 
     Raises:
-        ValueError: shapes, layout, type or window do not fit; nothing was sent.
+        ValueError: shapes, layout, type, heads or window do not fit; nothing was sent.
     """
     if q.dim() != 3:
         raise ValueError(
             f"q has shape {tuple(q.shape)}; one pack is [t, n, d]. Batches go through DotProductAttention."
-        )
-    if window is not None:
-        raise ValueError(f"window={window}: sliding windows are not supported yet. Use window=None.")
-    if deterministic and q.device.type == "cuda":
-        raise ValueError(
-            "deterministic=True is not supported on CUDA yet: PyTorch's flash backward uses atomics."
         )
     out, lse = _attend(
         q.unsqueeze(1),
         k.unsqueeze(1),
         v.unsqueeze(1),
         group=group,
+        hierarchical_groups=hierarchical_groups,
         layout=layout,
         causal=causal,
+        window=window,
         softmax_scale=softmax_scale,
         cp_comm_type=cp_comm_type,
+        deterministic=deterministic,
     )
     return out.squeeze(1), lse.squeeze(0)
-
-
-def check_packed(params: PackedSeqParams | None, query: Tensor, layout: SequenceLayout | None) -> None:
-    """Refuses packing that would be ignored: a format that is not known, boundaries beside a layout, two kinds of them."""
-    if params is None:
-        return
-    cu = params.cu_seqlens_q
-    given = [x for x in (cu, params.cu_seqlens_kv, params.cu_seqlens_q_padded) if x is not None]
-    if params.qkv_format not in ("thd", "sbhd") and (given or params.qkv_format is not None):
-        raise ValueError(
-            f"packed_seq_params.qkv_format {params.qkv_format!r}: 'thd' for packed documents ([t, heads, d]), 'sbhd' otherwise."
-        )
-    if layout is not None and given:
-        raise ValueError(
-            "packed_seq_params with boundaries and layout= both say where documents end. Give one of them."
-        )
-    for name in ("cu_seqlens", "cu_seqlens_{}_padded"):
-        ours, theirs = (
-            getattr(params, name.format(x) if "{}" in name else f"{name}_{x}") for x in ("q", "kv")
-        )
-        if theirs is not None and (ours is None or ours.tolist() != theirs.tolist()):
-            raise ValueError(
-                "packed_seq_params: the boundaries of queries and of keys differ. Cross-attention is not supported yet."
-            )
-    batch = query.shape[1] if query.dim() == 4 else 1
-    if params.qkv_format == "thd" and batch != 1:
-        raise ValueError(f"packed documents (thd) come as one row [t, heads, d], not as a batch of {batch}.")
-    if params.qkv_format == "sbhd" and cu is not None and len(cu) - 1 != batch:
-        raise ValueError(
-            f"qkv_format 'sbhd' with {len(cu) - 1} documents in a batch of {batch}: each row is one document. Use 'thd' for "
-            "several documents in a row."
-        )
 
 
 class DotProductAttention(nn.Module):
@@ -197,11 +155,14 @@ class DotProductAttention(nn.Module):
     ``qkv_format="thd"``: [t, n, d] and lse [n, t].
 
     The rows are taken as zigzag of the whole sequence (``sbhd``) or of each padded document
-    (``thd``); ``layout=`` says otherwise.
+    (``thd``); ``layout=`` says otherwise. ``packed_seq_params.cp_group`` switches the group for
+    one call, ``local_cp_size=1`` switches context parallelism off.
 
     Args:
-        layer_number: from 1; picks the communication type where config gives a list.
+        layer_number: from 1; picks the communication type and the window where config gives a list.
         softmax_scale: None is 1 / sqrt(head size).
+        attention_type, attention_dropout, k_channels, v_channels: Megatron's; what is not
+            supported (cross-attention, dropout, unequal head sizes) is refused.
     """
 
     def __init__(
@@ -212,20 +173,45 @@ class DotProductAttention(nn.Module):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         softmax_scale: float | None = None,
+        *,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ):
         super().__init__()
-        self.cp_group = process_groups(pg_collection).cp
-        if config.context_parallel_size > dist.get_world_size(self.cp_group):
+        groups = process_groups(pg_collection)
+        self.cp_group, self.hierarchical_groups = groups.cp, groups.hcp or None
+        if config.context_parallel_size > _size(self.cp_group):
             raise ValueError(
                 f"config.context_parallel_size is {config.context_parallel_size}, the context parallel group has "
-                f"{dist.get_world_size(self.cp_group)} ranks. Initialise with the same sizes."
+                f"{_size(self.cp_group)} ranks. Initialise with the same sizes."
             )
-        self.causal = attn_mask_type.is_causal
+        if attention_type != "self":
+            raise ValueError(f"attention_type {attention_type!r} is not supported yet: self-attention only.")
+        if attention_dropout:
+            raise ValueError(
+                f"attention_dropout={attention_dropout} is not supported: its pattern would depend on the layout. Use 0."
+            )
+        if k_channels != v_channels:
+            raise ValueError(
+                f"k_channels {k_channels} and v_channels {v_channels} differ: unequal head sizes (MLA) are not supported yet."
+            )
+        self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
-        self.cp_comm_type = check_comm_type(
-            cp_comm_type or config.comm_type_of_layer(layer_number), dist.get_world_size(self.cp_group)
-        )
-        self.backend = config.attention_backend
+        self.window = config.window_of_layer(layer_number)
+        check_window(self.window, attn_mask_type.is_causal)
+        chosen = cp_comm_type or config.comm_type_of_layer(layer_number)
+        levels = _levels(self.hierarchical_groups)
+        self.cp_comm_type = check_comm_type(chosen, _size(self.cp_group), levels)
+        heads = config.num_attention_heads // config.tensor_model_parallel_size
+        check_heads_of(self.cp_comm_type, heads, _size(self.cp_group), levels)
+        self.backend, self.deterministic = config.attention_backend, config.deterministic_mode
+
+    def rank_of_call(self, packed_seq_params: PackedSeqParams | None = None) -> int:
+        """This rank's place in the context parallel group of a call."""
+        group = group_of_call(packed_seq_params, self.cp_group)
+        return 0 if group is None else dist.get_rank(group)
 
     def default_layout(self, rows: int, packed_seq_params: PackedSeqParams | None = None) -> SequenceLayout:
         """Zigzag of the whole sequence, or of each padded document: what Megatron-style callers hand in.
@@ -233,7 +219,7 @@ class DotProductAttention(nn.Module):
         Args:
             rows: this rank's rows.
         """
-        ranks = dist.get_world_size(self.cp_group)
+        ranks = _size(group_of_call(packed_seq_params, self.cp_group))
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
             cu = packed_seq_params.cu_seqlens_q
             padded = packed_seq_params.cu_seqlens_q_padded
@@ -252,19 +238,23 @@ class DotProductAttention(nn.Module):
         attention_mask: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         layout: SequenceLayout | None = None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if attention_mask is not None:
             raise ValueError(
                 "attention_mask is not supported: a mask of size s x s is never built. Use attn_mask_type, and "
                 "packed_seq_params or a layout with cu_seqlens to keep documents apart."
             )
-        group = self.cp_group
-        if packed_seq_params is not None and (
-            packed_seq_params.cp_group is not None or packed_seq_params.local_cp_size is not None
-        ):
+        if attention_bias is not None:
+            raise ValueError("attention_bias is not supported: no kernel here adds one. Leave it None.")
+        group = group_of_call(packed_seq_params, self.cp_group)
+        levels = self.hierarchical_groups
+        if group is not self.cp_group and self.cp_comm_type == "a2a+p2p" and group is not None:
             raise ValueError(
-                "packed_seq_params.cp_group and local_cp_size (context parallelism that changes from call to call) "
-                "are not supported yet. Leave them None."
+                "cp_comm_type 'a2a+p2p' with packed_seq_params.cp_group: the hierarchical groups belong to the model's own "
+                "group. Use p2p, all_gather or a2a in models whose group changes."
             )
         check_packed(packed_seq_params, query, layout)
         packed = query.dim() == 3
@@ -277,10 +267,13 @@ class DotProductAttention(nn.Module):
             key,
             value,
             group=group,
+            hierarchical_groups=levels,
             layout=layout,
-            causal=self.causal,
+            causal=(attn_mask_type or self.attn_mask_type).is_causal,
+            window=self.window,
             softmax_scale=self.softmax_scale,
             cp_comm_type=self.cp_comm_type,
+            deterministic=self.deterministic,
             backend=self.backend,
         )
         return (context.squeeze(1), lse.squeeze(0)) if packed else (context, lse)

@@ -8,13 +8,13 @@ s = t. The log-sum-exp is natural and at least float32. Backward takes the *glob
 lse of its rows: with p = exp(q k^T scale - lse) and delta = rowsum(dout * out), each tile's
 gradients are parts of the whole ones and just add up, so backward needs no merge.
 
-Backends: PyTorch's flash attention for CPU and CUDA, and ``math``, plain PyTorch in any
-dtype, which is the reference and serves where no flash kernel does.
+Backends: PyTorch's flash attention for CPU, those of ``cuda_kernels``, and ``math``, plain
+PyTorch in any dtype, which is the reference and serves where no flash kernel does.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,9 +25,14 @@ aten = torch.ops.aten
 
 
 class Kernel(Protocol):
-    """What a backend provides. ``reason`` says why it was chosen, for the start-up banner."""
+    """What a backend provides.
+
+    Where ``packs`` is true it also has ``forward_packed`` and ``backward_packed``, which compute
+    many tiles as variable-length sequences in one call (see ``calls.Pack``).
+    """
 
     name: str
+    packs: bool
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
@@ -59,7 +64,7 @@ def rows_first(x: Tensor) -> Tensor:
 class CpuFlash:
     """PyTorch's blockwise attention for CPU; grouped key/value heads without a copy."""
 
-    name = "cpu-flash"
+    name, packs = "cpu-flash", False
 
     def forward(self, q, k, v, causal, scale):
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -74,46 +79,10 @@ class CpuFlash:
         return tuple(rows_first(g) for g in grads)
 
 
-class CudaFlash:
-    """PyTorch's built-in flash attention (fp16, bf16)."""
-
-    name = "cuda-flash"
-
-    def forward(self, q, k, v, causal, scale):
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [b, s, n, d]
-        out, lse, *_ = aten._flash_attention_forward(
-            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
-        )
-        return out.transpose(0, 1), lse
-
-    def backward(self, dout, q, k, v, out, lse, causal, scale):
-        dout, q, k, v, out = (x.transpose(0, 1) for x in (dout, q, k, v, out))
-        state = torch.empty(2, dtype=torch.uint64, device=q.device)  # random numbers of dropout: none
-        grads = aten._flash_attention_backward(
-            dout.contiguous(),
-            q,
-            k,
-            v,
-            out.contiguous(),
-            lse.contiguous(),
-            None,
-            None,
-            q.shape[1],
-            k.shape[1],
-            0.0,
-            causal,
-            state,
-            state.new_empty(0),
-            scale=scale,
-        )
-        return tuple(g.transpose(0, 1) for g in grads)
-
-
 class Math:
     """Plain PyTorch in the input's dtype, at least float32: the reference. Never more than 256 query rows at once."""
 
-    name = "math"
-    rows = 256
+    name, packs, rows = "math", False, 256
 
     def _scores(self, q, k, start, causal, scale):
         """[b, m, n/m, rows, t] for query rows from ``start``."""
@@ -163,38 +132,83 @@ class Math:
         return tuple(rows_first(x).to(dtype) for x in (torch.cat(dqs, 2), dk, dv))
 
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (CpuFlash(), CudaFlash(), Math())}
-BACKENDS = ("auto", *KERNELS)
+class Choice(NamedTuple):
+    """A kernel, and why it was taken (for the start-up banner)."""
+
+    kernel: Kernel
+    reason: str
 
 
-def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str = "auto") -> Kernel:
-    """The kernel for these inputs; ``auto`` takes flash where it can.
+#: in the order in which ``auto`` tries them
+BACKENDS = ("auto", "flash-attn-3", "flash-attn-2", "cuda-flash", "cudnn", "cpu-flash", "math")
+
+
+def select_kernel(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    backend: str = "auto",
+    deterministic: bool = False,
+) -> Choice:
+    """The kernel for these inputs; ``auto`` takes the fastest that can take them.
+
+    Args:
+        deterministic: two runs give equal bits. Gradients are always summed in a fixed order
+            around the kernels, so this asks it of the kernel's own backward.
 
     Raises:
         UserError: no such backend, or the backend cannot take these inputs.
     """
-    why_not = {
-        "cpu-flash": "" if device.type == "cpu" else f"runs on cpu, not on {device.type}",
-        "cuda-flash": (
-            f"runs on cuda, not on {device.type}"
-            if device.type != "cuda"
-            else f"takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-            if dtype not in (torch.float16, torch.bfloat16)
-            else f"takes head sizes up to 256 that divide by 8, not {head_dim}"
-            if head_dim > 256 or head_dim % 8
-            else ""
-        ),
-        "math": "",
-    }
-    if backend == "auto":
-        return next(KERNELS[name] for name, reason in why_not.items() if not reason)
-    if backend not in why_not:
+    if backend not in BACKENDS:
         raise UserError(
             f"attention_backend {backend!r}: one of {', '.join(BACKENDS)}.{did_you_mean(backend, BACKENDS)}"
         )
-    if why_not[backend]:
-        raise UserError(f"attention_backend {backend!r} {why_not[backend]}. Use auto.")
-    return KERNELS[backend]
+    reasons: list[str] = []
+    for name in BACKENDS[1:] if backend == "auto" else (backend,):
+        why_not = _why_not(name, device, dtype, head_dim, deterministic)
+        if not why_not:
+            reason = (
+                "asked for" if backend != "auto" else "; ".join(reasons) or "the fastest for these inputs"
+            )
+            return Choice(_kernel(name, deterministic), reason)
+        if name not in OTHER_DEVICE[device.type]:
+            reasons.append(f"{name} {why_not}")
+    raise UserError(f"attention_backend {backend!r} {why_not}. Use auto.")
+
+
+#: backends that nobody expects on a device
+OTHER_DEVICE = {
+    "cpu": ("flash-attn-3", "flash-attn-2", "cuda-flash", "cudnn"),
+    "cuda": ("cpu-flash",),
+}
+
+
+def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool) -> str:
+    """Why a backend cannot take these inputs; empty where it can."""
+    if name == "math":
+        return ""
+    if name in OTHER_DEVICE.get(device.type, ()):
+        return f"runs on {'cpu' if name == 'cpu-flash' else 'cuda'}, not on {device.type}"
+    if name == "cpu-flash":
+        return ""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if head_dim > 256 or head_dim % 8:
+        return f"takes head sizes up to 256 that divide by 8, not {head_dim}"
+    from longspan.context_parallel.cuda_kernels import why_not
+
+    return why_not(name, head_dim, deterministic)
+
+
+def _kernel(name: str, deterministic: bool) -> Kernel:
+    if name in CPU_KERNELS:
+        return CPU_KERNELS[name]
+    from longspan.context_parallel.cuda_kernels import make_kernel
+
+    return make_kernel(name, deterministic)
+
+
+CPU_KERNELS: dict[str, Kernel] = {"cpu-flash": CpuFlash(), "math": Math()}
 
 
 def merge(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> None:

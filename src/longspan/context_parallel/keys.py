@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.context_parallel.calls import Rows, calls_of
 from longspan.context_parallel.kernels import Kernel, merge
-from longspan.context_parallel.schedule import Message, Range, Schedule, Step
+from longspan.context_parallel.schedule import Message, Schedule, Step
+from longspan.context_parallel.tiles import Mask, Range
 
 
 class _Exchange:
@@ -113,8 +115,9 @@ class MoveKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, schedule: Schedule, group, kernel: Kernel, scale: float):
         ctx.schedule, ctx.group, ctx.kernel, ctx.scale = schedule, group, kernel, scale
-        if schedule.single_tile and len(schedule.steps) == 1:
-            out, lse = kernel.forward(q, k, v, schedule.steps[0].tiles[0].causal, scale)
+        if _alone(schedule):
+            causal = schedule.steps[0].tiles[0].mask is Mask.CAUSAL
+            out, lse = kernel.forward(q, k, v, causal, scale)
         else:
             out, lse = _forward(q, k, v, schedule, group, kernel, scale)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -126,12 +129,17 @@ class MoveKeys(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         dout = dout.contiguous()
         schedule, kernel, scale = ctx.schedule, ctx.kernel, ctx.scale
-        if schedule.single_tile and len(schedule.steps) == 1:
-            causal = schedule.steps[0].tiles[0].causal
+        if _alone(schedule):
+            causal = schedule.steps[0].tiles[0].mask is Mask.CAUSAL
             grads = kernel.backward(dout, q, k, v, out, lse, causal, scale)
         else:
             grads = _backward(dout, q, k, v, out, lse, schedule, ctx.group, kernel, scale)
         return *grads, None, None, None, None
+
+
+def _alone(schedule: Schedule) -> bool:
+    """One tile and no exchange: the kernel's result is the result."""
+    return schedule.single_tile and len(schedule.steps) == 1
 
 
 def _forward(q, k, v, schedule, group, kernel, scale):
@@ -143,13 +151,15 @@ def _forward(q, k, v, schedule, group, kernel, scale):
     keys = k, v
     for step, after in _with_next(schedule.steps):
         coming = _Keys(after, k, v, group) if after else None  # travels while this step computes
-        for tile in step.tiles:
-            rows, columns = slice(*tile.q), slice(*tile.k)
-            part, part_lse = kernel.forward(q[rows], keys[0][columns], keys[1][columns], tile.causal, scale)
-            if tile.first:
-                out[rows], lse[:, :, rows] = part, part_lse
-            else:
-                merge(out[rows], lse[:, :, rows], part, part_lse)
+        for call in calls_of(step, kernel, q.device):
+            part, part_lse = call.forward(kernel, q, *keys, scale)
+            if not call.first:
+                held, held_lse = out[call.q], lse[:, :, call.q]  # views of a run, copies of rows by number
+                merge(held, held_lse, part, part_lse)
+                if isinstance(call.q, slice):
+                    continue
+                part, part_lse = held, held_lse
+            out[call.q], lse[:, :, call.q] = part, part_lse
         if coming:
             keys = coming.wait()
     return out.to(q.dtype), lse
@@ -168,21 +178,14 @@ def _backward(dout, q, k, v, out, lse, schedule, group, kernel, scale):
         else:
             grad = torch.zeros((keys[0].shape[0], 2, *k.shape[1:]), dtype=wide, device=q.device)
             dk_rows, dv_rows = grad[:, 0], grad[:, 1]
-        for tile in step.tiles:
-            rows, columns = slice(*tile.q), slice(*tile.k)
-            dq_part, dk_part, dv_part = kernel.backward(
-                dout[rows],
-                q[rows],
-                keys[0][columns],
-                keys[1][columns],
-                out[rows],
-                lse[:, :, rows],
-                tile.causal,
-                scale,
-            )
-            dq[rows] = dq_part if tile.first else dq[rows] + dq_part
-            dk_rows[columns] += dk_part
-            dv_rows[columns] += dv_part
+        for call in calls_of(step, kernel, q.device):
+            dq_part, dk_part, dv_part = call.backward(kernel, dout, q, *keys, out, lse, scale)
+            if call.first:
+                dq[call.q] = dq_part.to(wide)
+            else:
+                _add_rows(dq, call.q, dq_part)
+            _add_rows(dk_rows, call.k, dk_part)
+            _add_rows(dv_rows, call.k, dv_part)
         if going_home:
             going_home.add_to(dk, dv)
         going_home = _Gradients(step, grad, group) if grad is not None else None
@@ -191,6 +194,14 @@ def _backward(dout, q, k, v, out, lse, schedule, group, kernel, scale):
     if going_home:
         going_home.add_to(dk, dv)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _add_rows(total: Tensor, rows: Rows, part: Tensor) -> None:
+    """Adds to a run of rows, or to rows by number of which some may come twice."""
+    if isinstance(rows, slice):
+        total[rows].add_(part)
+    else:
+        total.index_add_(0, rows, part.to(total.dtype))
 
 
 def _with_next(steps: tuple[Step, ...]):

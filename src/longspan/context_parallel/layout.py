@@ -6,6 +6,8 @@ without communication.
 
     contiguous   P = 2   rank 0: 0 1 2 3        rank 1: 4 5 6 7
     zigzag       P = 2   rank 0: 0 1 . . 6 7    rank 1: 2 3 4 5      (2P chunks: r and 2P-1-r)
+    per-document zigzag  zigzag of every document by itself, as Megatron's packed code assumes
+    balanced             chunks of a pack dealt out so that work is even and few rows travel
 
 Tokens are numbered 0 .. total-1; numbers from ``total`` up to ``padded_total`` stand for
 padding, which belongs to no document, attends to nothing and is attended by nothing.
@@ -22,9 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.context_parallel.balance import balanced_chunks
 from longspan.mesh import collectives
 
 Span = tuple[int, int]
+
+#: the makers by name
+LAYOUTS = ("contiguous", "zigzag", "per_document_zigzag", "balanced")
 
 
 class Segment(NamedTuple):
@@ -38,7 +44,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """The spans of every rank. Make one with :meth:`contiguous`, :meth:`zigzag` or :meth:`per_document_zigzag`.
+    """The spans of every rank: ``contiguous``, ``zigzag``, ``per_document_zigzag`` and ``balanced`` make one.
 
     Attributes:
         ranks: number of ranks P.
@@ -140,6 +146,99 @@ class SequenceLayout:
         return cls._make("per_document_zigzag", total, ranks, edges, spans)
 
     @classmethod
+    def balanced(
+        cls,
+        cu_seqlens,
+        ranks: int,
+        window: int | Sequence[int | None] | None = None,
+        *,
+        multiple_of: int = 1,
+    ) -> SequenceLayout:
+        """Chunks of the pack so that causal work is even (the busiest rank within about 2 %) and few rows travel.
+
+        One document without a window is cut zigzag, which is even and moves least. See ``balance``.
+
+        Args:
+            cu_seqlens: document boundaries [d + 1].
+            window: the sliding window, in tokens, or a list with the window of each layer:
+                what a query sees decides its work.
+        """
+        bounds = _boundaries(cu_seqlens, None)
+        total = bounds[-1]
+        _check_sizes(total, ranks)
+        windows = list(window) if isinstance(window, Sequence) else [window]
+        longest = max(b - a for a, b in zip(bounds, bounds[1:]))
+        if any(w is not None and w < 1 for w in windows):
+            raise ValueError(
+                f"window={window}: a window holds at least the query itself, so it is 1 or more."
+            )
+        windows = [None if w is None or w >= longest else w for w in windows]
+        if ranks == 1 or (len(bounds) == 2 and windows == [None] * len(windows)):
+            whole = cls.zigzag(total, ranks, multiple_of=multiple_of)
+            return cls._make("balanced", total, ranks, bounds, whole.all_spans)
+        size, held = balanced_chunks(bounds, ranks, windows, multiple_of)
+        spans = [[(i * size, (i + 1) * size) for i in chunks] for chunks in held]
+        return cls._make("balanced", total, ranks, bounds, spans)
+
+    @classmethod
+    def make(
+        cls,
+        name: str,
+        total: int,
+        ranks: int,
+        *,
+        cu_seqlens=None,
+        windows: Sequence[int | None] = (None,),
+        multiple_of: int = 1,
+    ) -> SequenceLayout:
+        """A layout by name; ``auto`` takes what is even and moves least.
+
+        Args:
+            name: ``auto`` (see :meth:`choose`) or one of ``LAYOUTS``.
+            windows: the sliding window of each layer.
+        """
+        packed = cu_seqlens is not None and len(_boundaries(cu_seqlens, total)) > 2
+        name = cls.choose(name, total, ranks, packed, windows)
+        cu = (0, total) if cu_seqlens is None else cu_seqlens
+        if name == "balanced":
+            return cls.balanced(cu, ranks, list(windows), multiple_of=multiple_of)
+        if name == "per_document_zigzag":
+            return cls.per_document_zigzag(cu, ranks, multiple_of=multiple_of)
+        if name not in LAYOUTS:
+            raise ValueError(f"layout {name!r}: auto or one of {', '.join(LAYOUTS)}.")
+        make = getattr(cls, name)
+        return make(total, ranks, cu_seqlens=cu_seqlens, multiple_of=multiple_of)
+
+    @staticmethod
+    def choose(
+        name: str, total: int, ranks: int, packed: bool, windows: Sequence[int | None] = (None,)
+    ) -> str:
+        """The layout that ``auto`` stands for; other names are as they are.
+
+        Several documents are ``balanced``. One is ``zigzag``, but ``contiguous`` where no layer
+        looks back further than a rank's rows: work is even then, and only neighbours talk.
+        """
+        if name != "auto":
+            return name
+        near = all(w is not None and w <= total // ranks for w in windows)
+        return "contiguous" if ranks == 1 or (near and not packed) else "balanced" if packed else "zigzag"
+
+    def merged(self, groups: Sequence[Sequence[int]]) -> SequenceLayout:
+        """The layout after an all-to-all inside each group: a merged rank holds its group's tokens, in order.
+
+        Args:
+            groups: equally many ranks each; together all ranks.
+        """
+        groups = tuple(tuple(group) for group in groups)
+        key = ("merged", groups)
+        if key not in self._memo:
+            spans = [sorted(span for r in group for span in self.all_spans[r]) for group in groups]
+            self._memo[key] = self._make(
+                f"{self.name}, merged", self.total, len(groups), self.cu_seqlens, spans
+            )
+        return self._memo[key]
+
+    @classmethod
     def _make(cls, name, total, ranks, cu_seqlens, spans) -> SequenceLayout:
         merged = tuple(tuple(_join(s)) for s in spans)
         padded = sum(stop - start for s in merged for start, stop in s)
@@ -193,19 +292,21 @@ class SequenceLayout:
         """Tokens of the longest document."""
         return max(stop - start for start, stop in zip(self.cu_seqlens, self.cu_seqlens[1:]))
 
-    def area(self, rank: int) -> int:
-        """Causal (query, key) pairs computed on a rank."""
-        pairs = 0
-        for s in self.segments(rank):
-            first, last = s.start - self.cu_seqlens[s.document] + 1, s.stop - self.cu_seqlens[s.document]
-            pairs += (first + last) * (last - first + 1) // 2
-        return pairs
+    def area(self, rank: int, window: int | None = None) -> int:
+        """Causal (query, key) pairs computed on a rank, in a sliding window if one is given."""
 
-    def received_rows(self, rank: int) -> int:
+        def pairs(rows: int) -> int:  # of the first rows of a document
+            ramp = rows if window is None else min(rows, window)
+            return ramp * (ramp + 1) // 2 + (rows - ramp) * (window or 0)
+
+        starts = ((s, self.cu_seqlens[s.document]) for s in self.segments(rank))
+        return sum(pairs(s.stop - start) - pairs(s.start - start) for s, start in starts)
+
+    def received_rows(self, rank: int, window: int | None = None) -> int:
         """Key/value rows a rank receives in one forward pass of ``p2p``."""
-        from longspan.context_parallel.schedule import Schedule
+        from longspan.context_parallel.schedule import rows_matrix
 
-        return Schedule.of(self, rank, causal=True).received_rows
+        return int(rows_matrix(self, window=window)[rank].sum())
 
     # --- moving tensors in and out --------------------------------------------------------
 

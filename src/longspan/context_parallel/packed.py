@@ -1,11 +1,20 @@
-"""PackedSeqParams: how a pack of documents is described, by Megatron's field names."""
+"""Packs of documents by Megatron's names: parameters, padding, and a batch's slices for a rank.
+
+longspan's own path needs none of this padding (a ``SequenceLayout`` takes any lengths); these
+serve code that was written for Megatron.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from longspan.context_parallel.layout import SequenceLayout
+from longspan.mesh.installed import process_groups
 
 
 @dataclass
@@ -18,7 +27,8 @@ class PackedSeqParams:
         cu_seqlens_q, cu_seqlens_kv: document boundaries without padding, int32 [d + 1].
         cu_seqlens_q_padded, cu_seqlens_kv_padded: boundaries with the padding behind each document.
         max_seqlen_q, max_seqlen_kv: the longest document, in tokens.
-        local_cp_size, cp_group: context parallelism of this call, where it differs from the model's.
+        local_cp_size, cp_group: context parallelism of this call, where it differs from the
+            model's: another group, or 1 for none.
     """
 
     qkv_format: str | None = None
@@ -30,3 +40,138 @@ class PackedSeqParams:
     max_seqlen_kv: int | None = None
     local_cp_size: int | None = None
     cp_group: dist.ProcessGroup | None = None
+
+    def group_only(self) -> PackedSeqParams:
+        """The group without the documents: what goes on beside a layout that was made from them."""
+        return PackedSeqParams(local_cp_size=self.local_cp_size, cp_group=self.cp_group)
+
+
+def get_padding(
+    seq_len: int,
+    cp_size: int,
+    tp_size: int,
+    has_sp: bool,
+    decoder_tp_comm_overlap: bool = False,
+    decoder_seq_len: int | None = None,
+    fp8_enabled: bool = False,
+    fp8_recipe: str | None = None,
+) -> int:
+    """Tokens to add so that a sequence divides as Megatron's layers need it.
+
+    Args:
+        has_sp: the model uses sequence parallelism (rows divide by tp_size).
+        decoder_tp_comm_overlap: with has_sp, pad to ``decoder_seq_len`` whatever the sizes.
+        fp8_enabled, fp8_recipe: without context and sequence parallelism, rows divide by 16
+            (32 for ``"mxfp8"``).
+
+    Raises:
+        ValueError: decoder_tp_comm_overlap without a decoder_seq_len of at least seq_len.
+    """
+    if has_sp and decoder_tp_comm_overlap:
+        if decoder_seq_len is None or decoder_seq_len < seq_len:
+            raise ValueError(
+                f"decoder_seq_len={decoder_seq_len} with decoder_tp_comm_overlap: give the padded length, at least "
+                f"seq_len ({seq_len})."
+            )
+        return decoder_seq_len - seq_len
+    unit = (2 * cp_size if cp_size > 1 else 1) * (tp_size if has_sp else 1)
+    if cp_size == 1 and not has_sp and fp8_enabled:
+        unit = 32 if fp8_recipe == "mxfp8" else 16
+    return -seq_len % unit
+
+
+def get_packed_seq_params(
+    tokens: Tensor,
+    img_seq_len: int,
+    padding_needed: int,
+    cp_size: int,
+    use_packed_sequence: bool = False,
+) -> PackedSeqParams:
+    """Describes a batch whose rows are one document each, text and image tokens together.
+
+    Args:
+        tokens: [b, s], the text tokens, padding included.
+        img_seq_len: image tokens of each row.
+        padding_needed: how many tokens at the end of each row are padding.
+        use_packed_sequence: rows are packed even without padding.
+
+    Returns:
+        ``thd`` with padded boundaries where cp_size > 1 and there is padding or packing, else ``sbhd``.
+    """
+    rows, padded = tokens.shape[0], tokens.shape[1] + img_seq_len
+    real = padded - padding_needed
+    if real < 1 or padding_needed < 0:
+        raise ValueError(
+            f"padding_needed={padding_needed} of {padded} tokens a row: at least one token must be left, and it is not negative."
+        )
+    edges = torch.arange(rows + 1, dtype=torch.int32, device=tokens.device)
+    padded_edges, kind = None, "sbhd"
+    if cp_size > 1 and (padding_needed > 0 or use_packed_sequence):
+        padded_edges, kind = edges * padded, "thd"
+    return PackedSeqParams(
+        qkv_format=kind,
+        cu_seqlens_q=edges * real,
+        cu_seqlens_kv=edges * real,
+        cu_seqlens_q_padded=padded_edges,
+        cu_seqlens_kv_padded=padded_edges,
+        max_seqlen_q=padded,
+        max_seqlen_kv=padded,
+    )
+
+
+def check_sequence_alignment(sequence_len: int, cp_size: int) -> int:
+    """Tokens a rank of a zigzag-cut sequence.
+
+    Raises:
+        ValueError: the length does not divide by 2 x cp_size; the message names the next that does.
+    """
+    if sequence_len < 1 or cp_size < 1:
+        raise ValueError(f"sequence_len {sequence_len} over cp_size {cp_size}: both are at least 1.")
+    unit = 2 * cp_size if cp_size > 1 else 1
+    if sequence_len % unit:
+        raise ValueError(
+            f"sequence_len {sequence_len} does not divide by 2 x cp_size = {unit} (zigzag gives each rank two chunks). "
+            f"The next length that does is {-(-sequence_len // unit) * unit}."
+        )
+    return sequence_len // cp_size
+
+
+def get_batch_on_this_cp_rank(
+    batch: dict[str, Any], cp_size: int | None = None, cp_rank: int | None = None
+) -> dict[str, Any]:
+    """[b, s, ..] tensors -> [b, s / cp, ..]: this rank's zigzag slices of a batch.
+
+    Args:
+        batch: tensors (None stays None); a 4-D ``attention_mask`` [b, 1, s, s] is cut along its queries.
+        cp_size, cp_rank: None takes the installed context parallel group's.
+
+    Raises:
+        ValueError: s does not divide by 2 x cp_size.
+    """
+    if cp_size is None or cp_rank is None:
+        group = process_groups().cp
+        cp_size = dist.get_world_size(group) if cp_size is None else cp_size
+        cp_rank = dist.get_rank(group) if cp_rank is None else cp_rank
+    if not 0 <= cp_rank < cp_size:
+        raise ValueError(f"cp_rank {cp_rank} of cp_size {cp_size}: from 0 to {cp_size - 1}.")
+    if cp_size == 1:
+        return batch
+    cut = {}
+    for name, value in batch.items():
+        if not isinstance(value, Tensor):
+            cut[name] = value
+            continue
+        dim = 2 if name == "attention_mask" and value.dim() == 4 else 1
+        if value.dim() <= dim:
+            raise ValueError(
+                f"batch[{name!r}] has shape {tuple(value.shape)}: a batch holds tensors [b, s, ..]."
+            )
+        length = value.shape[dim]
+        if length % (2 * cp_size):
+            raise ValueError(
+                f"batch[{name!r}] has {length} tokens a row, which does not divide by 2 x cp_size = {2 * cp_size}. Pad it to "
+                f"{-(-length // (2 * cp_size)) * 2 * cp_size}, or use SequenceLayout.zigzag(total, ranks).shard, which takes "
+                "any length."
+            )
+        cut[name] = SequenceLayout.zigzag(length, cp_size).shard(value, cp_rank, dim=dim)
+    return cut

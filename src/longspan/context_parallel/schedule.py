@@ -3,10 +3,6 @@
 Forward, backward and the planner read the same Steps. Everything follows from the layout,
 so both ends of a message know its size without asking.
 
-A *tile* is a range of local query rows x a range of key rows. Spans are disjoint and
-documents are causal, so a tile is never partly masked: it is *full* (all its keys come
-before all its queries, in the same document) or *causal* (a run of tokens with itself).
-
 Step 0 computes with the rank's own rows. Then, with P ranks:
 
     step by step (p2p)       step i: rows from rank r-i, rows to rank r+i
@@ -14,33 +10,23 @@ Step 0 computes with the rank's own rows. Then, with P ranks:
 
 Only rows that somebody needs are sent. A causal zigzag sequence moves 3/4 of the rows a
 ring would (summed over the ranks): the second chunk of rank j is needed by ranks r < j only.
+Steps that bring few rows are merged into one exchange: 512 ranks are not 511 tiny messages
+one after another. All ranks merge alike, because they look at the heaviest of all.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from longspan.context_parallel.layout import Segment, SequenceLayout
+from longspan.context_parallel.tiles import Range, Tile, own_tiles, received_tiles, row_ranges
 
-Range = tuple[int, int]
-
-
-class Tile(NamedTuple):
-    """Query rows x key rows, half-open ranges. ``first``: no earlier tile has touched these query rows."""
-
-    q: Range
-    k: Range
-    causal: bool
-    first: bool
-
-    @property
-    def area(self) -> int:
-        """(query, key) pairs."""
-        rows, keys = self.q[1] - self.q[0], self.k[1] - self.k[0]
-        return rows * (rows + 1) // 2 if self.causal else rows * keys
+#: key/value rows one exchange should bring to the rank that receives most
+ROWS_A_STEP = 512
 
 
 class Message(NamedTuple):
@@ -69,6 +55,11 @@ class Step:
     receives: tuple[Message, ...]
     order: tuple[Range, ...] | None
     tiles: tuple[Tile, ...]
+    _memo: dict = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def received_rows(self) -> int:
+        return sum(message.rows for message in self.receives)
 
 
 @dataclass(frozen=True)
@@ -83,21 +74,41 @@ class Schedule:
 
     @classmethod
     def of(
-        cls, layout: SequenceLayout, rank: int, *, causal: bool = True, all_at_once: bool = False
+        cls,
+        layout: SequenceLayout,
+        rank: int,
+        *,
+        causal: bool = True,
+        window: int | None = None,
+        all_at_once: bool = False,
+        rows_a_step: int | None = None,
     ) -> Schedule:
-        """The schedule of a rank; computed once a layout."""
-        key = ("schedule", rank, causal, all_at_once)
+        """The schedule of a rank; computed once a layout.
+
+        Args:
+            window: a query sees itself and the ``window - 1`` tokens before it; None is no limit.
+            rows_a_step: rows an exchange should bring at least; None is ``ROWS_A_STEP``.
+        """
+        window = effective_window(layout, window)
+        rows_a_step = ROWS_A_STEP if rows_a_step is None else rows_a_step
+        key = ("schedule", rank, causal, window, all_at_once or rows_a_step)
         if key not in layout._memo:
-            layout._memo[key] = _build(layout, rank, causal, all_at_once)
+            offsets = _exchanges(layout, causal, window, None if all_at_once else rows_a_step)
+            layout._memo[key] = _build(layout, rank, causal, window, offsets)
         return layout._memo[key]
 
     @property
     def received_rows(self) -> int:
-        return sum(message.rows for step in self.steps for message in step.receives)
+        return sum(step.received_rows for step in self.steps)
 
     @property
     def sent_rows(self) -> int:
         return sum(message.rows for step in self.steps for message in step.sends)
+
+    @property
+    def area(self) -> int:
+        """(query, key) pairs computed."""
+        return sum(tile.area for step in self.steps for tile in step.tiles)
 
     @property
     def single_tile(self) -> bool:
@@ -106,28 +117,76 @@ class Schedule:
         return len(tiles) == 1 and tiles[0].q == (0, self.rows)
 
 
-def _build(layout: SequenceLayout, rank: int, causal: bool, all_at_once: bool) -> Schedule:
+def effective_window(layout: SequenceLayout, window: int | None) -> int | None:
+    """None where no document is longer than the window."""
+    return None if window is None or window >= layout.longest_document else window
+
+
+def rows_matrix(layout: SequenceLayout, *, causal: bool = True, window: int | None = None) -> np.ndarray:
+    """[users, owners]: the key/value rows rank ``user`` receives from rank ``owner`` in a forward pass."""
+    window = effective_window(layout, window)
+    key = ("rows_matrix", causal, window)
+    if key not in layout._memo:
+        matrix = np.zeros((layout.ranks, layout.ranks), dtype=np.int64)
+        owners, held = _all_segments(layout)
+        for user in range(layout.ranks):
+            first = _first_needed(layout, user, held, causal, window)
+            matrix[user] = np.bincount(owners, weights=held[:, 2] - first, minlength=layout.ranks)
+            matrix[user, user] = 0
+        layout._memo[key] = matrix
+    return layout._memo[key]
+
+
+def _exchanges(
+    layout: SequenceLayout, causal: bool, window: int | None, least: int | None
+) -> list[list[int]]:
+    """Offsets i (rows from rank r-i, to rank r+i) by exchange; the same on every rank.
+
+    Args:
+        least: rows an exchange brings to the heaviest rank, None for all at once.
+    """
+    P = layout.ranks
+    if least is None or P == 1:
+        return [list(range(1, P))] if P > 1 else []
+    matrix, ranks = rows_matrix(layout, causal=causal, window=window), np.arange(P)
+    exchanges: list[list[int]] = []
+    open_rows = least
+    for i in range(1, P):
+        heaviest = int(matrix[ranks, (ranks - i) % P].max())
+        if heaviest == 0:
+            continue
+        if open_rows >= least:
+            exchanges.append([])
+            open_rows = 0
+        exchanges[-1].append(i)
+        open_rows += heaviest
+    return exchanges
+
+
+def _build(
+    layout: SequenceLayout, rank: int, causal: bool, window: int | None, exchanges: list[list[int]]
+) -> Schedule:
     P, mine = layout.ranks, layout.segments(rank)
-    steps = [Step((), (), None, _local_tiles(mine) if causal else _full_tiles(mine, mine, False, first=True))]
-    exchanges = [range(1, P)] if all_at_once else [range(i, i + 1) for i in range(1, P)]
+    steps = [Step((), (), None, own_tiles(mine, causal, window))]
     for offsets in exchanges:
         sends, receives, arrived = [], [], []
         at = 0
         for i in offsets:
             to, source = (rank + i) % P, (rank - i) % P
-            if wanted := _needed(layout, to, rank, causal):
-                sends.append(Message(to, _row_ranges(wanted)))
-            if coming := _needed(layout, rank, source, causal):
-                receives.append(Message(source, _row_ranges(coming)))
+            if wanted := _needed(layout, to, rank, causal, window):
+                sends.append(Message(to, row_ranges(wanted)))
+            if coming := _needed(layout, rank, source, causal, window):
+                receives.append(Message(source, row_ranges(coming)))
                 placed, at = _place(coming, at)
                 arrived += placed
         order = None
         if len(receives) > 1:
             # neighbours in the sequence become neighbours in the buffer: fewer, longer tiles
             arrived.sort()
-            order = _row_ranges(arrived)
+            order = row_ranges(arrived)
             arrived, _ = _place(arrived, 0)
-        steps.append(Step(tuple(sends), tuple(receives), order, _full_tiles(mine, arrived, causal)))
+        tiles = received_tiles(mine, arrived, causal, window)
+        steps.append(Step(tuple(sends), tuple(receives), order, tiles))
     # An empty step in between stays: all ranks post their messages in the same order, which is
     # how two messages of one pair find their ends. (NCCL matches by order, not by tag.)
     while len(steps) > 1 and not steps[-1].sends and not steps[-1].receives:
@@ -145,72 +204,57 @@ def _place(segments: Iterable[Segment], at: int) -> tuple[list[Segment], int]:
     return placed, at
 
 
-def _needed(layout: SequenceLayout, user: int, owner: int, causal: bool) -> list[Segment]:
-    """The owner's segments that the user's queries attend to, in the owner's local order."""
-    key = ("last_query", user)
+# --- who needs what ---------------------------------------------------------------------------
+
+
+def _needed(layout: SequenceLayout, user: int, owner: int, causal: bool, window: int | None) -> list[Segment]:
+    """What the user's queries attend to of the owner's segments, in the owner's local order."""
+    segments = layout.segments(owner)
+    if not segments:
+        return []
+    held = np.array([s[:3] for s in segments], dtype=np.int64)
+    first = _first_needed(layout, user, held, causal, window)
+    return [
+        s._replace(start=start, row=s.row + start - s.start)
+        for s, start in zip(segments, first.tolist())
+        if start < s.stop
+    ]
+
+
+def _first_needed(
+    layout: SequenceLayout, user: int, held: np.ndarray, causal: bool, window: int | None
+) -> np.ndarray:
+    """For each segment (document, start, stop) the first token the user needs; its stop where none.
+
+    Spans are disjoint, so a segment is before or after the whole of each query segment. Of
+    those after it the nearest sees furthest back, and sees an end of the segment.
+    """
+    document, start, stop = held.T
+    keys, limit = _query_starts(layout, user), layout.total + 1
+    if not causal:
+        at = np.searchsorted(keys, document * limit)
+    else:
+        at = np.searchsorted(keys, document * limit + stop)
+    at_end = at == len(keys)
+    nearest = np.append(keys, -1)[at]
+    seen = ~at_end & (nearest // limit == document)
+    reach = start if window is None else np.maximum(start, nearest % limit - window + 1)
+    return np.where(seen, np.minimum(reach, stop), stop)
+
+
+def _query_starts(layout: SequenceLayout, user: int) -> np.ndarray:
+    """The starts of a rank's segments as sorted numbers document x (total + 1) + start."""
+    key = ("query_starts", user)
     if key not in layout._memo:
-        last: dict[int, int] = {}
-        for s in layout.segments(user):
-            last[s.document] = max(last.get(s.document, -1), s.start)
-        layout._memo[key] = last
-    last = layout._memo[key]
-    return [s for s in layout.segments(owner) if last.get(s.document, -1) >= (s.stop if causal else 0)]
+        limit = layout.total + 1
+        layout._memo[key] = np.sort(
+            np.array([s.document * limit + s.start for s in layout.segments(user)], dtype=np.int64)
+        )
+    return layout._memo[key]
 
 
-def _row_ranges(segments: Iterable[Segment]) -> tuple[Range, ...]:
-    return _join_ranges([(s.row, s.row + s.stop - s.start) for s in segments])
-
-
-def _join_ranges(ranges: Iterable[Range]) -> tuple[Range, ...]:
-    joined: list[Range] = []
-    for start, stop in ranges:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], stop)
-        else:
-            joined.append((start, stop))
-    return tuple(joined)
-
-
-def _local_tiles(mine: list[Segment]) -> tuple[Tile, ...]:
-    """Causal tiles of the own rows, the causal ones first: each row's own tile touches it first.
-
-    Segments of a document that rise in position and lie row by row are causal in row order
-    too, gaps or not, so they make one tile.
-    """
-    runs: dict[int, list[tuple[Range, Range]]] = defaultdict(list)  # document -> (positions, rows)
-    for s in mine:
-        held, rows = runs[s.document], (s.row, s.row + s.stop - s.start)
-        if held and held[-1][1][1] == s.row and held[-1][0][1] <= s.start:
-            held[-1] = ((held[-1][0][0], s.stop), (held[-1][1][0], rows[1]))
-        else:
-            held.append(((s.start, s.stop), rows))
-    tiles = [Tile(rows, rows, True, True) for held in runs.values() for _, rows in held]
-    for held in runs.values():
-        for positions, rows in held:
-            before = sorted(r for p, r in held if p[1] <= positions[0])
-            tiles += [Tile(rows, k, False, False) for k in _join_ranges(before)]
-    return tuple(tiles)
-
-
-def _full_tiles(
-    queries: list[Segment], keys: list[Segment], causal: bool, first: bool = False
-) -> tuple[Tile, ...]:
-    """Tiles of query segments x key segments of the same document (causal: keys before queries), fused.
-
-    Args:
-        first: these are the first tiles of their rows (step 0 of full attention).
-    """
-    by_document: dict[int, list[Segment]] = defaultdict(list)
-    for s in keys:
-        by_document[s.document].append(s)
-    fused: list[tuple[Range, tuple[Range, ...]]] = []
-    for q in queries:
-        ranges = _row_ranges(k for k in by_document.get(q.document, ()) if not causal or k.stop <= q.start)
-        if not ranges:
-            continue
-        rows = (q.row, q.row + q.stop - q.start)
-        if fused and fused[-1][0][1] == rows[0] and fused[-1][1] == ranges:
-            fused[-1] = ((fused[-1][0][0], rows[1]), ranges)  # the same keys: one taller tile
-        else:
-            fused.append((rows, ranges))
-    return tuple(Tile(q, k, False, first and i == 0) for q, ranges in fused for i, k in enumerate(ranges))
+def _all_segments(layout: SequenceLayout) -> tuple[np.ndarray, np.ndarray]:
+    """The owners [n] and (document, start, stop) [n, 3] of all ranks' segments."""
+    found: Sequence = [(r, *s[:3]) for r in range(layout.ranks) for s in layout.segments(r)]
+    table = np.array(found, dtype=np.int64).reshape(-1, 4)
+    return table[:, 0], table[:, 1:]

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -175,9 +174,9 @@ class TransformerLayer(nn.Module):
     ) -> tuple[Tensor, None]:
         _refuse_mask(attention_mask)
         if layout is None:
-            layout = layout_of(self, hidden_states, packed_seq_params)
+            layout, packed_seq_params = layout_of(self, hidden_states, packed_seq_params)
         if rotary is None:
-            rotary = rotary_of(self, layout, hidden_states)
+            rotary = rotary_of(self, layout, hidden_states, packed_seq_params)
         args = (hidden_states, rotary, packed_seq_params, layout)
         if not torch.is_grad_enabled() or self.recompute == "none":
             return self._whole(*args), None
@@ -198,24 +197,31 @@ def _refuse_mask(attention_mask: Tensor | None) -> None:
         )
 
 
-def layout_of(layer: TransformerLayer, hidden: Tensor, packed_seq_params) -> SequenceLayout:
-    """The layout Megatron-style callers mean when they give none (see DotProductAttention)."""
+def layout_of(
+    layer: TransformerLayer, hidden: Tensor, packed_seq_params: PackedSeqParams | None
+) -> tuple[SequenceLayout, PackedSeqParams | None]:
+    """The layout Megatron-style callers mean when they give none, and what it leaves of the parameters."""
     attention = layer.self_attention
     rows = hidden.shape[0] * (attention.linear_q.tp_size if layer.config.sequence_parallel else 1)
     if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" and hidden.shape[1] != 1:
         raise ValueError(f"packed documents (thd) come as one row: [t, 1, h], not {tuple(hidden.shape)}.")
-    return attention.core_attention.default_layout(rows, packed_seq_params)
+    layout = attention.core_attention.default_layout(rows, packed_seq_params)
+    return layout, packed_seq_params and packed_seq_params.group_only()
 
 
 def rotary_of(
-    layer: TransformerLayer, layout: SequenceLayout, like: Tensor, position_ids: Tensor | None = None
+    layer: TransformerLayer,
+    layout: SequenceLayout,
+    like: Tensor,
+    packed_seq_params: PackedSeqParams | None,
+    position_ids: Tensor | None = None,
 ) -> RotaryTable | None:
     """cos and sin for this rank's rows: positions within their documents, or ``position_ids`` [b, s]."""
     config = layer.config
     if config.position_embedding_type != "rope":
         return None
     if position_ids is None:
-        rank = dist.get_rank(layer.self_attention.core_attention.cp_group)
+        rank = layer.self_attention.core_attention.rank_of_call(packed_seq_params)
         position_ids = layout.document_positions(rank)
     freqs = frequencies(config.kv_channels, config.rotary_base, config.rope_scaling)
     return rotary_table(position_ids, freqs.to(like.device), like.dtype)
@@ -250,8 +256,8 @@ class TransformerBlock(nn.Module):
         _refuse_mask(attention_mask)
         first = self.layers[0]
         if layout is None:
-            layout = layout_of(first, hidden_states, packed_seq_params)
-        rotary = rotary_of(first, layout, hidden_states, position_ids)
+            layout, packed_seq_params = layout_of(first, hidden_states, packed_seq_params)
+        rotary = rotary_of(first, layout, hidden_states, packed_seq_params, position_ids)
         for layer in self.layers:
             hidden_states, _ = layer(
                 hidden_states, packed_seq_params=packed_seq_params, layout=layout, rotary=rotary

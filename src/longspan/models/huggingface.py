@@ -225,36 +225,42 @@ def copy_tokenizer(source: Path | None, folder: Path) -> None:
 def hugging_face_config(
     model: dict[str, Any], dtype: torch.dtype, base: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The ``config.json`` of a Llama.
+    """The ``config.json`` of a Llama, or of a Mistral where all layers have one sliding window.
 
     Args:
         model: num_layers, hidden_size, num_attention_heads, num_query_groups, kv_channels, ffn_hidden_size, vocab_size,
-            tie_word_embeddings, layernorm_epsilon, rotary_base, rope_scaling, init_method_std, sequence_len.
+            tie_word_embeddings, layernorm_epsilon, rotary_base, rope_scaling, init_method_std, sliding_window, sequence_len.
         base: a config.json to start from; its other fields are kept.
     """
     base = dict(base or {})
     # transformers 5 reads rope_parameters, 4 reads the other two; both are written
     rope = {k: v for k, v in (model["rope_scaling"] or {}).items() if k != "type"}
     rope.setdefault("rope_type", (model["rope_scaling"] or {}).get("type", "default"))
-    return base | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_hidden_layers": model["num_layers"],
-        "hidden_size": model["hidden_size"],
-        "num_attention_heads": model["num_attention_heads"],
-        "num_key_value_heads": model["num_query_groups"],
-        "head_dim": model["kv_channels"],
-        "intermediate_size": model["ffn_hidden_size"],
-        "vocab_size": model["vocab_size"],
-        "tie_word_embeddings": model["tie_word_embeddings"],
-        "rms_norm_eps": model["layernorm_epsilon"],
-        "rope_theta": model["rotary_base"],
-        "rope_scaling": model["rope_scaling"],
-        "rope_parameters": {"rope_theta": model["rotary_base"], **rope},
-        "max_position_embeddings": max(base.get("max_position_embeddings", 0), model["sequence_len"]),
-        "initializer_range": model["init_method_std"],
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
+    window = model.get("sliding_window")
+    kind: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if window is not None or base.get("model_type") == "mistral":
+        kind = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    return (
+        base
+        | kind
+        | {
+            "num_hidden_layers": model["num_layers"],
+            "hidden_size": model["hidden_size"],
+            "num_attention_heads": model["num_attention_heads"],
+            "num_key_value_heads": model["num_query_groups"],
+            "head_dim": model["kv_channels"],
+            "intermediate_size": model["ffn_hidden_size"],
+            "vocab_size": model["vocab_size"],
+            "tie_word_embeddings": model["tie_word_embeddings"],
+            "rms_norm_eps": model["layernorm_epsilon"],
+            "rope_theta": model["rotary_base"],
+            "rope_scaling": model["rope_scaling"],
+            "rope_parameters": {"rope_theta": model["rotary_base"], **rope},
+            "max_position_embeddings": max(base.get("max_position_embeddings", 0), model["sequence_len"]),
+            "initializer_range": model["init_method_std"],
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "torch_dtype": str(dtype).removeprefix("torch."),
+        }
+    )

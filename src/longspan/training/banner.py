@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from longspan.config.resolve import Run
+from longspan.context_parallel import SequenceLayout
 from longspan.context_parallel.kernels import select_kernel
 
 
@@ -22,9 +23,11 @@ def banner(run: Run, *, parameters: int, samples: int, held_out: int, steps: int
     c, sizes = run.config, run.sizes
     dtype = torch.bfloat16 if c.bf16 is True else getattr(torch, c.params_dtype)
     model = run.transformer_config()
-    kernel = select_kernel(device, dtype, model.kv_channels, c.attention_backend)
+    kernel, reason = select_kernel(
+        device, dtype, model.kv_channels, c.attention_backend, c.deterministic_mode
+    )
     tokens = run.global_batch_size * c.sequence_len
-    layout = "zigzag" if c.cp_layout == "auto" else c.cp_layout
+    layout = SequenceLayout.choose(c.cp_layout, c.sequence_len, sizes.cp, c.sample_packing, run.windows)
     moves = c.cp_comm_type if isinstance(c.cp_comm_type, str) else "/".join(c.cp_comm_type)
     epochs = steps * run.global_batch_size / samples
     on = {True: "on", False: "off"}
@@ -37,8 +40,7 @@ def banner(run: Run, *, parameters: int, samples: int, held_out: int, steps: int
         "sequence": f"{c.sequence_len:,} tokens, {local_rows:,} on each of {sizes.cp} context parallel ranks "
         f"({layout}, {moves}); sequence parallelism {on[run.sequence_parallel]}; "
         + ("documents packed and kept apart" if c.sample_packing else "one stream of documents"),
-        "attention": f"{kernel.name} ({'chosen for' if c.attention_backend == 'auto' else 'asked for'} "
-        f"{device.type}, {str(dtype).removeprefix('torch.')})",
+        "attention": f"{kernel.name} on {device.type}, {str(dtype).removeprefix('torch.')} ({reason})",
         "precision": f"compute {str(dtype).removeprefix('torch.')}, weights and optimizer {c.params_dtype}; "
         f"recompute {run.recompute}",
         "steps": f"{steps} ({epochs:.2f} epochs of {samples} sequences), {warmup} of warm-up, "

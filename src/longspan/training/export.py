@@ -20,6 +20,7 @@ EXTRA_FIELDS = (
     "layernorm_epsilon",
     "rotary_base",
     "rope_scaling",
+    "sliding_window",
     "init_method_std",
     "sequence_len",
 )

@@ -74,6 +74,7 @@ SETTINGS = (
     "val_set_size",
     "rotary_base",
     "rope_scaling",
+    "sliding_window",
     "layernorm_epsilon",
 )
 
@@ -205,10 +206,14 @@ class Trainer:
     # --- one micro-batch ------------------------------------------------------------------
 
     def _make_layout(self, total: int, cu_seqlens=None) -> SequenceLayout:
-        kind = "zigzag" if self.run.config.cp_layout == "auto" else self.run.config.cp_layout
-        multiple = self.run.sizes.tp if self.run.sequence_parallel else 1
-        make = getattr(SequenceLayout, kind)
-        return make(total, self.run.sizes.cp, cu_seqlens=cu_seqlens, multiple_of=multiple)
+        return SequenceLayout.make(
+            self.run.config.cp_layout,
+            total,
+            self.run.sizes.cp,
+            cu_seqlens=cu_seqlens,
+            windows=self.run.windows,
+            multiple_of=self.run.sizes.tp if self.run.sequence_parallel else 1,
+        )
 
     def local_rows(self) -> int:
         """Tokens of a sequence on one rank, padding included."""

@@ -1,0 +1,162 @@
+"""Calls: what one kernel call computes of a step, a tile or many tiles as variable-length sequences.
+
+A ``TileCall`` is one tile. A ``Pack`` is every tile of a step that shares a mask, for kernels
+that take sequences of different lengths in one call (``kernel.packs``): a run of queries and
+all keys it sees is one sequence, its rows gathered in a row. A causal tile and the full ones
+of the same queries make one sequence too, with the causal keys last (bottom-right aligned).
+Tiles whose keys would be gathered many times over stay tiles.
+
+Both say which rows they read and write, so the loops over them (``keys``) are the same.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longspan.context_parallel.kernels import Kernel
+from longspan.context_parallel.schedule import Step
+from longspan.context_parallel.tiles import Mask, Range, Tile
+
+Rows = slice | Tensor
+
+#: a pack may gather this many times the rows it reads; more than that stays tiles
+MOST_COPIES = 4
+
+
+@dataclass(frozen=True)
+class TileCall:
+    """One tile; an ANTI tile is computed backwards, as a causal one."""
+
+    q: slice
+    k: slice
+    mask: Mask
+    first: bool
+
+    def _turn(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.flip(0) for x in tensors) if self.mask is Mask.ANTI else tensors
+
+    def forward(self, kernel: Kernel, q, k, v, scale):
+        """The whole local q and the step's k, v -> (out, lse) of this call's rows."""
+        q, k, v = self._turn(q[self.q], k[self.k], v[self.k])
+        out, lse = kernel.forward(q, k, v, self.mask is not Mask.FULL, scale)
+        return (out.flip(0), lse.flip(-1)) if self.mask is Mask.ANTI else (out, lse)
+
+    def backward(self, kernel: Kernel, dout, q, k, v, out, lse, scale):
+        """The same with the whole dout, out and lse -> (dq, dk, dv) of this call's rows."""
+        dout, q, k, v, out = self._turn(dout[self.q], q[self.q], k[self.k], v[self.k], out[self.q])
+        lse = lse[:, :, self.q]
+        if self.mask is Mask.ANTI:
+            lse = lse.flip(-1)
+        return self._turn(*kernel.backward(dout, q, k, v, out, lse, self.mask is not Mask.FULL, scale))
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Many sequences in one call: rows ``q`` and ``k`` in order, cut at ``cu_q`` and ``cu_k`` (int32)."""
+
+    q: Rows
+    k: Rows
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+    mask: Mask
+    first: bool
+
+    @classmethod
+    def single(cls, q_rows: int, k_rows: int, mask: Mask, device: torch.device) -> Pack:
+        """One sequence of all rows."""
+        cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (q_rows, k_rows))
+        return cls(slice(0, q_rows), slice(0, k_rows), cu_q, cu_k, q_rows, k_rows, mask, True)
+
+    def forward(self, kernel, q, k, v, scale):
+        """As :meth:`TileCall.forward`; batch entries are folded into the heads."""
+        b, n = q.shape[1:3]
+        flat = (x.flatten(1, 2) for x in (q[self.q], k[self.k], v[self.k]))
+        out, lse = kernel.forward_packed(*flat, self, scale)
+        return out.unflatten(1, (b, n)), lse.unflatten(0, (b, n))
+
+    def backward(self, kernel, dout, q, k, v, out, lse, scale):
+        """As :meth:`TileCall.backward`."""
+        rows = (dout[self.q], q[self.q], k[self.k], v[self.k], out[self.q])
+        flat = (x.flatten(1, 2) for x in rows)
+        grads = kernel.backward_packed(*flat, lse[:, :, self.q].flatten(0, 1), self, scale)
+        return tuple(g.unflatten(1, x.shape[1:3]) for g, x in zip(grads, (q, k, v)))
+
+
+def calls_of(step: Step, kernel: Kernel, device: torch.device) -> Sequence[TileCall | Pack]:
+    """The calls of a step, those that touch their rows first in front; made once a step."""
+    key = (kernel.packs, device)
+    if key not in step._memo:
+        step._memo[key] = _packs(step.tiles, device) if kernel.packs else [_single(t) for t in step.tiles]
+    return step._memo[key]
+
+
+def _single(tile: Tile) -> TileCall:
+    return TileCall(slice(*tile.q), slice(*tile.k), tile.mask, tile.first)
+
+
+def _packs(tiles: Sequence[Tile], device: torch.device) -> list[TileCall | Pack]:
+    sequences: dict[Range, list[Tile]] = defaultdict(list)
+    packs: dict[tuple[bool, Mask, int], list[tuple[Range, list[Range]]]] = defaultdict(list)
+    for tile in tiles:
+        if tile.mask is Mask.ANTI:
+            _add(packs, (False, Mask.ANTI), tile.q, [tile.k])
+        else:
+            sequences[tile.q].append(tile)
+    for q, same in sorted(sequences.items()):
+        causal = [t for t in same if t.mask is Mask.CAUSAL]
+        full = [t.k for t in same if t.mask is Mask.FULL]
+        mask = Mask.CAUSAL if causal else Mask.FULL
+        _add(packs, (any(t.first for t in same), mask), q, full + [t.k for t in causal])
+    calls: list[TileCall | Pack] = []
+    for (first, mask, _), held in sorted(packs.items(), key=lambda item: not item[0][0]):
+        keys = [k for _, ranges in held for k in ranges]
+        read = max(stop for _, stop in keys) - min(start for start, _ in keys)
+        queries = sum(stop - start for (start, stop), _ in held)
+        if sum(stop - start for start, stop in keys) <= MOST_COPIES * max(read, queries):
+            calls.append(_pack(held, mask, first, device))
+        else:
+            in_pack = {(q, k) for q, ranges in held for k in ranges}
+            calls += [_single(tile) for tile in tiles if (tile.q, tile.k) in in_pack]
+    return calls
+
+
+def _add(packs: dict, kind: tuple[bool, Mask], q: Range, keys: list[Range]) -> None:
+    """Puts a sequence into the first pack of its kind in which no other has its query rows."""
+    number = 0
+    while any(q[0] < other[1] and other[0] < q[1] for other, _ in packs[*kind, number]):
+        number += 1
+    packs[*kind, number].append((q, keys))
+
+
+def _pack(held: list[tuple[Range, list[Range]]], mask: Mask, first: bool, device: torch.device) -> Pack:
+    held = sorted(held)
+    q_lengths = [stop - start for (start, stop), _ in held]
+    k_lengths = [sum(stop - start for start, stop in ranges) for _, ranges in held]
+    return Pack(
+        _rows([q for q, _ in held], device),
+        _rows([k for _, ranges in held for k in ranges], device),
+        _cumulative(q_lengths, device),
+        _cumulative(k_lengths, device),
+        max(q_lengths),
+        max(k_lengths),
+        mask,
+        first,
+    )
+
+
+def _rows(ranges: list[Range], device: torch.device) -> Rows:
+    """A slice where the ranges follow one another, else the row numbers."""
+    if all(a[1] == b[0] for a, b in zip(ranges, ranges[1:])):
+        return slice(ranges[0][0], ranges[-1][1])
+    return torch.cat([torch.arange(*r) for r in ranges]).to(device)
+
+
+def _cumulative(lengths: list[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)

@@ -1,0 +1,257 @@
+"""Attention backends for CUDA, each with the protocol of ``kernels``.
+
+    cuda-flash      PyTorch's built-in FlashAttention-2
+    cudnn           PyTorch's cuDNN attention, tile by tile
+    flash-attn-2    the flash-attn package, where it is installed
+    flash-attn-3    its Hopper successor (flash_attn_interface), where it is installed
+
+The flash backends also compute many tiles in one call as variable-length sequences. A
+causal sequence is aligned at the bottom right (its last query sees its last key), so a run
+of queries and all keys before it are one sequence; an ANTI tile is a window that reaches
+nothing to the left of the diagonal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from longspan.context_parallel.calls import Pack
+from longspan.context_parallel.tiles import Mask
+
+aten = torch.ops.aten
+
+#: mask -> (causal, window to the left, window to the right); -1 is no limit
+WINDOWS = {Mask.FULL: (False, -1, -1), Mask.CAUSAL: (True, -1, 0), Mask.ANTI: (False, 0, -1)}
+
+
+def why_not(name: str, head_dim: int, deterministic: bool) -> str:
+    """Why a CUDA backend cannot be used here; empty where it can."""
+    if name == "flash-attn-2" and not _installed("flash_attn"):
+        return "is not installed (pip install flash-attn)"
+    if name == "flash-attn-3":
+        if not _installed("flash_attn_interface"):
+            return "is not installed (it is built from the hopper folder of flash-attention)"
+        if torch.cuda.get_device_capability()[0] != 9:
+            return "runs on Hopper GPUs only"
+    if name == "cudnn":
+        if head_dim > 128:
+            return f"takes head sizes up to 128, not {head_dim}"
+        if deterministic:
+            return "has no deterministic backward"
+    return ""
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+class _Flash:
+    """What the flash backends share: one tile is a pack of one sequence, unless a subclass knows better."""
+
+    packs = True
+
+    def __init__(self, deterministic: bool):
+        self.deterministic = deterministic
+
+    def forward(self, q, k, v, causal, scale):
+        """q [s, b, n, d], k and v [t, b, m, d]: batch entries are folded into the heads."""
+        s, b, n, d = q.shape
+        pack = Pack.single(s, k.shape[0], Mask.CAUSAL if causal else Mask.FULL, q.device)
+        out, lse = self.forward_packed(*(x.flatten(1, 2) for x in (q, k, v)), pack, scale)
+        return out.unflatten(1, (b, n)), lse.unflatten(0, (b, n))
+
+    def backward(self, dout, q, k, v, out, lse, causal, scale):
+        pack = Pack.single(q.shape[0], k.shape[0], Mask.CAUSAL if causal else Mask.FULL, q.device)
+        flat = (x.flatten(1, 2) for x in (dout, q, k, v, out))
+        grads = self.backward_packed(*flat, lse.flatten(0, 1), pack, scale)
+        return tuple(g.unflatten(1, x.shape[1:3]) for g, x in zip(grads, (q, k, v)))
+
+
+class CudaFlash(_Flash):
+    """PyTorch's built-in FlashAttention-2."""
+
+    name = "cuda-flash"
+
+    def forward_packed(self, q, k, v, pack, scale):
+        causal, left, right = WINDOWS[pack.mask]
+        out, lse, *_ = aten._flash_attention_forward(
+            q,
+            k,
+            v,
+            pack.cu_q,
+            pack.cu_k,
+            pack.max_q,
+            pack.max_k,
+            0.0,
+            causal,
+            False,
+            scale=scale,
+            window_size_left=left,
+            window_size_right=right,
+        )
+        return out, lse
+
+    def backward_packed(self, dout, q, k, v, out, lse, pack, scale):
+        causal, left, right = WINDOWS[pack.mask]
+        state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # random numbers of dropout: none
+        with _deterministic(self.deterministic):
+            return aten._flash_attention_backward(
+                dout.contiguous(),
+                q,
+                k,
+                v,
+                out.contiguous(),
+                lse.contiguous(),
+                pack.cu_q,
+                pack.cu_k,
+                pack.max_q,
+                pack.max_k,
+                0.0,
+                causal,
+                state,
+                state.new_empty(0),
+                scale=scale,
+                window_size_left=left,
+                window_size_right=right,
+            )
+
+
+@contextlib.contextmanager
+def _deterministic(on: bool) -> Iterator[None]:
+    """PyTorch's flash backward asks the global switch whether to avoid atomics."""
+    before, warn = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    if on:
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        if on:
+            torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
+class Cudnn:
+    """PyTorch's cuDNN attention."""
+
+    name, packs = "cudnn", False
+
+    def forward(self, q, k, v, causal, scale):
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+            *(x.permute(1, 2, 0, 3) for x in (q, k, v)), None, True, 0.0, causal, False, scale=scale
+        )
+        return out.permute(2, 0, 1, 3), lse.squeeze(-1)
+
+    def backward(self, dout, q, k, v, out, lse, causal, scale):
+        state = torch.zeros((), dtype=torch.int64, device=q.device)  # random numbers of dropout: none
+        grads = aten._scaled_dot_product_cudnn_attention_backward(
+            *(x.permute(1, 2, 0, 3) for x in (dout, q, k, v, out)),
+            lse.unsqueeze(-1).contiguous(),
+            state,
+            state,
+            None,
+            None,
+            None,
+            q.shape[0],
+            k.shape[0],
+            0.0,
+            causal,
+            scale=scale,
+        )
+        return tuple(g.permute(2, 0, 1, 3) for g in grads)
+
+
+class FlashAttn(_Flash):
+    """The flash-attn package, version 2 or 3: their functions differ in a few argument names only."""
+
+    def __init__(self, version: int, deterministic: bool):
+        super().__init__(deterministic)
+        self.name = f"flash-attn-{version}"
+        if version == 2:
+            from flash_attn import flash_attn_interface as module  # type: ignore[import-not-found]
+
+            self._forward = module._flash_attn_varlen_forward
+            self._backward = module._flash_attn_varlen_backward
+        else:
+            import flash_attn_interface as module  # type: ignore[import-not-found]
+
+            self._forward, self._backward = module._flash_attn_forward, module._flash_attn_backward
+
+    def _lengths(self, pack: Pack) -> dict:
+        return {
+            "cu_seqlens_q": pack.cu_q,
+            "cu_seqlens_k": pack.cu_k,
+            "max_seqlen_q": pack.max_q,
+            "max_seqlen_k": pack.max_k,
+        }
+
+    def forward_packed(self, q, k, v, pack, scale):
+        causal, left, right = WINDOWS[pack.mask]
+        out, lse, *_ = _call(
+            self._forward,
+            q=q,
+            k=k,
+            v=v,
+            **self._lengths(pack),
+            dropout_p=0.0,
+            softmax_scale=scale,
+            causal=causal,
+            window_size_left=left,
+            window_size_right=right,
+            window_size=(left, right),
+        )
+        return out, lse
+
+    def backward_packed(self, dout, q, k, v, out, lse, pack, scale):
+        causal, left, right = WINDOWS[pack.mask]
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _call(
+            self._backward,
+            dout=dout.contiguous(),
+            q=q,
+            k=k,
+            v=v,
+            out=out.contiguous(),
+            softmax_lse=lse.contiguous(),
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            **self._lengths(pack),
+            dropout_p=0.0,
+            softmax_scale=scale,
+            causal=causal,
+            is_causal=causal,
+            window_size_left=left,
+            window_size_right=right,
+            window_size=(left, right),
+            softcap=0.0,
+            alibi_slopes=None,
+            deterministic=self.deterministic,
+        )
+        return dq, dk, dv
+
+
+def _call(function: Callable, **arguments) -> tuple[Tensor, ...]:
+    """Calls with the arguments a function knows: flash-attn's releases renamed some."""
+    known = inspect.signature(getattr(function, "_init_fn", function)).parameters
+    return function(**{name: value for name, value in arguments.items() if name in known})
+
+
+_KERNELS: dict[str, Callable] = {
+    "cuda-flash": CudaFlash,
+    "cudnn": lambda deterministic: Cudnn(),
+    "flash-attn-2": lambda deterministic: FlashAttn(2, deterministic),
+    "flash-attn-3": lambda deterministic: FlashAttn(3, deterministic),
+}
+
+
+def make_kernel(name: str, deterministic: bool):
+    """The backend of a name."""
+    return _KERNELS[name](deterministic)
