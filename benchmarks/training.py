@@ -95,7 +95,9 @@ def bench(args: argparse.Namespace, folder: str) -> None:
     trainer = make_trainer(folder, args.seq, args.bf16, dist.get_world_size())
     batches = trainer.micro_batches(0)
     peer = Peer(folder, args.bf16) if dist.get_rank() == 0 else None
-    tokens = batches[0].tokens
+    tokens = trainer.train_data.micro_batches(
+        0, global_batch_size=1, micro_batch_size=1, dp_rank=0, dp_size=1
+    )[0].tokens
     losses = {}
 
     def ours_step():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import pool
 from longspan import TransformerConfig
 from longspan.config.parallel import MeshSizes
-from longspan.context_parallel import SequenceLayout
+from longspan.context_parallel import DotProductAttention, PackedSeqParams, SequenceLayout
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
 from longspan.parallelize import gradient_norm, init_weights, parallelize
@@ -31,6 +31,7 @@ def transformer_config(sizes, **kwargs):
         init_method_std=0.2,
         tensor_model_parallel_size=sizes.tp,
         context_parallel_size=sizes.cp,
+        hierarchical_context_parallel_sizes=sizes.hierarchical_cp or None,
     )
     return TransformerConfig(**(defaults | kwargs))
 
@@ -56,8 +57,13 @@ def gradients(sizes, kind, options, layout_kind="zigzag"):
         model = GPTModel(config, VOCAB, LENGTH, pg_collection=mesh.groups)
     parallelize(model, mesh, seed=3, device=torch.device("cpu"), recompute=recompute)
     tokens, labels, cu = batch(kind)
-    layout = getattr(SequenceLayout, layout_kind)(
-        LENGTH, sizes.cp, cu_seqlens=cu, multiple_of=sizes.tp if config.sequence_parallel else 1
+    layout = SequenceLayout.make(
+        layout_kind,
+        LENGTH,
+        sizes.cp,
+        cu_seqlens=cu,
+        windows=config.windows,
+        multiple_of=sizes.tp if config.sequence_parallel else 1,
     )
     rank = dist.get_rank(mesh.groups.cp)
     count = (labels != -100).sum() * sizes.dp  # every data parallel rank takes the same sample here
@@ -92,7 +98,7 @@ _references = {}
 
 
 def reference(kind, **options):
-    key = (kind, *sorted(options.items()))
+    key = kind, repr(sorted(options.items()))
     if key not in _references:
         _references[key] = pool.run(1, gradients, MeshSizes(), kind, dict(options))[0]
     return _references[key]
@@ -121,6 +127,9 @@ def test_every_layout_computes_the_loss_and_gradients_of_one_process(name, kind)
         {"sequence_parallel": True, "share_embeddings_and_output_weights": True},
         {"cp_comm_type": "all_gather"},
         {"cp_comm_type": ["p2p", "all_gather"]},
+        {"cp_comm_type": "a2a"},
+        {"cp_comm_type": ["a2a", "p2p"], "sliding_window": [5, None], "sequence_parallel": True},
+        {"sliding_window": 11},
         {
             "normalization": "LayerNorm",
             "add_bias_linear": True,
@@ -140,10 +149,85 @@ def test_options_at_tp2_cp2(options):
     compare(got, reference("packed", **plain))
 
 
-@pytest.mark.parametrize("kind", ["contiguous"])
+@pytest.mark.parametrize("kind", ["contiguous", "per_document_zigzag", "balanced"])
 def test_other_layouts_of_the_sequence(kind):
     got = pool.run(3, gradients, LAYOUTS["cp3"], "packed", {}, kind)[0]
     compare(got, reference("packed"))
+
+
+def test_heads_inside_and_keys_across():
+    sizes = MeshSizes(cp=4, hierarchical_cp=(2, 2))
+    options = {"cp_comm_type": ["a2a+p2p", "p2p"], "sliding_window": [None, 6]}
+    got = pool.run(4, gradients, sizes, "packed", dict(options), "balanced")[0]
+    compare(got, reference("packed", sliding_window=[None, 6]))
+
+
+# --- Megatron's way of calling: packed_seq_params instead of a layout -------------------------
+
+
+def by_packed_seq_params(cu, padded):
+    """Loss of a thd batch at cp 2, with the group switched for one call and switched off for another."""
+    mesh = ParallelMesh.build(MeshSizes(cp=2))
+    with torch.device("meta"):
+        model = GPTModel(transformer_config(mesh.sizes), VOCAB, LENGTH, pg_collection=mesh.groups)
+    model.to_empty(device="cpu")
+    init_weights(model, 3)
+    tokens, labels, _ = batch("packed")
+    rank = dist.get_rank(mesh.groups.cp)
+
+    def loss(ranks, rank, group, **dynamic):
+        layout = SequenceLayout.per_document_zigzag(cu, ranks, cu_seqlens_padded=padded)
+        cu_t, padded_t = torch.tensor(cu), torch.tensor(padded)
+        params = PackedSeqParams("thd", cu_t, cu_t, padded_t, padded_t, **dynamic)
+        out = model(
+            layout.shard(tokens, rank, dim=1),
+            labels=layout.shard(labels, rank, dim=1, pad_value=-100),
+            packed_seq_params=params,
+        )
+        total = out.detach().sum()
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        return total.item()
+
+    pair = dist.new_group([1, 0], use_local_synchronization=False, sort_ranks=False)
+    return [
+        loss(2, rank, mesh.groups.cp),
+        loss(1, 0, None, local_cp_size=1),
+        loss(2, dist.get_rank(pair), pair, cp_group=pair, local_cp_size=2),
+    ]
+
+
+def test_the_context_parallel_group_changes_from_call_to_call():
+    """An encoder without context parallelism and a decoder with it, rotary positions included."""
+    cu, padded = (0, 1, 9, 30, LENGTH), (0, 4, 12, 36, 60)
+    kept = [pool.run(2, by_packed_seq_params, cu, padded)[r] for r in range(2)]
+    loss, _, _ = reference("packed")
+    _, labels, _ = batch("packed")
+    expected = loss * (labels != -100).sum().item()
+    for found in kept:
+        for value in found:
+            assert abs(value - expected) <= 1e-10 * expected
+
+
+def wrong_groups():
+    mesh = ParallelMesh.build(MeshSizes(cp=2))
+    attention = DotProductAttention(transformer_config(mesh.sizes), 1, pg_collection=mesh.groups)
+    alone = [dist.new_group([r]) for r in range(2)]
+    x = torch.zeros(4, 1, 4, 8)
+    for message, params in (
+        (
+            "local_cp_size is 4, cp_group has 2 ranks. The two",
+            PackedSeqParams(local_cp_size=4, cp_group=mesh.groups.cp),
+        ),
+        ("local_cp_size is 2, cp_group has 1 rank. Give the group", PackedSeqParams(local_cp_size=2)),
+        ("this rank is not in it", PackedSeqParams(cp_group=alone[1 - dist.get_rank()])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(x, x, x, packed_seq_params=params)
+
+
+def test_groups_that_do_not_fit_are_refused():
+    pool.run(2, wrong_groups)
 
 
 # --- one process against an independent, plain model ----------------------------------------

@@ -23,12 +23,13 @@ from longspan.training.loop import Trainer
 CPU = torch.device("cpu")
 
 
-def make_llama(folder, tied, dtype=torch.float32, scaling=None):
-    """A random Llama as transformers saves it: grouped key/value heads, a vocabulary that is no multiple of 128."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_llama(folder, tied, dtype=torch.float32, scaling=None, window=None):
+    """A random Llama (with a window: Mistral) as transformers saves it: grouped heads, a vocabulary that is no multiple of 128."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
     torch.manual_seed(1)
-    config = LlamaConfig(
+    make, kind = (LlamaForCausalLM, LlamaConfig) if window is None else (MistralForCausalLM, MistralConfig)
+    config = kind(
         vocab_size=tiny.VOCAB,
         hidden_size=32,
         num_hidden_layers=2,
@@ -39,8 +40,9 @@ def make_llama(folder, tied, dtype=torch.float32, scaling=None):
         tie_word_embeddings=tied,
         initializer_range=0.2,
         rope_scaling=scaling,
+        **({} if window is None else {"sliding_window": window}),
     )
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size="20KB")
+    make(config).to(dtype).save_pretrained(folder, max_shard_size="20KB")
     return str(folder)
 
 
@@ -78,16 +80,19 @@ def imported(prefix, base, folder, more):
     layout = SequenceLayout.zigzag(45, trainer.run.sizes.cp, multiple_of=trainer.run.sizes.tp)
     trainer.model.parallel_output = False
     with torch.no_grad():
-        local = trainer.model(layout.shard(tokens, trainer.cp_rank, dim=1), layout=layout)
+        local = trainer.model(layout.shard(tokens, trainer.shard.rank, dim=1), layout=layout)
     export(trainer, Path(folder))
     return tokens, layout.unshard(local, trainer.groups.cp, dim=1)
 
 
-@pytest.mark.parametrize(("tied", "scaling"), [(False, None), (True, None), (False, LLAMA3)])
-def test_logits_are_transformers_and_the_round_trip_is_bit_equal(prefix, tmp_path, tied, scaling):
+@pytest.mark.parametrize(
+    ("tied", "scaling", "window"),
+    [(False, None, None), (True, None, None), (False, LLAMA3, None), (False, None, 9)],
+)
+def test_logits_are_transformers_and_the_round_trip_is_bit_equal(prefix, tmp_path, tied, scaling, window):
     from transformers import AutoModelForCausalLM
 
-    base = make_llama(tmp_path / "base", tied, scaling=scaling)
+    base = make_llama(tmp_path / "base", tied, scaling=scaling, window=window)
     assert (tmp_path / "base" / "model.safetensors.index.json").exists()
     layout = {"tensor_parallel_size": 2, "context_parallel_size": 2, "params_dtype": "float32"}
     tokens, logits = pool.run(4, imported, prefix, base, str(tmp_path / "hf"), layout)[0]

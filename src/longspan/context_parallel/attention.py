@@ -73,19 +73,36 @@ def _attend(
     kernel, _ = select_kernel(q.device, q.dtype, q.shape[-1], backend, deterministic)
     scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(q.shape[-1])
     rank = 0 if group is None else dist.get_rank(group)
-    if ranks == 1 or comm_type in ("p2p", "all_gather"):
-        at_once = comm_type == "all_gather"
-        schedule = Schedule.of(layout, rank, causal=causal, window=window, all_at_once=at_once)
-        return MoveKeys.apply(q, k, v, schedule, group, kernel, scale)
-
-    inner, outer = (group, None) if comm_type == "a2a" else hierarchical_groups or (None, None)
-    assert inner is not None
-    together = _size(inner)
-    groups = tuple(tuple(range(first, first + together)) for first in range(0, ranks, together))
-    move = HeadMove.of(inner, layout, groups[rank // together], n, m)
-    schedule = Schedule.of(layout.merged(groups), rank // together, causal=causal, window=window)
+    inner, outer = _moves(comm_type, group, hierarchical_groups)
+    schedule, together = _plan(layout, rank, comm_type, _size(inner), causal, window)
+    if inner is None:
+        return MoveKeys.apply(q, k, v, schedule, outer, kernel, scale)
+    move = HeadMove.of(inner, layout, together, n, m)
     out, lse = MoveKeys.apply(*to_heads(q, k, v, move), schedule, outer, kernel, scale)
     return to_tokens(out, move), lse_to_tokens(lse, move)
+
+
+def _moves(
+    comm_type: str, group: dist.ProcessGroup | None, hierarchical_groups: Groups | None
+) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """(the group that moves heads, the group that moves keys); None where nothing moves."""
+    if _size(group) == 1 or comm_type in ("p2p", "all_gather"):
+        return None, group
+    if comm_type == "a2a":
+        return group, None
+    assert hierarchical_groups is not None
+    return hierarchical_groups[0], hierarchical_groups[1]
+
+
+def _plan(
+    layout: SequenceLayout, rank: int, comm_type: str, inner: int, causal: bool, window: int | None
+) -> tuple[Schedule, tuple[int, ...]]:
+    """The schedule of the keys' move, and the ranks this one exchanges heads with (``inner`` of them)."""
+    groups = [tuple(range(first, first + inner)) for first in range(0, layout.ranks, inner)]
+    merged = layout if inner == 1 else layout.merged(groups)
+    at_once = comm_type == "all_gather"
+    schedule = Schedule.of(merged, rank // inner, causal=causal, window=window, all_at_once=at_once)
+    return schedule, groups[rank // inner]
 
 
 def context_parallel_attention(
@@ -229,6 +246,18 @@ class DotProductAttention(nn.Module):
                 padded if cu is None else cu, ranks, cu_seqlens_padded=cu if padded is None else padded
             )
         return _zigzag(rows * ranks, ranks)
+
+    def plan(self, layout: SequenceLayout) -> None:
+        """Computes ahead what ``forward`` needs of a layout: a loader's thread keeps it off the step's path."""
+        inner, _ = _moves(self.cp_comm_type, self.cp_group, self.hierarchical_groups)
+        _plan(
+            layout,
+            self.rank_of_call(),
+            self.cp_comm_type,
+            _size(inner),
+            self.attn_mask_type.is_causal,
+            self.window,
+        )
 
     def forward(
         self,

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -24,10 +23,9 @@ from torch import Tensor
 
 from longspan import __version__
 from longspan.config.architecture import model_folder
-from longspan.config.model import IGNORE_INDEX
 from longspan.config.resolve import Run, training_steps, warmup_steps
 from longspan.context_parallel import SequenceLayout
-from longspan.data import Batch, IndexedDataset, Prefetcher, TokenDataset
+from longspan.data import IndexedDataset, Prefetcher, TokenDataset
 from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
@@ -37,6 +35,7 @@ from longspan.training.checkpoint import Checkpointer, SaveError, check_fits, lo
 from longspan.training.metrics import Metrics, peak_memory_gib
 from longspan.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from longspan.training.progress import Progress
+from longspan.training.sharding import LocalBatch, Sharder
 
 
 def open_datasets(run: Run) -> tuple[TokenDataset, TokenDataset | None]:
@@ -178,9 +177,8 @@ class Trainer:
         if run.pretrained:
             load_pretrained(self.model, SafetensorsFolder(model_folder(config.base_model)))
         self.optimizer = make_optimizer(self.model, config)
-        self.cp_rank = dist.get_rank(self.groups.cp)
         self.dp_rank = dist.get_rank(self.groups.dp)
-        self._plain_layout = lru_cache(maxsize=4)(self._make_layout)
+        self.shard = Sharder(run, dist.get_rank(self.groups.cp), self._plan)
 
     # --- resuming -------------------------------------------------------------------------
 
@@ -205,52 +203,33 @@ class Trainer:
 
     # --- one micro-batch ------------------------------------------------------------------
 
-    def _make_layout(self, total: int, cu_seqlens=None) -> SequenceLayout:
-        return SequenceLayout.make(
-            self.run.config.cp_layout,
-            total,
-            self.run.sizes.cp,
-            cu_seqlens=cu_seqlens,
-            windows=self.run.windows,
-            multiple_of=self.run.sizes.tp if self.run.sequence_parallel else 1,
-        )
-
     def local_rows(self) -> int:
         """Tokens of a sequence on one rank, padding included."""
-        return self._make_layout(self.run.config.sequence_len).local_length
+        return self.shard.make_layout(self.run.config.sequence_len).local_length
 
-    def loss_sum(self, batch: Batch) -> Tensor:
+    def _plan(self, layout: SequenceLayout) -> None:
+        for layer in self.model.decoder.layers:
+            layer.self_attention.core_attention.plan(layout)
+
+    def loss_sum(self, batch: LocalBatch) -> Tensor:
         """The summed loss of this rank's tokens of a micro-batch."""
-        tokens, labels = batch.tokens, batch.labels
-        vocab = self.run.config.vocab_size
-        largest, smallest = int(max(tokens.max(), labels.max())), int(tokens.min())
-        if largest >= vocab or smallest < 0:
-            raise UserError(
-                f"the data holds token {largest if largest >= vocab else smallest}, but vocab_size is {vocab}. It was made with another tokenizer: "
-                "give that tokenizer (tokenizer_config), or its vocab_size."
-            )
-        if batch.cu_seqlens is None:
-            layout = self._plain_layout(tokens.shape[1])
-        else:  # all rows as one pack: its documents are kept apart anyway
-            tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
-            layout = self._make_layout(tokens.shape[1], batch.cu_seqlens)
-        tokens = layout.shard(tokens, self.cp_rank, dim=1).to(self.device)
-        labels = layout.shard(labels, self.cp_rank, dim=1, pad_value=IGNORE_INDEX).to(self.device)
-        return self.model(tokens, labels=labels, layout=layout).sum()
+        tokens, labels = batch.tokens.to(self.device), batch.labels.to(self.device)
+        return self.model(tokens, labels=labels, layout=batch.layout).sum()
 
     # --- one step -------------------------------------------------------------------------
 
-    def micro_batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of training step ``step`` (from 0)."""
-        return self.train_data.micro_batches(
+    def micro_batches(self, step: int) -> list[LocalBatch]:
+        """This rank's part of its micro-batches of training step ``step`` (from 0)."""
+        whole = self.train_data.micro_batches(
             step,
             global_batch_size=self.run.global_batch_size,
             micro_batch_size=self.run.micro_batch_size,
             dp_rank=self.dp_rank,
             dp_size=self.run.sizes.dp,
         )
+        return list(map(self.shard, whole))
 
-    def compute_gradients(self, batches: list[Batch]) -> tuple[float, int]:
+    def compute_gradients(self, batches: list[LocalBatch]) -> tuple[float, int]:
         """Forward and backward of a global batch. Returns (loss, valid tokens) of all ranks."""
         count = torch.tensor(sum(batch.num_valid for batch in batches), dtype=torch.int64)
         dist.all_reduce(count, group=self.groups.dp)
@@ -280,7 +259,7 @@ class Trainer:
         self.step += 1
         return norm.item(), rate
 
-    def train_step(self, batches: list[Batch]) -> dict:
+    def train_step(self, batches: list[LocalBatch]) -> dict:
         """One optimizer step; returns its record."""
         start = time.perf_counter()
         loss, count = self.compute_gradients(batches)
@@ -310,7 +289,7 @@ class Trainer:
 
     # --- the loop -------------------------------------------------------------------------
 
-    def steps_ahead(self) -> Iterator[list[Batch]]:
+    def steps_ahead(self) -> Iterator[list[LocalBatch]]:
         """The micro-batches of each step that is left, read ahead in a thread."""
         with Prefetcher(self.micro_batches, self.step, self.steps) as ahead:
             yield from ahead
@@ -377,9 +356,9 @@ class Trainer:
             dp_size=self.run.sizes.dp,
             limit=self.run.config.eval_max_samples,
         ):
-            sums[0] += self.loss_sum(batch)
+            sums[0] += self.loss_sum(self.shard(batch))
             # every context parallel rank sees the batch; one of them counts it
-            sums[1] += batch.num_valid if self.cp_rank == 0 else 0
+            sums[1] += batch.num_valid if self.shard.rank == 0 else 0
         dist.all_reduce(sums, group=self.groups.dp_cp)
         loss, count = sums.tolist()
         return self.metrics.write("eval", self.step, loss=loss / max(count, 1), tokens=int(count))
