@@ -21,9 +21,11 @@ from longspan.context_parallel import (
     keys,
     schedule,
 )
+from longspan.context_parallel.cuda_kernels import VarlenKernel
 from longspan.context_parallel.kernels import CPU_KERNELS, merge
 from longspan.context_parallel.layout import LAYOUTS
 from longspan.context_parallel.schedule import Schedule
+from longspan.context_parallel.tiles import Mask
 from longspan.mesh.topology import hierarchical_groups
 
 
@@ -124,7 +126,10 @@ def distributed(cases, deterministic_twice=False):
 
 def check(world, cases, tolerance=1e-10, deterministic_twice=False):
     cases = [case for case in cases if case.fits(world)]
-    results = pool.run(world, distributed, cases, deterministic_twice)[0]
+    compare(world, cases, pool.run(world, distributed, cases, deterministic_twice)[0], tolerance)
+
+
+def compare(world, cases, results, tolerance=1e-10):
     for case, got in zip(cases, results):
         expected = reference(case.heads, case.d, case.cu, case.causal, case.window)
         for name, x, ref in zip(("out", "lse", "dq", "dk", "dv"), got, expected):
@@ -195,6 +200,73 @@ def test_random_packs(data):
             )
         )
     check(world, cases, deterministic_twice=True)
+
+
+class PackedMath(VarlenKernel):
+    """A kernel that takes many sequences in one call, as CUDA's do, made of plain PyTorch."""
+
+    name, calls = "packed math", 0
+
+    def _scores(self, q, k, mask, scale):
+        rows, keys = q.shape[0], k.shape[0]
+        seen = torch.ones(rows, keys, dtype=torch.bool)
+        if mask is Mask.CAUSAL:  # aligned at the bottom right
+            seen = seen.tril(keys - rows)
+        elif mask is Mask.ANTI:
+            seen = seen.triu(keys - rows)
+        return torch.einsum("snd,tnd->nst", q, k).mul(scale).masked_fill(~seen, float("-inf"))
+
+    def _sequences(self, pack):
+        assert pack.max_q == pack.cu_q.diff().max()
+        assert pack.max_k == pack.cu_k.diff().max()
+        q, k = pack.cu_q.tolist(), pack.cu_k.tolist()
+        return zip(*(map(slice, x, x[1:]) for x in (q, k)))
+
+    def forward_packed(self, q, k, v, pack, scale):
+        type(self).calls += 1
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        for a, b in self._sequences(pack):
+            scores = self._scores(q[a], k[b], pack.mask, scale)
+            lse[:, a] = scores.logsumexp(-1)
+            out[a] = torch.einsum("nst,tnd->snd", scores.softmax(-1), v[b])
+        return out, lse
+
+    def backward_packed(self, dout, q, k, v, out, lse, pack, scale):
+        share = q.shape[1] // k.shape[1]
+        wide_k, wide_v = (x.repeat_interleave(share, 1) for x in (k, v))
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+        for a, b in self._sequences(pack):
+            p = (self._scores(q[a], wide_k[b], pack.mask, scale) - lse[:, a, None]).exp()
+            delta = (dout[a] * out[a]).sum(-1).t().unsqueeze(-1)
+            ds = p * (torch.einsum("snd,tnd->nst", dout[a], wide_v[b]) - delta) * scale
+            dq[a] += torch.einsum("nst,tnd->snd", ds, wide_k[b])
+            dk[b] += torch.einsum("nst,snd->tnd", ds, q[a])
+            dv[b] += torch.einsum("nst,snd->tnd", p, dout[a])
+        return dq, *(x.unflatten(1, (-1, share)).sum(2) for x in (dk, dv))
+
+
+def distributed_packed(cases):
+    usual, CPU_KERNELS["cpu-flash"] = CPU_KERNELS["cpu-flash"], PackedMath(False)
+    try:
+        return distributed(cases), PackedMath.calls
+    finally:
+        CPU_KERNELS["cpu-flash"] = usual
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_kernels_that_take_many_sequences_in_one_call(world):
+    """What CUDA's flash kernels are asked to do, with its rows gathered and scattered, is right."""
+    cases = [
+        Case(layout, comm, (4, 2), 4, cu, True, window, rows_a_step=least)
+        for layout in LAYOUTS
+        for comm in ("p2p", "all_gather")
+        for cu in ((0, 37), (0, 1, 2, 17, 40, 41, 90))
+        for window, least in ((None, 0), (None, 30), (7, 0))
+    ]
+    results, calls = pool.run(world, distributed_packed, cases)[0]
+    compare(world, cases, results)
+    assert calls > 0
 
 
 def bytes_sent(cases):

@@ -51,7 +51,7 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-class _Flash:
+class VarlenKernel:
     """What the flash backends share: one tile is a pack of one sequence, unless a subclass knows better."""
 
     packs = True
@@ -73,7 +73,7 @@ class _Flash:
         return tuple(g.unflatten(1, x.shape[1:3]) for g, x in zip(grads, (q, k, v)))
 
 
-class CudaFlash(_Flash):
+class CudaFlash(VarlenKernel):
     """PyTorch's built-in FlashAttention-2."""
 
     name = "cuda-flash"
@@ -168,7 +168,7 @@ class Cudnn:
         return tuple(g.permute(2, 0, 1, 3) for g in grads)
 
 
-class FlashAttn(_Flash):
+class FlashAttn(VarlenKernel):
     """The flash-attn package, version 2 or 3: their functions differ in a few argument names only."""
 
     def __init__(self, version: int, deterministic: bool):

@@ -151,18 +151,35 @@ def _forward(q, k, v, schedule, group, kernel, scale):
     keys = k, v
     for step, after in _with_next(schedule.steps):
         coming = _Keys(after, k, v, group) if after else None  # travels while this step computes
-        for call in calls_of(step, kernel, q.device):
-            part, part_lse = call.forward(kernel, q, *keys, scale)
-            if not call.first:
-                held, held_lse = out[call.q], lse[:, :, call.q]  # views of a run, copies of rows by number
-                merge(held, held_lse, part, part_lse)
-                if isinstance(call.q, slice):
-                    continue
-                part, part_lse = held, held_lse
-            out[call.q], lse[:, :, call.q] = part, part_lse
+        forward_step(out, lse, q, *keys, step, kernel, scale)
         if coming:
             keys = coming.wait()
     return out.to(q.dtype), lse
+
+
+def forward_step(out, lse, q, k, v, step: Step, kernel: Kernel, scale: float) -> None:
+    """Adds a step's tiles to the running out [s, b, n, d] and lse [b, n, s]; k, v are the step's rows."""
+    for call in calls_of(step, kernel, q.device):
+        part, part_lse = call.forward(kernel, q, k, v, scale)
+        if not call.first:
+            held, held_lse = out[call.q], lse[:, :, call.q]  # views of a run, copies of rows by number
+            merge(held, held_lse, part, part_lse)
+            if isinstance(call.q, slice):
+                continue
+            part, part_lse = held, held_lse
+        out[call.q], lse[:, :, call.q] = part, part_lse
+
+
+def backward_step(dq, dk, dv, dout, q, k, v, out, lse, step: Step, kernel: Kernel, scale: float) -> None:
+    """Adds a step's gradients to dq (own rows) and to dk, dv (the step's rows)."""
+    for call in calls_of(step, kernel, q.device):
+        dq_part, dk_part, dv_part = call.backward(kernel, dout, q, k, v, out, lse, scale)
+        if call.first:
+            dq[call.q] = dq_part.to(dq.dtype)
+        else:
+            _add_rows(dq, call.q, dq_part)
+        _add_rows(dk, call.k, dk_part)
+        _add_rows(dv, call.k, dv_part)
 
 
 def _backward(dout, q, k, v, out, lse, schedule, group, kernel, scale):
@@ -178,14 +195,7 @@ def _backward(dout, q, k, v, out, lse, schedule, group, kernel, scale):
         else:
             grad = torch.zeros((keys[0].shape[0], 2, *k.shape[1:]), dtype=wide, device=q.device)
             dk_rows, dv_rows = grad[:, 0], grad[:, 1]
-        for call in calls_of(step, kernel, q.device):
-            dq_part, dk_part, dv_part = call.backward(kernel, dout, q, *keys, out, lse, scale)
-            if call.first:
-                dq[call.q] = dq_part.to(wide)
-            else:
-                _add_rows(dq, call.q, dq_part)
-            _add_rows(dk_rows, call.k, dk_part)
-            _add_rows(dv_rows, call.k, dv_part)
+        backward_step(dq, dk_rows, dv_rows, dout, q, *keys, out, lse, step, kernel, scale)
         if going_home:
             going_home.add_to(dk, dv)
         going_home = _Gradients(step, grad, group) if grad is not None else None
