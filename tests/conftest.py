@@ -4,8 +4,13 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 sys.path.insert(0, os.path.dirname(__file__))  # tests import `pool` and each other's helpers by name
 
+import hypothesis
 import pytest
 import torch
+
+# a shared machine is slow now and then; a hanging test is ended by the pool
+hypothesis.settings.register_profile("longspan", deadline=None)
+hypothesis.settings.load_profile("longspan")
 
 
 @pytest.fixture(autouse=True)

@@ -271,6 +271,29 @@ def test_verify_compares_a_layout_with_one_process(folder):
     assert result["eval_loss"] is not None
 
 
+def test_verify_all_goes_through_every_type_and_layout(folder):
+    args = [
+        "config.yaml",
+        "--context-parallel-size",
+        4,
+        "--steps",
+        1,
+        "--sliding-window",
+        "[null, 9]",
+        "--all",
+    ]
+    done = longspan("verify", *args, "--json", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout)
+    assert result["passed"] is True
+    combinations = {(run["cp_comm_type"], run["cp_layout"]) for run in result["runs"]}
+    assert len(combinations) == len(result["runs"]) == 4 * 4
+    assert max(run["max_gradient_error"] for run in result["runs"]) <= 1e-10
+    done = longspan("verify", "config.yaml", "--all", cwd=folder)
+    assert done.returncode == 2
+    assert "context_parallel_size is 1" in done.stderr
+
+
 def test_verify_can_say_no(folder):
     """A layout that computes something else fails: float32 rounding is far outside float64's tolerance."""
     from longspan.cli import verify

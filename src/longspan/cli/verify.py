@@ -26,16 +26,17 @@ from longspan.config.resolve import Run, resolve
 from longspan.errors import UserError
 
 USAGE = f"""\
-usage: longspan verify CONFIG [--any-key value] [--steps N] [--dtype float64|float32] [--json]
+usage: longspan verify CONFIG [--any-key value] [--steps N] [--dtype float64|float32] [--all] [--json]
 
 Runs the first steps and an evaluation at the config's layout and on one process and compares them.
   --steps N    training steps to compare (default 2)
   --dtype D    precision of both runs (default float64)
+  --all        every communication type and sequence layout that fits the mesh, not only the config's
   --json       print the result as JSON
 Exit code 0: within tolerance, 1: not.
 {HELP}"""
 
-OPTIONS = {"--steps": True, "--dtype": True, "--json": False, "--worker": True}
+OPTIONS = {"--steps": True, "--dtype": True, "--all": False, "--json": False, "--worker": True}
 #: relative, against the one-process reference
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4}
 EVALUATION_SAMPLES = 4
@@ -56,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     if problems:
         raise UserError(problems)
     if "--worker" in own:
-        return work(resolved, device, steps, Path(own["--worker"]))
+        return work(variants(resolved, "--all" in own), device, steps, Path(own["--worker"]))
     if under_torchrun() or launch.machines > 1:
         raise UserError(
             "longspan verify starts its processes itself, on one machine: run it without torchrun."
@@ -68,21 +69,59 @@ def run(arguments: Sequence[str]) -> int:
 
     resolved = resolve(config, resolved.world_size)
     check_data(resolved)
+    runs = variants(resolved, "--all" in own)
     with tempfile.TemporaryDirectory() as folder:
         path, result = Path(folder) / "config.yaml", Path(folder) / "result.pt"
         path.write_text(to_yaml(config), encoding="utf-8")
-        say(own, f"running {steps} steps at {resolved.sizes.equation()}")
+        times = f", {len(runs)} times" if len(runs) > 1 else ""
+        say(own, f"running {steps} steps at {resolved.sizes.equation()}{times}")
         worker = ["verify", str(path), "--steps", str(steps), "--worker", str(result)]
+        worker += ["--all"] if "--all" in own else []
         code = start(launch, resolved.world_size, worker, device)
         if code:
             return code
         say(own, "running them on one process")
-        return report(compare(resolved, steps, dtype, result, device), "--json" in own)
+        results = compare(runs, steps, dtype, result, device)
+    if "--all" in own:
+        return report_all(results, "--json" in own)
+    return report(results[0], "--json" in own)
 
 
 def say(own: dict[str, str], text: str) -> None:
     if "--json" not in own:
         print(text, flush=True)
+
+
+def variants(resolved: Run, everything: bool) -> list[Run]:
+    """The runs to compare: the config's own, or one for each communication type and layout that fits.
+
+    Raises:
+        UserError: everything is asked for where context parallelism is off.
+    """
+    if not everything:
+        return [resolved]
+    from longspan.config.model import CP_COMM_TYPES, hierarchy_proposal
+    from longspan.context_parallel.layout import LAYOUTS
+
+    config, cp = resolved.config, resolved.sizes.cp
+    if cp == 1:
+        raise UserError(
+            "--all varies how the sequence is cut, but context_parallel_size is 1. Raise it (--context-parallel-size 2), or "
+            "leave --all out."
+        )
+    assert config.num_attention_heads is not None
+    heads = config.num_attention_heads // resolved.sizes.tp
+    sizes = config.hierarchical_context_parallel_sizes or hierarchy_proposal(cp, heads)
+    runs = []
+    for kind in CP_COMM_TYPES:
+        if heads % {"a2a": cp, "a2a+p2p": sizes[0]}.get(kind, 1):
+            continue
+        for layout in LAYOUTS:
+            changes = {"cp_comm_type": kind, "cp_layout": layout, "hierarchical_context_parallel_sizes": None}
+            if kind == "a2a+p2p":
+                changes["hierarchical_context_parallel_sizes"] = list(sizes)
+            runs.append(resolve(config.model_copy(update=changes), resolved.world_size))
+    return runs
 
 
 def one_process(resolved: Run) -> Run:
@@ -98,6 +137,7 @@ def one_process(resolved: Run) -> Run:
             "gradient_accumulation_steps": None,
             "attention_backend": "math",
             "cp_comm_type": "p2p",
+            "hierarchical_context_parallel_sizes": None,
         }
     )
     alone = resolve(config, 1)
@@ -130,8 +170,8 @@ def measure(run: Run, device, steps: int) -> dict:
     return result
 
 
-def work(run: Run, device_type: str, steps: int, result: Path) -> int:
-    """One rank of the layout's run; rank 0 writes the result."""
+def work(runs: list[Run], device_type: str, steps: int, result: Path) -> int:
+    """One rank of the layout's runs; rank 0 writes the results."""
     import torch
     import torch.distributed as dist
 
@@ -145,7 +185,7 @@ def work(run: Run, device_type: str, steps: int, result: Path) -> int:
         if device_type == "cuda"
         else torch.device("cpu")
     )
-    measured = measure(run, device, steps)
+    measured = [measure(run, device, steps) for run in runs]
     if dist.get_rank() == 0:
         torch.save(measured, result)
     close_distributed()
@@ -157,17 +197,21 @@ def relative(a: float, b: float) -> float:
     return abs(a - b) / max(abs(b), 1e-300)
 
 
-def compare(run: Run, steps: int, dtype: str, result: Path, device_type: str) -> dict:
-    """Runs the reference in this process and holds the layout's result against it."""
+def compare(runs: list[Run], steps: int, dtype: str, result: Path, device_type: str) -> list[dict]:
+    """Runs the reference in this process and holds the layout's results against it."""
     import torch
 
     from longspan.mesh.mesh import close_distributed, init_distributed
 
     init_distributed(device_type)
-    expected = measure(one_process(run), torch.device(device_type), steps)
+    expected = measure(one_process(runs[0]), torch.device(device_type), steps)
     close_distributed()
-    got = torch.load(result, weights_only=True)
+    measured = torch.load(result, weights_only=True)
+    return [errors(run, steps, dtype, got, expected) for run, got in zip(runs, measured)]
 
+
+def errors(run: Run, steps: int, dtype: str, got: dict, expected: dict) -> dict:
+    """One run's result beside the reference's."""
     losses = list(map(relative, got["losses"], expected["losses"]))
     if expected["evaluation"] is not None:
         losses.append(relative(got["evaluation"], expected["evaluation"]))
@@ -187,6 +231,8 @@ def compare(run: Run, steps: int, dtype: str, result: Path, device_type: str) ->
     }
     return {
         "layout": run.sizes.equation(),
+        "cp_comm_type": run.config.cp_comm_type,
+        "cp_layout": run.config.cp_layout,
         "reference": "one process, math attention",
         "dtype": dtype,
         "tolerance": TOLERANCES[dtype],
@@ -200,6 +246,30 @@ def compare(run: Run, steps: int, dtype: str, result: Path, device_type: str) ->
         # a NaN is not within any tolerance
         "passed": all(value <= TOLERANCES[dtype] for value in numbers.values()),
     }
+
+
+def report_all(results: list[dict], as_json: bool) -> int:
+    """Prints a line a run; passed means all did."""
+    from longspan.training.metrics import finite
+
+    passed = all(result["passed"] for result in results)
+    if as_json:
+        print(json.dumps(finite({"passed": passed, "runs": results}), indent=2, allow_nan=False))
+        return 0 if passed else 1
+    from rich.console import Console
+    from rich.table import Table
+
+    first = results[0]
+    table = Table(title=f"{first['layout']}  against  {first['reference']}  ({first['dtype']})")
+    for column in ("cp_comm_type", "cp_layout", "loss", "gradient norm", "worst gradient", ""):
+        table.add_column(column, justify="left" if column.startswith("cp") else "right")
+    for r in results:
+        numbers = (f"{r[name]:.1e}" for name in ("loss_error", "grad_norm_error", "max_gradient_error"))
+        table.add_row(r["cp_comm_type"], r["cp_layout"], *numbers, "passed" if r["passed"] else "FAILED")
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    word = "passed" if passed else "FAILED"
+    print(f"{word}: every relative error must be within {first['tolerance']:.0e}")
+    return 0 if passed else 1
 
 
 def report(result: dict, as_json: bool) -> int:
