@@ -1,56 +1,147 @@
-"""Causal attention, forward + backward: two ranks of one thread against one process with two.
+"""Attention forward + backward on two cores: longspan as two ranks against its peers.
 
     python benchmarks/attention.py [--seq 8192] [--heads 8] [--kv-heads 8] [--head-dim 64] [--dtype float32] [--pairs 9]
+    python benchmarks/attention.py --packs 20 [--pairs 3]
 
-The peer is PyTorch's scaled_dot_product_attention on the whole sequence. The target is 0.95 of it:
-cutting costs messages, merging and a second pass over the keys.
+One causal sequence, or the packs of 16384 tokens in lengths.json, all together. The peers: PyTorch's
+scaled_dot_product_attention on one process with two threads (packs: a loop over the documents, and one call with a
+block-diagonal mask), and PyTorch's own context parallelism on the same two ranks (it knows no documents, so it
+computes each pack as one causal sequence).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import common
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from peers import context_parallel_on_cpu, pytorch_attention
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from longspan.context_parallel import SequenceLayout, context_parallel_attention
 
+LENGTHS = Path(__file__).with_name("lengths.json")
+
+
+def make(args: argparse.Namespace, total: int) -> tuple[Tensor, ...]:
+    """q, k, v, dout [t, heads, d], the same on every rank."""
+    g = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    heads = (args.heads, args.kv_heads, args.kv_heads, args.heads)
+    return tuple(torch.randn(total, n, args.head_dim, generator=g).to(dtype) for n in heads)
+
+
+def ours(args: argparse.Namespace, packs: Sequence[Sequence[int]], comm: str) -> Callable[[], None]:
+    """All packs on two ranks, each with its own layout; layouts are planned before, as a loader does."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    work = []
+    for bounds in packs:
+        layout = SequenceLayout.make("auto", bounds[-1], ranks, cu_seqlens=bounds)
+        local = [layout.shard(x, rank) for x in make(args, bounds[-1])]
+        work.append((layout, [x.requires_grad_() for x in local[:3]], local[3]))
+
+    def run() -> None:
+        for layout, qkv, dout in work:
+            out, _ = context_parallel_attention(
+                *qkv, group=dist.group.WORLD, layout=layout, cp_comm_type=comm
+            )
+            torch.autograd.grad(out, qkv, dout)
+
+    return run
+
+
+def heads_first(tensors: Sequence[Tensor], start: int = 0, stop: int | None = None) -> list[Tensor]:
+    """[t, n, d] -> [1, n, t, d]"""
+    return [x[start:stop].transpose(0, 1).unsqueeze(0).contiguous() for x in tensors]
+
+
+def one_process(args: argparse.Namespace, packs: Sequence[Sequence[int]]) -> Callable[[], None]:
+    """A loop over the documents, each one causal call."""
+    calls = []
+    for bounds in packs:
+        whole = make(args, bounds[-1])
+        calls += [pytorch_attention(*heads_first(whole, *ends)) for ends in itertools.pairwise(bounds)]
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+def block_diagonal(args: argparse.Namespace, packs: Sequence[Sequence[int]]) -> Callable[[], None]:
+    """One call a pack with a mask of s x s: what code without packing support does."""
+
+    def run() -> None:
+        for bounds in packs:
+            total = bounds[-1]
+            q, k, v, dout = heads_first(make(args, total))
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            document = torch.bucketize(torch.arange(total), torch.tensor(bounds[1:]), right=True)
+            mask = (document[:, None] == document[None, :]).tril_()
+            out = F.scaled_dot_product_attention(
+                *leaves, attn_mask=mask, enable_gqa=args.heads != args.kv_heads
+            )
+            torch.autograd.grad(out, leaves, dout)
+
+    return run
+
 
 def bench(args: argparse.Namespace) -> None:
-    dtype, ranks, rank = getattr(torch, args.dtype), dist.get_world_size(), dist.get_rank()
-    g = torch.Generator().manual_seed(0)
-    q, dout = (torch.randn(args.seq, args.heads, args.head_dim, generator=g).to(dtype) for _ in range(2))
-    k, v = (torch.randn(args.seq, args.kv_heads, args.head_dim, generator=g).to(dtype) for _ in range(2))
-    layout = SequenceLayout.zigzag(args.seq, ranks)
-    local = [layout.shard(x, rank).requires_grad_() for x in (q, k, v)]
-    local_dout = layout.shard(dout, rank)
-    whole = [x.transpose(0, 1).unsqueeze(0).contiguous().requires_grad_() for x in (q, k, v)]
-    whole_dout = dout.transpose(0, 1).unsqueeze(0).contiguous()
+    ranks = dist.get_world_size()
+    if args.packs:
+        lengths = json.loads(LENGTHS.read_text())["packs"]["16384"][: args.packs]
+        packs = [tuple(itertools.accumulate(pack, initial=0)) for pack in lengths]
+        title = f"{len(packs)} packs of {packs[0][-1]} tokens"
+    else:
+        packs = [(0, args.seq)]
+        title = f"one causal sequence of {args.seq} tokens"
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("cp",))
+    with context_parallel_on_cpu(mesh, *heads_first(make(args, packs[0][-1]))) as shards:
+        ring = pytorch_attention(*shards)
 
-    def cut(comm: str):
-        def run():
-            out, _ = context_parallel_attention(
-                *local, group=dist.group.WORLD, layout=layout, cp_comm_type=comm
-            )
-            torch.autograd.grad(out, local, local_dout)
+        def pytorch() -> None:
+            for _ in packs:
+                ring()
 
-        return run
-
-    def sdpa():
-        out = F.scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=args.heads != args.kv_heads)
-        torch.autograd.grad(out, whole, whole_dout)
-
-    ours = f"longspan p2p, {ranks} ranks x 1 thread"
+        name = f"longspan p2p, {ranks} ranks x 1 thread"
+        alone = f"1 process x {ranks} threads"
+        contestants = {
+            name: (ours(args, packs, "p2p"), 1, True),
+            f"PyTorch's context parallel, {ranks} ranks x 1 thread": (pytorch, 1, True),
+        }
+        times = common.compare(contestants, args.pairs, warmup=1 if args.packs else 2)
+        common.report(describe(args, title), times, name)
     contestants = {
-        ours: (cut("p2p"), 1, True),
-        f"SDPA, 1 process x {ranks} threads": (sdpa, ranks, False),
-        f"longspan all_gather, {ranks} ranks x 1 thread": (cut("all_gather"), 1, True),
+        name: (ours(args, packs, "p2p"), 1, True),
+        f"SDPA{' a document' if args.packs else ''}, {alone}": (one_process(args, packs), ranks, False),
+        f"longspan all_gather, {ranks} ranks x 1 thread": (ours(args, packs, "all_gather"), 1, True),
+        f"longspan a2a, {ranks} ranks x 1 thread": (ours(args, packs, "a2a"), 1, True),
     }
     times = common.compare(contestants, args.pairs)
-    shape = f"{args.seq} tokens, {args.heads}/{args.kv_heads} heads x {args.head_dim}, {args.dtype}"
-    common.report(f"causal attention, forward + backward: {shape}", times, ours)
+    common.report(describe(args, title), times, name)
+    if args.packs:
+        few = packs[:1]
+        contestants = {
+            name: (ours(args, few, "p2p"), 1, True),
+            f"SDPA with a block-diagonal mask, {alone}": (block_diagonal(args, few), ranks, False),
+        }
+        common.report(
+            describe(args, "the first of these packs"),
+            common.compare(contestants, args.pairs, warmup=1),
+            name,
+        )
+
+
+def describe(args: argparse.Namespace, title: str) -> str:
+    return f"{title}: {args.heads}/{args.kv_heads} heads x {args.head_dim}, {args.dtype}, forward + backward"
 
 
 if __name__ == "__main__":
@@ -58,6 +149,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seq", type=int, default=8192)
+    parser.add_argument("--packs", type=int, default=0, help="so many packs of 16384 tokens, up to 20")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)

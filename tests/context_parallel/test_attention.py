@@ -340,7 +340,7 @@ def batched(cp, b, comm):
             torch.testing.assert_close(layout.unshard(got, group)[:, i], ref, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("comm", ["p2p", "all_gather", "allgather"])
+@pytest.mark.parametrize("comm", ["p2p", "all_gather", "allgather", "a2a"])
 def test_dot_product_attention_takes_zigzag_shards_of_a_batch(comm):
     pool.run(4, batched, 4, 2, comm)
     pool.run(2, batched, 1, 3, comm)
@@ -431,15 +431,15 @@ def test_merge_guards_rows_without_keys():
     assert (lse == 0).all()
 
 
-def bf16_error():
+def bf16_error(layout_name, comm):
     cu = (0, 700, 1000)
-    layout = SequenceLayout.zigzag(1000, dist.get_world_size(), cu_seqlens=cu)
+    layout = SequenceLayout.make(layout_name, 1000, dist.get_world_size(), cu_seqlens=cu)
     exact = reference((4, 2), 16, cu, True, None)
     local = [
         layout.shard(x, dist.get_rank()).requires_grad_() for x in inputs(1000, 4, 2, 16, torch.bfloat16)
     ]
     group = dist.group.WORLD
-    out, lse = context_parallel_attention(*local[:3], group=group, layout=layout)
+    out, lse = context_parallel_attention(*local[:3], group=group, layout=layout, cp_comm_type=comm)
     grads = torch.autograd.grad(out, local[:3], local[3].detach())
     assert lse.dtype == torch.float32
     got = [layout.unshard(x, group) for x in (out.detach(), *grads)]
@@ -461,8 +461,12 @@ def bf16_error():
     ]
 
 
-def test_bf16_is_at_most_twice_as_far_off_as_one_process():
-    ratios = pool.run(4, bf16_error)[0]
+@pytest.mark.parametrize(
+    ("layout", "comm"),
+    [("zigzag", "p2p"), ("balanced", "p2p"), ("balanced", "all_gather"), ("zigzag", "a2a")],
+)
+def test_bf16_is_at_most_twice_as_far_off_as_one_process(layout, comm):
+    ratios = pool.run(4, bf16_error, layout, comm)[0]
     assert max(ratios) <= 2.0, ratios
 
 

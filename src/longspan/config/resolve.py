@@ -274,6 +274,14 @@ def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
                 "tokenizer_config and tokenizer_train_vocab_size are both given. Load a tokenizer or train one.",
             )
         )
+    if config.export_hf and isinstance(config.sliding_window, list) and len(set(config.sliding_window)) > 1:
+        found.append(
+            (
+                ("export_hf", "sliding_window"),
+                f"sliding_window {config.sliding_window}: layers with different windows cannot be exported (Llama has none, "
+                "Mistral one for all layers). Set export_hf: false, or give one window.",
+            )
+        )
     if config.reinit_weights and config.base_model is None:
         found.append(
             (("reinit_weights",), "reinit_weights: true without base_model has no effect. Leave it out.")

@@ -237,6 +237,12 @@ def hugging_face_config(
     rope = {k: v for k, v in (model["rope_scaling"] or {}).items() if k != "type"}
     rope.setdefault("rope_type", (model["rope_scaling"] or {}).get("type", "default"))
     window = model.get("sliding_window")
+    if isinstance(window, list):
+        if len(set(window)) > 1:
+            raise UserError(
+                f"sliding_window {window}: layers with different windows have no Hugging Face architecture to leave as."
+            )
+        window = window[0]
     kind: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     if window is not None or base.get("model_type") == "mistral":
         kind = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
