@@ -294,6 +294,24 @@ def test_verify_all_goes_through_every_type_and_layout(folder):
     assert "context_parallel_size is 1" in done.stderr
 
 
+HYBRID = ["--hybrid-context-parallel", "true", "--max-seqlen-per-dp-cp-rank"]
+
+
+def test_verify_of_hybrid_context_parallelism(folder):
+    done = longspan("verify", "config.yaml", "--dp-shard-size", 2, *HYBRID, 30, "--json", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["max_gradient_error"] <= 1e-10
+
+
+def test_a_sample_that_all_ranks_together_cannot_hold_is_refused_by_name(folder):
+    done = longspan("train", "config.yaml", "--dp-shard-size", 2, *HYBRID, 20, cwd=folder)
+    assert done.returncode == 2
+    assert re.search(
+        r"document \d+ of tiny makes a sample of 50 tokens, but 2 ranks x .* 20 hold 40", done.stderr
+    )
+    assert not (folder / "out").exists()
+
+
 def test_verify_can_say_no(folder):
     """A layout that computes something else fails: float32 rounding is far outside float64's tolerance."""
     from longspan.cli import verify

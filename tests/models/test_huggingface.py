@@ -80,7 +80,7 @@ def imported(prefix, base, folder, more):
     layout = SequenceLayout.zigzag(45, trainer.run.sizes.cp, multiple_of=trainer.run.sizes.tp)
     trainer.model.parallel_output = False
     with torch.no_grad():
-        local = trainer.model(layout.shard(tokens, trainer.shard.rank, dim=1), layout=layout)
+        local = trainer.model(layout.shard(tokens, trainer.shard.cp_rank, dim=1), layout=layout)
     export(trainer, Path(folder))
     return tokens, layout.unshard(local, trainer.groups.cp, dim=1)
 

@@ -42,7 +42,7 @@ def reference(prefix):
     done = {}
 
     def get(steps, **changes):
-        key = (steps, *sorted(changes.items()))
+        key = steps, repr(sorted(changes.items()))
         if key not in done:
             done[key] = pool.run(1, curve, prefix, steps, changes)[0]
         return done[key]
@@ -64,6 +64,10 @@ CURVES = {
     "tp2 x cp2": (4, {"tensor_parallel_size": 2, "context_parallel_size": 2}),
     "dp_shard2 x cp2": (4, {"dp_shard_size": 2, "context_parallel_size": 2, "micro_batch_size": 2}),
     "dp_replicate2 x tp2": (4, {"dp_replicate_size": 2, "tensor_parallel_size": 2}),
+    "hybrid, 3 ranks": (
+        3,
+        {"context_parallel_size": 3, "hybrid_context_parallel": True, "max_seqlen_per_dp_cp_rank": 17},
+    ),
     "cp3, all at once": (3, {"context_parallel_size": 3, "cp_comm_type": "all_gather"}),
 }
 
@@ -83,6 +87,36 @@ SINGLE_STEPS = {
         2,
         {"context_parallel_size": 2, "sample_packing": False, "micro_batch_size": 2},
     ),
+    "hybrid, 2 x 2 ranks": (
+        4,
+        {
+            "dp_shard_size": 2,
+            "context_parallel_size": 2,
+            "hybrid_context_parallel": True,
+            "max_seqlen_per_dp_cp_rank": 13,
+        },
+    ),
+    "hybrid of one stream, with copies and tensor parallelism": (
+        8,
+        {
+            "dp_replicate_size": 2,
+            "context_parallel_size": 2,
+            "tensor_parallel_size": 2,
+            "hybrid_context_parallel": True,
+            "max_seqlen_per_dp_cp_rank": 40,
+            "cp_comm_type": "all_gather",
+            "sample_packing": False,
+        },
+    ),
+    "a window, balanced": (3, {"context_parallel_size": 3, "sliding_window": [9, None], "export_hf": False}),
+    "heads inside, keys across": (
+        4,
+        {
+            "context_parallel_size": 4,
+            "cp_comm_type": "a2a+p2p",
+            "hierarchical_context_parallel_sizes": [2, 2],
+        },
+    ),
     "contiguous": (2, {"context_parallel_size": 2, "cp_layout": "contiguous"}),
     "recompute": (2, {"context_parallel_size": 2, "gradient_checkpointing": True}),
     "tied": (2, {"tensor_parallel_size": 2, "tie_word_embeddings": True}),
@@ -96,7 +130,9 @@ SINGLE_STEPS = {
 def test_two_steps_equal_one_process(name, prefix, reference):
     world, changes = SINGLE_STEPS[name]
     plain = {
-        k: v for k, v in changes.items() if k in ("sample_packing", "tie_word_embeddings", "sequence_len")
+        k: v
+        for k, v in changes.items()
+        if k in ("sample_packing", "tie_word_embeddings", "sequence_len", "sliding_window", "export_hf")
     }
     compare(pool.run(world, curve, prefix, 2, changes)[0], reference(2, **plain), 1e-10)
 

@@ -103,7 +103,8 @@ def variants(resolved: Run, everything: bool) -> list[Run]:
     from longspan.config.model import CP_COMM_TYPES, hierarchy_proposal
     from longspan.context_parallel.layout import LAYOUTS
 
-    config, cp = resolved.config, resolved.sizes.cp
+    whole = {"hybrid_context_parallel": False, "max_seqlen_per_dp_cp_rank": None}
+    config, cp = resolved.config.model_copy(update=whole), resolved.sizes.cp
     if cp == 1:
         raise UserError(
             "--all varies how the sequence is cut, but context_parallel_size is 1. Raise it (--context-parallel-size 2), or "
@@ -117,9 +118,11 @@ def variants(resolved: Run, everything: bool) -> list[Run]:
         if heads % {"a2a": cp, "a2a+p2p": sizes[0]}.get(kind, 1):
             continue
         for layout in LAYOUTS:
-            changes = {"cp_comm_type": kind, "cp_layout": layout, "hierarchical_context_parallel_sizes": None}
-            if kind == "a2a+p2p":
-                changes["hierarchical_context_parallel_sizes"] = list(sizes)
+            changes = {
+                "cp_comm_type": kind,
+                "cp_layout": layout,
+                "hierarchical_context_parallel_sizes": list(sizes) if kind == "a2a+p2p" else None,
+            }
             runs.append(resolve(config.model_copy(update=changes), resolved.world_size))
     return runs
 
@@ -138,6 +141,8 @@ def one_process(resolved: Run) -> Run:
             "attention_backend": "math",
             "cp_comm_type": "p2p",
             "hierarchical_context_parallel_sizes": None,
+            "hybrid_context_parallel": False,
+            "max_seqlen_per_dp_cp_rank": None,
         }
     )
     alone = resolve(config, 1)

@@ -154,6 +154,7 @@ def resolve(
     sequence_parallel = sizes.tp > 1 if config.sequence_parallel is None else config.sequence_parallel
     _required(config, found)
     _not_yet(config, found)
+    _hybrid(config, found)
     _exclusive(config, found)
     if None not in (config.num_layers, config.hidden_size, config.num_attention_heads):
         found += _model_problems(config)
@@ -246,6 +247,31 @@ def _not_yet(config: TrainConfig, found: list[Problem]) -> None:
             found.append(
                 ((name,), f"{name} {getattr(config, name)}: {what} parallelism is not supported yet. Use 1.")
             )
+
+
+def _hybrid(config: TrainConfig, found: list[Problem]) -> None:
+    key, most = "hybrid_context_parallel", config.max_seqlen_per_dp_cp_rank
+    if not config.hybrid_context_parallel:
+        if most is not None:
+            text = f"max_seqlen_per_dp_cp_rank {most} has no effect without {key}: true. Set it, or leave it out."
+            found.append((("max_seqlen_per_dp_cp_rank", key), text))
+        return
+    if most is None:
+        text = f"{key}: true needs max_seqlen_per_dp_cp_rank, the most tokens a rank holds in a micro-batch."
+        found.append((("max_seqlen_per_dp_cp_rank",), text))
+    types = [config.cp_comm_type] if isinstance(config.cp_comm_type, str) else config.cp_comm_type
+    heads = [name for name in types if name.startswith("a2a")]
+    if heads:
+        found.append(
+            (
+                ("cp_comm_type", key),
+                f"cp_comm_type {heads[0]!r} with {key}: moving heads takes every token to every rank, which is what short "
+                "samples are spared. Use p2p or all_gather.",
+            )
+        )
+    if config.cp_layout != "auto":
+        text = f"cp_layout {config.cp_layout!r} with {key}: each step gets layouts of its own. Leave cp_layout out."
+        found.append((("cp_layout", key), text))
 
 
 def _exclusive(config: TrainConfig, found: list[Problem]) -> None:

@@ -255,6 +255,19 @@ class TrainConfig(BaseModel):
         group="parallelism",
     )
 
+    hybrid_context_parallel: bool = key(
+        False,
+        "Cut all documents of a step over all ranks of dp x cp, each over as many ranks as it needs.",
+        group="parallelism",
+    )
+    max_seqlen_per_dp_cp_rank: int | None = key(
+        None,
+        "With hybrid_context_parallel: the most tokens a rank holds in a micro-batch.",
+        group="parallelism",
+        unit="tokens",
+        ge=1,
+    )
+
     # --- batch and schedule ---------------------------------------------------------------
     micro_batch_size: int | None = key(
         None,

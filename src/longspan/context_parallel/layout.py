@@ -181,6 +181,36 @@ class SequenceLayout:
         return cls._make("balanced", total, ranks, bounds, spans)
 
     @classmethod
+    def from_spans(
+        cls, spans: Sequence[Sequence[Span]], cu_seqlens, name: str = "custom", *, multiple_of: int = 1
+    ) -> SequenceLayout:
+        """Any spans, every token exactly once; ranks are padded to the longest one.
+
+        Args:
+            spans: for each rank its (start, stop) runs in local order, without padding.
+            cu_seqlens: document boundaries [d + 1].
+            multiple_of: every rank's rows are padded to a multiple of this.
+
+        Raises:
+            ValueError: a token is missing or held twice.
+        """
+        bounds = _boundaries(cu_seqlens, None)
+        at = 0
+        for start, stop in sorted(span for held in spans for span in held if span[0] < span[1]):
+            if start != at:
+                what = "missing" if start > at else "held twice"
+                raise ValueError(f"spans: token {min(start, at)} is {what}. Every token is on one rank.")
+            at = stop
+        if at != bounds[-1]:
+            raise ValueError(f"spans end at token {at}, cu_seqlens at {bounds[-1]}. The two must be equal.")
+        counts = [sum(stop - start for start, stop in held) for held in spans]
+        rows, spare, padded = _round_up(max(counts), multiple_of), at, []
+        for held, count in zip(spans, counts):
+            padded.append([*held, (spare, spare + rows - count)])
+            spare += rows - count
+        return cls._make(name, at, len(spans), bounds, padded)
+
+    @classmethod
     def make(
         cls,
         name: str,

@@ -97,6 +97,18 @@ class TokenDataset:
             raise IndexError(f"sample {index} of {len(self)}")
         return self._plan.row(index, self._read)
 
+    def boundaries(self, index: int) -> list[int]:
+        """Where the documents of sample `index` begin, ending with its last token; padding left out. Reads nothing."""
+        lengths = [stop - start for _, start, stop in self._plan.pieces(index)]
+        if not self.sample_packing:  # one sequence, whatever documents it reaches across
+            return [0, sum(lengths)]
+        return [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest run that attends to itself: a document or its longest piece, a row without packing."""
+        return self._plan.longest
+
     def _read(self, document: int, start: int, stop: int) -> np.ndarray:
         number = int(self.documents[document])
         at = int(np.searchsorted(self._first, number, side="right")) - 1

@@ -101,6 +101,11 @@ class Packs:
         """The number of packs, which is the number of samples."""
         return len(self.offsets) - 1
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest piece."""
+        return int((self.stops - self.starts).max(initial=0))
+
     def pieces(self, index: int) -> list[tuple[int, int, int]]:
         """The (document, start, stop) of a pack, in the order of its row."""
         at = slice(self.offsets[index], self.offsets[index + 1])
@@ -137,6 +142,11 @@ class Stream:
     def __len__(self) -> int:
         """The number of samples."""
         return -(-int(self.begins[-1]) // self.sequence_len)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return min(self.sequence_len, int(self.begins[-1]))
 
     def pieces(self, index: int) -> list[tuple[int, int, int]]:
         """The (document, start, stop) that a sample reaches across."""

@@ -37,8 +37,13 @@ def banner(run: Run, *, parameters: int, samples: int, held_out: int, steps: int
         "mesh": f"{sizes.equation()} processes on {device.type}",
         "batch": f"micro {run.micro_batch_size} x accumulation {run.accumulation} x dp {sizes.dp} = "
         f"{run.global_batch_size} sequences = {tokens:,} tokens a step",
-        "sequence": f"{c.sequence_len:,} tokens, {local_rows:,} on each of {sizes.cp} context parallel ranks "
-        f"({layout}, {moves}); sequence parallelism {on[run.sequence_parallel]}; "
+        "sequence": f"{c.sequence_len:,} tokens, "
+        + (
+            f"at most {local_rows:,} of a micro-batch on each of {sizes.dp * sizes.cp} ranks (hybrid, {moves})"
+            if c.hybrid_context_parallel
+            else f"{local_rows:,} on each of {sizes.cp} context parallel ranks ({layout}, {moves})"
+        )
+        + f"; sequence parallelism {on[run.sequence_parallel]}; "
         + ("documents packed and kept apart" if c.sample_packing else "one stream of documents"),
         "attention": f"{kernel.name} on {device.type}, {str(dtype).removeprefix('torch.')} ({reason})",
         "precision": f"compute {str(dtype).removeprefix('torch.')}, weights and optimizer {c.params_dtype}; "

@@ -12,6 +12,7 @@ averaged) by FSDP, so the loss and its gradient are those of one process (invari
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from longspan.training.checkpoint import Checkpointer, SaveError, check_fits, lo
 from longspan.training.metrics import Metrics, peak_memory_gib
 from longspan.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from longspan.training.progress import Progress
-from longspan.training.sharding import LocalBatch, Sharder
+from longspan.training.sharding import HybridSharder, LocalBatch, Sharder
 
 
 def open_datasets(run: Run) -> tuple[TokenDataset, TokenDataset | None]:
@@ -95,6 +96,17 @@ def check_data(run: Run) -> TokenDataset:
         raise UserError(
             "datasets: no document has two tokens, so no token has a next one to learn. Look at the data, or tokenise it again."
         )
+    if run.config.hybrid_context_parallel:
+        ranks, most = run.sizes.dp * run.sizes.cp, run.config.max_seqlen_per_dp_cp_rank
+        assert most is not None
+        if train.longest_document > ranks * most:
+            number = max(range(len(sources)), key=lambda i: int(sources[i].document_lengths.max(initial=0)))
+            document = int(sources[number].document_lengths.argmax())
+            raise UserError(
+                f"hybrid_context_parallel: document {document} of {run.config.datasets[number].path} makes a sample of "
+                f"{train.longest_document} tokens, but {ranks} ranks x max_seqlen_per_dp_cp_rank {most} hold {ranks * most}. "
+                "Raise max_seqlen_per_dp_cp_rank, lower sequence_len, or use more ranks."
+            )
     vocab, left = run.config.vocab_size, SCANNED_TOKENS
     assert vocab is not None
     for source, given in zip(sources, run.config.datasets):
@@ -155,6 +167,8 @@ class Trainer:
 
         self.mesh = ParallelMesh.build(run.sizes, device.type)
         self.groups = self.mesh.groups
+        if config.hybrid_context_parallel:  # a sample is cut over as many of all these ranks as it needs
+            self.groups = dataclasses.replace(self.groups, cp=self.groups.dp_cp, hcp=())
         self.dtype = getattr(torch, config.params_dtype)
         self.compute_dtype = torch.bfloat16 if config.bf16 is True else None
         assert config.vocab_size is not None
@@ -177,8 +191,12 @@ class Trainer:
         if run.pretrained:
             load_pretrained(self.model, SafetensorsFolder(model_folder(config.base_model)))
         self.optimizer = make_optimizer(self.model, config)
-        self.dp_rank = dist.get_rank(self.groups.dp)
-        self.shard = Sharder(run, dist.get_rank(self.groups.cp), self._plan)
+        cp = self.groups.cp  # of a hybrid run all of dp x cp
+        self.shard: Sharder | HybridSharder = (
+            HybridSharder(run, dist.get_rank(cp), dist.get_world_size(cp), self._plan)
+            if config.hybrid_context_parallel
+            else Sharder(run, dist.get_rank(self.groups.dp), dist.get_rank(cp), self._plan)
+        )
 
     # --- resuming -------------------------------------------------------------------------
 
@@ -203,10 +221,6 @@ class Trainer:
 
     # --- one micro-batch ------------------------------------------------------------------
 
-    def local_rows(self) -> int:
-        """Tokens of a sequence on one rank, padding included."""
-        return self.shard.make_layout(self.run.config.sequence_len).local_length
-
     def _plan(self, layout: SequenceLayout) -> None:
         for layer in self.model.decoder.layers:
             layer.self_attention.core_attention.plan(layout)
@@ -219,20 +233,13 @@ class Trainer:
     # --- one step -------------------------------------------------------------------------
 
     def micro_batches(self, step: int) -> list[LocalBatch]:
-        """This rank's part of its micro-batches of training step ``step`` (from 0)."""
-        whole = self.train_data.micro_batches(
-            step,
-            global_batch_size=self.run.global_batch_size,
-            micro_batch_size=self.run.micro_batch_size,
-            dp_rank=self.dp_rank,
-            dp_size=self.run.sizes.dp,
-        )
-        return list(map(self.shard, whole))
+        """This rank's part of the micro-batches of training step ``step`` (from 0)."""
+        return self.shard.training(self.train_data, step)
 
     def compute_gradients(self, batches: list[LocalBatch]) -> tuple[float, int]:
         """Forward and backward of a global batch. Returns (loss, valid tokens) of all ranks."""
         count = torch.tensor(sum(batch.num_valid for batch in batches), dtype=torch.int64)
-        dist.all_reduce(count, group=self.groups.dp)
+        dist.all_reduce(count, group=self.groups.dp_cp)
         self.model.train()
         self.optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -350,15 +357,9 @@ class Trainer:
         assert self.valid_data is not None
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, tokens
-        for batch in self.valid_data.evaluation_batches(
-            micro_batch_size=self.run.micro_batch_size,
-            dp_rank=self.dp_rank,
-            dp_size=self.run.sizes.dp,
-            limit=self.run.config.eval_max_samples,
-        ):
-            sums[0] += self.loss_sum(self.shard(batch))
-            # every context parallel rank sees the batch; one of them counts it
-            sums[1] += batch.num_valid if self.shard.rank == 0 else 0
+        for batch in self.shard.evaluation(self.valid_data):
+            sums[0] += self.loss_sum(batch)
+            sums[1] += batch.num_valid
         dist.all_reduce(sums, group=self.groups.dp_cp)
         loss, count = sums.tolist()
         return self.metrics.write("eval", self.step, loss=loss / max(count, 1), tokens=int(count))

@@ -122,7 +122,7 @@ def describe(trainer: Trainer, output: Path) -> str:
         steps=trainer.steps,
         warmup=trainer.warmup,
         device=trainer.device,
-        local_rows=trainer.local_rows(),
+        local_rows=trainer.shard.local_rows(),
         output=output,
     )
 

@@ -1,4 +1,8 @@
-"""From a micro-batch to this rank's part of it: the layout of its pack, and the rows that layout gives the rank.
+"""From samples to this rank's part of them: the layout of each micro-batch, and the rows that layout gives the rank.
+
+Two ways, one interface: a ``Sharder`` gives each data parallel rank samples of its own, cut over
+its context parallel ranks; a ``HybridSharder`` cuts all samples of a step over all ranks, each
+over as many as it needs (``context_parallel.hybrid``).
 
 Runs in the loader's thread, a step or two ahead: planning a layout and its schedules is
 integer work that must not wait on the step's path.
@@ -6,79 +10,159 @@ integer work that must not wait on the step's path.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from longspan.config.model import IGNORE_INDEX
 from longspan.config.resolve import Run
-from longspan.context_parallel import SequenceLayout
-from longspan.data import Batch
+from longspan.context_parallel import SequenceLayout, hybrid
+from longspan.data import Batch, TokenDataset
 from longspan.errors import UserError
 
 
 class LocalBatch(NamedTuple):
-    """One rank's rows of a micro-batch: tokens and labels [b, rows], int64.
-
-    ``num_valid`` counts the labels of the whole micro-batch.
-    """
+    """One rank's rows of a micro-batch: tokens and labels [b, rows], int64."""
 
     tokens: Tensor
     labels: Tensor
     layout: SequenceLayout
-    num_valid: int
+
+    @property
+    def num_valid(self) -> int:
+        """How many of this rank's tokens count in the loss."""
+        return int((self.labels != IGNORE_INDEX).sum())
 
 
 class Sharder:
-    """Cuts micro-batches along the sequence.
+    """Each data parallel rank has samples of its own; a micro-batch is cut over the context parallel ranks.
 
     Args:
-        rank: in the context parallel group.
+        dp_rank, cp_rank: of this process.
         plan: called with each new layout, to compute ahead what the layers will ask of it.
     """
 
-    def __init__(self, run: Run, rank: int, plan: Callable[[SequenceLayout], None]):
-        self.run, self.rank, self.plan = run, rank, plan
+    def __init__(self, run: Run, dp_rank: int, cp_rank: int, plan: Callable[[SequenceLayout], None]):
+        self.run, self.dp_rank, self.cp_rank, self.plan = run, dp_rank, cp_rank, plan
         self.windows = run.windows
-        self._plain = lru_cache(maxsize=4)(self.make_layout)
+        self._plain = lru_cache(maxsize=4)(self._make_layout)
 
-    def make_layout(self, total: int, cu_seqlens=None) -> SequenceLayout:
-        """The layout of a pack of ``total`` tokens, planned."""
+    def local_rows(self) -> int:
+        """Tokens of a sequence on this rank, padding included."""
+        return self._plain(self.run.config.sequence_len).local_length
+
+    def training(self, data: TokenDataset, step: int) -> list[LocalBatch]:
+        """This rank's part of the micro-batches of a training step (from 0)."""
+        batches = data.micro_batches(
+            step,
+            global_batch_size=self.run.global_batch_size,
+            micro_batch_size=self.run.micro_batch_size,
+            dp_rank=self.dp_rank,
+            dp_size=self.run.sizes.dp,
+        )
+        return list(map(self._cut, batches))
+
+    def evaluation(self, data: TokenDataset) -> Iterator[LocalBatch]:
+        """This rank's part of every held-out sample, once; equally many micro-batches on each rank."""
+        batches = data.evaluation_batches(
+            micro_batch_size=self.run.micro_batch_size,
+            dp_rank=self.dp_rank,
+            dp_size=self.run.sizes.dp,
+            limit=self.run.config.eval_max_samples,
+        )
+        return map(self._cut, batches)
+
+    def _make_layout(self, total: int, cu_seqlens=None) -> SequenceLayout:
         layout = SequenceLayout.make(
             self.run.config.cp_layout,
             total,
             self.run.sizes.cp,
             cu_seqlens=cu_seqlens,
             windows=self.windows,
-            multiple_of=self.run.sizes.tp if self.run.sequence_parallel else 1,
+            multiple_of=_row_multiple(self.run),
         )
         self.plan(layout)
         return layout
 
-    def __call__(self, batch: Batch) -> LocalBatch:
-        """This rank's rows.
-
-        Raises:
-            UserError: a token beyond the vocabulary.
-        """
+    def _cut(self, batch: Batch) -> LocalBatch:
         tokens, labels = batch.tokens, batch.labels
-        vocab = self.run.config.vocab_size
-        largest, smallest = int(max(tokens.max(), labels.max())), int(tokens.min())
-        if largest >= vocab or smallest < 0:
-            raise UserError(
-                f"the data holds token {largest if largest >= vocab else smallest}, but vocab_size is {vocab}. It was made with another tokenizer: "
-                "give that tokenizer (tokenizer_config), or its vocab_size."
-            )
         if batch.cu_seqlens is None:
             layout = self._plain(tokens.shape[1])
         else:  # all rows as one pack: its documents are kept apart anyway
             tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
-            layout = self.make_layout(tokens.shape[1], batch.cu_seqlens)
+            layout = self._make_layout(tokens.shape[1], batch.cu_seqlens)
+        _check_tokens(self.run, tokens, labels)
         return LocalBatch(
-            layout.shard(tokens, self.rank, dim=1),
-            layout.shard(labels, self.rank, dim=1, pad_value=IGNORE_INDEX),
+            layout.shard(tokens, self.cp_rank, dim=1),
+            layout.shard(labels, self.cp_rank, dim=1, pad_value=IGNORE_INDEX),
             layout,
-            batch.num_valid,
+        )
+
+
+class HybridSharder:
+    """All documents of a step over all ranks of dp x cp, each over as many ranks as it needs.
+
+    Args:
+        rank: among the ``ranks`` of dp x cp.
+        plan: as for :class:`Sharder`.
+    """
+
+    def __init__(self, run: Run, rank: int, ranks: int, plan: Callable[[SequenceLayout], None]):
+        self.run, self.rank, self.ranks, self.plan = run, rank, ranks, plan
+        assert run.config.max_seqlen_per_dp_cp_rank is not None
+        self.max_tokens = run.config.max_seqlen_per_dp_cp_rank
+
+    def local_rows(self) -> int:
+        """The most tokens this rank holds."""
+        return self.max_tokens
+
+    def training(self, data: TokenDataset, step: int) -> list[LocalBatch]:
+        """As :meth:`Sharder.training`; the number of micro-batches differs from step to step, never from rank to rank."""
+        return list(self._micro_batches(data, data.global_batch(step, self.run.global_batch_size)))
+
+    def evaluation(self, data: TokenDataset) -> Iterator[LocalBatch]:
+        """As :meth:`Sharder.evaluation`."""
+        count = min(len(data), self.run.config.eval_max_samples or len(data))
+        width = self.run.micro_batch_size * self.run.sizes.dp
+        for begin in range(0, count, width):
+            yield from self._micro_batches(data, list(range(begin, min(begin + width, count))))
+
+    def _micro_batches(self, data: TokenDataset, samples: list[int]) -> Iterator[LocalBatch]:
+        documents = []  # (sample, first token, token after the last)
+        for sample in samples:
+            bounds = data.boundaries(sample)
+            documents += [(sample, *ends) for ends in zip(bounds, bounds[1:])]
+        lengths = [stop - start for _, start, stop in documents]
+        read = lru_cache(maxsize=len(samples))(data.row)
+        for micro_batch in hybrid.schedule(lengths, self.ranks, self.max_tokens):
+            _, layout = hybrid.layout_of(lengths, micro_batch, _row_multiple(self.run))
+            self.plan(layout)
+            tokens = torch.zeros(1, layout.local_length, dtype=torch.int64)
+            labels = torch.full_like(tokens, IGNORE_INDEX)
+            at = 0
+            for document, start, stop in sorted(micro_batch[self.rank]):
+                sample, first, _ = documents[document]
+                row = read(sample)
+                for part, held in ((tokens, row.tokens), (labels, row.labels)):
+                    part[0, at : at + stop - start] = torch.from_numpy(held[first + start : first + stop])
+                at += stop - start
+            _check_tokens(self.run, tokens, labels)
+            yield LocalBatch(tokens, labels, layout)
+
+
+def _row_multiple(run: Run) -> int:
+    return run.sizes.tp if run.sequence_parallel else 1
+
+
+def _check_tokens(run: Run, tokens: Tensor, labels: Tensor) -> None:
+    """UserError for a token beyond the vocabulary."""
+    vocab = run.config.vocab_size
+    largest, smallest = int(max(tokens.max(), labels.max())), int(tokens.min())
+    if largest >= vocab or smallest < 0:
+        raise UserError(
+            f"the data holds token {largest if largest >= vocab else smallest}, but vocab_size is {vocab}. It was made with another tokenizer: "
+            "give that tokenizer (tokenizer_config), or its vocab_size."
         )

@@ -1,0 +1,235 @@
+"""Hybrid context parallelism: a degree for each sample, chosen by its length.
+
+Batches of wildly different lengths are cut over all ranks of dp x cp at once. A short sample
+stays on one rank; a long one is spread over as many as its tokens and the balance of work
+ask for, and over no more. There are no groups to make: a micro-batch is one pack with one
+``SequenceLayout``, short samples communicate nothing, and every rank runs every micro-batch.
+
+A sample spread over K ranks is cut zigzag: each part is a run from its front and one from
+its back, so that all parts have the same tokens and the same causal work.
+
+(The idea of a degree a sample: Megatron-LM's hybrid context parallelism; ByteScale, 2025.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from longspan.context_parallel.layout import SequenceLayout
+
+#: (sample, start, stop): a run of one sample's tokens
+Piece = tuple[int, int, int]
+MicroBatch = list[list[Piece]]
+
+#: the busiest rank's work over the mean that is good enough
+TOLERANCE = 1.05
+#: the largest part of a sample, over the mean work of a rank: tried in this order, until the balance is good enough
+PART_SIZES = (1.0, 0.5, 0.25, 0.12, 0.06, 0.04)
+#: tokens over the mean that a rank may hold at first: padding is what the fullest rank has more than the others
+SPARE = 1.05
+
+
+def schedule(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[MicroBatch]:
+    """Which tokens of which sample each rank computes, micro-batch by micro-batch.
+
+    Args:
+        lengths: tokens of each sample.
+        ranks: of dp x cp; any number.
+        max_tokens: a rank holds at most so many tokens in a micro-batch.
+
+    Returns:
+        Micro-batches; each has a list of pieces (sample, start, stop) a rank, every token exactly once.
+
+    Raises:
+        ValueError: a sample is longer than all ranks together can hold.
+
+    Bounds. Every rank holds at most ``max_tokens``. Let *mean* be a rank's mean causal work in a
+    micro-batch. Parts are placed largest first on the least loaded rank with room, so where room
+    never decides, the busiest rank has at most the mean and one part (Graham 1969), and parts
+    are at most 0.04 of the mean at last, or 1/ranks of their sample: within 1.05. Where no such
+    placement is found every sample is cut over all ranks, tokens even to one (each sample then
+    adds at most about its length, the work of its last row, to the difference of two ranks),
+    and late rows of the busiest rank are exchanged for early ones of the idlest.
+    """
+    if ranks < 1 or max_tokens < 1:
+        raise ValueError(f"ranks={ranks}, max_tokens={max_tokens}: both are at least 1.")
+    for sample, length in enumerate(lengths):
+        if length < 0:
+            raise ValueError(f"sample {sample} has a length of {length}: not below 0.")
+        if length > ranks * max_tokens:
+            raise ValueError(
+                f"sample {sample} has {length} tokens: more than {ranks} ranks x {max_tokens} tokens = {ranks * max_tokens}. "
+                "Cut it (sequence_len), raise max_seqlen_per_dp_cp_rank, or use more ranks."
+            )
+    return [_plan(lengths, samples, ranks, max_tokens) for samples in _deal(lengths, ranks * max_tokens)]
+
+
+def layout_of(
+    lengths: Sequence[int], micro_batch: MicroBatch, multiple_of: int = 1
+) -> tuple[list[int], SequenceLayout]:
+    """The micro-batch as one pack: its samples, one after another, and who holds which of their tokens.
+
+    Args:
+        multiple_of: every rank's rows are padded to a multiple of this.
+    """
+    samples = sorted({sample for pieces in micro_batch for sample, _, _ in pieces})
+    start_of, bounds = {}, [0]
+    for sample in samples:
+        start_of[sample] = bounds[-1]
+        bounds.append(bounds[-1] + lengths[sample])
+    spans = [
+        sorted((start_of[sample] + start, start_of[sample] + stop) for sample, start, stop in pieces)
+        for pieces in micro_batch
+    ]
+    return samples, SequenceLayout.from_spans(spans, bounds, name="hybrid", multiple_of=multiple_of)
+
+
+def _deal(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Samples to micro-batches of at most ``room`` tokens, even in work; as few micro-batches as seem to do."""
+    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: (-lengths[i], i))
+    total = sum(lengths)
+    batches: list[list[int]] = [[] for _ in range(-(-total // room))]
+    tokens, work = [0] * len(batches), [0] * len(batches)
+    for i in order:
+        fitting = [b for b, held in enumerate(tokens) if held + lengths[i] <= room]
+        if not fitting:
+            batches.append([])
+            tokens.append(0)
+            work.append(0)
+            fitting = [len(batches) - 1]
+        best = min(fitting, key=lambda b: (work[b], b))
+        batches[best].append(i)
+        tokens[best] += lengths[i]
+        work[best] += _work(lengths[i])
+    return [sorted(batch) for batch in batches if batch]
+
+
+def _work(rows: int) -> int:
+    """Causal pairs of the first rows of a sample."""
+    return rows * (rows + 1) // 2
+
+
+def _plan(lengths: Sequence[int], samples: list[int], ranks: int, max_tokens: int) -> MicroBatch:
+    """The least spread placement that is balanced; the best found where none is."""
+    mean = sum(_work(lengths[i]) for i in samples) / ranks
+    tokens = sum(lengths[i] for i in samples)
+    best: tuple[float, MicroBatch] | None = None
+    for part in PART_SIZES:
+        degrees = {
+            i: min(
+                ranks, max(-(-lengths[i] // max_tokens), math.ceil(_work(lengths[i]) / (part * mean) - 1e-9))
+            )
+            for i in samples
+        }
+        largest = max(-(-lengths[i] // degrees[i]) for i in samples)
+        even = max(largest, math.ceil(SPARE * tokens / ranks))
+        for room in sorted({min(even, max_tokens), max_tokens}):
+            placed = _place(lengths, degrees, ranks, room)
+            if placed is None:
+                continue
+            imbalance = _busiest(placed) / mean
+            if best is None or imbalance < best[0]:
+                best = (imbalance, placed)
+            if imbalance <= TOLERANCE:
+                return placed
+    spread = _spread(lengths, samples, ranks)
+    closest = spread if best is None or _busiest(spread) / mean < best[0] else best[1]
+    return _even_out(closest, mean, max_tokens)
+
+
+def _busiest(placed: MicroBatch) -> int:
+    return max(sum(_work(stop) - _work(start) for _, start, stop in pieces) for pieces in placed)
+
+
+def _place(lengths: Sequence[int], degrees: dict[int, int], ranks: int, room: int) -> MicroBatch | None:
+    """Parts to ranks, largest work first, each to the least loaded with room; None where one finds none."""
+    parts = []
+    for i, degree in degrees.items():
+        sizes = [(p + 1) * lengths[i] // degree - p * lengths[i] // degree for p in range(degree)]
+        for pieces in _zigzag(i, lengths[i], sizes):
+            parts.append((sum(_work(b) - _work(a) for _, a, b in pieces), pieces))
+    parts.sort(key=lambda part: (-part[0], part[1]))
+    placed: MicroBatch = [[] for _ in range(ranks)]
+    work, tokens = [0] * ranks, [0] * ranks
+    for cost, pieces in parts:
+        size = sum(stop - start for _, start, stop in pieces)
+        fitting = [r for r in range(ranks) if tokens[r] + size <= room]
+        if not fitting:
+            return None
+        best = min(fitting, key=work.__getitem__)
+        placed[best] += pieces
+        work[best] += cost
+        tokens[best] += size
+    return placed
+
+
+def _even_out(placed: MicroBatch, mean: float, max_tokens: int) -> MicroBatch:
+    """Moves the last rows of the busiest rank to the idlest, or, where that is full, swaps them for early ones."""
+    placed = [sorted(pieces) for pieces in placed]
+    for _ in range(8 * len(placed)):
+        work = [sum(_work(stop) - _work(start) for _, start, stop in pieces) for pieces in placed]
+        busy, idle = work.index(max(work)), work.index(min(work))
+        if work[busy] <= TOLERANCE * mean:
+            break
+        gap = work[busy] - work[idle]
+        late = max(placed[busy], key=lambda piece: piece[2])
+        room = max_tokens - sum(stop - start for _, start, stop in placed[idle])
+        early = min(placed[idle], key=lambda piece: piece[1]) if placed[idle] else None
+        if room and late[2] < gap:
+            rows = min(room, late[2] - late[1], max(1, gap // 2 // late[2]))
+            _give(placed, busy, idle, late, late[2] - rows, late[2])
+        elif early and 0 < late[2] - 1 - early[1] < gap:
+            most = min(late[2] - late[1], early[2] - early[1])
+            rows = min(most, max(1, gap // 2 // (late[2] - early[1])))
+            _give(placed, busy, idle, late, late[2] - rows, late[2])
+            _give(placed, idle, busy, early, early[1], early[1] + rows)
+        else:
+            break
+    return [_joined(pieces) for pieces in placed]
+
+
+def _give(placed: MicroBatch, giver: int, taker: int, piece: Piece, start: int, stop: int) -> None:
+    """Moves rows [start, stop) of a piece, which lie at one of its ends."""
+    sample, first, last = piece
+    placed[giver].remove(piece)
+    placed[giver] += [(sample, a, b) for a, b in ((first, start), (stop, last)) if a < b]
+    placed[taker].append((sample, start, stop))
+
+
+def _joined(pieces: list[Piece]) -> list[Piece]:
+    """Pieces in order, those that touch as one."""
+    joined: list[Piece] = []
+    for sample, start, stop in sorted(pieces):
+        if joined and joined[-1][0] == sample and joined[-1][2] == start:
+            joined[-1] = (sample, joined[-1][1], stop)
+        else:
+            joined.append((sample, start, stop))
+    return joined
+
+
+def _spread(lengths: Sequence[int], samples: list[int], ranks: int) -> MicroBatch:
+    """Every sample over all ranks; who gets the tokens that do not divide goes round, so tokens are even to one."""
+    placed: MicroBatch = [[] for _ in range(ranks)]
+    turn = 0
+    for i in samples:
+        each, over = divmod(lengths[i], ranks)
+        sizes = [each + ((p - turn) % ranks < over) for p in range(ranks)]
+        for rank, pieces in enumerate(_zigzag(i, lengths[i], sizes)):
+            placed[rank] += pieces
+        turn += over
+    return placed
+
+
+def _zigzag(sample: int, length: int, sizes: Sequence[int]) -> list[list[Piece]]:
+    """Parts of given sizes, each half from the front and half from the back of the sample."""
+    parts, front, back = [], 0, length
+    for number, size in enumerate(sizes):
+        head = (size + number % 2) // 2  # the odd token goes to the front and to the back by turns
+        if number == len(sizes) - 1:
+            pieces = [(sample, front, back)]
+        else:
+            pieces = [(sample, front, front + head), (sample, back - (size - head), back)]
+            front, back = front + head, back - (size - head)
+        parts.append([piece for piece in pieces if piece[1] < piece[2]])
+    return parts
