@@ -14,6 +14,7 @@ from longspan.errors import UserError, did_you_mean
 COMMANDS = {
     "train": ("longspan.cli.train", "train a model as a config says"),
     "verify": ("longspan.cli.verify", "compare the config's layout with one process: loss, gradients"),
+    "layout": ("longspan.cli.layout", "show who holds and computes what, and what travels, for a pack"),
     "prepare": ("longspan.cli.prepare", "tokenise text, jsonl or code into .bin/.idx"),
     "convert": ("longspan.cli.convert", "between a checkpoint and a Hugging Face folder"),
     "generate": ("longspan.cli.generate", "let a trained model write on from a prompt"),

@@ -93,7 +93,7 @@ class Schedule:
         rows_a_step = ROWS_A_STEP if rows_a_step is None else rows_a_step
         key = ("schedule", rank, causal, window, all_at_once or rows_a_step)
         if key not in layout._memo:
-            offsets = _exchanges(layout, causal, window, None if all_at_once else rows_a_step)
+            offsets = exchanges(layout, causal, window, None if all_at_once else rows_a_step)
             layout._memo[key] = _build(layout, rank, causal, window, offsets)
         return layout._memo[key]
 
@@ -137,9 +137,7 @@ def rows_matrix(layout: SequenceLayout, *, causal: bool = True, window: int | No
     return layout._memo[key]
 
 
-def _exchanges(
-    layout: SequenceLayout, causal: bool, window: int | None, least: int | None
-) -> list[list[int]]:
+def exchanges(layout: SequenceLayout, causal: bool, window: int | None, least: int | None) -> list[list[int]]:
     """Offsets i (rows from rank r-i, to rank r+i) by exchange; the same on every rank.
 
     Args:
@@ -149,18 +147,18 @@ def _exchanges(
     if least is None or P == 1:
         return [list(range(1, P))] if P > 1 else []
     matrix, ranks = rows_matrix(layout, causal=causal, window=window), np.arange(P)
-    exchanges: list[list[int]] = []
+    found: list[list[int]] = []
     open_rows = least
     for i in range(1, P):
         heaviest = int(matrix[ranks, (ranks - i) % P].max())
         if heaviest == 0:
             continue
         if open_rows >= least:
-            exchanges.append([])
+            found.append([])
             open_rows = 0
-        exchanges[-1].append(i)
+        found[-1].append(i)
         open_rows += heaviest
-    return exchanges
+    return found
 
 
 def _build(

@@ -1,0 +1,402 @@
+"""``longspan layout``: who holds and computes what, and what travels, for one pack.
+
+Nothing is started and nothing computed: the figures follow from the layout's integers, so the
+layout of 512 GPUs is shown on a laptop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longspan.cli.config import number
+from longspan.cli.options import key_help, read_config, take_options
+from longspan.cli.prepare import prepare_config
+from longspan.cli.train import missing_sources
+from longspan.config.resolve import Run, resolve, training_steps
+from longspan.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from longspan.context_parallel.costs import Costs, LayerKind
+    from longspan.context_parallel.layout import SequenceLayout
+
+USAGE = """\
+usage: longspan layout CONFIG [--any-key value] [--lengths N,N,...] [--step N] [--window W] [--png FILE] [--json]
+
+Shows for one pack of documents which tokens each rank of the context parallel group holds, what it
+computes and what it receives in a forward pass, and the same figures for the other layouts. Needs no
+GPU, no weights and, with --lengths, no data.
+  --lengths N,N,...  tokens of each document. Without it: the documents of the config's first micro-batch,
+                     tokenised as for training; one document where sample_packing is off
+  --step N           take the documents of training step N, from 0 (default 0)
+  --window W         short for --sliding-window W
+  --num-processes N  processes to check the parallel sizes against
+  --png FILE         draw it (pip install 'longspan[plot]')
+  --json             print one JSON object:
+      layout, asked, why        the layout, what cp_layout says, and why auto takes it
+      tokens, padding, documents, sequence_len, ranks, rows (of a rank, padding included)
+      layers                    [{comm_type, window, together, count}]: layers that are alike; together: ranks that
+                                move heads among themselves. All figures are summed over the layers listed here;
+                                where all are alike it is one layer
+      imbalance, of_ring        busiest rank's work / mean; what travels / what a plain ring would move
+      received_rows, ring_rows  key/value rows, summed over the ranks
+      head_rows                 rows of q, k, v and out each that every rank sends (and receives) to move heads
+      per_rank                  [{rank, spans, padding, pairs, share, received_rows, sent_rows, of_ring, hears_from,
+                                steps}]: spans are [start, stop), from tokens on padding; share: pairs / mean
+      layouts                   [{layout, padding, imbalance, received_rows, most_received_rows, of_ring}] of all
+      notes                     remarks; png: the picture's path
+"""
+
+OPTIONS = {
+    "--lengths": True,
+    "--step": True,
+    "--window": True,
+    "--num-processes": True,
+    "--png": True,
+    "--json": False,
+}
+#: tokens of a pack: with more, sums over layers of pairs leave 64 bits
+MOST_TOKENS = 1 << 28
+#: spans and ranks that a line of the table names
+NAMED_SPANS, NAMED_RANKS = 3, 8
+
+WHY = {
+    "balanced": "several documents: their chunks are dealt out so that work is even and few rows travel",
+    "zigzag": "one document: each rank takes an early chunk, with little work, and a late one with much",
+    "contiguous": "no layer looks back further than a rank's rows: work is even and only neighbours talk",
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE)
+        print(key_help())
+        return 0
+    resolved, lengths, picture, as_json = read(arguments)
+    from longspan.context_parallel.costs import Costs
+    from longspan.context_parallel.layout import LAYOUTS
+
+    layers, model = layer_kinds(resolved, max(lengths)), resolved.transformer_config()
+    n, m = (count // resolved.sizes.tp for count in (model.num_attention_heads, model.num_query_groups))
+    costs = {name: Costs.of(make_layout(resolved, lengths, name), layers, n, m) for name in LAYOUTS}
+    result = describe(resolved, lengths, layers, costs)
+    if picture is not None:
+        from longspan.cli.layout_picture import draw
+
+        draw(costs[result["layout"]], layers, result, picture)
+        result["png"] = str(picture)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        report(result, layers)
+    return 0
+
+
+# --- what is asked -----------------------------------------------------------------------------
+
+
+def read(arguments: Sequence[str]) -> tuple[Run, list[int], Path | None, bool]:
+    """(the run, the tokens of each document, where the picture goes, JSON?).
+
+    Raises:
+        UserError: with all problems at once.
+    """
+    taken, rest, problems = take_options(arguments, OPTIONS)
+    world = number(taken, "--num-processes", problems)
+    step = number(taken, "--step", problems, least=0)
+    lengths = read_lengths(taken["--lengths"], problems) if "--lengths" in taken else None
+    picture = read_picture(taken["--png"], problems) if "--png" in taken else None
+    if "--window" in taken:
+        rest.append(f"--sliding-window={taken['--window']}")
+    config, problems, bad = read_config("layout", rest, list(OPTIONS), problems)
+    if "--step" in taken and "--lengths" in taken:
+        problems.append("--step takes the documents from the data, --lengths gives them. Keep one.")
+    elif "--step" in taken and not config.sample_packing:
+        problems.append(
+            "--step with sample_packing: false: every sequence is one document. Leave --step out."
+        )
+    if "--lengths" in taken or not config.sample_packing:
+        bad.add("datasets")  # not read, so they need not be there
+    elif "datasets" not in bad:
+        problems += [f"{text} Or give --lengths, which needs no data." for text in missing_sources(config)]
+    run = resolve(config, world, bad_keys=bad, earlier=problems)
+    if lengths is None:
+        lengths = lengths_of_step(run, step or 0) if config.sample_packing else [config.sequence_len]
+    if sum(lengths) > MOST_TOKENS:
+        raise UserError(f"a pack of {sum(lengths):,} tokens: at most {MOST_TOKENS:,}. Give fewer tokens.")
+    return run, lengths, picture, "--json" in taken
+
+
+def read_lengths(text: str, problems: list[str]) -> list[int] | None:
+    """The tokens of each document; a wrong list is added to the problems."""
+    parts = [part.strip() for part in text.split(",")]
+    for place, part in enumerate(parts, 1):
+        if not re.fullmatch("[1-9][0-9]{0,17}", part):
+            problems.append(
+                f"--lengths: document {place} has {part!r} tokens: a whole number from 1 on. Give the documents with commas "
+                "and no spaces between them, e.g. --lengths 1886,83,811."
+            )
+            return None
+    return [int(part) for part in parts]
+
+
+def read_picture(text: str, problems: list[str]) -> Path:
+    """Where the picture goes; what stands in its way is added to the problems, before anything is done."""
+    path = Path(text)
+    if path.suffix.lower() != ".png":
+        problems.append(f"--png {text}: the picture is a PNG. Give a name that ends with .png.")
+    elif path.is_dir():
+        problems.append(f"--png {text}: is a folder. Give the name of a file.")
+    elif not path.parent.is_dir():
+        problems.append(f"--png {text}: there is no folder {path.parent}. Make it, or choose another.")
+    elif not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        problems.append(f"--png {text}: cannot be written. Check its permissions, or choose another.")
+    if importlib.util.find_spec("matplotlib") is None:
+        problems.append("--png needs matplotlib, which is not installed. pip install 'longspan[plot]'.")
+    return path
+
+
+def lengths_of_step(run: Run, step: int) -> list[int]:
+    """The documents of the first micro-batch of a training step, as the first data parallel rank takes it."""
+    from longspan.data import make_batch
+    from longspan.training.loop import open_datasets
+
+    run = resolve(prepare_config(run.config, show=True), run.world_size)
+    data, _ = open_datasets(run)
+    if step >= (steps := training_steps(run, len(data))):
+        raise UserError(f"--step {step}: the config trains {steps} steps, so it is from 0 to {steps - 1}.")
+    samples = data.global_batch(step, run.global_batch_size)[: run.micro_batch_size]
+    return make_batch([data.row(i) for i in samples], packed=True).cu_seqlens.diff().tolist()
+
+
+def make_layout(run: Run, lengths: Sequence[int], name: str) -> SequenceLayout:
+    """The layout that training makes of such a pack."""
+    from longspan.context_parallel.layout import SequenceLayout
+
+    return SequenceLayout.make(
+        name,
+        sum(lengths),
+        run.sizes.cp,
+        cu_seqlens=[0, *itertools.accumulate(lengths)],
+        windows=run.windows,
+        multiple_of=run.sizes.tp if run.sequence_parallel else 1,
+    )
+
+
+def layer_kinds(run: Run, longest: int) -> list[LayerKind]:
+    """The layers by what they cost; one layer where all are alike."""
+    from longspan.context_parallel.costs import LayerKind
+
+    model, cp = run.transformer_config(), run.sizes.cp
+    inner = (run.config.hierarchical_context_parallel_sizes or [1])[0]
+    found: Counter[tuple] = Counter()
+    for layer in range(1, model.num_layers + 1):
+        comm_type, window = model.comm_type_of_layer(layer), model.window_of_layer(layer)
+        together = {"a2a": cp, "a2a+p2p": inner}.get(comm_type, 1) if cp > 1 else 1
+        found[comm_type, window if window is not None and window < longest else None, together] += 1
+    return [LayerKind(*kind, count=count if len(found) > 1 else 1) for kind, count in found.items()]
+
+
+# --- the answer ---------------------------------------------------------------------------------
+
+
+def describe(run: Run, lengths: list[int], layers: list[LayerKind], costs: dict[str, Costs]) -> dict:
+    """What ``--json`` prints."""
+    from longspan.context_parallel.layout import SequenceLayout
+
+    asked, total, ranks = run.config.cp_layout, sum(lengths), run.sizes.cp
+    name = SequenceLayout.choose(asked, total, ranks, len(lengths) > 1, run.windows)
+    mine = costs[name]
+    layout, mean = mine.layout, mine.pairs.mean()
+    why = "one rank holds everything" if ranks == 1 else WHY.get(name, "")
+    return {
+        "layout": name,
+        "asked": asked,
+        "why": why if asked == "auto" else "",
+        "tokens": total,
+        "padding": layout.padded_total - total,
+        "documents": lengths,
+        "sequence_len": run.config.sequence_len,
+        "ranks": ranks,
+        "rows": layout.local_length,
+        "layers": [dataclasses.asdict(layer) for layer in layers],
+        "imbalance": round(mine.imbalance, 4),
+        "of_ring": round(mine.of_ring, 4),
+        "received_rows": exact(mine.keys.sum()),
+        "ring_rows": mine.ring,
+        "head_rows": exact(mine.head_rows),
+        "per_rank": [
+            {
+                "rank": r,
+                "spans": layout.spans(r),
+                "padding": mine.padding(r),
+                "pairs": exact(mine.pairs[r]),
+                "share": round(float(mine.pairs[r] / mean), 4),
+                "received_rows": exact(mine.keys[r].sum()),
+                "sent_rows": exact(mine.keys[:, r].sum()),
+                "of_ring": round(float(mine.rank_of_ring[r]), 4),
+                "hears_from": mine.wire[r].nonzero()[0].tolist(),
+                "steps": int(mine.steps[r]),
+            }
+            for r in range(ranks)
+        ],
+        "layouts": [
+            {
+                "layout": other,
+                "padding": c.layout.padded_total - total,
+                "imbalance": round(c.imbalance, 4),
+                "received_rows": exact(c.keys.sum()),
+                "most_received_rows": exact(c.keys.sum(1).max()),
+                "of_ring": round(c.of_ring, 4),
+            }
+            for other, c in costs.items()
+        ],
+        "notes": [*notes(run, lengths, layers, mine), *better(name, costs)],
+    }
+
+
+def exact(value: float) -> int | float:
+    """A whole number as an int; heads that move make parts of rows and pairs."""
+    return int(value) if value == int(value) else round(float(value), 2)
+
+
+def notes(run: Run, lengths: list[int], layers: list[LayerKind], costs: Costs) -> list[str]:
+    """What a reader of the figures should know."""
+    config, found = run.config, []
+    rows = run.micro_batch_size if config.sample_packing else 1
+    if sum(lengths) != rows * config.sequence_len:
+        text = f"{rows} x {config.sequence_len:,}" if rows > 1 else f"{config.sequence_len:,}"
+        found.append(f"the pack has {sum(lengths):,} tokens; the config trains on {text} (sequence_len)")
+    if len(lengths) > 1 and not config.sample_packing:
+        found.append("sample_packing is off: in training these documents are one stream and see each other")
+    if any(w is not None and w >= max(lengths) for w in run.windows):
+        found.append("a sliding window that no document is longer than is left out: it changes nothing")
+    if len(layers) > 1:
+        kinds = ", ".join(f"{layer.count} x {kind_text(layer)}" for layer in layers)
+        found.append(f"figures are summed over the layers: {kinds}")
+    if costs.head_rows:
+        whole = all(layer.together == run.sizes.cp for layer in layers)
+        found.append(
+            f"heads move: every rank sends, and receives, {costs.head_rows:,.0f} rows of q, k, v and out each"
+            + (", and computes its heads of the whole pack, at every layout alike" if whole else "")
+        )
+    return found
+
+
+def better(name: str, costs: dict[str, Costs]) -> list[str]:
+    """The layouts that are as even as this one and move as little, and better at one of the two by 2 %."""
+    mine, found = costs[name], []
+    for other, c in costs.items():
+        even, less = mine.imbalance - c.imbalance, mine.of_ring - c.of_ring
+        if min(even, less) >= 0 and max(even, less) > 0.02:
+            figures = f"busiest / mean {c.imbalance:.2f}, {c.of_ring:.0%} of a ring"
+            found.append(f"{other} would be better for this pack ({figures}): set cp_layout: {other}")
+    return found
+
+
+def kind_text(layer: LayerKind) -> str:
+    inside = f" in groups of {layer.together}" if layer.comm_type == "a2a+p2p" else ""
+    return layer.comm_type + inside + (f" window {layer.window:,}" if layer.window is not None else "")
+
+
+def report(result: dict, layers: list[LayerKind]) -> None:
+    """Prints the result for people."""
+    from rich.console import Console
+
+    lengths, padding, ranks = result["documents"], result["padding"], result["ranks"]
+    pack = (
+        "one document"
+        if len(lengths) == 1
+        else f"{len(lengths):,} documents of {shortest_to_longest(lengths)}"
+    )
+    print(
+        f"{result['layout']} layout: {result['tokens']:,} tokens{f' and {padding:,} of padding' if padding else ''}, {pack}, "
+        f"{ranks} rank{'s'[: ranks - 1]}, {' and '.join(kind_text(layer) for layer in layers)}"
+    )
+    print(f"cp_layout {result['asked']}{': ' + result['why'] if result['why'] else ''}")
+    for note in result["notes"]:
+        print(f"note: {note}")
+    print()
+
+    keys = result["received_rows"] > 0 or not result["head_rows"]
+    by_rank = {
+        "rank": lambda r: str(r["rank"]),
+        "tokens": lambda r: span_text(r["spans"], result["tokens"]),
+        "rows": lambda r: f"{result['rows'] - r['padding']:,}",
+        "work": lambda r: f"{r['share']:.2f} x",
+        "rows in": (lambda r: f"{r['received_rows']:,}") if keys else None,
+        "rows out": (lambda r: f"{r['sent_rows']:,}") if keys else None,
+        "head rows": (lambda r: f"{result['head_rows']:,}") if result["head_rows"] else None,
+        "of ring": lambda r: f"{r['of_ring']:.0%}",
+        "from": lambda r: rank_text(r["hears_from"]),
+        "steps": lambda r: str(r["steps"]),
+    }
+    by_layout = {
+        "layout": lambda o: o["layout"] + (" *" if o["layout"] == result["layout"] else ""),
+        "busiest": lambda o: f"{o['imbalance']:.2f} x",
+        "rows": (lambda o: f"{o['received_rows']:,}") if keys else None,
+        "most into a rank": (lambda o: f"{o['most_received_rows']:,}") if keys else None,
+        "of ring": lambda o: f"{o['of_ring']:.0%}",
+        "padding": lambda o: f"{o['padding']:,}",
+    }
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console.print(
+        table(
+            "a forward pass, rank by rank (work: of the mean; rows: keys and values)",
+            by_rank,
+            result["per_rank"],
+        )
+    )
+    print(
+        f"the busiest rank computes {result['imbalance']:.2f} x the mean; what travels is {result['of_ring']:.0%} of a plain "
+        f"ring's {result['ring_rows']:,} key/value rows{' by size' if result['head_rows'] else ''}\n"
+    )
+    console.print(table("the layouts side by side (* is this one)", by_layout, result["layouts"]))
+    if "png" in result:
+        print(f"picture: {result['png']}")
+
+
+def table(title: str, columns: dict[str, Callable[[dict], str] | None], lines: list[dict]) -> Table:
+    """A table with a line a dict; columns of None are left out."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    shown = {name: text for name, text in columns.items() if text}
+    for name in shown:
+        gives_way = name in ("tokens", "from")  # on a narrow terminal
+        justify = "left" if gives_way or name == "layout" else "right"
+        made.add_column(name, justify=justify, no_wrap=not gives_way, min_width=9 if gives_way else None)
+    for line in lines:
+        made.add_row(*(text(line) for text in shown.values()))
+    return made
+
+
+def shortest_to_longest(lengths: list[int]) -> str:
+    low, high = min(lengths), max(lengths)
+    return f"{low:,} to {high:,} tokens" if low < high else f"{low:,} tokens"
+
+
+def span_text(spans: list[tuple[int, int]], total: int) -> str:
+    """The first spans, without padding, and how many there are."""
+    real = [f"{start}:{min(stop, total)}" for start, stop in spans if start < total]
+    if len(real) <= NAMED_SPANS:
+        return " ".join(real) or "none"
+    return f"{' '.join(real[: NAMED_SPANS - 1])} .. {len(real)} spans"
+
+
+def rank_text(ranks: list[int]) -> str:
+    if len(ranks) > NAMED_RANKS:
+        return f"{len(ranks)} ranks"
+    return " ".join(map(str, ranks)) or "nobody"

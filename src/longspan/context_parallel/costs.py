@@ -1,0 +1,120 @@
+"""Costs: what each rank computes and what travels in a forward pass, from a layout alone.
+
+No process group, no tensor: integers in, integers out, for ``longspan layout`` and for plans.
+
+    move keys    a rank computes all heads of its queries and receives the rows they need
+    move heads   a rank computes its share of the heads for the rows of its group, and all
+                 ranks of the group exchange their rows of q, k, v and out
+
+What travels is counted in *key/value rows*: one token's keys and values of all heads a rank
+holds. Where heads move, rows of q and out count by their size, so that layouts compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from longspan.context_parallel.heads import split_heads
+from longspan.context_parallel.layout import SequenceLayout
+from longspan.context_parallel.schedule import ROWS_A_STEP, effective_window, exchanges, rows_matrix
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Attention layers that are alike; ``count`` of them.
+
+    Attributes:
+        together: ranks that move heads among themselves, 1 where keys alone move.
+    """
+
+    comm_type: str
+    window: int | None = None
+    together: int = 1
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Summed over the layers.
+
+    Attributes:
+        pairs: [P] (query, key) pairs a rank computes; a rank with 1/i of the heads counts 1/i of a pair.
+        keys: [users, owners] key/value rows that are sent as such (after heads have moved: of some heads).
+        head_rows: rows of q, k, v and out each that every rank sends, and receives, where heads move.
+        wire: [users, owners] all that travels, in key/value rows by size.
+        steps: [P] steps of a rank's schedule, of the layer that has most.
+        ring: what a plain ring would move, summed over the ranks: everybody receives all other rows.
+    """
+
+    layout: SequenceLayout
+    pairs: np.ndarray
+    keys: np.ndarray
+    head_rows: float
+    wire: np.ndarray
+    steps: np.ndarray
+    ring: int
+
+    @classmethod
+    def of(
+        cls, layout: SequenceLayout, layers: Sequence[LayerKind] = (LayerKind("p2p"),), n: int = 1, m: int = 1
+    ) -> Costs:
+        """The costs of attention layers with ``n`` query and ``m`` key/value heads a rank."""
+        P = layout.ranks
+        pairs, keys, wire = np.zeros(P), np.zeros((P, P)), np.zeros((P, P))
+        head_rows, steps = 0.0, np.ones(P, dtype=np.int64)
+        for layer in layers:
+            i = layer.together
+            groups = [range(first, first + i) for first in range(0, P, i)]
+            held = layout.merged(groups) if i > 1 else layout
+            areas = [held.area(group, layer.window) / i for group in range(P // i)]
+            pairs += layer.count * np.repeat(areas, i)
+            # ranks at the same place of their groups have the same heads: keys travel between them
+            rows = np.kron(rows_matrix(held, window=layer.window), np.eye(i))
+            kv_heads = len(split_heads(n, m, i)[1][0])
+            keys += layer.count * rows
+            wire += layer.count * rows * kv_heads / m
+            if i > 1:
+                inside = np.kron(np.eye(P // i), 1 - np.eye(i))
+                wire += layer.count * inside * layout.local_length * (n / i + kv_heads) / m
+                head_rows += layer.count * layout.local_length * (i - 1) / i
+            steps = np.maximum(steps, np.repeat(_steps(held, layer), i))
+        ring = (P - 1) * layout.total * sum(layer.count for layer in layers)
+        return cls(layout, pairs, keys, head_rows, wire, steps, ring)
+
+    @property
+    def imbalance(self) -> float:
+        """The busiest rank's work over the mean."""
+        return float(self.pairs.max() / self.pairs.mean())
+
+    @property
+    def of_ring(self) -> float:
+        """What travels over what a plain ring would move."""
+        return float(self.wire.sum()) / self.ring if self.ring else 0.0
+
+    @property
+    def rank_of_ring(self) -> np.ndarray:
+        """[P] the same for what each rank receives."""
+        return self.wire.sum(1) * self.layout.ranks / max(1, self.ring)
+
+    def padding(self, rank: int) -> int:
+        """A rank's rows that stand for padding."""
+        return self.layout.local_length - sum(s.stop - s.start for s in self.layout.segments(rank))
+
+
+def _steps(layout: SequenceLayout, layer: LayerKind) -> np.ndarray:
+    """[P] steps of each rank's Schedule, without making its tiles: the own one, and all up to the last with a message."""
+    window, ranks = effective_window(layout, layer.window), np.arange(layout.ranks)
+    matrix = rows_matrix(layout, window=window)
+    steps = np.ones(layout.ranks, dtype=np.int64)
+    least = None if layer.comm_type == "all_gather" else ROWS_A_STEP
+    for number, offsets in enumerate(exchanges(layout, True, window, least), start=2):
+        for i in offsets:
+            sends, receives = (
+                matrix[(ranks + i) % layout.ranks, ranks],
+                matrix[ranks, (ranks - i) % layout.ranks],
+            )
+            steps[(sends > 0) | (receives > 0)] = number
+    return steps
