@@ -1,5 +1,6 @@
 """Layouts and schedules: integers only, no process group."""
 
+import functools
 import itertools
 import json
 import statistics
@@ -229,8 +230,34 @@ def test_auto_balances_documents_and_cuts_one_sequence_zigzag():
 
     assert name(64, 4) == name(64, 4, cu_seqlens=[0, 64]) == "zigzag"
     assert name(64, 4, cu_seqlens=[0, 10, 64]) == "balanced"
-    assert name(64, 4, windows=[8, 16]) == name(64, 1) == "contiguous"
-    assert name(64, 4, windows=[8, None]) == name(64, 4, windows=[17]) == "zigzag"
+    assert name(6400, 4, windows=[80, 16]) == name(64, 1) == "contiguous"
+    assert name(6400, 4, windows=[80, None]) == name(6400, 4, windows=[3000]) == "balanced"
+    assert name(64, 4, cu_seqlens=range(0, 65, 8)) == "contiguous"  # even already
+    assert name(64, 4, windows=[64]) == "zigzag"
+
+
+def test_where_heads_move_the_groups_hold_what_keys_travel_between():
+    cu = list(itertools.accumulate(PUBLISHED["packs"]["16384"][0], initial=0))
+    make = functools.partial(SequenceLayout.make, "auto", cu[-1], 8, cu_seqlens=cu, multiple_of=3)
+    assert make(together=8).name == "contiguous"  # all heads move, no key does
+    groups = [range(i, i + 2) for i in range(0, 8, 2)]
+    layout, outer = make(together=2), SequenceLayout.balanced(cu, 4, multiple_of=6)
+    merged = layout.merged(groups)
+    assert layout.local_length % 3 == 0
+    assert [merged.area(r) for r in range(4)] == [outer.area(r) for r in range(4)]
+    assert sum(merged.received_rows(r) for r in range(4)) == sum(outer.received_rows(r) for r in range(4))
+    naive = make().merged(groups)
+    assert sum(merged.received_rows(r) for r in range(4)) < sum(naive.received_rows(r) for r in range(4))
+
+
+def test_schedules_of_different_kinds_are_not_mixed_up():
+    layout = SequenceLayout.zigzag(64, 4)
+    assert len(Schedule.of(layout, 0, all_at_once=True).steps) == 2
+    assert len(Schedule.of(layout, 0, rows_a_step=1).steps) == 4
+
+
+def test_one_rank_pads_nothing():
+    assert SequenceLayout.per_document_zigzag([0, 3, 4], 1).padded_total == 4
 
 
 def test_steps_that_bring_few_rows_are_one_exchange():

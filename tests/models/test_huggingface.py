@@ -24,11 +24,22 @@ CPU = torch.device("cpu")
 
 
 def make_llama(folder, tied, dtype=torch.float32, scaling=None, window=None):
-    """A random Llama (with a window: Mistral) as transformers saves it: grouped heads, a vocabulary that is no multiple of 128."""
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+    """A random Llama as transformers saves it: grouped heads, a vocabulary that is no multiple of 128.
+
+    With a window it is a Mistral, with (window,) a Ministral that has it in its first layer only.
+    """
+    import transformers
 
     torch.manual_seed(1)
-    make, kind = (LlamaForCausalLM, LlamaConfig) if window is None else (MistralForCausalLM, MistralConfig)
+    name = "Llama" if window is None else "Mistral" if isinstance(window, int) else "Ministral"
+    make, kind = (getattr(transformers, name + part) for part in ("ForCausalLM", "Config"))
+    extra = {} if window is None else {"sliding_window": window}
+    if name == "Ministral":
+        extra = {
+            "sliding_window": window[0],
+            "layer_types": ["sliding_attention", "full_attention"],
+            "head_dim": 8,
+        }
     config = kind(
         vocab_size=tiny.VOCAB,
         hidden_size=32,
@@ -40,7 +51,7 @@ def make_llama(folder, tied, dtype=torch.float32, scaling=None, window=None):
         tie_word_embeddings=tied,
         initializer_range=0.2,
         rope_scaling=scaling,
-        **({} if window is None else {"sliding_window": window}),
+        **extra,
     )
     make(config).to(dtype).save_pretrained(folder, max_shard_size="20KB")
     return str(folder)
@@ -87,7 +98,7 @@ def imported(prefix, base, folder, more):
 
 @pytest.mark.parametrize(
     ("tied", "scaling", "window"),
-    [(False, None, None), (True, None, None), (False, LLAMA3, None), (False, None, 9)],
+    [(False, None, None), (True, None, None), (False, LLAMA3, None), (False, None, 9), (False, None, (9,))],
 )
 def test_logits_are_transformers_and_the_round_trip_is_bit_equal(prefix, tmp_path, tied, scaling, window):
     from transformers import AutoModelForCausalLM

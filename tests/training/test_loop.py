@@ -108,7 +108,7 @@ SINGLE_STEPS = {
             "sample_packing": False,
         },
     ),
-    "a window, balanced": (3, {"context_parallel_size": 3, "sliding_window": [9, None], "export_hf": False}),
+    "a window, balanced": (3, {"context_parallel_size": 3, "sliding_window": [9, None]}),
     "heads inside, keys across": (
         4,
         {
@@ -132,7 +132,7 @@ def test_two_steps_equal_one_process(name, prefix, reference):
     plain = {
         k: v
         for k, v in changes.items()
-        if k in ("sample_packing", "tie_word_embeddings", "sequence_len", "sliding_window", "export_hf")
+        if k in ("sample_packing", "tie_word_embeddings", "sequence_len", "sliding_window")
     }
     compare(pool.run(world, curve, prefix, 2, changes)[0], reference(2, **plain), 1e-10)
 

@@ -72,9 +72,9 @@ MOST_TOKENS = 1 << 28
 NAMED_SPANS, NAMED_RANKS = 3, 8
 
 WHY = {
-    "balanced": "several documents: their chunks are dealt out so that work is even and few rows travel",
+    "balanced": "runs of equal length would be uneven: chunks are dealt out so that work is even and few rows travel",
     "zigzag": "one document: each rank takes an early chunk, with little work, and a late one with much",
-    "contiguous": "no layer looks back further than a rank's rows: work is even and only neighbours talk",
+    "contiguous": "runs of equal length are even already, and only neighbours talk",
 }
 
 
@@ -191,6 +191,7 @@ def make_layout(run: Run, lengths: Sequence[int], name: str) -> SequenceLayout:
         cu_seqlens=[0, *itertools.accumulate(lengths)],
         windows=run.windows,
         multiple_of=run.sizes.tp if run.sequence_parallel else 1,
+        together=run.ranks_together,
     )
 
 
@@ -213,10 +214,8 @@ def layer_kinds(run: Run, longest: int) -> list[LayerKind]:
 
 def describe(run: Run, lengths: list[int], layers: list[LayerKind], costs: dict[str, Costs]) -> dict:
     """What ``--json`` prints."""
-    from longspan.context_parallel.layout import SequenceLayout
-
     asked, total, ranks = run.config.cp_layout, sum(lengths), run.sizes.cp
-    name = SequenceLayout.choose(asked, total, ranks, len(lengths) > 1, run.windows)
+    name = make_layout(run, lengths, asked).name
     mine = costs[name]
     layout, mean = mine.layout, mine.pairs.mean()
     why = "one rank holds everything" if ranks == 1 else WHY.get(name, "")

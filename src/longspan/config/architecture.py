@@ -9,7 +9,7 @@ from typing import Any
 
 from longspan.errors import UserError
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral")
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "ministral")
 
 #: what transformers takes where a Mistral's config.json names no sliding_window
 MISTRAL_WINDOW = 4096
@@ -92,8 +92,13 @@ def architecture_of(base_model: str) -> dict[str, Any]:
     if data.get("hidden_act", "silu") != "silu":
         raise UserError(f"base_model: {path} sets hidden_act {data['hidden_act']!r}; only silu is supported.")
     found = {ours: data[theirs] for theirs, ours in _KEYS.items() if data.get(theirs) is not None}
-    if data["model_type"] == "mistral":
+    if data["model_type"] in ("mistral", "ministral"):
         found.setdefault("sliding_window", data.get("sliding_window", MISTRAL_WINDOW))
+        kinds = data.get("layer_types") or []
+        if "full_attention" in kinds:
+            found["sliding_window"] = [
+                found["sliding_window"] if k == "sliding_attention" else None for k in kinds
+            ]
     nested = data.get("rope_parameters") or {}
     if not isinstance(nested, dict):
         raise UserError(f"base_model: {path} sets rope_parameters {nested!r}, not an object of fields.")

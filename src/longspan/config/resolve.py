@@ -66,6 +66,15 @@ class Run:
         model = self.transformer_config()
         return [model.window_of_layer(number) for number in range(1, model.num_layers + 1)]
 
+    @property
+    def ranks_together(self) -> int:
+        """Context parallel ranks that exchange heads in every layer; 1 where some layer moves keys alone."""
+        model, cp = self.transformer_config(), self.sizes.cp
+        types = {model.comm_type_of_layer(number) for number in range(1, model.num_layers + 1)}
+        if cp == 1 or not types <= {"a2a", "a2a+p2p"}:
+            return 1
+        return cp if types == {"a2a"} else self.sizes.hierarchical_cp[0]
+
     def _parallel(self) -> dict:
         return dict(
             tensor_model_parallel_size=self.sizes.tp,
@@ -300,12 +309,13 @@ def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
                 "tokenizer_config and tokenizer_train_vocab_size are both given. Load a tokenizer or train one.",
             )
         )
-    if config.export_hf and isinstance(config.sliding_window, list) and len(set(config.sliding_window)) > 1:
+    windows = config.sliding_window if isinstance(config.sliding_window, list) else []
+    if config.export_hf and len({w for w in windows if w is not None}) > 1:
         found.append(
             (
                 ("export_hf", "sliding_window"),
-                f"sliding_window {config.sliding_window}: layers with different windows cannot be exported (Llama has none, "
-                "Mistral one for all layers). Set export_hf: false, or give one window.",
+                f"sliding_window {windows}: a model whose layers have windows of different sizes cannot be exported (Ministral "
+                "has one size, in some of its layers). Set export_hf: false, or give one size.",
             )
         )
     if config.reinit_weights and config.base_model is None:

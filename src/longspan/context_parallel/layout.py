@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.context_parallel.balance import balanced_chunks
+from longspan.context_parallel.balance import TOLERANCE, balanced_chunks
 from longspan.mesh import collectives
 
 Span = tuple[int, int]
@@ -110,7 +110,7 @@ class SequenceLayout:
         _check_sizes(total, ranks)
         bounds, lengths = edges[:-1], [stop - start for start, stop in zip(edges, edges[1:])]
         if cu_seqlens_padded is None:
-            padded = [_round_up(n, 2 * ranks) for n in lengths]
+            padded = [_round_up(n, 2 * ranks) for n in lengths] if ranks > 1 else lengths
         else:
             padded_edges = _checked(cu_seqlens_padded, None)
             padded = [stop - start for start, stop in zip(padded_edges, padded_edges[1:])]
@@ -220,16 +220,41 @@ class SequenceLayout:
         cu_seqlens=None,
         windows: Sequence[int | None] = (None,),
         multiple_of: int = 1,
+        together: int = 1,
     ) -> SequenceLayout:
         """A layout by name; ``auto`` takes what is even and moves least.
 
         Args:
-            name: ``auto`` (see :meth:`choose`) or one of ``LAYOUTS``.
+            name: ``auto`` or one of ``LAYOUTS``.
             windows: the sliding window of each layer.
+            together: ranks that exchange heads in every layer. Keys then travel between groups of
+                so many, so ``auto`` and ``balanced`` deal out to the groups, and each cuts its
+                rows into runs.
+
+        ``auto``: one document without a window is ``zigzag``; else ``contiguous`` where that is even
+        already (only neighbours talk), and ``balanced`` where it is not.
         """
-        packed = cu_seqlens is not None and len(_boundaries(cu_seqlens, total)) > 2
-        name = cls.choose(name, total, ranks, packed, windows)
-        cu = (0, total) if cu_seqlens is None else cu_seqlens
+        cu = (0, total) if cu_seqlens is None else _boundaries(cu_seqlens, total)
+        if together > 1 and name in ("auto", "balanced"):
+            whole = cls.make(
+                name,
+                total,
+                ranks // together,
+                cu_seqlens=cu,
+                windows=windows,
+                multiple_of=multiple_of * together,
+            )
+            return whole._split(together)
+        if name == "auto":
+            longest = max(b - a for a, b in zip(cu, cu[1:]))
+            if len(cu) == 2 and ranks > 1 and all(w is None or w >= longest for w in windows):
+                name = "zigzag"
+            else:
+                plain = cls.contiguous(total, ranks, cu_seqlens=cu, multiple_of=multiple_of)
+                work = [sum(plain.area(r, w) for w in windows) for r in range(ranks)]
+                if max(work) * ranks <= TOLERANCE * sum(work):
+                    return plain
+                name = "balanced"
         if name == "balanced":
             return cls.balanced(cu, ranks, list(windows), multiple_of=multiple_of)
         if name == "per_document_zigzag":
@@ -237,21 +262,21 @@ class SequenceLayout:
         if name not in LAYOUTS:
             raise ValueError(f"layout {name!r}: auto or one of {', '.join(LAYOUTS)}.")
         make = getattr(cls, name)
-        return make(total, ranks, cu_seqlens=cu_seqlens, multiple_of=multiple_of)
+        return make(total, ranks, cu_seqlens=cu, multiple_of=multiple_of)
 
-    @staticmethod
-    def choose(
-        name: str, total: int, ranks: int, packed: bool, windows: Sequence[int | None] = (None,)
-    ) -> str:
-        """The layout that ``auto`` stands for; other names are as they are.
-
-        Several documents are ``balanced``. One is ``zigzag``, but ``contiguous`` where no layer
-        looks back further than a rank's rows: work is even then, and only neighbours talk.
-        """
-        if name != "auto":
-            return name
-        near = all(w is not None and w <= total // ranks for w in windows)
-        return "contiguous" if ranks == 1 or (near and not packed) else "balanced" if packed else "zigzag"
+    def _split(self, parts: int) -> SequenceLayout:
+        """Every rank's rows cut into runs of equal length for ``parts`` ranks."""
+        rows, spans = self.local_length // parts, []
+        for held in self.all_spans:
+            runs: list[list[Span]] = [[] for _ in range(parts)]
+            at = 0
+            for start, stop in held:
+                while start < stop:
+                    take = min(stop - start, rows - at % rows)
+                    runs[at // rows].append((start, start + take))
+                    start, at = start + take, at + take
+            spans += runs
+        return self._make(self.name, self.total, self.ranks * parts, self.cu_seqlens, spans)
 
     def merged(self, groups: Sequence[Sequence[int]]) -> SequenceLayout:
         """The layout after an all-to-all inside each group: a merged rank holds its group's tokens, in order.

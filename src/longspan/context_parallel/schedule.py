@@ -91,7 +91,7 @@ class Schedule:
         """
         window = effective_window(layout, window)
         rows_a_step = ROWS_A_STEP if rows_a_step is None else rows_a_step
-        key = ("schedule", rank, causal, window, all_at_once or rows_a_step)
+        key = ("schedule", rank, causal, window, None if all_at_once else rows_a_step)
         if key not in layout._memo:
             offsets = exchanges(layout, causal, window, None if all_at_once else rows_a_step)
             layout._memo[key] = _build(layout, rank, causal, window, offsets)

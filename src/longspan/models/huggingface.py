@@ -222,10 +222,37 @@ def copy_tokenizer(source: Path | None, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
+def _kind(model: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """The architecture's name: Mistral where all layers have one sliding window, Ministral where some have it."""
+    given = model.get("sliding_window")
+    windows = given if isinstance(given, list) else [given]
+    sizes = {w for w in windows if w is not None}
+    if len(sizes) > 1:
+        raise UserError(
+            f"sliding_window {given}: windows of different sizes have no Hugging Face architecture to leave as."
+        )
+    if None in windows and sizes:
+        (size,) = sizes
+        kinds = ["full_attention" if w is None else "sliding_attention" for w in windows]
+        return {
+            "architectures": ["MinistralForCausalLM"],
+            "model_type": "ministral",
+            "sliding_window": size,
+            "layer_types": [kinds[i % len(kinds)] for i in range(model["num_layers"])],
+        }
+    if sizes or base.get("model_type") == "mistral":
+        return {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "sliding_window": next(iter(sizes), None),
+        }
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+
+
 def hugging_face_config(
     model: dict[str, Any], dtype: torch.dtype, base: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The ``config.json`` of a Llama, or of a Mistral where all layers have one sliding window.
+    """The ``config.json`` of a Llama, or with sliding windows of a Mistral or Ministral.
 
     Args:
         model: num_layers, hidden_size, num_attention_heads, num_query_groups, kv_channels, ffn_hidden_size, vocab_size,
@@ -236,19 +263,9 @@ def hugging_face_config(
     # transformers 5 reads rope_parameters, 4 reads the other two; both are written
     rope = {k: v for k, v in (model["rope_scaling"] or {}).items() if k != "type"}
     rope.setdefault("rope_type", (model["rope_scaling"] or {}).get("type", "default"))
-    window = model.get("sliding_window")
-    if isinstance(window, list):
-        if len(set(window)) > 1:
-            raise UserError(
-                f"sliding_window {window}: layers with different windows have no Hugging Face architecture to leave as."
-            )
-        window = window[0]
-    kind: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    if window is not None or base.get("model_type") == "mistral":
-        kind = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
     return (
         base
-        | kind
+        | _kind(model, base)
         | {
             "num_hidden_layers": model["num_layers"],
             "hidden_size": model["hidden_size"],

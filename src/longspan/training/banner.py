@@ -27,7 +27,10 @@ def banner(run: Run, *, parameters: int, samples: int, held_out: int, steps: int
         device, dtype, model.kv_channels, c.attention_backend, c.deterministic_mode
     )
     tokens = run.global_batch_size * c.sequence_len
-    layout = SequenceLayout.choose(c.cp_layout, c.sequence_len, sizes.cp, c.sample_packing, run.windows)
+    layout = c.cp_layout
+    if layout == "auto":
+        plain = SequenceLayout.make(layout, c.sequence_len, sizes.cp, windows=run.windows)
+        layout = "balanced where documents are uneven" if c.sample_packing else plain.name
     moves = c.cp_comm_type if isinstance(c.cp_comm_type, str) else "/".join(c.cp_comm_type)
     epochs = steps * run.global_batch_size / samples
     on = {True: "on", False: "off"}

@@ -47,7 +47,7 @@ class Sharder:
 
     def __init__(self, run: Run, dp_rank: int, cp_rank: int, plan: Callable[[SequenceLayout], None]):
         self.run, self.dp_rank, self.cp_rank, self.plan = run, dp_rank, cp_rank, plan
-        self.windows = run.windows
+        self.windows, self.together = run.windows, run.ranks_together
         self._plain = lru_cache(maxsize=4)(self._make_layout)
 
     def local_rows(self) -> int:
@@ -83,6 +83,7 @@ class Sharder:
             cu_seqlens=cu_seqlens,
             windows=self.windows,
             multiple_of=_row_multiple(self.run),
+            together=self.together,
         )
         self.plan(layout)
         return layout

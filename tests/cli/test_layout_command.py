@@ -120,7 +120,8 @@ def test_a_window_that_no_document_is_longer_than_changes_nothing(config, capsys
 def test_hierarchical_moves_heads_inside_and_keys_across(config, capsys):
     path = config(context_parallel_size=8, cp_comm_type="a2a+p2p", hierarchical_context_parallel_sizes=[2, 4])
     result = ask(capsys, path, "--lengths", given(DOCUMENTS))
-    layout = SequenceLayout.balanced(cumulative(DOCUMENTS), 8)
+    cu = cumulative(DOCUMENTS)
+    layout = SequenceLayout.make("auto", cu[-1], 8, cu_seqlens=cu, together=2)
     merged = layout.merged([(0, 1), (2, 3), (4, 5), (6, 7)])
     rows = layout.local_length
     assert result["head_rows"] == rows / 2
@@ -176,7 +177,7 @@ def test_the_table_says_what_was_chosen_and_why(config, capsys):
     out = capsys.readouterr().out
     assert "balanced layout: 1,856 tokens" in out
     assert "11 documents of 1 to 409 tokens, 3 ranks, p2p" in out
-    assert "cp_layout auto: several documents" in out
+    assert "cp_layout auto: runs of equal length would be uneven" in out
     assert "note: the pack has 1,856 tokens; the config trains on 50 (sequence_len)" in out
     assert "balanced *" in out
     assert "of a plain ring's 3,712 key/value rows" in out
