@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("longspan.cli.train", "train a model as a config says"),
     "verify": ("longspan.cli.verify", "compare the config's layout with one process: loss, gradients"),
     "layout": ("longspan.cli.layout", "show who holds and computes what, and what travels, for a pack"),
+    "eval": ("longspan.cli.evaluate", "loss by position and a needle test of a trained model"),
     "prepare": ("longspan.cli.prepare", "tokenise text, jsonl or code into .bin/.idx"),
     "convert": ("longspan.cli.convert", "between a checkpoint and a Hugging Face folder"),
     "generate": ("longspan.cli.generate", "let a trained model write on from a prompt"),

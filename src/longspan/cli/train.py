@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longspan.cli.launch import HELP, OPTIONS, choose_device, read_launch, start, under_torchrun
 from longspan.cli.options import key_help, read_config, take_options
@@ -13,6 +14,9 @@ from longspan.config.load import to_yaml
 from longspan.config.resolve import Run, resolve
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 USAGE = f"""\
 usage: longspan train CONFIG [--any-key value] [launcher options] [--launcher torchrun -- torchrun arguments]
@@ -151,6 +155,20 @@ def join(resolved: Run, device_type: str) -> int:
     code = train(resolve(config, resolved.world_size), device)
     close_distributed()
     return code
+
+
+def enter_world(device_type: str) -> torch.device:
+    """Joins the process group as a launched process that finds its config ready; says where it computes."""
+    import torch
+
+    from longspan.mesh.mesh import init_distributed
+
+    quiet_logs()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    init_distributed(device_type)
+    if device_type == "cuda":
+        return torch.device(device_type, int(os.environ["LOCAL_RANK"]))
+    return torch.device("cpu")
 
 
 def resume_point(run: Run) -> str | None:

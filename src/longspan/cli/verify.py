@@ -180,16 +180,10 @@ def work(runs: list[Run], device_type: str, steps: int, result: Path) -> int:
     import torch
     import torch.distributed as dist
 
-    from longspan.mesh.mesh import close_distributed, init_distributed
+    from longspan.cli.train import enter_world
+    from longspan.mesh.mesh import close_distributed
 
-    quiet_logs()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    init_distributed(device_type)
-    device = (
-        torch.device(device_type, int(os.environ["LOCAL_RANK"]))
-        if device_type == "cuda"
-        else torch.device("cpu")
-    )
+    device = enter_world(device_type)
     measured = [measure(run, device, steps) for run in runs]
     if dist.get_rank() == 0:
         torch.save(measured, result)

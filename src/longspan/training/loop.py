@@ -225,10 +225,10 @@ class Trainer:
         for layer in self.model.decoder.layers:
             layer.self_attention.core_attention.plan(layout)
 
-    def loss_sum(self, batch: LocalBatch) -> Tensor:
-        """The summed loss of this rank's tokens of a micro-batch."""
+    def losses(self, batch: LocalBatch) -> Tensor:
+        """The loss of each of this rank's tokens of a micro-batch, [b, rows]; 0 where there is no target."""
         tokens, labels = batch.tokens.to(self.device), batch.labels.to(self.device)
-        return self.model(tokens, labels=labels, layout=batch.layout).sum()
+        return self.model(tokens, labels=labels, layout=batch.layout)
 
     # --- one step -------------------------------------------------------------------------
 
@@ -245,7 +245,7 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, batch in enumerate(batches):
             self.model.set_requires_all_reduce(i == len(batches) - 1)  # copies (HSDP) agree once a step
-            loss = self.loss_sum(batch)
+            loss = self.losses(batch).sum()
             (loss / count.clamp(min=1).item()).backward()
             total += loss.detach()
         dist.all_reduce(total, group=self.groups.dp_cp)
@@ -358,7 +358,7 @@ class Trainer:
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, tokens
         for batch in self.shard.evaluation(self.valid_data):
-            sums[0] += self.loss_sum(batch)
+            sums[0] += self.losses(batch).sum()
             sums[1] += batch.num_valid
         dist.all_reduce(sums, group=self.groups.dp_cp)
         loss, count = sums.tolist()

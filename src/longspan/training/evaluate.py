@@ -1,0 +1,141 @@
+"""What a model makes of long context: loss by position, and a needle test. At any layout, with one answer.
+
+Loss by position: the held-out tokens by their place in their document. A model that uses its
+context is better the more of it there is; one trained on short documents gets worse beyond.
+
+Needle: in held-out text of a given length a made-up pair "key value" (random tokens) stands at a
+given depth; the text ends with the key, and the model must go on with the value. Nothing but
+attention over the whole distance can do that. (After Kamradt 2023; with random tokens it asks
+for no tokenizer, no instruction following and no language.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from longspan.config.model import IGNORE_INDEX
+from longspan.context_parallel import SequenceLayout
+from longspan.data import TokenDataset
+from longspan.training.loop import Trainer
+from longspan.training.sharding import LocalBatch
+
+#: tokens of a needle's key, and of its value
+NEEDLE = 8
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+#: the random numbers of needles: no other purpose has this seed
+SEED = 7
+
+
+def position_edges(sequence_len: int, buckets: int = 8) -> list[int]:
+    """0, then powers of two of the whole: [0, s/128, .., s/2, s]"""
+    return [0, *sorted({sequence_len >> i for i in range(buckets)} - {0})]
+
+
+@torch.no_grad()
+def loss_by_position(trainer: Trainer) -> list[dict]:
+    """Mean loss of the held-out tokens in each bucket of positions; collective.
+
+    Returns:
+        For each bucket: from, to (positions in the document), tokens, loss (nats; None without
+        tokens), right (share of tokens the model gives more than half of the probability).
+    """
+    assert trainer.valid_data is not None
+    trainer.model.eval()
+    edges = position_edges(trainer.run.config.sequence_len)
+    rank = dist.get_rank(trainer.groups.cp)
+    sums = torch.zeros(3, len(edges) - 1, dtype=torch.float64)
+    inner = torch.tensor(edges[1:-1])
+    for batch in trainer.shard.evaluation(trainer.valid_data):
+        loss = trainer.losses(batch).double().cpu()
+        bucket = torch.bucketize(batch.layout.document_positions(rank), inner, right=True).expand_as(loss)
+        valid = batch.labels != IGNORE_INDEX
+        found = torch.stack([torch.ones_like(loss), loss, (loss < np.log(2)).double()])
+        for row, values in zip(sums, found):
+            row.index_add_(0, bucket[valid], values[valid])
+    dist.all_reduce(sums, group=trainer.groups.dp_cp)
+    return [
+        {
+            "from": a,
+            "to": b,
+            "tokens": int(n),
+            "loss": loss / n if n else None,
+            "right": right / n if n else None,
+        }
+        for a, b, (n, loss, right) in zip(edges, edges[1:], sums.t().tolist())
+    ]
+
+
+@torch.no_grad()
+def needles(trainer: Trainer, lengths: Sequence[int], trials: int) -> list[dict]:
+    """How often the value of a needle is found again; collective.
+
+    Args:
+        lengths: tokens of the texts.
+        trials: texts for each length and depth.
+
+    Returns:
+        For each length and depth: right (share of the value's tokens that get more than half of
+        the probability) and probability (their geometric mean).
+    """
+    assert trainer.valid_data is not None
+    trainer.model.eval()
+    run, group = trainer.run, trainer.groups.cp
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    results = []
+    for length in lengths:
+        layout = SequenceLayout.make(
+            "auto",
+            length,
+            ranks,
+            windows=run.windows,
+            multiple_of=run.sizes.tp if run.sequence_parallel else 1,
+            together=run.ranks_together,
+        )
+        for depth in DEPTHS:
+            sums = torch.zeros(2, dtype=torch.float64)
+            for trial in range(trials):
+                tokens, labels = needle_text(
+                    trainer.valid_data, run.config.vocab_size or 0, length, depth, trial
+                )
+                local = (
+                    layout.shard(tokens, rank, dim=1),
+                    layout.shard(labels, rank, dim=1, pad_value=IGNORE_INDEX),
+                )
+                loss = trainer.losses(LocalBatch(*local, layout)).double().cpu()[local[1] != IGNORE_INDEX]
+                sums += torch.stack([(loss < np.log(2)).double().sum(), loss.sum()])
+            dist.all_reduce(sums, group=group)
+            count = trials * NEEDLE
+            results.append(
+                {
+                    "length": length,
+                    "depth": depth,
+                    "right": sums[0].item() / count,
+                    "probability": float(np.exp(-sums[1].item() / count)),
+                }
+            )
+    return results
+
+
+def needle_text(
+    data: TokenDataset, vocab: int, length: int, depth: float, trial: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """tokens, labels [1, length]: held-out text with a needle; labels are the value's at the end alone."""
+    g = np.random.Generator(np.random.PCG64([SEED, length, int(100 * depth), trial]))
+    key, value = g.integers(0, vocab, NEEDLE), g.integers(0, vocab, NEEDLE)
+    room = length - 4 * NEEDLE
+    rows: list[np.ndarray] = []
+    at, held = int(g.integers(len(data))), 0
+    while held < room:  # rows one after another, from a random one on
+        bounds = data.boundaries(at % len(data))
+        rows.append(data.row(at % len(data)).tokens[: bounds[-1]])
+        held, at = held + len(rows[-1]), at + 1
+    text = np.concatenate(rows)[:room]
+    place = int(depth * room)
+    tokens = np.concatenate([text[:place], key, value, text[place:], key, value])
+    labels = np.full(length, IGNORE_INDEX, dtype=np.int64)
+    labels[-NEEDLE - 1 : -1] = value
+    return torch.from_numpy(tokens)[None], torch.from_numpy(labels)[None]
