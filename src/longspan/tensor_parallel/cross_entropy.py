@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.config.model import IGNORE_INDEX
+from longspan.matmul import product
 from longspan.mesh.collectives import all_gather_dim
 from longspan.tensor_parallel.mappings import tensor_parallel_group
 
@@ -155,7 +156,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, labels.shape[0], chunk):
             part = slice(start, start + chunk)
             column, mine = _local_columns(labels[part], columns, width, rank, vocab_size)
-            logits = _wide(hidden[part] @ used.t())
+            logits = _wide(product(hidden[part], used.t()))
             lses[part], picked = _log_sum_exp(logits, column, mine, group)
             valid = labels[part] != IGNORE_INDEX
             loss[part] = (lses[part] - picked).where(valid, 0)
@@ -182,7 +183,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     labels[part], ctx.columns, weight.shape[0], ctx.rank, ctx.vocab_size
                 )
                 scale = grad_loss[part].where(labels[part] != IGNORE_INDEX, 0)
-                grad = _logit_gradient(_wide(hidden[part] @ used.t()), lses[part], column, mine, scale)
+                grad = _logit_gradient(
+                    _wide(product(hidden[part], used.t())), lses[part], column, mine, scale
+                )
                 _add_chunk((grad_hidden, grad_weight), grad.to(hidden.dtype), hidden, used, part)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
@@ -196,11 +199,8 @@ def _empty_gradients(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _add_chunk(sums: tuple[Tensor, Tensor], grad: Tensor, hidden: Tensor, used: Tensor, part: slice) -> None:
     """A chunk's logit gradients [c, columns] into the gradients of hidden (its rows) and weight (all of it)."""
     grad_hidden, grad_weight = sums
-    grad_hidden[part] = grad @ used
-    if grad.dtype == grad_weight.dtype:
-        grad_weight[: used.shape[0]].addmm_(grad.t(), hidden[part])
-    else:
-        grad_weight[: used.shape[0]] += grad.t() @ hidden[part]
+    grad_hidden[part] = product(grad, used)
+    grad_weight[: used.shape[0]] += product(grad.t(), hidden[part])
 
 
 def linear_cross_entropy(
