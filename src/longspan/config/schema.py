@@ -353,7 +353,7 @@ class TrainConfig(BaseModel):
     reshard_after_forward: bool = key(
         True, "Free a layer's gathered weights after its forward pass.", group="precision and memory"
     )
-    attention_backend: Literal["auto", "cpu-flash", "cuda-flash", "math"] = key(
+    attention_backend: Literal["auto", "cpu-blocks", "cpu-flash", "cuda-flash", "math"] = key(
         "auto", "Kernel of one tile of attention.", group="precision and memory"
     )
 

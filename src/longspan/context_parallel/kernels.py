@@ -8,7 +8,7 @@ s = t. The log-sum-exp is natural and at least float32. Backward takes the *glob
 lse of its rows: with p = exp(q k^T scale - lse) and delta = rowsum(dout * out), each tile's
 gradients are parts of the whole ones and just add up, so backward needs no merge.
 
-Backends: PyTorch's flash attention for CPU and CUDA, and ``math``, plain PyTorch in any
+Backends: ``cpu-blocks`` (its own file), PyTorch's flash attention for CPU and CUDA, and ``math``, plain PyTorch in any
 dtype, which is the reference and serves where no flash kernel does.
 """
 
@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longspan.context_parallel import cpu_blocks
 from longspan.errors import UserError, did_you_mean
 
 aten = torch.ops.aten
@@ -163,7 +164,9 @@ class Math:
         return tuple(rows_first(x).to(dtype) for x in (torch.cat(dqs, 2), dk, dv))
 
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (CpuFlash(), CudaFlash(), Math())}
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel for kernel in (cpu_blocks.CpuBlocks(CpuFlash()), CpuFlash(), CudaFlash(), Math())
+}
 BACKENDS = ("auto", *KERNELS)
 
 
@@ -174,6 +177,7 @@ def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, backe
         UserError: no such backend, or the backend cannot take these inputs.
     """
     why_not = {
+        "cpu-blocks": cpu_blocks.why_not(device, dtype),
         "cpu-flash": "" if device.type == "cpu" else f"runs on cpu, not on {device.type}",
         "cuda-flash": (
             f"runs on cuda, not on {device.type}"
