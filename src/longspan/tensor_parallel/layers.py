@@ -217,7 +217,10 @@ class RowParallelLinear(TensorParallelModule):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         if not self.input_is_parallel:
             x = mappings.scatter_to_tensor_model_parallel_region(x, self.tp_group)
-        y = linear(x, local(self.weight))
+        return self.leave(linear(x, local(self.weight)))
+
+    def leave(self, y: Tensor) -> Any:
+        """The output of the layer from this rank's product: the sum over the group, and the bias."""
         if self.sequence_parallel:
             y = mappings.reduce_scatter_to_sequence_parallel_region(y, self.tp_group)
         else:
