@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from longspan.context_parallel.kernels import Kernel
 
 #: rows of scores in a block, all heads of a group together, and keys
-ROWS, KEYS = 1536, 1024
+ROWS, KEYS = 768, 1024
 #: query-key pairs a head below which the other kernel is faster: calling then costs more than computing
 SMALL = 512 * 512
 LOG2E = math.log2(math.e)
