@@ -18,6 +18,7 @@ from longspan.context_parallel import (
     PackedSeqParams,
     SequenceLayout,
     context_parallel_attention,
+    cpu_blocks,
     keys,
     schedule,
 )
@@ -401,8 +402,10 @@ def test_refuses_what_it_cannot_do():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("name", ["cpu-flash", "math"])
-def test_kernel_equals_dense(name, causal):
+@pytest.mark.parametrize("name", ["cpu-blocks", "cpu-flash", "math"])
+def test_kernel_equals_dense(name, causal, monkeypatch):
+    for constant, value in (("SMALL", 0), ("ROWS", 34), ("KEYS", 23)):  # several blocks, the last ones short
+        monkeypatch.setattr(cpu_blocks, constant, value)
     t = 1500 if name == "math" else 150  # math goes through the rows in blocks of 256
     q, k, v, dout = inputs(t, 4, 2, 8)
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -416,6 +419,25 @@ def test_kernel_equals_dense(name, causal):
     torch.testing.assert_close(got_lse[0], lse, rtol=0, atol=1e-12)
     for x, ref in zip(grads, expected):
         torch.testing.assert_close(x.squeeze(1), ref, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "keys", "causal"), [(1500, 1500, True), (700, 1300, False)])
+def test_cpu_blocks_is_as_near_to_float64_as_flash(rows, keys, causal, dtype):
+    g = torch.Generator().manual_seed(0)
+    q, dout = (torch.randn(rows, 2, 6, 16, generator=g).to(dtype) for _ in range(2))
+    k, v = (torch.randn(keys, 2, 2, 16, generator=g).to(dtype) for _ in range(2))
+
+    def run(name, dtype):
+        x = [t.to(dtype) for t in (q, k, v, dout)]
+        out, lse = CPU_KERNELS[name].forward(*x[:3], causal, 0.25)
+        return out, lse, *CPU_KERNELS[name].backward(x[3], *x[:3], out, lse, causal, 0.25)
+
+    for blocks, flash, exact in zip(
+        run("cpu-blocks", dtype), run("cpu-flash", dtype), run("math", torch.float64)
+    ):
+        error, allowed = ((x.double() - exact).square().mean().sqrt().item() for x in (blocks, flash))
+        assert error <= 2 * allowed
 
 
 def test_merge_guards_rows_without_keys():

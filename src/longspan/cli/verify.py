@@ -9,7 +9,6 @@ gradient norms, the evaluation, and every whole gradient of the first step.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Sequence

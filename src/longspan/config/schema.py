@@ -382,7 +382,7 @@ class TrainConfig(BaseModel):
         True, "Free a layer's gathered weights after its forward pass.", group="precision and memory"
     )
     attention_backend: Literal[
-        "auto", "flash-attn-3", "flash-attn-2", "cuda-flash", "cudnn", "cpu-flash", "math"
+        "auto", "flash-attn-3", "flash-attn-2", "cuda-flash", "cudnn", "cpu-blocks", "cpu-flash", "math"
     ] = key("auto", "Kernel of one tile of attention.", group="precision and memory")
     deterministic_mode: bool = key(
         False,

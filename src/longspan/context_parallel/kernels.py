@@ -8,7 +8,7 @@ s = t. The log-sum-exp is natural and at least float32. Backward takes the *glob
 lse of its rows: with p = exp(q k^T scale - lse) and delta = rowsum(dout * out), each tile's
 gradients are parts of the whole ones and just add up, so backward needs no merge.
 
-Backends: PyTorch's flash attention for CPU, those of ``cuda_kernels``, and ``math``, plain
+Backends: PyTorch's flash attention for CPU, ``cpu_blocks``, those of ``cuda_kernels``, and ``math``, plain
 PyTorch in any dtype, which is the reference and serves where no flash kernel does.
 """
 
@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from longspan.context_parallel import cpu_blocks
 from longspan.errors import UserError, did_you_mean
 
 aten = torch.ops.aten
@@ -140,7 +141,16 @@ class Choice(NamedTuple):
 
 
 #: in the order in which ``auto`` tries them
-BACKENDS = ("auto", "flash-attn-3", "flash-attn-2", "cuda-flash", "cudnn", "cpu-flash", "math")
+BACKENDS = (
+    "auto",
+    "flash-attn-3",
+    "flash-attn-2",
+    "cuda-flash",
+    "cudnn",
+    "cpu-blocks",
+    "cpu-flash",
+    "math",
+)
 
 
 def select_kernel(
@@ -179,7 +189,7 @@ def select_kernel(
 #: backends that nobody expects on a device
 OTHER_DEVICE = {
     "cpu": ("flash-attn-3", "flash-attn-2", "cuda-flash", "cudnn"),
-    "cuda": ("cpu-flash",),
+    "cuda": ("cpu-blocks", "cpu-flash"),
 }
 
 
@@ -188,9 +198,11 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int,
     if name == "math":
         return ""
     if name in OTHER_DEVICE.get(device.type, ()):
-        return f"runs on {'cpu' if name == 'cpu-flash' else 'cuda'}, not on {device.type}"
+        return f"runs on {'cpu' if name.startswith('cpu') else 'cuda'}, not on {device.type}"
     if name == "cpu-flash":
         return ""
+    if name == "cpu-blocks":
+        return cpu_blocks.why_not(device, dtype)
     if dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if head_dim > 256 or head_dim % 8:
@@ -208,7 +220,9 @@ def _kernel(name: str, deterministic: bool) -> Kernel:
     return make_kernel(name, deterministic)
 
 
-CPU_KERNELS: dict[str, Kernel] = {"cpu-flash": CpuFlash(), "math": Math()}
+CPU_KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel for kernel in (cpu_blocks.CpuBlocks(CpuFlash()), CpuFlash(), Math())
+}
 
 
 def merge(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> None:

@@ -25,6 +25,7 @@ from longspan.config.model import AttnMaskType, TransformerConfig, padded_vocab_
 from longspan.context_parallel import DotProductAttention, PackedSeqParams, SequenceLayout
 from longspan.mesh.installed import process_groups
 from longspan.mesh.mesh import ProcessGroupCollection
+from longspan.models.lean import gated_linear, rms_norm
 from longspan.models.rotary import apply_rotary, frequencies, rotary_table
 from longspan.tensor_parallel.cross_entropy import linear_cross_entropy
 from longspan.tensor_parallel.layers import (
@@ -56,7 +57,7 @@ class Norm(TensorParallelModule):
         if self.zero_centered:
             weight = weight + 1
         if self.bias is None:
-            return F.rms_norm(x, weight.shape, weight, self.epsilon)
+            return rms_norm(x, weight, self.epsilon)
         return F.layer_norm(x, weight.shape, weight, self.replicated(self.bias), self.epsilon)
 
 
@@ -119,7 +120,8 @@ class MLP(nn.Module):
         if self.linear_gate is None:
             return self.linear_down(self.activation(self.linear_up(x)))
         gate, up = project_together(x, self.linear_gate, self.linear_up)
-        return self.linear_down(self.activation(gate) * up)
+        down = self.linear_down
+        return down.leave(gated_linear(gate, up, local(down.weight), self.activation))
 
 
 class TransformerLayer(nn.Module):

@@ -21,11 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.config.model import IGNORE_INDEX
+from longspan.matmul import product
 from longspan.mesh.collectives import all_gather_dim
 from longspan.tensor_parallel.mappings import tensor_parallel_group
 
-#: logits of one chunk stay below this many elements (256 MiB in float32)
-CHUNK_NUMEL = 1 << 26
+#: logits of one chunk stay below this many elements: 256 MiB in float32, and 64 MiB on the CPU, where
+#: smaller products are as fast
+CHUNK_NUMEL, CHUNK_NUMEL_CPU = 1 << 26, 1 << 24
 
 
 def plain_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -155,7 +157,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, labels.shape[0], chunk):
             part = slice(start, start + chunk)
             column, mine = _local_columns(labels[part], columns, width, rank, vocab_size)
-            logits = _wide(hidden[part] @ used.t())
+            logits = _wide(product(hidden[part], used.t()))
             lses[part], picked = _log_sum_exp(logits, column, mine, group)
             valid = labels[part] != IGNORE_INDEX
             loss[part] = (lses[part] - picked).where(valid, 0)
@@ -182,7 +184,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     labels[part], ctx.columns, weight.shape[0], ctx.rank, ctx.vocab_size
                 )
                 scale = grad_loss[part].where(labels[part] != IGNORE_INDEX, 0)
-                grad = _logit_gradient(_wide(hidden[part] @ used.t()), lses[part], column, mine, scale)
+                grad = _logit_gradient(
+                    _wide(product(hidden[part], used.t())), lses[part], column, mine, scale
+                )
                 _add_chunk((grad_hidden, grad_weight), grad.to(hidden.dtype), hidden, used, part)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
@@ -196,11 +200,8 @@ def _empty_gradients(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _add_chunk(sums: tuple[Tensor, Tensor], grad: Tensor, hidden: Tensor, used: Tensor, part: slice) -> None:
     """A chunk's logit gradients [c, columns] into the gradients of hidden (its rows) and weight (all of it)."""
     grad_hidden, grad_weight = sums
-    grad_hidden[part] = grad @ used
-    if grad.dtype == grad_weight.dtype:
-        grad_weight[: used.shape[0]].addmm_(grad.t(), hidden[part])
-    else:
-        grad_weight[: used.shape[0]] += grad.t() @ hidden[part]
+    grad_hidden[part] = product(grad, used)
+    grad_weight[: used.shape[0]] += product(grad.t(), hidden[part])
 
 
 def linear_cross_entropy(
@@ -221,11 +222,12 @@ def linear_cross_entropy(
         hidden: [t, h]; weight: [v/tp, h], this rank's rows of the padded vocabulary.
         labels: [t] ids, already shifted; -100 where there is no target.
         vocab_size: real tokens; rows beyond it are padding and take no part.
-        chunk: tokens at a time; None keeps a chunk's logits below 256 MiB in float32.
+        chunk: tokens at a time; None keeps a chunk's logits below 256 MiB in float32 (64 MiB on the CPU).
 
     Returns:
         Loss [t] in nats, at least float32; 0 where there is no target.
     """
     if chunk is None:
-        chunk = max(1, CHUNK_NUMEL // weight.shape[0])
+        numel = CHUNK_NUMEL_CPU if hidden.device.type == "cpu" else CHUNK_NUMEL
+        chunk = max(1, numel // weight.shape[0])
     return _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, chunk, group)

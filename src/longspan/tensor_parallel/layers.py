@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from longspan.config.model import ModelParallelConfig
+from longspan.matmul import linear
 from longspan.mesh import collectives
 from longspan.mesh.installed import tensor_parallel_mesh
 from longspan.tensor_parallel import mappings
@@ -169,7 +170,7 @@ class ColumnParallelLinear(TensorParallelModule):
     def project(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         """The local product, for an input that went through :meth:`enter` (several layers may share one)."""
         bias = local(self.bias) if self.bias is not None else None
-        y = F.linear(x, local(self.weight), None if self.skip_bias_add else bias)
+        y = linear(x, local(self.weight), None if self.skip_bias_add else bias)
         if self.gather_output:
             y = mappings.gather_from_tensor_model_parallel_region(y, self.tp_group)
             if self.skip_bias_add and bias is not None:
@@ -216,7 +217,10 @@ class RowParallelLinear(TensorParallelModule):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         if not self.input_is_parallel:
             x = mappings.scatter_to_tensor_model_parallel_region(x, self.tp_group)
-        y = F.linear(x, local(self.weight))
+        return self.leave(linear(x, local(self.weight)))
+
+    def leave(self, y: Tensor) -> Any:
+        """The output of the layer from this rank's product: the sum over the group, and the bias."""
         if self.sequence_parallel:
             y = mappings.reduce_scatter_to_sequence_parallel_region(y, self.tp_group)
         else:

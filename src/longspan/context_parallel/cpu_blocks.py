@@ -1,0 +1,153 @@
+"""Attention for CPU from matrix products over blocks of queries and keys.
+
+PyTorch's own flash kernel for CPU does all of a block in one thread, with the products that `longspan.matmul` is
+there to avoid. Here they are oneDNN's, of large blocks. A block is ``ROWS`` scores' rows x ``KEYS`` keys, a few MiB
+that stay in the cache. The query heads that share a key head are folded into the rows, [s, g, d] -> [s g, d], so
+grouped heads make taller products.
+
+Scores, exponentials and sums are float32 for bfloat16 inputs too (a product of bfloat16 numbers is exact
+there). Exponentials are to base 2, which is twice as fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from longspan.matmul import fast_dtypes, product
+
+if TYPE_CHECKING:
+    from longspan.context_parallel.kernels import Kernel
+
+#: rows of scores in a block, all heads of a group together, and keys
+ROWS, KEYS = 768, 1024
+#: query-key pairs a head below which the other kernel is faster: calling then costs more than computing
+SMALL = 512 * 512
+LOG2E = math.log2(math.e)
+#: the running maximum before the first key: finite, so that a row without any key yet makes no NaN
+NOTHING = -1e30
+
+
+def _fold(x: Tensor, batch: int, group: slice) -> Tensor:
+    """[s, b, n, d] -> [s g, d] in at least float32, contiguous: the rows of one batch and one group of heads."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x[:, batch, group].to(wide).reshape(-1, x.shape[3]).contiguous()
+
+
+def _fold_lse(lse: Tensor, batch: int, group: slice) -> Tensor:
+    """[b, n, s] -> [s g, 1]"""
+    return lse[batch, group].t().reshape(-1, 1)
+
+
+def _blocks(queries: int, keys: int, causal: bool, rows: int) -> Iterator[tuple[int, int, int, int]]:
+    """(first query, end of queries, first key, end of keys) of all blocks with a visible pair."""
+    for start in range(0, queries, rows):
+        stop = min(start + rows, queries)
+        seen = min(stop, keys) if causal else keys
+        for first in range(0, seen, KEYS):
+            yield start, stop, first, min(first + KEYS, seen)
+
+
+def _hide(scores: Tensor, block: tuple[int, int, int, int], causal: bool) -> None:
+    """Scores [rows g, keys] of pairs that do not see each other become -inf."""
+    start, stop, first, end = block
+    if not causal or end - 1 <= start:
+        return
+    query = torch.arange(start, stop).repeat_interleave(scores.shape[0] // (stop - start))
+    low = max(first, start + 1)  # earlier keys are seen by all rows
+    scores[:, low - first :].masked_fill_(torch.arange(low, end) > query.unsqueeze(1), float("-inf"))
+
+
+class CpuBlocks:
+    """Grouped key/value heads without a copy.
+
+    Args:
+        small: the kernel that serves small tiles.
+    """
+
+    name, packs = "cpu-blocks", False
+
+    def __init__(self, small: Kernel):
+        self.small = small
+
+    def forward(self, q, k, v, causal, scale):
+        if q.shape[0] * k.shape[0] < SMALL:
+            return self.small.forward(q, k, v, causal, scale)
+        s, batches, n, d = q.shape
+        g = n // k.shape[2]
+        rows = max(1, ROWS // g)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty(batches, n, s, dtype=torch.promote_types(q.dtype, torch.float32))
+        c = scale * LOG2E
+        for batch in range(batches):
+            for head in range(k.shape[2]):
+                group = slice(head * g, (head + 1) * g)
+                qs, ks, vs = (
+                    _fold(q, batch, group),
+                    _fold(k, batch, slice(head, head + 1)),
+                    _fold(v, batch, slice(head, head + 1)),
+                )
+                total = torch.zeros_like(qs)
+                top, norm = qs.new_full((s * g, 1), NOTHING), qs.new_zeros(s * g, 1)
+                for block in _blocks(s, k.shape[0], causal, rows):
+                    start, stop, first, end = block
+                    part = slice(start * g, stop * g)
+                    scores = product(qs[part], ks[first:end].t())
+                    _hide(scores, block, causal)
+                    new = torch.maximum(top[part], scores.amax(1, keepdim=True).mul_(c))
+                    torch.add(-new, scores, alpha=c, out=scores).exp2_()
+                    old = (top[part] - new).exp2_()  # what the sums so far are worth under the new maximum
+                    norm[part] = norm[part] * old + scores.sum(1, keepdim=True)
+                    total[part] = total[part] * old + product(scores, vs[first:end])
+                    top[part] = new
+                out[:, batch, group] = (total / norm).view(s, g, d)
+                lse[batch, group] = ((top + norm.log2()) / LOG2E).view(s, g).t()
+        return out, lse
+
+    def backward(self, dout, q, k, v, out, lse, causal, scale):
+        if q.shape[0] * k.shape[0] < SMALL:
+            return self.small.backward(dout, q, k, v, out, lse, causal, scale)
+        s, batches, n, d = q.shape
+        g = n // k.shape[2]
+        rows = max(1, ROWS // g)
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        c = scale * LOG2E
+        for batch in range(batches):
+            for head in range(k.shape[2]):
+                group = slice(head * g, (head + 1) * g)
+                qs, ks, vs = (
+                    _fold(q, batch, group),
+                    _fold(k, batch, slice(head, head + 1)),
+                    _fold(v, batch, slice(head, head + 1)),
+                )
+                do = _fold(dout, batch, group)
+                # every row's own gradient and output give sum(p dp), which softmax's derivative takes off
+                delta = (do * _fold(out, batch, group)).sum(1, keepdim=True)
+                minus_lse = _fold_lse(lse, batch, group) * -LOG2E
+                gq, gk, gv = torch.zeros_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
+                for block in _blocks(s, k.shape[0], causal, rows):
+                    start, stop, first, end = block
+                    part, seen = slice(start * g, stop * g), slice(first, end)
+                    p = product(qs[part], ks[seen].t())
+                    _hide(p, block, causal)
+                    torch.add(minus_lse[part], p, alpha=c, out=p).exp2_()
+                    ds = product(do[part], vs[seen].t()).sub_(delta[part]).mul_(p)
+                    p, ds = p.to(q.dtype), ds.to(q.dtype)  # the rest is sums, which bfloat16 serves
+                    gv[seen] += product(p.t(), do[part].to(q.dtype))
+                    gq[part] += product(ds, ks[seen].to(q.dtype))
+                    gk[seen] += product(ds.t(), qs[part].to(q.dtype))
+                dq[:, batch, group] = gq.mul_(scale).view(s, g, d)
+                dk[:, batch, head], dv[:, batch, head] = gk.mul_(scale), gv
+        return dq, dk, dv
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str:
+    """Why this kernel cannot take these inputs; empty where it can."""
+    if device.type != "cpu":
+        return f"runs on cpu, not on {device.type}"
+    name = str(dtype).removeprefix("torch.")
+    return "" if dtype in fast_dtypes() else f"is not the faster one for {name} on this processor"

@@ -1,0 +1,81 @@
+"""Matrix products on the CPU by the faster of PyTorch's two libraries.
+
+``torch.matmul`` sends float32 on x86 to MKL, which on AMD processors runs at less than half of
+what oneDNN reaches, with the same precision (bfloat16 goes to oneDNN anyway). oneDNN's float32
+product is reached through the operator that PyTorch's own compiler uses for linear layers. Everything
+else (other dtypes, other processors, CUDA) is plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: smaller products than this many multiplications are left to torch.matmul: calling costs more than computing
+SMALL = 1 << 16
+
+#: measured with AVX-512 only
+_HAS_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+
+
+def fast_dtypes() -> tuple[torch.dtype, ...]:
+    """Types whose products oneDNN computes fast on this processor."""
+    if not _HAS_ONEDNN:
+        return ()
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return (torch.float32, torch.bfloat16) if native else (torch.float32,)
+
+
+def _onednn(a: Tensor, b: Tensor) -> bool:
+    return (
+        _HAS_ONEDNN
+        and a.device.type == "cpu"
+        and a.dtype == b.dtype == torch.float32
+        and a.shape[0] * a.shape[1] * b.shape[1] >= SMALL
+    )
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x``, copied unless it or its transpose is contiguous: for other strides oneDNN has a slow loop only."""
+    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` for [m, k] and [k, n] of any strides. No autograd."""
+    if not _onednn(a, b):
+        return a @ b
+    linear = torch.ops.mkldnn._linear_pointwise  # (x, w) -> x w^T; copies x where it is not contiguous
+    if not a.is_contiguous() and a.shape[0] > b.shape[1]:  # the left one is larger: copy the other
+        return linear(b.t(), _dense(a), None, "none", [], "").t()
+    return linear(a, _dense(b.t()), None, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return product(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = grad.flatten(0, -2)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = product(grad, weight).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = product(grad.t(), x.flatten(0, -2)).contiguous()
+        return grad_x, grad_weight
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x [.., k] @ weight [n, k]^T + bias``, as ``torch.nn.functional.linear``."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
+        return F.linear(x, weight, bias)
+    y = _Linear.apply(x, weight)
+    return y if bias is None else y + bias

@@ -1,0 +1,69 @@
+"""Parts of a layer that compute again in backward what is cheaper to compute than to keep.
+
+Autograd keeps what each operation needs: four tensors of [s, ffn] for a gated MLP and four of [s, h] for a
+norm on the CPU. Here it is two (gate, up) and one. Unlike checkpointing nothing expensive runs twice, and
+it nests within checkpointing: everything is saved by ``save_for_backward``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan.matmul import product
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, epsilon):
+        ctx.save_for_backward(x, weight)
+        ctx.epsilon = epsilon
+        return F.rms_norm(x, weight.shape, weight, epsilon)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = (
+            t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad)
+        )
+        with torch.enable_grad():
+            y = F.rms_norm(x, weight.shape, weight, ctx.epsilon)
+        wanted = [t for t in (x, weight) if t.requires_grad]
+        grads = iter(torch.autograd.grad(y, wanted, grad))
+        return *(next(grads) if t.requires_grad else None for t in (x, weight)), None
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """``torch.nn.functional.rms_norm`` over the last dim, keeping only x."""
+    if x.device.type != "cpu":  # elsewhere it is one kernel that keeps x and a number a row
+        return F.rms_norm(x, weight.shape, weight, epsilon)
+    return _RMSNorm.apply(x, weight, epsilon)
+
+
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, weight, activation):
+        ctx.save_for_backward(gate, up, weight)
+        ctx.activation = activation
+        x = activation(gate) * up
+        return product(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up, weight = ctx.saved_tensors
+        grad = grad.flatten(0, -2)
+        gate, up = (t.detach().requires_grad_() for t in (gate, up))
+        with torch.enable_grad():
+            x = ctx.activation(gate) * up
+        grad_weight = None
+        if ctx.needs_input_grad[2]:
+            grad_weight = product(grad.t(), x.detach().flatten(0, -2)).contiguous()
+        grad_x = product(grad, weight).view(x.shape)
+        return *torch.autograd.grad(x, (gate, up), grad_x), grad_weight, None
+
+
+def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """``(activation(gate) * up) @ weight^T``, keeping gate and up only."""
+    return _GatedLinear.apply(gate, up, weight, activation)
