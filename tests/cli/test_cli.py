@@ -294,6 +294,46 @@ def test_verify_all_goes_through_every_type_and_layout(folder):
     assert "context_parallel_size is 1" in done.stderr
 
 
+def test_eval_gives_one_answer_at_every_layout(folder):
+    trained = longspan("train", "config.yaml", "--output-dir", "evaluated", "--sequence-len", 96, cwd=folder)
+    assert trained.returncode == 0, trained.stderr
+    found = []
+    for layout in ([], ["--context-parallel-size", 2, "--tensor-parallel-size", 2]):
+        args = ["config.yaml", "--output-dir", "evaluated", "--sequence-len", 96, *layout, "--needles", 1]
+        done = longspan("eval", *args, "--json", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    one, cut = found
+    assert one["checkpoint"].endswith("step_00000003")
+    assert one["loss"] == pytest.approx(records(folder / "evaluated", "eval")[-1]["loss"], rel=1e-9)
+    assert cut["loss"] == pytest.approx(one["loss"], rel=1e-9)
+    assert sum(p["tokens"] for p in one["positions"]) == one["tokens"] == cut["tokens"]
+    for a, b in zip(one["positions"], cut["positions"]):
+        assert a["tokens"] == b["tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-9)
+    assert [n["depth"] for n in one["needles"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    for a, b in zip(one["needles"], cut["needles"]):
+        assert a["probability"] == pytest.approx(b["probability"], rel=1e-9)
+    shown = longspan("eval", *args[:-2], "--needles", 0, cwd=folder)
+    assert "loss by position" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--output-dir", "nowhere"], "there is no checkpoint in nowhere/checkpoints. Train first"),
+        (["--val-set-size", 0], "needs held-out documents"),
+        (["--needels", 3], "Did you mean --needles"),
+        (["--checkpoint", "nowhere"], "nowhere"),
+    ],
+)
+def test_eval_says_what_is_missing(folder, more, message):
+    done = longspan("eval", "config.yaml", *more, cwd=folder)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 HYBRID = ["--hybrid-context-parallel", "true", "--max-seqlen-per-dp-cp-rank"]
 
 

@@ -38,6 +38,15 @@ def _fold(x: Tensor, batch: int, group: slice) -> Tensor:
     return x[:, batch, group].to(wide).reshape(-1, x.shape[3]).contiguous()
 
 
+def _groups(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[int, int, slice, Tensor, Tensor, Tensor]]:
+    """For each batch entry and key head: both, the query heads that share it, and their rows of q, k and v folded."""
+    g = q.shape[2] // k.shape[2]
+    for batch in range(q.shape[1]):
+        for head in range(k.shape[2]):
+            group, own = slice(head * g, (head + 1) * g), slice(head, head + 1)
+            yield batch, head, group, _fold(q, batch, group), _fold(k, batch, own), _fold(v, batch, own)
+
+
 def _fold_lse(lse: Tensor, batch: int, group: slice) -> Tensor:
     """[b, n, s] -> [s g, 1]"""
     return lse[batch, group].t().reshape(-1, 1)
@@ -83,65 +92,51 @@ class CpuBlocks:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(batches, n, s, dtype=torch.promote_types(q.dtype, torch.float32))
         c = scale * LOG2E
-        for batch in range(batches):
-            for head in range(k.shape[2]):
-                group = slice(head * g, (head + 1) * g)
-                qs, ks, vs = (
-                    _fold(q, batch, group),
-                    _fold(k, batch, slice(head, head + 1)),
-                    _fold(v, batch, slice(head, head + 1)),
-                )
-                total = torch.zeros_like(qs)
-                top, norm = qs.new_full((s * g, 1), NOTHING), qs.new_zeros(s * g, 1)
-                for block in _blocks(s, k.shape[0], causal, rows):
-                    start, stop, first, end = block
-                    part = slice(start * g, stop * g)
-                    scores = product(qs[part], ks[first:end].t())
-                    _hide(scores, block, causal)
-                    new = torch.maximum(top[part], scores.amax(1, keepdim=True).mul_(c))
-                    torch.add(-new, scores, alpha=c, out=scores).exp2_()
-                    old = (top[part] - new).exp2_()  # what the sums so far are worth under the new maximum
-                    norm[part] = norm[part] * old + scores.sum(1, keepdim=True)
-                    total[part] = total[part] * old + product(scores, vs[first:end])
-                    top[part] = new
-                out[:, batch, group] = (total / norm).view(s, g, d)
-                lse[batch, group] = ((top + norm.log2()) / LOG2E).view(s, g).t()
+        for batch, head, group, qs, ks, vs in _groups(q, k, v):
+            total = torch.zeros_like(qs)
+            top, norm = qs.new_full((s * g, 1), NOTHING), qs.new_zeros(s * g, 1)
+            for block in _blocks(s, k.shape[0], causal, rows):
+                start, stop, first, end = block
+                part = slice(start * g, stop * g)
+                scores = product(qs[part], ks[first:end].t())
+                _hide(scores, block, causal)
+                new = torch.maximum(top[part], scores.amax(1, keepdim=True).mul_(c))
+                torch.add(-new, scores, alpha=c, out=scores).exp2_()
+                old = (top[part] - new).exp2_()  # what the sums so far are worth under the new maximum
+                norm[part] = norm[part] * old + scores.sum(1, keepdim=True)
+                total[part] = total[part] * old + product(scores, vs[first:end])
+                top[part] = new
+            out[:, batch, group] = (total / norm).view(s, g, d)
+            lse[batch, group] = ((top + norm.log2()) / LOG2E).view(s, g).t()
         return out, lse
 
     def backward(self, dout, q, k, v, out, lse, causal, scale):
         if q.shape[0] * k.shape[0] < SMALL:
             return self.small.backward(dout, q, k, v, out, lse, causal, scale)
-        s, batches, n, d = q.shape
+        s, _, n, d = q.shape
         g = n // k.shape[2]
         rows = max(1, ROWS // g)
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         c = scale * LOG2E
-        for batch in range(batches):
-            for head in range(k.shape[2]):
-                group = slice(head * g, (head + 1) * g)
-                qs, ks, vs = (
-                    _fold(q, batch, group),
-                    _fold(k, batch, slice(head, head + 1)),
-                    _fold(v, batch, slice(head, head + 1)),
-                )
-                do = _fold(dout, batch, group)
-                # every row's own gradient and output give sum(p dp), which softmax's derivative takes off
-                delta = (do * _fold(out, batch, group)).sum(1, keepdim=True)
-                minus_lse = _fold_lse(lse, batch, group) * -LOG2E
-                gq, gk, gv = torch.zeros_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
-                for block in _blocks(s, k.shape[0], causal, rows):
-                    start, stop, first, end = block
-                    part, seen = slice(start * g, stop * g), slice(first, end)
-                    p = product(qs[part], ks[seen].t())
-                    _hide(p, block, causal)
-                    torch.add(minus_lse[part], p, alpha=c, out=p).exp2_()
-                    ds = product(do[part], vs[seen].t()).sub_(delta[part]).mul_(p)
-                    p, ds = p.to(q.dtype), ds.to(q.dtype)  # the rest is sums, which bfloat16 serves
-                    gv[seen] += product(p.t(), do[part].to(q.dtype))
-                    gq[part] += product(ds, ks[seen].to(q.dtype))
-                    gk[seen] += product(ds.t(), qs[part].to(q.dtype))
-                dq[:, batch, group] = gq.mul_(scale).view(s, g, d)
-                dk[:, batch, head], dv[:, batch, head] = gk.mul_(scale), gv
+        for batch, head, group, qs, ks, vs in _groups(q, k, v):
+            do = _fold(dout, batch, group)
+            # every row's own gradient and output give sum(p dp), which softmax's derivative takes off
+            delta = (do * _fold(out, batch, group)).sum(1, keepdim=True)
+            minus_lse = _fold_lse(lse, batch, group) * -LOG2E
+            gq, gk, gv = torch.zeros_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
+            for block in _blocks(s, k.shape[0], causal, rows):
+                start, stop, first, end = block
+                part, seen = slice(start * g, stop * g), slice(first, end)
+                p = product(qs[part], ks[seen].t())
+                _hide(p, block, causal)
+                torch.add(minus_lse[part], p, alpha=c, out=p).exp2_()
+                ds = product(do[part], vs[seen].t()).sub_(delta[part]).mul_(p)
+                p, ds = p.to(q.dtype), ds.to(q.dtype)  # the rest is sums, which bfloat16 serves
+                gv[seen] += product(p.t(), do[part].to(q.dtype))
+                gq[part] += product(ds, ks[seen].to(q.dtype))
+                gk[seen] += product(ds.t(), qs[part].to(q.dtype))
+            dq[:, batch, group] = gq.mul_(scale).view(s, g, d)
+            dk[:, batch, head], dv[:, batch, head] = gk.mul_(scale), gv
         return dq, dk, dv
 
 
