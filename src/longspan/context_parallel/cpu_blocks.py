@@ -92,7 +92,7 @@ class CpuBlocks:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(batches, n, s, dtype=torch.promote_types(q.dtype, torch.float32))
         c = scale * LOG2E
-        for batch, head, group, qs, ks, vs in _groups(q, k, v):
+        for batch, _, group, qs, ks, vs in _groups(q, k, v):
             total = torch.zeros_like(qs)
             top, norm = qs.new_full((s * g, 1), NOTHING), qs.new_zeros(s * g, 1)
             for block in _blocks(s, k.shape[0], causal, rows):
