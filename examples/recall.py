@@ -2,8 +2,8 @@
 
     python examples/recall.py
 
-A document has 8 chunks of 16 tokens. Chunks 0 to 3 define 2 keys each: the token "key k has value v". Chunks 4 to 7
-ask 8 times: "which value has k?", then the value. Zigzag over 4 ranks puts chunks r and 7 - r on rank r; chunk 7 - r never
+A document has 8 chunks of 8 tokens. Chunks 0 to 3 define 2 keys each: the token "key k has value v". Chunks 4 to 7
+ask 4 times: "which value has k?", then the value. Zigzag over 4 ranks puts chunks r and 7 - r on rank r; chunk 7 - r never
 asks for a key of chunk r, so no answer stands on the rank that asks for it.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from longspan.data import IndexedDatasetWriter
 
-RANKS, CHUNK, KEYS, VALUES = 4, 16, 8, 8
+RANKS, CHUNK, KEYS, VALUES = 4, 8, 8, 4
 ASK, VALUE, FILLER = (
     KEYS * VALUES,
     KEYS * VALUES + KEYS,
@@ -37,7 +37,7 @@ def document(g: np.random.Generator) -> np.ndarray:
     return np.concatenate(tokens)
 
 
-def make_data(folder: Path, documents: int = 6464) -> None:
+def make_data(folder: Path, documents: int = 12864) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     g = np.random.default_rng(0)
     with IndexedDatasetWriter(folder / "recall", np.uint16) as writer:
