@@ -14,6 +14,7 @@ RUNS = (
     ["training.py", "--ranks", "1"],
     ["training.py", "--ranks", "1", "--bf16"],
     ["memory.py"],
+    ["integration.py"],
 )
 
 

@@ -19,6 +19,7 @@ LEVELS = {
     "context_parallel": 3,
     "expert_parallel": 3,
     "models": 4,
+    "integrations": 4,
     "data": 5,
     "parallelize": 5,
     "pipeline": 5,

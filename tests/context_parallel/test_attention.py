@@ -174,6 +174,15 @@ def test_many_ranks_and_empty_ones(world):
     check(world, cases)
 
 
+def test_inner_groups_of_one_rank_keep_the_order_of_rows():
+    """a2a+p2p that moves no heads: padding between documents stays where it is."""
+    cu = (0, 3, 39, 53)
+    check(
+        2,
+        [Case("per_document_zigzag", "a2a+p2p", (2, 1), 4, cu, causal, inner=1) for causal in (True, False)],
+    )
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_random_packs(data):
@@ -333,6 +342,9 @@ def batched(cp, b, comm):
     assert lse.dtype == torch.float64
     grads = torch.autograd.grad(context, local, layout.shard(dout, rank))
     group = parallel_state.get_context_parallel_group()
+    function = context_parallel_attention(*local, group=group, layout=layout, cp_comm_type=comm)
+    assert torch.equal(function[0], context)
+    assert torch.equal(function[1], lse)
     for i, (qi, ki, vi, di) in enumerate(rows):
         leaves = [x.requires_grad_() for x in (qi, ki, vi)]
         out, _ = dense(*leaves, (0, 24))

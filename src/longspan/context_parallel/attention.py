@@ -91,7 +91,8 @@ def _moves(
     if comm_type == "a2a":
         return group, None
     assert hierarchical_groups is not None
-    return hierarchical_groups[0], hierarchical_groups[1]
+    inner, outer = hierarchical_groups
+    return (None if _size(inner) == 1 else inner), outer
 
 
 def _plan(
@@ -110,7 +111,7 @@ def context_parallel_attention(
     k: Tensor,
     v: Tensor,
     *,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     layout: SequenceLayout,
     causal: bool = True,
     window: int | None = None,
@@ -119,14 +120,15 @@ def context_parallel_attention(
     deterministic: bool = False,
     hierarchical_groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention for one pack of documents cut over a group of ranks.
+    """Exact attention for one pack of documents, or a batch of sequences, cut over a group of ranks.
 
     A query sees the keys of its own document (up to itself when ``causal``).
 
     Args:
-        q: [t, n, d], this rank's rows of the pack as ``layout`` holds them.
-        k, v: [t, m, d]; m divides n.
-        group: the ranks the pack is cut over.
+        q: [t, n, d], this rank's rows of the pack as ``layout`` holds them; or [s, b, n, d], a
+            batch of b sequences that are all cut by the one layout.
+        k, v: [t, m, d] or [s, b, m, d]; m divides n.
+        group: the ranks the pack is cut over; None is this rank alone.
         layout: who holds which tokens.
         window: a query sees itself and the ``window - 1`` tokens before it; None is no limit.
         softmax_scale: None is 1 / sqrt(d).
@@ -138,20 +140,19 @@ def context_parallel_attention(
             and outer group.
 
     Returns:
-        out [t, n, d] in q's dtype and lse [n, t] (natural log, at least float32). Padding
-        rows are 0 and -inf.
+        out in q's shape and dtype, and lse [n, t] or [b, n, s] (natural log, at least float32).
+        Padding rows are 0 and -inf.
 
     Raises:
         ValueError: shapes, layout, type, heads or window do not fit; nothing was sent.
     """
-    if q.dim() != 3:
-        raise ValueError(
-            f"q has shape {tuple(q.shape)}; one pack is [t, n, d]. Batches go through DotProductAttention."
-        )
+    pack = q.dim() == k.dim() == v.dim() == 3
+    if pack:
+        q, k, v = (x.unsqueeze(1) for x in (q, k, v))
     out, lse = _attend(
-        q.unsqueeze(1),
-        k.unsqueeze(1),
-        v.unsqueeze(1),
+        q,
+        k,
+        v,
         group=group,
         hierarchical_groups=hierarchical_groups,
         layout=layout,
@@ -161,7 +162,7 @@ def context_parallel_attention(
         cp_comm_type=cp_comm_type,
         deterministic=deterministic,
     )
-    return out.squeeze(1), lse.squeeze(0)
+    return (out.squeeze(1), lse.squeeze(0)) if pack else (out, lse)
 
 
 class DotProductAttention(nn.Module):

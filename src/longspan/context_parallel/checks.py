@@ -63,7 +63,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, ranks:
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(
             f"query, key and value have {q.dim()}, {k.dim()} and {v.dim()} dims: all three are [s, b, heads, d], or "
-            "[t, heads, d] for one pack."
+            "all three [t, heads, d] for one pack."
         )
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise ValueError(

@@ -26,6 +26,8 @@ MicroBatch = list[list[Piece]]
 TOLERANCE = 1.05
 #: the largest part of a sample, over the mean work of a rank: tried in this order, until the balance is good enough
 PART_SIZES = (1.0, 0.5, 0.25, 0.12, 0.06, 0.04)
+#: how full micro-batches are made where full ones cannot be balanced
+FILL = 0.95
 #: tokens over the mean that a rank may hold at first: padding is what the fullest rank has more than the others
 SPARE = 1.05
 
@@ -62,7 +64,17 @@ def schedule(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[MicroB
                 f"sample {sample} has {length} tokens: more than {ranks} ranks x {max_tokens} tokens = {ranks * max_tokens}. "
                 "Cut it (sequence_len), raise max_seqlen_per_dp_cp_rank, or use more ranks."
             )
-    return [_plan(lengths, samples, ranks, max_tokens) for samples in _deal(lengths, ranks * max_tokens)]
+    room = ranks * max_tokens
+    for usable in (room, int(FILL * room)):
+        plans = []
+        for samples in _deal(lengths, usable, room):
+            plan, balanced = _plan(lengths, samples, ranks, max_tokens)
+            plans.append(plan)
+            if not balanced and usable == room:
+                break  # ranks full to the last row leave no choice: take more micro-batches
+        else:
+            return plans
+    raise AssertionError("the second round takes what it gets")
 
 
 def layout_of(
@@ -85,14 +97,15 @@ def layout_of(
     return samples, SequenceLayout.from_spans(spans, bounds, name="hybrid", multiple_of=multiple_of)
 
 
-def _deal(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Samples to micro-batches of at most ``room`` tokens, even in work; as few micro-batches as seem to do."""
+def _deal(lengths: Sequence[int], usable: int, room: int) -> list[list[int]]:
+    """Samples to micro-batches of at most ``usable`` tokens (a longer sample alone, up to ``room``), even in work."""
     order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: (-lengths[i], i))
     total = sum(lengths)
-    batches: list[list[int]] = [[] for _ in range(-(-total // room))]
+    usable = max(1, usable)
+    batches: list[list[int]] = [[] for _ in range(-(-total // usable))]
     tokens, work = [0] * len(batches), [0] * len(batches)
     for i in order:
-        fitting = [b for b, held in enumerate(tokens) if held + lengths[i] <= room]
+        fitting = [b for b, held in enumerate(tokens) if held + lengths[i] <= (usable if held else room)]
         if not fitting:
             batches.append([])
             tokens.append(0)
@@ -110,8 +123,10 @@ def _work(rows: int) -> int:
     return rows * (rows + 1) // 2
 
 
-def _plan(lengths: Sequence[int], samples: list[int], ranks: int, max_tokens: int) -> MicroBatch:
-    """The least spread placement that is balanced; the best found where none is."""
+def _plan(
+    lengths: Sequence[int], samples: list[int], ranks: int, max_tokens: int
+) -> tuple[MicroBatch, bool]:
+    """The least spread placement that is balanced, and True; the best found where none is, and False."""
     mean = sum(_work(lengths[i]) for i in samples) / ranks
     tokens = sum(lengths[i] for i in samples)
     best: tuple[float, MicroBatch] | None = None
@@ -132,10 +147,10 @@ def _plan(lengths: Sequence[int], samples: list[int], ranks: int, max_tokens: in
             if best is None or imbalance < best[0]:
                 best = (imbalance, placed)
             if imbalance <= TOLERANCE:
-                return placed
+                return placed, True
     spread = _spread(lengths, samples, ranks)
     closest = spread if best is None or _busiest(spread) / mean < best[0] else best[1]
-    return _even_out(closest, mean, max_tokens)
+    return _even_out(closest, mean, max_tokens), False
 
 
 def _busiest(placed: MicroBatch) -> int:
