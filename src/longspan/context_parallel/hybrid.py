@@ -123,9 +123,7 @@ def _work(rows: int) -> int:
     return rows * (rows + 1) // 2
 
 
-def _plan(
-    lengths: Sequence[int], samples: list[int], ranks: int, max_tokens: int
-) -> tuple[MicroBatch, bool]:
+def _plan(lengths: Sequence[int], samples: list[int], ranks: int, max_tokens: int) -> tuple[MicroBatch, bool]:
     """The least spread placement that is balanced, and True; the best found where none is, and False."""
     mean = sum(_work(lengths[i]) for i in samples) / ranks
     tokens = sum(lengths[i] for i in samples)
