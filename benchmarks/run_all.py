@@ -8,6 +8,12 @@ HERE = Path(__file__).parent
 RUNS = (
     ["attention.py"],
     ["attention.py", "--seq", "1024"],
+    ["attention.py", "--seq", "512"],
+    ["attention.py", "--packs", "20", "--pairs", "3"],
+    ["layouts.py"],
+    ["hybrid.py"],
+    ["hybrid.py", "--ranks", "4"],
+    ["hybrid.py", "--simulate"],
     ["attention.py", "--kv-heads", "2"],
     ["training.py"],
     ["training.py", "--bf16"],
