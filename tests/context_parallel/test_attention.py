@@ -440,6 +440,26 @@ def test_cpu_blocks_is_as_near_to_float64_as_flash(rows, keys, causal, dtype):
         assert error <= 2 * allowed
 
 
+@pytest.mark.parametrize("backend", ["cpu-blocks", "cpu-flash", "math"])
+def test_tensors_of_any_strides(backend, monkeypatch):
+    """Kernels take the head's numbers to lie side by side; a caller's tensor need not."""
+    monkeypatch.setattr(cpu_blocks, "SMALL", 0)
+    monkeypatch.setitem(CPU_KERNELS, "cpu-flash", CPU_KERNELS[backend])
+    q, k, v, dout = inputs(37, 4, 2, 8)
+    found = []
+    for turn in (
+        lambda x: x,
+        lambda x: x.mT.contiguous().mT,
+        lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    ):
+        leaves = [turn(x).detach().requires_grad_() for x in (q, k, v)]
+        out, lse = context_parallel_attention(*leaves, group=None, layout=SequenceLayout.zigzag(37, 1))
+        found.append((out, lse, *torch.autograd.grad(out, leaves, turn(dout))))
+    for other in found[1:]:
+        for got, expected in zip(other, found[0]):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
 def test_merge_guards_rows_without_keys():
     out, lse = (
         torch.zeros(2, 1, 1, 3, dtype=torch.float64),

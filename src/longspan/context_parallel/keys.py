@@ -115,6 +115,7 @@ class MoveKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, schedule: Schedule, group, kernel: Kernel, scale: float):
         ctx.schedule, ctx.group, ctx.kernel, ctx.scale = schedule, group, kernel, scale
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # what kernels count on
         if _alone(schedule):
             causal = schedule.steps[0].tiles[0].mask is Mask.CAUSAL
             out, lse = kernel.forward(q, k, v, causal, scale)
