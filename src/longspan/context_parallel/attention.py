@@ -285,7 +285,7 @@ class DotProductAttention(nn.Module):
                 "cp_comm_type 'a2a+p2p' with packed_seq_params.cp_group: the hierarchical groups belong to the model's own "
                 "group. Use p2p, all_gather or a2a in models whose group changes."
             )
-        check_packed(packed_seq_params, query, layout)
+        check_packed(packed_seq_params, query.shape[1] if query.dim() == 4 else 1, layout)
         packed = query.dim() == 3
         if packed:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))

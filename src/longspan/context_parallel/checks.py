@@ -94,7 +94,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, ranks:
         )
 
 
-def check_packed(params: PackedSeqParams | None, query: Tensor, layout: SequenceLayout | None) -> None:
+def check_packed(params: PackedSeqParams | None, batch: int, layout: SequenceLayout | None) -> None:
     """Refuses packing that would be ignored: a format that is not known, boundaries beside a layout, two kinds of them."""
     if params is None:
         return
@@ -116,7 +116,6 @@ def check_packed(params: PackedSeqParams | None, query: Tensor, layout: Sequence
             raise ValueError(
                 "packed_seq_params: the boundaries of queries and of keys differ. Cross-attention is not supported yet."
             )
-    batch = query.shape[1] if query.dim() == 4 else 1
     if params.qkv_format == "thd" and batch != 1:
         raise ValueError(f"packed documents (thd) come as one row [t, heads, d], not as a batch of {batch}.")
     if params.qkv_format == "sbhd" and cu is not None and len(cu) - 1 != batch:
