@@ -536,8 +536,23 @@ def packing_refusals():
             attention(*args, **kwargs)
 
 
+def padded_rows():
+    """Full attention would see the padding behind the rows; causal attention does not reach it."""
+    parallel_state.initialize_model_parallel()
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=4)
+    x = torch.randn(8, 2, 4, 4)
+    padded, full = (PackedSeqParams("sbhd", torch.tensor([0, n, 2 * n])) for n in (5, 8))
+    DotProductAttention(config, 1)(x, x, x, packed_seq_params=padded)
+    for kind in (AttnMaskType.padding, AttnMaskType.no_mask):
+        attention = DotProductAttention(config, 1, kind)
+        attention(x, x, x, packed_seq_params=full)
+        with pytest.raises(ValueError, match="a row of 5 tokens padded to 8: .* Use 'thd'"):
+            attention(x, x, x, packed_seq_params=padded)
+
+
 def test_packing_that_would_be_ignored_is_refused():
     pool.run(2, packing_refusals)
+    pool.run(1, padded_rows)
 
 
 def padded_documents():

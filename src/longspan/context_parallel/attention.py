@@ -25,6 +25,7 @@ from longspan.context_parallel.checks import (
     check_comm_type,
     check_heads_of,
     check_packed,
+    check_padded_rows,
     check_shapes,
     check_window,
     group_of_call,
@@ -291,6 +292,8 @@ class DotProductAttention(nn.Module):
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         if layout is None:
             layout = self.default_layout(query.shape[0], packed_seq_params)
+        causal = (attn_mask_type or self.attn_mask_type).is_causal
+        check_padded_rows(packed_seq_params, layout.total, causal)
         context, lse = _attend(
             query,
             key,
@@ -298,7 +301,7 @@ class DotProductAttention(nn.Module):
             group=group,
             hierarchical_groups=levels,
             layout=layout,
-            causal=(attn_mask_type or self.attn_mask_type).is_causal,
+            causal=causal,
             window=self.window,
             softmax_scale=self.softmax_scale,
             cp_comm_type=self.cp_comm_type,

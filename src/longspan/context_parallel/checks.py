@@ -125,6 +125,18 @@ def check_packed(params: PackedSeqParams | None, batch: int, layout: SequenceLay
         )
 
 
+def check_padded_rows(params: PackedSeqParams | None, total: int, causal: bool) -> None:
+    """Refuses full attention over rows (``sbhd``) that end with padding, which every token would see."""
+    if causal or params is None or params.qkv_format != "sbhd" or params.cu_seqlens_q is None:
+        return
+    shortest = int(params.cu_seqlens_q.diff().min())
+    if shortest < total:
+        raise ValueError(
+            f"qkv_format 'sbhd' with a row of {shortest} tokens padded to {total}: full attention would see the padding. "
+            "Use 'thd' with cu_seqlens_q_padded, which keeps it out."
+        )
+
+
 def group_of_call(
     params: PackedSeqParams | None, default: dist.ProcessGroup | None
 ) -> dist.ProcessGroup | None:
