@@ -334,6 +334,30 @@ def test_eval_says_what_is_missing(folder, more, message):
     assert "Traceback" not in done.stderr
 
 
+def test_eval_shows_numbers_that_are_none(capsys):
+    """Weights that are no numbers, and held-out documents without a token to predict."""
+    from longspan.cli import evaluate
+
+    nan = float("nan")
+    position = {"from": 0, "to": 8, "tokens": 8, "loss": nan, "right": 0.0}
+    needle = {"length": 64, "depth": 0.5, "right": 0.0, "probability": nan}
+    found = {
+        "checkpoint": "x",
+        "layout": "",
+        "tokens": 8,
+        "loss": nan,
+        "positions": [position],
+        "needles": [needle],
+    }
+    shown = json.loads(evaluate.as_json(found))
+    assert shown["loss"] is shown["positions"][0]["loss"] is shown["needles"][0]["probability"] is None
+    assert shown["tokens"] == 8
+    evaluate.report(found)
+    nothing = {"tokens": 0, "loss": None, "right": None}
+    evaluate.report(found | {"tokens": 0, "loss": None, "positions": [position | nothing], "needles": []})
+    assert "loss none over 0 held-out tokens" in capsys.readouterr().out
+
+
 HYBRID = ["--hybrid-context-parallel", "true", "--max-seqlen-per-dp-cp-rank"]
 
 
