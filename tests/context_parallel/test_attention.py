@@ -22,7 +22,8 @@ from longspan.context_parallel import (
     keys,
     schedule,
 )
-from longspan.context_parallel.cuda_kernels import VarlenKernel
+from longspan.context_parallel.calls import Pack
+from longspan.context_parallel.cuda_kernels import FlashAttn, VarlenKernel
 from longspan.context_parallel.kernels import CPU_KERNELS, merge
 from longspan.context_parallel.layout import LAYOUTS
 from longspan.context_parallel.schedule import Schedule
@@ -408,6 +409,37 @@ def refusals():
 
 def test_refuses_what_it_cannot_do():
     pool.run(2, refusals)
+
+
+def installed_flash_attention(forward, backward=None):
+    kernel = FlashAttn.__new__(FlashAttn)
+    kernel.name, kernel.deterministic = "flash-attn-3", False
+    kernel._forward, kernel._backward = forward, backward
+    return kernel
+
+
+def test_releases_of_flash_attention():
+    """Early releases of 3 have arguments without defaults; those of 2 before 2.7 return other things after the output."""
+    q, lse = torch.zeros(6, 4, 8), torch.zeros(4, 6)
+    pack = Pack.single(6, 6, Mask.CAUSAL, q.device)
+
+    def beta(q, k, v, k_new, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
+             window_size=(-1, -1)):  # fmt: skip
+        assert (k_new, out, max_seqlen_q, causal, window_size) == (None, None, 6, True, (-1, 0))
+        return q, lse, None
+
+    def beta_backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q, sequed_q, dq, dk, dv, softmax_scale, causal
+    ):
+        assert (sequed_q, causal) == (None, True)
+
+    kernel = installed_flash_attention(beta, beta_backward)
+    assert kernel.forward_packed(q, q, q, pack, 1.0) == (q, lse)
+    assert len(kernel.backward_packed(q, q, q, q, q, lse, pack, 1.0)) == 3
+    for second in (q, torch.zeros(1, 4, 6)):
+        old = installed_flash_attention(lambda q, k, v, second=second: (q, second))
+        with pytest.raises(ValueError, match=r"flash-attn-3 .* too old .* attention_backend: cuda-flash"):
+            old.forward_packed(q, q, q, pack, 1.0)
 
 
 # --- kernels ------------------------------------------------------------------------------
