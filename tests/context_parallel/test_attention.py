@@ -23,6 +23,7 @@ from longspan.context_parallel import (
     schedule,
 )
 from longspan.context_parallel.calls import Pack
+from longspan.context_parallel.checks import check_heads_of
 from longspan.context_parallel.cuda_kernels import FlashAttn, VarlenKernel
 from longspan.context_parallel.kernels import CPU_KERNELS, merge
 from longspan.context_parallel.layout import LAYOUTS
@@ -405,6 +406,12 @@ def refusals():
         attention(x, x, x, attention_bias=torch.ones(4, 4))
     with pytest.raises(ValueError, match="divide"):
         context_parallel_attention(q, q[:, :3], q[:, :3], group=dist.group.WORLD, layout=layout)
+
+
+def test_heads_of_a_hierarchy():
+    """The remedy's sizes are of all ranks, not of the inner ones."""
+    with pytest.raises(ValueError, match=r"a2a\+p2p with hierarchical_context_parallel_sizes \[2, 4\]"):
+        check_heads_of("a2a+p2p", 2, 8, [4, 2])
 
 
 def test_refuses_what_it_cannot_do():

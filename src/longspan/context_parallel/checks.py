@@ -55,7 +55,7 @@ def check_heads_of(name: str, heads: int, ranks: int, levels: Sequence[int] | No
     if ranks > 1 and name == "a2a":
         check_heads(heads, ranks)
     if ranks > 1 and name == "a2a+p2p" and levels:
-        check_heads(heads, levels[0])
+        check_heads(heads, levels[0], of=ranks)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, ranks: int) -> None:
