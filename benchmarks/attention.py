@@ -79,13 +79,16 @@ def one_process(args: argparse.Namespace, packs: Sequence[Sequence[int]]) -> Cal
 def block_diagonal(args: argparse.Namespace, packs: Sequence[Sequence[int]]) -> Callable[[], None]:
     """One call a pack with a mask of s x s: what code without packing support does."""
 
+    work = []
+    for bounds in packs:
+        total = bounds[-1]
+        q, k, v, dout = heads_first(make(args, total))
+        document = torch.bucketize(torch.arange(total), torch.tensor(bounds[1:]), right=True)
+        mask = (document[:, None] == document[None, :]).tril_()
+        work.append(([x.requires_grad_() for x in (q, k, v)], mask, dout))
+
     def run() -> None:
-        for bounds in packs:
-            total = bounds[-1]
-            q, k, v, dout = heads_first(make(args, total))
-            leaves = [x.requires_grad_() for x in (q, k, v)]
-            document = torch.bucketize(torch.arange(total), torch.tensor(bounds[1:]), right=True)
-            mask = (document[:, None] == document[None, :]).tril_()
+        for leaves, mask, dout in work:
             out = F.scaled_dot_product_attention(
                 *leaves, attn_mask=mask, enable_gqa=args.heads != args.kv_heads
             )

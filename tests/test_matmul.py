@@ -45,3 +45,4 @@ def test_linear_of_a_frozen_weight_or_no_rows():
     (grad,) = torch.autograd.grad(matmul.linear(x, weight).sum(), x)
     torch.testing.assert_close(grad, weight.sum(0).expand_as(x), rtol=0, atol=1e-4)
     assert matmul.linear(x[:0], weight).shape == (0, 48)
+    torch.testing.assert_close(matmul.linear(x[0], weight), F.linear(x[0], weight))  # a vector, too

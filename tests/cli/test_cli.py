@@ -294,6 +294,19 @@ def test_verify_all_goes_through_every_type_and_layout(folder):
     assert "context_parallel_size is 1" in done.stderr
 
 
+def test_verify_all_of_a_hierarchy_with_three_levels():
+    from longspan.cli import verify
+
+    run = tiny.tiny_run("prefix", 8, context_parallel_size=8, hierarchical_context_parallel_sizes=[2, 2, 2])
+    found = verify.variants(run, everything=True)
+    sizes = {
+        tuple(r.config.hierarchical_context_parallel_sizes or ())
+        for r in found
+        if r.config.cp_comm_type == "a2a+p2p"
+    }
+    assert sizes == {(2, 4)}
+
+
 def test_eval_gives_one_answer_at_every_layout(folder):
     trained = longspan("train", "config.yaml", "--output-dir", "evaluated", "--sequence-len", 96, cwd=folder)
     assert trained.returncode == 0, trained.stderr
@@ -332,6 +345,30 @@ def test_eval_says_what_is_missing(folder, more, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_eval_shows_numbers_that_are_none(capsys):
+    """Weights that are no numbers, and held-out documents without a token to predict."""
+    from longspan.cli import evaluate
+
+    nan = float("nan")
+    position = {"from": 0, "to": 8, "tokens": 8, "loss": nan, "right": 0.0}
+    needle = {"length": 64, "depth": 0.5, "right": 0.0, "probability": nan}
+    found = {
+        "checkpoint": "x",
+        "layout": "",
+        "tokens": 8,
+        "loss": nan,
+        "positions": [position],
+        "needles": [needle],
+    }
+    shown = json.loads(evaluate.as_json(found))
+    assert shown["loss"] is shown["positions"][0]["loss"] is shown["needles"][0]["probability"] is None
+    assert shown["tokens"] == 8
+    evaluate.report(found)
+    nothing = {"tokens": 0, "loss": None, "right": None}
+    evaluate.report(found | {"tokens": 0, "loss": None, "positions": [position | nothing], "needles": []})
+    assert "loss none over 0 held-out tokens" in capsys.readouterr().out
 
 
 HYBRID = ["--hybrid-context-parallel", "true", "--max-seqlen-per-dp-cp-rank"]

@@ -169,6 +169,11 @@ def test_steps_are_counted_as_the_schedule_counts_them():
                 assert steps.tolist() == list(map(len, expected))
 
 
+def test_hybrid_steps_get_layouts_of_their_own(config, capsys):
+    path = config(context_parallel_size=2, hybrid_context_parallel=True, max_seqlen_per_dp_cp_rank=64)
+    assert any("hybrid_context_parallel" in note for note in ask(capsys, path, "--lengths", "50,20")["notes"])
+
+
 # --- what is shown -----------------------------------------------------------------------------
 
 

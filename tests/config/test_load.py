@@ -207,6 +207,35 @@ def test_wrong_overrides_come_at_once_with_near_misses():
     ]
 
 
+def test_a_list_takes_several_values_as_megatrons_flags_do():
+    given = [
+        "--hierarchical-context-parallel-sizes",
+        "2",
+        "4",
+        "--cp-comm-type",
+        "p2p",
+        "a2a",
+        "--sliding-window",
+        "8",
+        "null",
+    ]
+    expected = {
+        "hierarchical_context_parallel_sizes": [2, 4],
+        "cp_comm_type": ["p2p", "a2a"],
+        "sliding_window": [8, None],
+    }
+    assert parse_overrides(given) == (expected, [], [])
+    assert parse_overrides(["c.yaml", *given], positionals=1) == (expected, ["c.yaml"], [])
+    # a config file that comes later is no value
+    assert parse_overrides(["--cp-comm-type", "a2a", "c.yaml"], positionals=1) == (
+        {"cp_comm_type": "a2a"},
+        ["c.yaml"],
+        [],
+    )
+    assert parse_overrides(["--cp-comm-type=a2a", "p2p"])[1] == ["p2p"]
+    assert parse_overrides(["--seed", "1", "2"])[1] == ["2"]
+
+
 def test_load_and_write_back(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(tiny.values("prefix")))

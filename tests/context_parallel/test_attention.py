@@ -22,7 +22,9 @@ from longspan.context_parallel import (
     keys,
     schedule,
 )
-from longspan.context_parallel.cuda_kernels import VarlenKernel
+from longspan.context_parallel.calls import Pack
+from longspan.context_parallel.checks import check_heads_of
+from longspan.context_parallel.cuda_kernels import FlashAttn, VarlenKernel
 from longspan.context_parallel.kernels import CPU_KERNELS, merge
 from longspan.context_parallel.layout import LAYOUTS
 from longspan.context_parallel.schedule import Schedule
@@ -256,17 +258,28 @@ class PackedMath(VarlenKernel):
         return dq, *(x.unflatten(1, (-1, share)).sum(2) for x in (dk, dv))
 
 
-def distributed_packed(cases):
-    usual, CPU_KERNELS["cpu-flash"] = CPU_KERNELS["cpu-flash"], PackedMath(False)
+def distributed_packed(cases, deterministic):
+    usual, CPU_KERNELS["cpu-flash"] = CPU_KERNELS["cpu-flash"], PackedMath(deterministic)
+    adds, index_add = [], torch.Tensor.index_add_
+
+    def count(*args):
+        adds.append(args)
+        return index_add(*args)
+
+    torch.Tensor.index_add_ = count
     try:
-        return distributed(cases), PackedMath.calls
+        return distributed(cases), PackedMath.calls, len(adds)
     finally:
-        CPU_KERNELS["cpu-flash"] = usual
+        CPU_KERNELS["cpu-flash"], torch.Tensor.index_add_ = usual, index_add
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_kernels_that_take_many_sequences_in_one_call(world):
-    """What CUDA's flash kernels are asked to do, with its rows gathered and scattered, is right."""
+def test_kernels_that_take_many_sequences_in_one_call(world, deterministic):
+    """What CUDA's flash kernels are asked to do, with its rows gathered and scattered, is right.
+
+    index_add_ on CUDA adds rows that come twice in any order, so deterministic kernels do without.
+    """
     cases = [
         Case(layout, comm, (4, 2), 4, cu, True, window, rows_a_step=least)
         for layout in LAYOUTS
@@ -274,9 +287,10 @@ def test_kernels_that_take_many_sequences_in_one_call(world):
         for cu in ((0, 37), (0, 1, 2, 17, 40, 41, 90))
         for window, least in ((None, 0), (None, 30), (7, 0))
     ]
-    results, calls = pool.run(world, distributed_packed, cases)[0]
+    results, calls, adds = pool.run(world, distributed_packed, cases, deterministic)[0]
     compare(world, cases, results)
     assert calls > 0
+    assert (adds == 0) == deterministic
 
 
 def bytes_sent(cases):
@@ -406,8 +420,45 @@ def refusals():
         context_parallel_attention(q, q[:, :3], q[:, :3], group=dist.group.WORLD, layout=layout)
 
 
+def test_heads_of_a_hierarchy():
+    """The remedy's sizes are of all ranks, not of the inner ones."""
+    with pytest.raises(ValueError, match=r"a2a\+p2p with hierarchical_context_parallel_sizes \[2, 4\]"):
+        check_heads_of("a2a+p2p", 2, 8, [4, 2])
+
+
 def test_refuses_what_it_cannot_do():
     pool.run(2, refusals)
+
+
+def installed_flash_attention(forward, backward=None):
+    kernel = FlashAttn.__new__(FlashAttn)
+    kernel.name, kernel.deterministic = "flash-attn-3", False
+    kernel._forward, kernel._backward = forward, backward
+    return kernel
+
+
+def test_releases_of_flash_attention():
+    """Early releases of 3 have arguments without defaults; those of 2 before 2.7 return other things after the output."""
+    q, lse = torch.zeros(6, 4, 8), torch.zeros(4, 6)
+    pack = Pack.single(6, 6, Mask.CAUSAL, q.device)
+
+    def beta(q, k, v, k_new, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
+             window_size=(-1, -1)):  # fmt: skip
+        assert (k_new, out, max_seqlen_q, causal, window_size) == (None, None, 6, True, (-1, 0))
+        return q, lse, None
+
+    def beta_backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q, sequed_q, dq, dk, dv, softmax_scale, causal
+    ):
+        assert (sequed_q, causal) == (None, True)
+
+    kernel = installed_flash_attention(beta, beta_backward)
+    assert kernel.forward_packed(q, q, q, pack, 1.0) == (q, lse)
+    assert len(kernel.backward_packed(q, q, q, q, q, lse, pack, 1.0)) == 3
+    for second in (q, torch.zeros(1, 4, 6)):
+        old = installed_flash_attention(lambda q, k, v, second=second: (q, second))
+        with pytest.raises(ValueError, match=r"flash-attn-3 .* too old .* attention_backend: cuda-flash"):
+            old.forward_packed(q, q, q, pack, 1.0)
 
 
 # --- kernels ------------------------------------------------------------------------------
@@ -450,6 +501,46 @@ def test_cpu_blocks_is_as_near_to_float64_as_flash(rows, keys, causal, dtype):
     ):
         error, allowed = ((x.double() - exact).square().mean().sqrt().item() for x in (blocks, flash))
         assert error <= 2 * allowed
+
+
+@pytest.mark.parametrize("backend", ["cpu-blocks", "cpu-flash", "math"])
+def test_tensors_of_any_strides(backend, monkeypatch):
+    """Kernels take the head's numbers to lie side by side; a caller's tensor need not."""
+    monkeypatch.setattr(cpu_blocks, "SMALL", 0)
+    monkeypatch.setitem(CPU_KERNELS, "cpu-flash", CPU_KERNELS[backend])
+    q, k, v, dout = inputs(37, 4, 2, 8)
+    found = []
+    for turn in (
+        lambda x: x,
+        lambda x: x.mT.contiguous().mT,
+        lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    ):
+        leaves = [turn(x).detach().requires_grad_() for x in (q, k, v)]
+        out, lse = context_parallel_attention(*leaves, group=None, layout=SequenceLayout.zigzag(37, 1))
+        found.append((out, lse, *torch.autograd.grad(out, leaves, turn(dout))))
+    for other in found[1:]:
+        for got, expected in zip(other, found[0]):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sign", "size", "scale"), [(1, 1e12, 0.25), (-1, 1e32, 0.25), (1, 1, 0.0), (1, 1, -0.25)]
+)
+def test_cpu_blocks_of_any_scores(sign, size, scale, monkeypatch):
+    """Scores so large that rounding moves them by hundreds, rows without a score above -1e30, scales that are not positive."""
+    monkeypatch.setattr(cpu_blocks, "SMALL", 0)
+    g = torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.rand(70, 1, 2, 16, generator=g) for _ in range(4))
+    q *= sign * size
+
+    def run(name, dtype):
+        x = [t.to(dtype) for t in (q, k, v, dout)]
+        out, lse = CPU_KERNELS[name].forward(*x[:3], True, scale)
+        return out, lse, *CPU_KERNELS[name].backward(x[3], *x[:3], out, lse, True, scale)
+
+    got, exact = run("cpu-blocks", torch.float32), run("math", torch.float64)
+    for a, b in zip(got[:2] if size > 1 else got, exact):  # gradients of such scores are rounding
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
 def test_merge_guards_rows_without_keys():
@@ -528,8 +619,23 @@ def packing_refusals():
             attention(*args, **kwargs)
 
 
+def padded_rows():
+    """Full attention would see the padding behind the rows; causal attention does not reach it."""
+    parallel_state.initialize_model_parallel()
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=4)
+    x = torch.randn(8, 2, 4, 4)
+    padded, full = (PackedSeqParams("sbhd", torch.tensor([0, n, 2 * n])) for n in (5, 8))
+    DotProductAttention(config, 1)(x, x, x, packed_seq_params=padded)
+    for kind in (AttnMaskType.padding, AttnMaskType.no_mask):
+        attention = DotProductAttention(config, 1, kind)
+        attention(x, x, x, packed_seq_params=full)
+        with pytest.raises(ValueError, match="a row of 5 tokens padded to 8: .* Use 'thd'"):
+            attention(x, x, x, packed_seq_params=padded)
+
+
 def test_packing_that_would_be_ignored_is_refused():
     pool.run(2, packing_refusals)
+    pool.run(1, padded_rows)
 
 
 def padded_documents():

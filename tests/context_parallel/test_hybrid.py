@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -96,6 +98,11 @@ def test_short_samples_stay_on_one_rank_and_long_ones_spread():
     assert all(len(ranks_of[s]) == 1 for s in range(1, 9))
     (batch,) = hybrid.schedule([1000] * 8, 4, 2000)
     assert all(len(pieces) == 2 for pieces in batch)
+
+
+def test_it_is_there_once_the_package_is():
+    code = "import longspan.context_parallel as c; assert c.hybrid.schedule([3], 1, 8) == [[[(0, 0, 3)]]]"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_refusals():

@@ -28,6 +28,9 @@ def layouts(lengths, ranks, multiple=1):
     yield SequenceLayout.per_document_zigzag(cu, ranks, multiple_of=multiple)
     yield SequenceLayout.balanced(cu, ranks, multiple_of=multiple)
     yield SequenceLayout.balanced(cu, ranks, window=[None, 5], multiple_of=multiple)
+    chunks = [(i, min(i + 3, cu[-1])) for i in range(0, cu[-1], 3)]
+    held = [chunks[r::ranks] for r in range(ranks)]  # in an order of their own: every second one first
+    yield SequenceLayout.from_spans([own[1::2] + own[::2] for own in held], cu, multiple_of=multiple)
     for inner in range(2, ranks + 1):
         if ranks % inner == 0:  # after an all-to-all inside groups of ``inner`` ranks
             groups = [range(i, i + inner) for i in range(0, ranks, inner)]

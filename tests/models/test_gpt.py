@@ -230,6 +230,23 @@ def test_groups_that_do_not_fit_are_refused():
     pool.run(2, wrong_groups)
 
 
+def ignored_packing():
+    mesh = ParallelMesh.build(MeshSizes())
+    model = GPTModel(transformer_config(mesh.sizes), VOCAB, LENGTH, pg_collection=mesh.groups)
+    tokens, cu = torch.zeros(1, 16, dtype=torch.int64), torch.tensor([0, 8, 16])
+    for message, params in (
+        ("qkv_format None", PackedSeqParams(cu_seqlens_q=cu)),
+        ("2 documents in a batch of 1", PackedSeqParams("sbhd", cu)),
+        ("differ", PackedSeqParams("thd", cu, torch.tensor([0, 4, 16]))),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(tokens, packed_seq_params=params)
+
+
+def test_packing_that_the_model_would_ignore_is_refused():
+    pool.run(1, ignored_packing)
+
+
 # --- one process against an independent, plain model ----------------------------------------
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import pool
 import tiny
+from longspan.config.architecture import architecture_of
 from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
 from longspan.models import huggingface
@@ -236,3 +237,11 @@ def test_convert_refuses(tmp_path, arguments, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_llama_has_no_window_whatever_its_config_says(tmp_path):
+    """transformers' Llama does not read sliding_window; a Mistral that became a Llama may still name one."""
+    fields = {"model_type": "llama", "hidden_size": 32, "sliding_window": 16}
+    for kind, window in (("llama", None), ("mistral", 16)):
+        (tmp_path / "config.json").write_text(json.dumps(fields | {"model_type": kind}))
+        assert architecture_of(str(tmp_path)).get("sliding_window") == window

@@ -4,13 +4,16 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 import pool
 import tiny
-from longspan.training.loop import Trainer
+from longspan.data import IndexedDatasetWriter
+from longspan.errors import UserError
+from longspan.training.loop import Trainer, check_data, open_datasets
 from longspan.training.metrics import JsonLines, Metrics, set_aside
 from longspan.training.optimizer import learning_rate
 from longspan.training.progress import Lines, Progress
@@ -230,6 +233,26 @@ def wrong_vocabulary(prefix):
 
 def test_data_of_another_tokenizer_is_refused(prefix):
     pool.run(1, wrong_vocabulary, prefix)
+
+
+def test_a_held_out_sample_that_all_ranks_together_cannot_hold_is_refused(tmp_path):
+    def write(name, lengths):
+        with IndexedDatasetWriter(tmp_path / name, np.uint16) as writer:
+            for n in lengths:
+                writer.add_document(np.arange(n))
+        hybrid = {
+            "hybrid_context_parallel": True,
+            "max_seqlen_per_dp_cp_rank": 20,
+            "context_parallel_size": 2,
+        }
+        return tiny.tiny_run(str(tmp_path / name), 2, **hybrid)
+
+    run = write("short", [5] * 10)
+    _, valid = open_datasets(run)
+    check_data(run)
+    lengths = [45 if i in valid.documents else 5 for i in range(10)]
+    with pytest.raises(UserError, match="makes a sample of 45 tokens, but 2 ranks x .* 20 hold 40"):
+        check_data(write("long", lengths))
 
 
 class _Config:

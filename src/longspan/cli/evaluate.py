@@ -64,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
             return code
         found = json.loads(result.read_text())
     if "--json" in own:
-        print(json.dumps(found, indent=2, allow_nan=False))
+        print(as_json(found))
     else:
         report(found)
     return 0
@@ -124,13 +124,22 @@ def work(run: Run, device_type: str, trials: int, result: Path) -> int:
     return 0
 
 
+def as_json(found: dict) -> str:
+    """The result as JSON, which knows no NaN: null instead."""
+    from longspan.training.metrics import finite
+
+    lists = {name: [finite(record) for record in found[name]] for name in ("positions", "needles")}
+    return json.dumps(finite(found | lists), indent=2, allow_nan=False)
+
+
 def report(found: dict) -> None:
     """Prints the tables."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    print(f"{found['checkpoint']}\nloss {found['loss']:.4f} over {found['tokens']:,} held-out tokens")
+    loss = "none" if found["loss"] is None else f"{found['loss']:.4f}"
+    print(f"{found['checkpoint']}\nloss {loss} over {found['tokens']:,} held-out tokens")
     table = Table(title="loss by position in the document")
     for column in ("positions", "tokens", "loss", "more than half sure and right"):
         table.add_column(column, justify="right")

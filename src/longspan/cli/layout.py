@@ -273,6 +273,10 @@ def exact(value: float) -> int | float:
 def notes(run: Run, lengths: list[int], layers: list[LayerKind], costs: Costs) -> list[str]:
     """What a reader of the figures should know."""
     config, found = run.config, []
+    if config.hybrid_context_parallel:
+        found.append(
+            "hybrid_context_parallel is on: training deals the documents of a whole step out over all ranks of dp x cp"
+        )
     rows = run.micro_batch_size if config.sample_packing else 1
     if sum(lengths) != rows * config.sequence_len:
         text = f"{rows} x {config.sequence_len:,}" if rows > 1 else f"{config.sequence_len:,}"

@@ -52,7 +52,7 @@ def read_config(
     Raises:
         UserError: there is no config to go on with.
     """
-    overrides, rest, more = parse_overrides(arguments, other_options)
+    overrides, rest, more = parse_overrides(arguments, other_options, positionals=1)
     problems = [*problems, *more]
     if not rest:
         raise UserError(

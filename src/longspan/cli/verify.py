@@ -111,7 +111,8 @@ def variants(resolved: Run, everything: bool) -> list[Run]:
         )
     assert config.num_attention_heads is not None
     heads = config.num_attention_heads // resolved.sizes.tp
-    sizes = config.hierarchical_context_parallel_sizes or hierarchy_proposal(cp, heads)
+    given = config.hierarchical_context_parallel_sizes
+    sizes = given if given and len(given) == 2 else hierarchy_proposal(cp, heads)
     runs = []
     for kind in CP_COMM_TYPES:
         if heads % {"a2a": cp, "a2a+p2p": sizes[0]}.get(kind, 1):

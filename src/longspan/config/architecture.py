@@ -99,6 +99,8 @@ def architecture_of(base_model: str) -> dict[str, Any]:
             found["sliding_window"] = [
                 found["sliding_window"] if k == "sliding_attention" else None for k in kinds
             ]
+    else:  # transformers' Llama has none, whatever its config says
+        found.pop("sliding_window", None)
     nested = data.get("rope_parameters") or {}
     if not isinstance(nested, dict):
         raise UserError(f"base_model: {path} sets rope_parameters {nested!r}, not an object of fields.")

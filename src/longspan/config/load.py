@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 
-from longspan.config.schema import Key, TrainConfig, keys, names
+from longspan.config.schema import DatasetConfig, Key, TrainConfig, keys, names
 from longspan.errors import UserError, did_you_mean
 
 
@@ -53,16 +53,17 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_overrides(
-    arguments: Sequence[str], other_options: Sequence[str] = ()
+    arguments: Sequence[str], other_options: Sequence[str] = (), positionals: int = 0
 ) -> tuple[dict[str, Any], list[str], list[str]]:
     """Command-line options -> key values.
 
     Each key is an option under its own name (``--learning-rate 1e-4``, ``--learning_rate=1e-4``)
     and under Megatron's (``--lr 1e-4``). Values are read as YAML. A boolean needs no value, and
-    ``--no-KEY`` switches it off.
+    ``--no-KEY`` switches it off. A key that may be a list takes several (``--cp-comm-type p2p a2a``).
 
     Args:
         other_options: options the caller handles itself, for near misses.
+        positionals: arguments that are no options; those still to come are not taken for a list's values.
 
     Returns:
         (values by key, arguments that are no options, problems).
@@ -105,6 +106,12 @@ def parse_overrides(
             continue
         else:
             value = _value(k, arguments.pop(0))
+            more = []
+            while (
+                _is_list(k) and len(rest) >= positionals and arguments and not arguments[0].startswith("--")
+            ):
+                more.append(_value(k, arguments.pop(0)))
+            value = [value, *more] if more else value
         values[k.name] = value
     return values, rest, problems
 
@@ -114,6 +121,12 @@ _VALUE: Any = object()
 
 def _is_bool(k: Key) -> bool:
     return bool in (k.annotation, *getattr(k.annotation, "__args__", ()))
+
+
+def _is_list(k: Key) -> bool:
+    """A list of plain values."""
+    members = (k.annotation, *get_args(k.annotation))
+    return any(get_origin(m) is list and get_args(m)[0] is not DatasetConfig for m in members)
 
 
 def _no_bool(text: str) -> bool:
@@ -174,8 +187,6 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
         place = ".".join(map(str, e["loc"]))
         top = str(e["loc"][0])
         if e["type"] == "extra_forbidden" and top == "datasets":
-            from longspan.config.schema import DatasetConfig
-
             name = str(e["loc"][-1])
             lines[place] = f"{place}: unknown key.{did_you_mean(name, DatasetConfig.model_fields)}"
             continue

@@ -5,6 +5,7 @@ receive, what to compute) -> calls, kernels (one call of attention) -> keys, hea
 rows) -> attention (all of it behind one function; checks say no).
 """
 
+from longspan.context_parallel import hybrid
 from longspan.context_parallel.attention import DotProductAttention, context_parallel_attention
 from longspan.context_parallel.layout import SequenceLayout
 from longspan.context_parallel.packed import (
@@ -26,4 +27,5 @@ __all__ = [
     "get_batch_on_this_cp_rank",
     "get_packed_seq_params",
     "get_padding",
+    "hybrid",
 ]

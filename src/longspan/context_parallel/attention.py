@@ -25,6 +25,7 @@ from longspan.context_parallel.checks import (
     check_comm_type,
     check_heads_of,
     check_packed,
+    check_padded_rows,
     check_shapes,
     check_window,
     group_of_call,
@@ -286,12 +287,14 @@ class DotProductAttention(nn.Module):
                 "cp_comm_type 'a2a+p2p' with packed_seq_params.cp_group: the hierarchical groups belong to the model's own "
                 "group. Use p2p, all_gather or a2a in models whose group changes."
             )
-        check_packed(packed_seq_params, query, layout)
+        check_packed(packed_seq_params, query.shape[1] if query.dim() == 4 else 1, layout)
         packed = query.dim() == 3
         if packed:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         if layout is None:
             layout = self.default_layout(query.shape[0], packed_seq_params)
+        causal = (attn_mask_type or self.attn_mask_type).is_causal
+        check_padded_rows(packed_seq_params, layout.total, causal)
         context, lse = _attend(
             query,
             key,
@@ -299,7 +302,7 @@ class DotProductAttention(nn.Module):
             group=group,
             hierarchical_groups=levels,
             layout=layout,
-            causal=(attn_mask_type or self.attn_mask_type).is_causal,
+            causal=causal,
             window=self.window,
             softmax_scale=self.softmax_scale,
             cp_comm_type=self.cp_comm_type,

@@ -55,7 +55,7 @@ def check_heads_of(name: str, heads: int, ranks: int, levels: Sequence[int] | No
     if ranks > 1 and name == "a2a":
         check_heads(heads, ranks)
     if ranks > 1 and name == "a2a+p2p" and levels:
-        check_heads(heads, levels[0])
+        check_heads(heads, levels[0], of=ranks)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, ranks: int) -> None:
@@ -94,7 +94,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, ranks:
         )
 
 
-def check_packed(params: PackedSeqParams | None, query: Tensor, layout: SequenceLayout | None) -> None:
+def check_packed(params: PackedSeqParams | None, batch: int, layout: SequenceLayout | None) -> None:
     """Refuses packing that would be ignored: a format that is not known, boundaries beside a layout, two kinds of them."""
     if params is None:
         return
@@ -116,13 +116,24 @@ def check_packed(params: PackedSeqParams | None, query: Tensor, layout: Sequence
             raise ValueError(
                 "packed_seq_params: the boundaries of queries and of keys differ. Cross-attention is not supported yet."
             )
-    batch = query.shape[1] if query.dim() == 4 else 1
     if params.qkv_format == "thd" and batch != 1:
         raise ValueError(f"packed documents (thd) come as one row [t, heads, d], not as a batch of {batch}.")
     if params.qkv_format == "sbhd" and cu is not None and len(cu) - 1 != batch:
         raise ValueError(
             f"qkv_format 'sbhd' with {len(cu) - 1} documents in a batch of {batch}: each row is one document. Use 'thd' for "
             "several documents in a row."
+        )
+
+
+def check_padded_rows(params: PackedSeqParams | None, total: int, causal: bool) -> None:
+    """Refuses full attention over rows (``sbhd``) that end with padding, which every token would see."""
+    if causal or params is None or params.qkv_format != "sbhd" or params.cu_seqlens_q is None:
+        return
+    shortest = int(params.cu_seqlens_q.diff().min())
+    if shortest < total:
+        raise ValueError(
+            f"qkv_format 'sbhd' with a row of {shortest} tokens padded to {total}: full attention would see the padding. "
+            "Use 'thd' with cu_seqlens_q_padded, which keeps it out."
         )
 
 

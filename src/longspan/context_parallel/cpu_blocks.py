@@ -28,8 +28,6 @@ ROWS, KEYS = 768, 1024
 #: query-key pairs a head below which the other kernel is faster: calling then costs more than computing
 SMALL = 512 * 512
 LOG2E = math.log2(math.e)
-#: the running maximum before the first key: finite, so that a row without any key yet makes no NaN
-NOTHING = -1e30
 
 
 def _fold(x: Tensor, batch: int, group: slice) -> Tensor:
@@ -93,15 +91,18 @@ class CpuBlocks:
         lse = torch.empty(batches, n, s, dtype=torch.promote_types(q.dtype, torch.float32))
         c = scale * LOG2E
         for batch, _, group, qs, ks, vs in _groups(q, k, v):
+            # scores are to base 2 at once: scaled later, rounding could move a large one away from its maximum
+            qs = qs * c
             total = torch.zeros_like(qs)
-            top, norm = qs.new_full((s * g, 1), NOTHING), qs.new_zeros(s * g, 1)
+            # every row sees key 0, which is in its first block: no maximum stays infinite
+            top, norm = qs.new_full((s * g, 1), -math.inf), qs.new_zeros(s * g, 1)
             for block in _blocks(s, k.shape[0], causal, rows):
                 start, stop, first, end = block
                 part = slice(start * g, stop * g)
                 scores = product(qs[part], ks[first:end].t())
                 _hide(scores, block, causal)
-                new = torch.maximum(top[part], scores.amax(1, keepdim=True).mul_(c))
-                torch.add(-new, scores, alpha=c, out=scores).exp2_()
+                new = torch.maximum(top[part], scores.amax(1, keepdim=True))
+                scores.sub_(new).exp2_()
                 old = (top[part] - new).exp2_()  # what the sums so far are worth under the new maximum
                 norm[part] = norm[part] * old + scores.sum(1, keepdim=True)
                 total[part] = total[part] * old + product(scores, vs[first:end])
@@ -122,14 +123,14 @@ class CpuBlocks:
             do = _fold(dout, batch, group)
             # every row's own gradient and output give sum(p dp), which softmax's derivative takes off
             delta = (do * _fold(out, batch, group)).sum(1, keepdim=True)
-            minus_lse = _fold_lse(lse, batch, group) * -LOG2E
+            scaled, lse_2 = qs * c, _fold_lse(lse, batch, group) * LOG2E
             gq, gk, gv = torch.zeros_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
             for block in _blocks(s, k.shape[0], causal, rows):
                 start, stop, first, end = block
                 part, seen = slice(start * g, stop * g), slice(first, end)
-                p = product(qs[part], ks[seen].t())
+                p = product(scaled[part], ks[seen].t())
                 _hide(p, block, causal)
-                torch.add(minus_lse[part], p, alpha=c, out=p).exp2_()
+                p.sub_(lse_2[part]).exp2_()
                 ds = product(do[part], vs[seen].t()).sub_(delta[part]).mul_(p)
                 p, ds = p.to(q.dtype), ds.to(q.dtype)  # the rest is sums, which bfloat16 serves
                 gv[seen] += product(p.t(), do[part].to(q.dtype))

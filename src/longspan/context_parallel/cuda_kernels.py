@@ -23,6 +23,7 @@ from torch import Tensor
 
 from longspan.context_parallel.calls import Pack
 from longspan.context_parallel.tiles import Mask
+from longspan.errors import UserError
 
 aten = torch.ops.aten
 
@@ -207,6 +208,12 @@ class FlashAttn(VarlenKernel):
             window_size_right=right,
             window_size=(left, right),
         )
+        if lse.shape != (q.shape[1], q.shape[0]):
+            raise UserError(
+                f"{self.name} returned a log-sum-exp of shape {tuple(lse.shape)}, not [heads, rows] = "
+                f"[{q.shape[1]}, {q.shape[0]}]: the installed release is too old (flash-attn before 2.7). Upgrade it, or set "
+                "attention_backend: cuda-flash."
+            )
         return out, lse
 
     def backward_packed(self, dout, q, k, v, out, lse, pack, scale):
@@ -239,9 +246,10 @@ class FlashAttn(VarlenKernel):
 
 
 def _call(function: Callable, **arguments) -> tuple[Tensor, ...]:
-    """Calls with the arguments a function knows: flash-attn's releases renamed some."""
+    """Calls with the arguments a function knows, None for the others it needs: flash-attn's releases differ."""
     known = inspect.signature(getattr(function, "_init_fn", function)).parameters
-    return function(**{name: value for name, value in arguments.items() if name in known})
+    needed = {name: None for name, parameter in known.items() if parameter.default is parameter.empty}
+    return function(**needed | {name: value for name, value in arguments.items() if name in known})
 
 
 _KERNELS: dict[str, Callable] = {

@@ -58,13 +58,13 @@ class HeadMove:
         return cls(group, *layout._memo[key])
 
 
-def check_heads(n: int, ranks: int) -> None:
-    """ValueError where ``n`` query heads cannot be dealt out evenly."""
+def check_heads(n: int, ranks: int, of: int | None = None) -> None:
+    """ValueError where ``n`` query heads cannot be dealt out evenly to ``ranks`` ranks (of so many; None: that is all)."""
     if n % ranks:
         good = [d for d in range(1, ranks + 1) if n % d == 0 and ranks % d == 0]
         raise ValueError(
             f"cp_comm_type a2a over {ranks} ranks: {n} query heads (after tensor parallelism) do not divide by {ranks}. "
-            f"Use p2p or all_gather, or a2a+p2p with hierarchical_context_parallel_sizes [{good[-1]}, {ranks // good[-1]}]."
+            f"Use p2p or all_gather, or a2a+p2p with hierarchical_context_parallel_sizes [{good[-1]}, {(of or ranks) // good[-1]}]."
         )
 
 

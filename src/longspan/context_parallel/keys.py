@@ -115,6 +115,7 @@ class MoveKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, schedule: Schedule, group, kernel: Kernel, scale: float):
         ctx.schedule, ctx.group, ctx.kernel, ctx.scale = schedule, group, kernel, scale
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # what kernels count on
         if _alone(schedule):
             causal = schedule.steps[0].tiles[0].mask is Mask.CAUSAL
             out, lse = kernel.forward(q, k, v, causal, scale)
@@ -172,14 +173,15 @@ def forward_step(out, lse, q, k, v, step: Step, kernel: Kernel, scale: float) ->
 
 def backward_step(dq, dk, dv, dout, q, k, v, out, lse, step: Step, kernel: Kernel, scale: float) -> None:
     """Adds a step's gradients to dq (own rows) and to dk, dv (the step's rows)."""
+    fixed_order = getattr(kernel, "deterministic", False)
     for call in calls_of(step, kernel, q.device):
         dq_part, dk_part, dv_part = call.backward(kernel, dout, q, k, v, out, lse, scale)
         if call.first:
             dq[call.q] = dq_part.to(dq.dtype)
         else:
-            _add_rows(dq, call.q, dq_part)
-        _add_rows(dk, call.k, dk_part)
-        _add_rows(dv, call.k, dv_part)
+            _add_rows(dq, call.q, dq_part, fixed_order)
+        _add_rows(dk, call.k, dk_part, fixed_order)
+        _add_rows(dv, call.k, dv_part, fixed_order)
 
 
 def _backward(dout, q, k, v, out, lse, schedule, group, kernel, scale):
@@ -206,10 +208,12 @@ def _backward(dout, q, k, v, out, lse, schedule, group, kernel, scale):
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _add_rows(total: Tensor, rows: Rows, part: Tensor) -> None:
-    """Adds to a run of rows, or to rows by number of which some may come twice."""
+def _add_rows(total: Tensor, rows: Rows, part: Tensor, fixed_order: bool) -> None:
+    """Adds to a run of rows, or to rows by number of which some may come twice (CUDA's index_add_: in any order)."""
     if isinstance(rows, slice):
         total[rows].add_(part)
+    elif fixed_order:
+        total.index_put_((rows,), part.to(total.dtype), accumulate=True)
     else:
         total.index_add_(0, rows, part.to(total.dtype))
 

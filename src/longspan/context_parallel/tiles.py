@@ -27,6 +27,7 @@ from __future__ import annotations
 import enum
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from longspan.context_parallel.layout import Segment
@@ -124,12 +125,13 @@ def _causal_tiles(mine: Sequence[Segment]) -> tuple[Tile, ...]:
     """Causal tiles of the own rows first, then the full ones between them.
 
     Segments of a document that rise in position and lie row by row are causal in row order
-    too, gaps or not, so they make one tile.
+    too, gaps or not, so they make one tile (unless an own segment from elsewhere fills the gap).
     """
     runs: dict[int, list[tuple[Range, Range]]] = defaultdict(list)  # document -> (positions, rows)
-    for s in mine:
+    rising = set(pairwise(sorted(mine)))
+    for last, s in zip((None, *mine), mine):
         held, rows = runs[s.document], (s.row, s.row + s.stop - s.start)
-        if held and held[-1][1][1] == s.row and held[-1][0][1] <= s.start:
+        if held and held[-1][1][1] == s.row and (last, s) in rising:
             held[-1] = ((held[-1][0][0], s.stop), (held[-1][1][0], rows[1]))
         else:
             held.append(((s.start, s.stop), rows))

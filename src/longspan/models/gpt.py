@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan.config.model import AttnMaskType, TransformerConfig, padded_vocab_size
 from longspan.context_parallel import DotProductAttention, PackedSeqParams, SequenceLayout
+from longspan.context_parallel.checks import check_packed
 from longspan.mesh.installed import process_groups
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.lean import gated_linear, rms_norm
@@ -207,6 +208,7 @@ def layout_of(
     rows = hidden.shape[0] * (attention.linear_q.tp_size if layer.config.sequence_parallel else 1)
     if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" and hidden.shape[1] != 1:
         raise ValueError(f"packed documents (thd) come as one row: [t, 1, h], not {tuple(hidden.shape)}.")
+    check_packed(packed_seq_params, hidden.shape[1], None)
     layout = attention.core_attention.default_layout(rows, packed_seq_params)
     return layout, packed_seq_params and packed_seq_params.group_only()
 

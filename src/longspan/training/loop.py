@@ -89,7 +89,7 @@ def check_data(run: Run) -> TokenDataset:
     Raises:
         UserError: no document on one side of the split, no token with a next one, or a token beyond the vocabulary.
     """
-    train, _ = open_datasets(run)
+    train, valid = open_datasets(run)
     sources = [IndexedDataset(source.prepared or source.path) for source in run.config.datasets]
     longest = max(int(source.document_lengths.max(initial=0)) for source in sources)
     if longest < 2 and (run.config.sample_packing or train.num_tokens < 2):
@@ -99,12 +99,13 @@ def check_data(run: Run) -> TokenDataset:
     if run.config.hybrid_context_parallel:
         ranks, most = run.sizes.dp * run.sizes.cp, run.config.max_seqlen_per_dp_cp_rank
         assert most is not None
-        if train.longest_document > ranks * most:
+        tokens = max(data.longest_document for data in (train, valid) if data is not None)
+        if tokens > ranks * most:
             number = max(range(len(sources)), key=lambda i: int(sources[i].document_lengths.max(initial=0)))
             document = int(sources[number].document_lengths.argmax())
             raise UserError(
                 f"hybrid_context_parallel: document {document} of {run.config.datasets[number].path} makes a sample of "
-                f"{train.longest_document} tokens, but {ranks} ranks x max_seqlen_per_dp_cp_rank {most} hold {ranks * most}. "
+                f"{tokens} tokens, but {ranks} ranks x max_seqlen_per_dp_cp_rank {most} hold {ranks * most}. "
                 "Raise max_seqlen_per_dp_cp_rank, lower sequence_len, or use more ranks."
             )
     vocab, left = run.config.vocab_size, SCANNED_TOKENS
