@@ -408,6 +408,7 @@ def refusals():
     group = dist.group.WORLD
     for message, arguments in (
         ("window=0", {"window": 0}),
+        ("window=2.5", {"window": 2.5}),
         ("needs causal=True", {"window": 4, "causal": False}),
         (r"needs hierarchical_context_parallel_sizes.*\[1, 2\]", {"cp_comm_type": "a2a+p2p"}),
         ("two levels", {"cp_comm_type": "a2a+p2p", "hierarchical_groups": [group, group]}),

@@ -42,7 +42,7 @@ def check_comm_type(cp_comm_type: str, ranks: int, levels: Sequence[int] | None)
 
 def check_window(window: int | None, causal: bool) -> None:
     """Refuses windows that mean nothing."""
-    if window is not None and window < 1:
+    if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"window={window}: a window holds at least the query itself, so it is 1 or more.")
     if window is not None and not causal:
         raise ValueError(

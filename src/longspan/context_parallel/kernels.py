@@ -181,7 +181,7 @@ def select_kernel(
                 "asked for" if backend != "auto" else "; ".join(reasons) or "the fastest for these inputs"
             )
             return Choice(_kernel(name, deterministic), reason)
-        if name not in OTHER_DEVICE[device.type]:
+        if name not in OTHER_DEVICE.get(device.type, ()):
             reasons.append(f"{name} {why_not}")
     raise UserError(f"attention_backend {backend!r} {why_not}. Use auto.")
 

@@ -259,7 +259,7 @@ def hugging_face_config(
             tie_word_embeddings, layernorm_epsilon, rotary_base, rope_scaling, init_method_std, sliding_window, sequence_len.
         base: a config.json to start from; its other fields are kept.
     """
-    base = dict(base or {})
+    base = {k: v for k, v in (base or {}).items() if k not in ("sliding_window", "layer_types")}  # see _kind
     # transformers 5 reads rope_parameters, 4 reads the other two; both are written
     rope = {k: v for k, v in (model["rope_scaling"] or {}).items() if k != "type"}
     rope.setdefault("rope_type", (model["rope_scaling"] or {}).get("type", "default"))
