@@ -381,12 +381,13 @@ def test_verify_of_hybrid_context_parallelism(folder):
 
 
 def test_a_sample_that_all_ranks_together_cannot_hold_is_refused_by_name(folder):
-    done = longspan("train", "config.yaml", "--dp-shard-size", 2, *HYBRID, 20, cwd=folder)
+    here = ["--output-dir", "never-made"]
+    done = longspan("train", "config.yaml", "--dp-shard-size", 2, *HYBRID, 20, *here, cwd=folder)
     assert done.returncode == 2
     assert re.search(
         r"document \d+ of tiny makes a sample of 50 tokens, but 2 ranks x .* 20 hold 40", done.stderr
     )
-    assert not (folder / "out").exists()
+    assert not (folder / "never-made").exists()
 
 
 def test_verify_can_say_no(folder):
