@@ -47,6 +47,6 @@ def values(prefix, **changes):
 
 
 def tiny_run(prefix, world, **changes):
-    config, problems, _ = make_config(values(prefix, **changes))
-    assert not problems, problems
-    return resolve(config, world)
+    read = make_config(values(prefix, **changes))
+    assert not read.problems, read.problems
+    return resolve(read.config, world)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import tiny
-from longspan.config.load import load_config, make_config, parse_overrides, to_yaml
+from longspan.config.load import Overrides, load_config, make_config, parse_overrides, to_yaml
 from longspan.config.resolve import resolve, training_steps, warmup_steps
 from longspan.config.schema import GROUPS, TrainConfig, keys, names
 from longspan.errors import UserError
@@ -16,9 +16,9 @@ def problems_of(changes=None, world=None, remove=(), **kwargs):
     values = tiny.values("prefix", **(changes or {}), **kwargs)
     for name in remove:
         del values[name]
-    config, problems, bad = make_config(values)
+    read = make_config(values)
     try:
-        resolve(config, world, bad_keys=bad, earlier=problems)
+        resolve(read.config, world, bad_keys=read.bad, earlier=read.problems)
     except UserError as error:
         return error.problems
     return []
@@ -70,7 +70,7 @@ def test_all_problems_come_at_once():
     text = "\n".join(found)
     assert "contxt_parallel_size: unknown key. Did you mean context_parallel_size?" in text
     assert "learning_rate: 'fast' must be a valid number" in text
-    assert "lr_scheduler: 'cosin' must be 'cosine', 'linear' or 'constant'. Did you mean cosine?" in text
+    assert "lr_scheduler: 'cosin' must be 'cosine', 'linear', 'constant' or 'constant_with_warmup'. Did you mean cosine?" in text
     assert "num_attention_heads 4 is not divisible by tensor_parallel_size 3" in text
     assert "num_query_groups 2 (key/value heads) is not divisible by tensor_parallel_size 3" in text
     assert "does not divide 128, the unit the vocabulary is padded to" in text
@@ -164,8 +164,7 @@ def test_missing_keys_are_one_message():
 def test_any_two_batch_keys_give_the_third(given, world, expected):
     values = tiny.values("prefix")
     del values["global_batch_size"]
-    config, _, _ = make_config(values | given)
-    run = resolve(config, world)
+    run = resolve(make_config(values | given).config, world)
     assert (run.micro_batch_size, run.accumulation, run.global_batch_size) == expected
 
 
@@ -178,14 +177,14 @@ def test_steps_and_warm_up():
 
 
 def test_overrides_take_both_names_and_read_yaml():
-    values, rest, problems = parse_overrides(
+    given = parse_overrides(
         ["c.yaml", "--lr", "1e-4", "--context_parallel_size=2", "--sample-packing", "--no-save-last",
          "--gradient-checkpointing", "selective", "--cp-comm-type", "[p2p, all_gather]",
          "--untie-embeddings-and-output-weights", "--seq-length", "128"]
     )  # fmt: skip
-    assert problems == []
-    assert rest == ["c.yaml"]
-    assert values == {
+    assert given.problems == given.notes == []
+    assert given.rest == ["c.yaml"]
+    assert given.values == {
         "learning_rate": "1e-4",
         "context_parallel_size": 2,
         "sample_packing": True,
@@ -198,9 +197,8 @@ def test_overrides_take_both_names_and_read_yaml():
 
 
 def test_wrong_overrides_come_at_once_with_near_misses():
-    _, _, problems = parse_overrides(["--learning-rat", "1", "--max-steps", "--seed=3", "--num-proceses", "4"],
-                                     ["--num-processes"])  # fmt: skip
-    assert problems == [
+    mistakes = ["--learning-rat", "1", "--max-steps", "--seed=3", "--num-proceses", "4"]
+    assert parse_overrides(mistakes, ["--num-processes"]).problems == [
         "--learning-rat: unknown option. Did you mean --learning-rate?",
         "--max-steps needs a value: Optimizer steps; wins over num_epochs.",
         "--num-proceses: unknown option. Did you mean --num-processes?",
@@ -224,16 +222,17 @@ def test_a_list_takes_several_values_as_megatrons_flags_do():
         "cp_comm_type": ["p2p", "a2a"],
         "sliding_window": [8, None],
     }
-    assert parse_overrides(given) == (expected, [], [])
-    assert parse_overrides(["c.yaml", *given], positionals=1) == (expected, ["c.yaml"], [])
+    assert parse_overrides(given) == Overrides(expected)
+    assert parse_overrides(["c.yaml", *given], positionals=1) == Overrides(expected, ["c.yaml"])
     # a config file that comes later is no value
-    assert parse_overrides(["--cp-comm-type", "a2a", "c.yaml"], positionals=1) == (
-        {"cp_comm_type": "a2a"},
-        ["c.yaml"],
-        [],
+    assert parse_overrides(["--cp-comm-type", "a2a", "c.yaml"], positionals=1) == Overrides(
+        {"cp_comm_type": "a2a"}, ["c.yaml"]
     )
-    assert parse_overrides(["--cp-comm-type=a2a", "p2p"])[1] == ["p2p"]
-    assert parse_overrides(["--seed", "1", "2"])[1] == ["2"]
+    assert parse_overrides(["--cp-comm-type=a2a", "p2p"]).rest == ["p2p"]
+    assert parse_overrides(["--seed", "1", "2"]).rest == ["2"]
+    # a key that is always a list takes one value as a list of one
+    one = parse_overrides(["--hierarchical-context-parallel-sizes", "4"])
+    assert one.values == {"hierarchical_context_parallel_sizes": [4]}
 
 
 def test_load_and_write_back(tmp_path):
@@ -275,9 +274,9 @@ def test_architecture_from_a_model_folder(tmp_path):
     values = tiny.values("prefix", base_model=str(tmp_path), reinit_weights=True)
     for name in ("hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
         del values[name]
-    config, problems, _ = make_config(values)
-    assert not problems
-    model = resolve(config, 1).transformer_config()
+    read = make_config(values)
+    assert not read.problems
+    model = resolve(read.config, 1).transformer_config()
     assert (model.num_layers, model.hidden_size, model.num_query_groups) == (
         2,
         64,

@@ -34,9 +34,9 @@ def run(arguments: Sequence[str]) -> int:
             raise UserError([*problems, *(f"{a!r}: --schema takes nothing else." for a in rest)])
         print(json.dumps(TrainConfig.model_json_schema(), indent=2))
         return 0
-    config, problems, bad = read_config("config", rest, list(own), problems)
-    world = number(taken, "--num-processes", problems)
-    resolved = resolve(config, world, bad_keys=bad, earlier=problems)
+    reading = read_config("config", rest, list(own), problems)
+    world = number(taken, "--num-processes", reading.problems)
+    resolved = resolve(reading.config, world, bad_keys=reading.bad, earlier=reading.problems)
     config = resolved.config.model_copy(
         update={
             "micro_batch_size": resolved.micro_batch_size,

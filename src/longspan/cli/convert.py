@@ -90,7 +90,7 @@ def to_checkpoint(model: str, output: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     from longspan.config.architecture import architecture_of, model_folder
-    from longspan.config.load import make_config
+    from longspan.config.load import architecture_config
     from longspan.config.model import padded_vocab_size
     from longspan.config.resolve import resolve
     from longspan.models.huggingface import VOCABULARY, SafetensorsFolder, hugging_face_name, read_part
@@ -98,9 +98,7 @@ def to_checkpoint(model: str, output: Path) -> None:
     from longspan.training.loop import MODEL_KEYS, SETTINGS
 
     values = architecture_of(model)
-    config, problems, _ = make_config(values | {"learning_rate": 0, "datasets": [{"path": "none"}]})
-    if config is None or problems:
-        raise UserError(problems)
+    config = architecture_config(values)
     architecture = resolve(config, 1).transformer_config()
     vocab = values["vocab_size"]
     source = SafetensorsFolder(model_folder(model))

@@ -50,7 +50,7 @@ def generate(folder: str, prompt: str, count: int, temperature: float, seed: int
     import torch
 
     from longspan.config.architecture import architecture_of, model_folder
-    from longspan.config.load import make_config
+    from longspan.config.load import architecture_config
     from longspan.config.resolve import resolve
     from longspan.context_parallel import SequenceLayout
     from longspan.data import eod_id, load_tokenizer
@@ -64,10 +64,7 @@ def generate(folder: str, prompt: str, count: int, temperature: float, seed: int
     tokenizer = load_tokenizer(path)
     end = eod_id(tokenizer, path)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or ([end] if end is not None else [0])
-    source = [{"path": "none"}]  # the schema asks for a training run's keys
-    config, problems, _ = make_config(values | {"learning_rate": 0, "datasets": source})
-    if config is None or problems:
-        raise UserError(problems)
+    config = architecture_config(values)
     init_distributed("cpu")
     try:
         run = resolve(config, 1)

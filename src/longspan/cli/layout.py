@@ -119,7 +119,9 @@ def read(arguments: Sequence[str]) -> tuple[Run, list[int], Path | None, bool]:
     picture = read_picture(taken["--png"], problems) if "--png" in taken else None
     if "--window" in taken:
         rest.append(f"--sliding-window={taken['--window']}")
-    config, problems, bad = read_config("layout", rest, list(OPTIONS), problems)
+    reading = read_config("layout", rest, list(OPTIONS), problems)
+    config, problems, bad = reading.config, reading.problems, reading.bad
+    assert config is not None
     if "--step" in taken and "--lengths" in taken:
         problems.append("--step takes the documents from the data, --lengths gives them. Keep one.")
     elif "--step" in taken and not config.sample_packing:

@@ -13,6 +13,7 @@ from longspan.errors import UserError, did_you_mean
 #: command -> (module, one line for --help)
 COMMANDS = {
     "train": ("longspan.cli.train", "train a model as a config says"),
+    "pretrain": ("longspan.cli.pretrain", "train by Megatron-LM's flags, as pretrain_gpt.py does"),
     "verify": ("longspan.cli.verify", "compare the config's layout with one process: loss, gradients"),
     "layout": ("longspan.cli.layout", "show who holds and computes what, and what travels, for a pack"),
     "eval": ("longspan.cli.evaluate", "loss by position and a needle test of a trained model"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from longspan.config.load import make_config, parse_overrides, read_yaml
-from longspan.config.schema import GROUPS, TrainConfig, keys
+from longspan.config.load import Reading, make_config, parse_overrides, read_yaml
+from longspan.config.schema import GROUPS, keys
 from longspan.errors import UserError
 
 
@@ -42,18 +42,18 @@ def take_options(
 
 def read_config(
     command: str, arguments: Sequence[str], other_options: Sequence[str] = (), problems: Sequence[str] = ()
-) -> tuple[TrainConfig, list[str], set[str]]:
+) -> Reading:
     """Reads ``CONFIG [--any-key value]``.
 
     Returns:
-        The config of the good keys, the problems so far, and the keys they are about, for
+        What was read: the config of the good keys, and the problems so far with the keys they are about, for
         ``config.resolve.resolve`` to go on with.
 
     Raises:
         UserError: there is no config to go on with.
     """
-    overrides, rest, more = parse_overrides(arguments, other_options, positionals=1)
-    problems = [*problems, *more]
+    given = parse_overrides(arguments, other_options, positionals=1)
+    problems, rest = [*problems, *given.problems], given.rest
     if not rest:
         raise UserError(
             [*problems, f"longspan {command} needs a config file: longspan {command} CONFIG.yaml"]
@@ -63,23 +63,31 @@ def read_config(
         values = read_yaml(rest[0])
     except UserError as error:
         raise UserError([*problems, *error.problems]) from None
-    config, wrong, bad = make_config(values, overrides)
-    if config is None:
-        raise UserError([*problems, *wrong])
-    return config, [*problems, *wrong], bad
+    reading = make_config(values, given.values)
+    reading.problems[:0] = problems
+    reading.notes += given.notes
+    if reading.config is None:
+        raise UserError(reading.problems)
+    return reading
 
 
-def key_help() -> str:
-    """Every key with its flag, unit, default and meaning, by group."""
-    lines = ["Any key of the config can be given as an option, under its own name or Megatron's:"]
-    by_group = {group: [k for k in keys() if k.group == group] for group in GROUPS}
-    for group, members in by_group.items():
+def key_help(megatron: bool = False) -> str:
+    """Every key with its flag, unit, default and meaning, by group; ``megatron`` puts that door's flag and default first."""
+    lines = (
+        ["Flags, by group, each with its other names:"]
+        if megatron
+        else ["Any key of the config can be given as an option, under its own name or Megatron's:"]
+    )
+    for group in GROUPS:
         lines += ["", f"{group}:"]
-        for k in members:
+        for k in (k for k in keys() if k.group == group):
             own = "--" + k.name.replace("_", "-")
-            flag = f", {k.flag}" if k.flag != own else ""
+            spellings = list(
+                dict.fromkeys([k.flag, *k.switches, own] if megatron else [own, k.flag, *k.switches])
+            )
+            default = k.default_at_megatron_door if megatron else k.default
             unit = f" [{k.unit}]" if k.unit else ""
-            default = "" if k.default is None else f" (default {k.default})"
-            lines.append(f"  {own}{flag}{unit}{default}")
+            shown = "" if default is None or default == [] else f" (default {default})"
+            lines.append(f"  {', '.join(spellings)}{unit}{shown}")
             lines.append(f"      {k.text}")
     return "\n".join(lines)

@@ -44,8 +44,8 @@ def run(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     if any(argument.partition("=")[0] in OPTIONS for argument in arguments):
         return prepare_files(arguments)
-    config, problems, bad = read_config("prepare", arguments)
-    config = resolve(config, bad_keys=bad, earlier=problems).config
+    reading = read_config("prepare", arguments)
+    config = resolve(reading.config, bad_keys=reading.bad, earlier=reading.problems).config
     config = prepare_config(config, show=True)
     for source in config.datasets:
         print(f"{source.path} -> {source.prepared}")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longspan.cli.launch import HELP, OPTIONS, choose_device, read_launch, start, under_torchrun
+from longspan.cli.launch import HELP, OPTIONS, Launch, choose_device, read_launch, start, under_torchrun
 from longspan.cli.options import key_help, read_config, take_options
 from longspan.cli.prepare import prepare_config
-from longspan.config.load import to_yaml
+from longspan.config.load import Reading, to_yaml
 from longspan.config.resolve import Run, resolve
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError
@@ -30,7 +31,11 @@ def run(arguments: Sequence[str]) -> int:
         print(USAGE)
         print(key_help())
         return 0
-    resolved, launch, device = read_run("train", arguments)
+    return start_or_join(*read_run("train", arguments))
+
+
+def start_or_join(resolved: Run, launch: Launch, device: str) -> int:
+    """Trains in this process where a launcher started it or one is enough; else starts the processes."""
     if under_torchrun() or (resolved.world_size == 1 and launch.machines == 1):
         return join(resolved, device)
     config = prepared(resolved, show=True)
@@ -54,7 +59,20 @@ def read_run(command: str, arguments: Sequence[str], more_options: dict[str, boo
     if taken is not None:
         taken.update(options)
     launch = read_launch(options, torchrun_arguments, problems)
-    config, problems, bad = read_config(command, rest, list(own), problems)
+    return checked(read_config(command, rest, list(own), problems), launch)
+
+
+def checked(reading: Reading, launch: Launch, announce: str = "") -> tuple[Run, Launch, str]:
+    """What was read with every rule checked, and the device and the arithmetic filled in; says what has no effect.
+
+    Args:
+        announce: is said too, when all is well.
+
+    Raises:
+        UserError: with all problems at once.
+    """
+    config, problems, bad = reading.config, reading.problems, reading.bad
+    assert config is not None
     world = launch.processes
     try:
         device, world = choose_device(config, launch)
@@ -77,6 +95,9 @@ def read_run(command: str, arguments: Sequence[str], more_options: dict[str, boo
         }
     )
     final_run = resolve(final, resolved.world_size)
+    notes = ["without effect here:", *(f"  {note}" for note in reading.notes)] if reading.notes else []
+    if (notes or announce) and os.environ.get("RANK", "0") == "0":
+        print("\n".join([announce, *notes] if announce else notes), file=sys.stderr)
     if final.attention_backend != "auto":
         check_backend(final_run, device)
     return final_run, launch, device

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 
+from longspan.config.axolotl_keys import KEYS
+from longspan.config.foreign import MANY
+from longspan.config.megatron_flags import FLAGS
 from longspan.config.schema import DatasetConfig, Key, TrainConfig, keys, names
 from longspan.errors import UserError, did_you_mean
+
+#: names of Megatron-LM and axolotl that are no keys here -> their fate
+FOREIGN = KEYS | {flag.removeprefix("--").replace("-", "_"): fate for flag, fate in FLAGS.items()}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -52,68 +59,119 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+@dataclass
+class Overrides:
+    """What command-line options say.
+
+    Attributes:
+        values: by key.
+        rest: arguments that are no options.
+        problems: what is wrong, a message each.
+        notes: options that have no effect here, each with the reason.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    rest: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
 def parse_overrides(
     arguments: Sequence[str], other_options: Sequence[str] = (), positionals: int = 0
-) -> tuple[dict[str, Any], list[str], list[str]]:
+) -> Overrides:
     """Command-line options -> key values.
 
     Each key is an option under its own name (``--learning-rate 1e-4``, ``--learning_rate=1e-4``)
     and under Megatron's (``--lr 1e-4``). Values are read as YAML. A boolean needs no value, and
     ``--no-KEY`` switches it off. A key that may be a list takes several (``--cp-comm-type p2p a2a``).
+    Options of Megatron-LM and axolotl that are no keys here have their fate in ``foreign`` tables.
 
     Args:
         other_options: options the caller handles itself, for near misses.
         positionals: arguments that are no options; those still to come are not taken for a list's values.
-
-    Returns:
-        (values by key, arguments that are no options, problems).
     """
-    table: dict[str, tuple[Key, Any]] = {}  # option without dashes, underscored -> key, fixed value or _VALUE
+    table = option_table()
+    found = Overrides()
+    left = list(arguments)
+    given: dict[str, str] = {}  # key -> the option that said it
+    while left:
+        argument = left.pop(0)
+        if not argument.startswith("--") or argument == "--":
+            found.rest.append(argument)
+            continue
+        option, equals, text = argument.partition("=")
+        name = option[2:].replace("-", "_")
+        if name not in table and name in FOREIGN:
+            many = [text] if equals else _take(left, FOREIGN[name].values)
+            read = [_yaml(v) for v in many]
+            _foreign(option, read if len(read) > 1 else read[0] if read else True, found)
+            continue
+        if name not in table:
+            known = [*("--" + n.replace("_", "-") for n in (*table, *FOREIGN)), *other_options]
+            found.problems.append(f"{option}: unknown option.{did_you_mean(option.replace('_', '-'), known)}")
+            if not equals and left and not left[0].startswith("--"):
+                left.pop(0)
+            continue
+        k, fixed = table[name]
+        if fixed is not _VALUE:
+            if equals:
+                found.problems.append(f"{option} takes no value; found {text!r}.")
+            value = fixed
+        elif equals:
+            value = _value(k, text)
+        elif _is_bool(k) and (not left or left[0].startswith("--") or _no_bool(left[0])):
+            value = True
+        elif not left or left[0].startswith("--"):
+            found.problems.append(f"{option} needs a value: {k.text}")
+            continue
+        else:
+            value = _value(k, left.pop(0))
+            if _is_list(k) and len(found.rest) >= positionals:
+                more = [_value(k, v) for v in _take(left, MANY)]
+                value = [value, *more] if more or not _may_be_single(k) else value
+        if _is_list(k) and not _may_be_single(k) and not isinstance(value, list | type(None)):
+            value = [value]
+        if k.name in found.values and found.values[k.name] != value and given[k.name] != option:
+            found.problems.append(
+                f"{option} and {given[k.name]} are the same key, {k.name}, with two values. Keep one."
+            )
+        found.values[k.name], given[k.name] = value, option
+    return found
+
+
+def option_table() -> dict[str, tuple[Key, Any]]:
+    """Every option without its dashes, underscored -> (key, the value it stands for or a mark that it takes one)."""
+    table: dict[str, tuple[Key, Any]] = {}
     for k in keys():
         for spelling in (k.name, *k.aliases):
             table[spelling] = (k, _VALUE)
             if _is_bool(k):
                 table["no_" + spelling] = (k, False)
-        flag = k.flag[2:].replace("-", "_")
-        table[flag] = (k, _VALUE if k.takes_value else k.flag_value)
-    values: dict[str, Any] = {}
-    rest, problems = [], []
-    arguments = list(arguments)
-    while arguments:
-        argument = arguments.pop(0)
-        if not argument.startswith("--") or argument == "--":
-            rest.append(argument)
-            continue
-        option, equals, text = argument.partition("=")
-        entry = table.get(option[2:].replace("-", "_"))
-        if entry is None:
-            known = [*("--" + name.replace("_", "-") for name in table), *other_options]
-            problems.append(f"{option}: unknown option.{did_you_mean(option.replace('_', '-'), known)}")
-            if not equals and arguments and not arguments[0].startswith("--"):
-                arguments.pop(0)
-            continue
-        k, fixed = entry
-        if fixed is not _VALUE:
-            if equals:
-                problems.append(f"{option} takes no value; found {text!r}.")
-            value = fixed
-        elif equals:
-            value = _value(k, text)
-        elif _is_bool(k) and (not arguments or arguments[0].startswith("--") or _no_bool(arguments[0])):
-            value = True
-        elif not arguments or arguments[0].startswith("--"):
-            problems.append(f"{option} needs a value: {k.text}")
-            continue
-        else:
-            value = _value(k, arguments.pop(0))
-            more = []
-            while (
-                _is_list(k) and len(rest) >= positionals and arguments and not arguments[0].startswith("--")
-            ):
-                more.append(_value(k, arguments.pop(0)))
-            value = [value, *more] if more else value
-        values[k.name] = value
-    return values, rest, problems
+        table[k.flag[2:].replace("-", "_")] = (k, _VALUE)
+        for switch, value in k.switches.items():
+            table[switch[2:].replace("-", "_")] = (k, value)
+    return table
+
+
+def _take(left: list[str], count: int) -> list[str]:
+    """Takes up to ``count`` values (MANY: all) that follow an option."""
+    taken: list[str] = []
+    while left and not left[0].startswith("--") and (count == MANY or len(taken) < count):
+        taken.append(left.pop(0))
+    return taken
+
+
+def _foreign(spelling: str, value: Any, found: Overrides) -> None:
+    """What becomes of a name that is no key here: keys, a note, or a problem."""
+    entry = FOREIGN[spelling.removeprefix("--").replace("-", "_")]
+    try:
+        values = entry.read(spelling, value)
+    except ValueError as error:
+        found.problems.append(str(error))
+        return
+    if values is None:
+        found.notes.append(f"{spelling}: {entry.why}")
+    found.values.update(values or {})
 
 
 _VALUE: Any = object()
@@ -129,55 +187,111 @@ def _is_list(k: Key) -> bool:
     return any(get_origin(m) is list and get_args(m)[0] is not DatasetConfig for m in members)
 
 
+def _may_be_single(k: Key) -> bool:
+    """May a key that takes a list also be one plain value?"""
+    return any(
+        get_origin(m) is not list and m is not type(None) for m in (get_args(k.annotation) or (k.annotation,))
+    )
+
+
 def _no_bool(text: str) -> bool:
-    return text.lower() not in ("true", "false", "yes", "no", "on", "off", "auto", "full", "selective")
+    return text.lower() not in (
+        "true",
+        "false",
+        "yes",
+        "no",
+        "on",
+        "off",
+        "auto",
+        "full",
+        "selective",
+        "offload",
+    )
 
 
 def _value(k: Key, text: str) -> Any:
     """A value as YAML reads it; the text itself for a key that holds text."""
     if k.annotation is str or set(getattr(k.annotation, "__args__", ())) == {str, type(None)}:
         return text
+    return _yaml(text)
+
+
+def _yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
 
-def make_config(
-    values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
-) -> tuple[TrainConfig | None, list[str], set[str]]:
-    """Values under any accepted spelling -> TrainConfig.
+@dataclass
+class Reading:
+    """What was made of keys and values.
 
-    Returns:
-        (config made of the good keys, or None if there is none to be made; problems; bad keys).
+    Attributes:
+        config: of the good keys; None if there is none to be made.
+        problems, notes: as in :class:`Overrides`.
+        bad: keys that problems are about.
     """
-    table, problems, bad = names(), [], set()
+
+    config: TrainConfig | None
+    problems: list[str]
+    bad: set[str]
+    notes: list[str]
+
+
+def make_config(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Reading:
+    """Values under any accepted spelling -> TrainConfig."""
+    table, bad = names(), set()
+    found = Overrides()
     merged: dict[str, Any] = {}
     spelled: dict[str, str] = {}
-    for spelling, value in values.items():
-        name = table.get(str(spelling))
-        if name is None:
-            problems.append(f"{spelling}: unknown key.{did_you_mean(str(spelling), table)}")
+    for spelling, value in _flat(values):
+        name = table.get(spelling)
+        if name is None and spelling in FOREIGN:
+            _foreign(spelling, value, found)
+        elif name is None:
+            known = [*table, *FOREIGN]
+            found.problems.append(f"{spelling}: unknown key.{did_you_mean(spelling, known)}")
         elif name in merged and merged[name] != value:
-            problems.append(
+            found.problems.append(
                 f"{spelling} and {spelled[name]} are the same key with two values, {value!r} and {merged[name]!r}. "
                 "Keep one."
             )
             bad.add(name)
         else:
-            merged[name], spelled[name] = value, str(spelling)
+            merged[name], spelled[name] = value, spelling
+    for name, value in found.values.items():
+        if merged.setdefault(name, value) != value:
+            found.problems.append(f"{name}: {merged[name]!r} here, and {value!r} by another key. Keep one.")
+            bad.add(name)
     merged.update(overrides or {})
     merged = {name: value for name, value in merged.items() if value is not None}
+    problems, config = found.problems, None
     while True:
         try:
-            return TrainConfig(**merged), problems, bad
+            config = TrainConfig(**merged)
+            break
         except ValidationError as error:
             wrong = {str(e["loc"][0]) for e in error.errors()}
             problems += _explain(error, merged)
             bad |= wrong
             if not wrong & merged.keys():
-                return None, problems, bad
+                break
             merged = {name: value for name, value in merged.items() if name not in wrong}
+    return Reading(config, problems, bad, found.notes)
+
+
+#: mappings whose members are keys of their own here: fsdp_config: {offload_params: true}
+NESTED = ("fsdp_config",)
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Pairs of spelling and value; members of nested mappings as ``outer.inner``."""
+    for outer, value in values.items():
+        if outer in NESTED and isinstance(value, Mapping):
+            yield from ((f"{outer}.{str(inner).removeprefix('fsdp_')}", v) for inner, v in value.items())
+        else:
+            yield str(outer), value
 
 
 def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
@@ -225,13 +339,25 @@ def load_config(path: str | Path, arguments: Sequence[str] = ()) -> TrainConfig:
     Raises:
         UserError: with all problems found.
     """
-    overrides, rest, problems = parse_overrides(arguments)
-    problems += [f"{argument!r}: unexpected argument." for argument in rest]
-    config, more, _ = make_config(read_yaml(path), overrides)
-    if problems or more:
-        raise UserError(problems + more)
-    assert config is not None
-    return config
+    given = parse_overrides(arguments)
+    reading = make_config(read_yaml(path), given.values)
+    problems = [*given.problems, *(f"{a!r}: unexpected argument." for a in given.rest), *reading.problems]
+    if problems:
+        raise UserError(problems)
+    assert reading.config is not None
+    return reading.config
+
+
+def architecture_config(values: Mapping[str, Any]) -> TrainConfig:
+    """A config of an architecture alone, for commands that do not train.
+
+    Raises:
+        UserError: with all problems found.
+    """
+    reading = make_config({**values, "learning_rate": 0, "datasets": [{"path": "none"}]})
+    if reading.config is None or reading.problems:
+        raise UserError(reading.problems)
+    return reading.config
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -6,35 +6,47 @@ door are all said there, so adding a key adds both names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from longspan.config.load import make_config, parse_overrides
-from longspan.config.schema import TrainConfig, keys
-from longspan.errors import UserError
+from longspan.config.load import Reading, make_config, parse_overrides
+from longspan.config.schema import keys
 
 
 def parse_megatron_flags(
     arguments: Sequence[str], other_options: Sequence[str] = ()
-) -> tuple[TrainConfig, dict[str, object]]:
+) -> tuple[Reading, dict[str, Any]]:
     """``--num-layers 2 --hidden-size 64 --lr 1e-4 ...`` -> a config with Megatron's defaults.
 
     Args:
         other_options: options the caller handles itself, for near misses.
 
     Returns:
-        The config, and the keys whose default differs here from the YAML door's (for the banner).
-
-    Raises:
-        UserError: with all unknown flags and wrong values.
+        What was read, with the problems of flags and values, and the keys whose default differs here from
+        the YAML door's (for the banner).
     """
-    given, rest, problems = parse_overrides(arguments, other_options)
-    problems += [f"{argument!r}: unexpected argument; values follow their --flag." for argument in rest]
-    defaults = {
+    given = parse_overrides(arguments, other_options)
+    given.problems += [f"{a!r}: unexpected argument; values follow their --flag." for a in given.rest]
+    values = {name: _ours(name, value) for name, value in given.values.items()}
+    defaults = megatron_defaults(values)
+    reading = make_config(defaults, values)
+    reading.problems[:0] = given.problems
+    reading.notes[:0] = given.notes
+    return reading, defaults
+
+
+def megatron_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that nobody gave and whose default at this door is not the YAML door's."""
+    return {
         k.name: k.default_at_megatron_door
         for k in keys()
         if k.default_at_megatron_door != k.default and k.name not in given
     }
-    config, wrong, _ = make_config(defaults, given)
-    if problems or wrong or config is None:
-        raise UserError([*problems, *wrong])
-    return config, defaults
+
+
+#: values that Megatron-LM calls otherwise
+_VALUES = {"optimizer": {"adam": "adamw_torch_fused"}}
+
+
+def _ours(name: str, value: Any) -> Any:
+    return _VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value

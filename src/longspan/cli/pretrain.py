@@ -1,0 +1,52 @@
+"""``longspan pretrain`` and ``pretrain_gpt.py``: training by Megatron-LM's flags alone, with its defaults."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from longspan.cli.launch import HELP, OPTIONS, read_launch
+from longspan.cli.options import key_help, take_options
+from longspan.cli.train import checked, start_or_join
+from longspan.config.megatron import parse_megatron_flags
+from longspan.errors import UserError
+
+USAGE = f"""\
+usage: torchrun --nproc-per-node N pretrain_gpt.py FLAGS
+       longspan pretrain FLAGS [launcher options]
+
+Trains by Megatron-LM's flags, with Megatron-LM's defaults: LayerNorm, GELU, biases and learned positions unless
+--normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope say otherwise. Data: --data-path
+PREFIX of .bin/.idx (longspan prepare makes them), or --mock-data. Dropout is 0.
+{HELP}"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE)
+        print(key_help(megatron=True))
+        return 0
+    options, rest, problems = take_options(arguments, OPTIONS)
+    launch = read_launch(options, [], problems)
+    reading, defaults = parse_megatron_flags(rest, list(OPTIONS))
+    reading.problems[:0] = problems
+    if reading.config is None:
+        raise UserError(reading.problems)
+    return start_or_join(*checked(reading, launch, announce=announcement(defaults)))
+
+
+def announcement(defaults: dict[str, object]) -> str:
+    """Says which defaults are Megatron-LM's, and that dropout is not."""
+    taken = ", ".join(f"{name} {_shown(value)}" for name, value in defaults.items())
+    return f"Megatron-LM's defaults taken: {taken}\ndropout: 0 (Megatron-LM's default is 0.1)"
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def main() -> int:
+    """The entry of ``pretrain_gpt.py``."""
+    from longspan.cli.main import main as longspan
+
+    return longspan(["pretrain", *sys.argv[1:]])

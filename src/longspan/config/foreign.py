@@ -1,0 +1,70 @@
+"""Names of Megatron-LM and axolotl that are no keys here, and the fate of each.
+
+A name is one of three things: other keys said in another way, without effect here (which is
+listed at start), or refused with the reason and our way. ``axolotl_keys`` and
+``megatron_flags`` hold the tables; nothing else is unknown but a mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+#: a flag takes all values up to the next flag
+MANY = -1
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """The fate of a name.
+
+    Attributes:
+        why: what becomes of it, or why it is refused and what to say instead.
+        values: how many values a flag takes: 0, 1 or MANY.
+        accepts: whether this value is harmless (no effect); None accepts all.
+        becomes: the keys a value stands for.
+    """
+
+    why: str
+    values: int = 1
+    accepts: Callable[[Any], bool] | None = None
+    becomes: Callable[[Any], dict[str, Any]] | None = None
+
+    def read(self, spelling: str, value: Any) -> dict[str, Any] | None:
+        """The keys it stands for; ``{}`` where a value asks for nothing, None where it has no effect.
+
+        Raises:
+            ValueError: it is refused.
+        """
+        if self.becomes is not None:
+            try:
+                return self.becomes(value)
+            except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+                raise ValueError(f"{spelling}: {value!r} is not supported. {self.why}") from None
+        if self.accepts is None:
+            return None
+        if self.accepts(value):
+            return {}
+        shown = f"{spelling}" if value is True and self.values == 0 else f"{spelling}: {value!r}"
+        raise ValueError(f"{shown} is not supported. {self.why}")
+
+
+def no_effect(why: str, values: int = 1) -> Foreign:
+    """Changes nothing here; listed at start."""
+    return Foreign(why, values)
+
+
+def refused(why: str, values: int = 1, unless: tuple[Any, ...] = (None, False, 0, "")) -> Foreign:
+    """Refused, unless the value asks for nothing."""
+    return Foreign(why, values, lambda value: values != 0 and any(value is u or value == u for u in unless))
+
+
+def becomes(keys: Callable[[Any], dict[str, Any]], why: str, values: int = 1) -> Foreign:
+    """Another way to say some keys; ``keys`` raises ValueError or KeyError for a value that is none."""
+    return Foreign(why, values, None, keys)
+
+
+def choice(choices: dict[Any, dict[str, Any]], why: str, values: int = 1) -> Foreign:
+    """As :func:`becomes`, by a table of values."""
+    return becomes(lambda value: choices[value], why, values)

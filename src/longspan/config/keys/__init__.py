@@ -1,0 +1,1 @@
+"""The keys of a config, a file for each group of them."""

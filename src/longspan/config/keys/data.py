@@ -1,0 +1,106 @@
+"""What to train on, and how text becomes sequences."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from longspan.config.keys.declare import key
+
+
+class DatasetConfig(BaseModel):
+    """One source of documents."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str = Field(
+        description="A text or .jsonl file, a folder of text and code, a .bin/.idx prefix (Megatron's), or "
+        "python-stdlib (the source of the running Python's standard library)."
+    )
+    type: Literal["completion"] = Field("completion", description="completion: whole documents, no prompt.")
+    field: str = Field("text", description="The field of a .jsonl line that holds the text.")
+
+    @field_validator("path")
+    @classmethod
+    def _path(cls, value: str) -> str:
+        return os.path.expanduser(value)
+
+    prepared: str | None = Field(
+        None, description="The .bin/.idx prefix this source was tokenised to; filled in by longspan."
+    )
+
+
+class DataKeys(BaseModel):
+    """What to train on, and how text becomes sequences."""
+
+    datasets: list[DatasetConfig] = key([], "What to train on: a list of {path: ...}.")
+    dataset_prepared_path: str = key(
+        "./last_run_prepared",
+        "Folder that keeps tokenised data for the next run.",
+        flag="--data-cache-path",
+    )
+    tokenizer_config: str | None = key(
+        None,
+        "tokenizer.json or the folder that holds it; default: base_model's.",
+        flag="--tokenizer-model",
+    )
+    tokenizer_train_vocab_size: int | None = key(
+        None,
+        "Train a byte-level BPE tokenizer of this size on the data, instead of loading one.",
+        unit="tokens",
+        ge=257,
+    )
+    sequence_len: int = key(4096, "Length of a training sequence.", unit="tokens", flag="--seq-length", gt=0)
+    sample_packing: bool = key(
+        True,
+        "Pack whole documents into sequences and keep them apart in attention; false: one stream, cut every "
+        "sequence_len tokens, in which documents see each other.",
+        megatron_default=False,
+    )
+    val_set_size: float = key(
+        0.0,
+        "Documents held out for evaluation: a share below 1, a number from 1 on, 0 for none.",
+        unit="share or documents",
+        ge=0,
+    )
+
+    # --- Megatron's way of saying what to train on -------------------------------------------
+    data_path: list[str | float] | None = key(
+        None, "Token files: one .bin/.idx prefix, several, or a blend: weight prefix weight prefix ..."
+    )
+    train_data_path: list[str | float] | None = key(None, "Token files of training alone, as data_path.")
+    valid_data_path: list[str | float] | None = key(None, "Token files of evaluation alone, as data_path.")
+    test_data_path: list[str | float] | None = key(
+        None, "Token files of the test at the end alone, as data_path."
+    )
+    split: str | None = key(
+        None, "Shares of data_path for training, evaluation and test, such as 99,1,0; default 969,30,1."
+    )
+    mock_data: bool = key(False, "Train on made-up tokens: no data and no tokenizer are needed.")
+    tokenizer_type: Literal["GPT2BPETokenizer", "HuggingFaceTokenizer", "NullTokenizer"] | None = key(
+        None, "What vocab_file and merge_file, or tokenizer_config, hold; NullTokenizer: none is needed."
+    )
+    vocab_file: str | None = key(None, "vocab.json of a GPT-2 BPE tokenizer.")
+    merge_file: str | None = key(None, "merges.txt of a GPT-2 BPE tokenizer.")
+
+    # --- instructions and chats --------------------------------------------------------------
+    train_on_inputs: bool = key(False, "Prompts count in the loss too, not only what is to be answered.")
+    chat_template: str | None = key(
+        None,
+        "Template of chats: tokenizer_default, the name of a bundled one, or jinja (chat_template_jinja).",
+    )
+    chat_template_jinja: str | None = key(None, "The template itself, for chat_template: jinja.")
+    test_datasets: list[DatasetConfig] = key(
+        [], "What to evaluate on, instead of documents held out by val_set_size."
+    )
+    excess_length_strategy: Literal["drop", "truncate", "raise"] = key(
+        "drop", "What becomes of an instruction or chat longer than sequence_len (a text is cut into pieces)."
+    )
+    special_tokens: dict[str, str] | None = key(
+        None, "Tokens to use instead of the tokenizer's own: {eos_token: ..., pad_token: ..., ...}."
+    )
+    dataset_num_proc: int | None = key(
+        None, "Processes that read and tokenise; default: the cores.", unit="processes", gt=0
+    )

@@ -1,0 +1,45 @@
+"""``key``: how one key of a config is declared, under both its names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+UNSET: Any = object()
+
+
+def key(
+    default: Any,
+    text: str,
+    *,
+    unit: str | None = None,
+    flag: str | None = None,
+    switches: Mapping[str, Any] | None = None,
+    aliases: tuple[str, ...] = (),
+    megatron_default: Any = UNSET,
+    **constraints: Any,
+) -> Any:
+    """Declares one key.
+
+    Args:
+        unit: what a number counts (tokens, ranks, steps, sequences).
+        flag: Megatron's flag that takes the key's value, when it is not the key with dashes.
+        switches: Megatron's flags that take no value -> the value of the key each stands for.
+        aliases: other key names; a dot stands for a key inside a mapping (``fsdp_config.offload_params``).
+        megatron_default: the default at the Megatron door, where it differs.
+        constraints: pydantic's, such as ``gt=0``.
+    """
+    extra: dict[str, Any] = {}
+    if unit:
+        extra["unit"] = unit
+    if flag:
+        extra["megatron_flag"] = flag
+    if switches:
+        extra["megatron_switches"] = dict(switches)
+    if aliases:
+        extra["aliases"] = list(aliases)
+    if megatron_default is not UNSET:
+        extra["megatron_default"] = megatron_default
+    return Field(default, description=text, json_schema_extra=extra, **constraints)

@@ -1,0 +1,99 @@
+"""Logging, evaluation, checkpoints and exports."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from longspan.config.keys.declare import key
+
+
+class OutputKeys(BaseModel):
+    """Logging, evaluation, checkpoints and exports."""
+
+    output_dir: str = key("./model-out", "Where a run writes.", flag="--save")
+    logging_steps: int | None = key(
+        None,
+        "Print a line every so many steps; default: 0.5 % of the steps, from 1 to 10.",
+        unit="steps",
+        flag="--log-interval",
+        ge=1,
+    )
+    eval_steps: int | None = key(
+        None,
+        "Evaluate every so many steps, and at the end; default: at the end, if documents are held out.",
+        unit="steps",
+        flag="--eval-interval",
+        ge=1,
+    )
+    eval_max_samples: int | None = key(
+        None,
+        "Sequences of an evaluation at most; default: all.",
+        unit="sequences",
+        ge=1,
+    )
+    eval_iters: int | None = key(
+        None,
+        "Global batches of an evaluation at most: the other way to say eval_max_samples.",
+        unit="batches",
+        ge=0,
+    )
+    evals_per_epoch: int | None = key(
+        None, "Evaluate so many times an epoch: the other way to say eval_steps.", unit="evaluations", ge=1
+    )
+    saves_per_epoch: int | None = key(
+        None, "Save so many times an epoch: the other way to say save_steps.", unit="checkpoints", ge=1
+    )
+    log_format: Literal["longspan", "megatron"] = key(
+        "longspan",
+        "megatron: start-up and iteration lines as Megatron-LM prints them, for its log parsers.",
+        megatron_default="megatron",
+    )
+    save_steps: int | None = key(
+        None,
+        "Save a checkpoint every so many steps, and at the end; default: at the end.",
+        unit="steps",
+        flag="--save-interval",
+        ge=1,
+    )
+    save_last: bool = key(True, "Save a checkpoint at the end.")
+    save_total_limit: int | None = key(
+        None,
+        "How many of the newest checkpoints to keep; default: all.",
+        unit="checkpoints",
+        ge=1,
+    )
+    async_save: bool = key(True, "Write checkpoints in a thread while training goes on.")
+    resume: str | None = key(
+        None,
+        "Go on from a checkpoint: a path, or auto for the newest in output_dir, if there is one.",
+        flag="--load",
+        aliases=("resume_from_checkpoint",),
+    )
+    no_load_optim: bool = key(
+        False,
+        "Take only the weights of the checkpoint and start at step 0.",
+    )
+    no_load_rng: bool = key(False, "Do not take the checkpoint's random number states.")
+    exit_on_missing_checkpoint: bool = key(
+        False, "Refuse to start when resume names a folder without a checkpoint, instead of starting anew."
+    )
+    export_hf: bool = key(
+        True,
+        "Write the trained model for Hugging Face into output_dir/hf at the end.",
+        megatron_default=False,
+    )
+    export_dtype: Literal["auto", "float32", "bfloat16"] = key(
+        "auto",
+        "Of the exported weights; auto: base_model's, else bfloat16 when trained in it, else float32.",
+    )
+    use_wandb: bool = key(False, "Log to Weights & Biases (pip install 'longspan[wandb]').")
+    wandb_project: str | None = key(None, "Project of the run.")
+    wandb_name: str | None = key(None, "Name of the run.", flag="--wandb-exp-name")
+    wandb_mode: Literal["online", "offline", "disabled"] = key(
+        "online", "offline keeps the run on this machine."
+    )
+    wandb_entity: str | None = key(None, "Team of the run.")
+    use_tensorboard: bool = key(True, "Write TensorBoard files.")
+    tensorboard_dir: str | None = key(None, "Where TensorBoard files go; default: output_dir/tensorboard.")

@@ -1,0 +1,72 @@
+"""How model and sequences are cut over ranks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from longspan.config.keys.declare import key
+
+
+class ParallelKeys(BaseModel):
+    """How model and sequences are cut over ranks."""
+
+    tensor_parallel_size: int = key(
+        1,
+        "Ranks that share each weight.",
+        unit="ranks",
+        flag="--tensor-model-parallel-size",
+        ge=1,
+    )
+    context_parallel_size: int = key(
+        1, "Ranks that share each sequence.", unit="ranks", aliases=("sequence_parallel_degree",), ge=1
+    )
+    pipeline_parallel_size: int = key(
+        1, "Stages of layers.", unit="ranks", flag="--pipeline-model-parallel-size", ge=1
+    )
+    expert_parallel_size: int = key(
+        1,
+        "Ranks that share the experts.",
+        unit="ranks",
+        flag="--expert-model-parallel-size",
+        ge=1,
+    )
+    dp_shard_size: int | None = key(
+        None,
+        "Data parallel ranks that shard the parameters between them (FSDP); default: what is left of the processes.",
+        unit="ranks",
+        ge=1,
+    )
+    dp_replicate_size: int = key(1, "Whole copies of the sharded parameters (HSDP).", unit="ranks", ge=1)
+    ddp_timeout: float = key(1800.0, "How long a rank waits for another.", unit="seconds", gt=0)
+    sequence_parallel: bool | None = key(
+        None,
+        "Cut activations between tensor parallel layers along the sequence; default: on with tensor parallelism.",
+        megatron_default=False,
+    )
+    cp_comm_type: str | list[str] = key(
+        "p2p",
+        "How keys reach queries: p2p (keys step by step), all_gather (keys all at once), a2a (heads), a2a+p2p (heads inside "
+        "groups, keys across); a list is cycled over the layers.",
+    )
+    hierarchical_context_parallel_sizes: list[int] | None = key(
+        None,
+        "For a2a+p2p: [ranks that move heads, ranks that move keys]; their product is context_parallel_size.",
+        unit="ranks",
+    )
+    cp_layout: Literal["auto", "contiguous", "zigzag", "per_document_zigzag", "balanced"] = key(
+        "auto",
+        "Which tokens a rank holds; auto balances packed documents, and cuts one sequence zigzag.",
+    )
+
+    hybrid_context_parallel: bool = key(
+        False,
+        "Cut all documents of a step over all ranks of dp x cp, each over as many ranks as it needs.",
+    )
+    max_seqlen_per_dp_cp_rank: int | None = key(
+        None,
+        "With hybrid_context_parallel: the most tokens a rank holds in a micro-batch.",
+        unit="tokens",
+        ge=1,
+    )
