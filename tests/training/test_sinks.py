@@ -62,12 +62,21 @@ def wandb(monkeypatch):
 
 
 def test_wandb_gets_every_record_by_kind_and_step(wandb, tmp_path):
-    metrics = Metrics([Wandb({"project": "p", "name": "n", "entity": None}, "offline", {"seed": 3}, tmp_path)])
+    metrics = Metrics(
+        [Wandb({"project": "p", "name": "n", "entity": None}, "offline", {"seed": 3}, tmp_path)]
+    )
     metrics.write("train", 1, loss=1.5, grad_norm=0.1)
     metrics.write("eval", 1, loss=1.25, tokens=7)
     metrics.close()
     assert wandb.init == [
-        {"project": "p", "name": "n", "entity": None, "mode": "offline", "config": {"seed": 3}, "dir": str(tmp_path)}
+        {
+            "project": "p",
+            "name": "n",
+            "entity": None,
+            "mode": "offline",
+            "config": {"seed": 3},
+            "dir": str(tmp_path),
+        }
     ]
     assert wandb.log == [
         (1, {"train/loss": 1.5, "train/grad_norm": 0.1}),
@@ -77,7 +86,9 @@ def test_wandb_gets_every_record_by_kind_and_step(wandb, tmp_path):
 
 
 def test_a_run_that_asks_for_wandb_opens_it_with_its_config(wandb, tmp_path):
-    run = tiny.tiny_run("prefix", 1, use_wandb=True, wandb_project="long", wandb_name="first", wandb_mode="offline")
+    run = tiny.tiny_run(
+        "prefix", 1, use_wandb=True, wandb_project="long", wandb_name="first", wandb_mode="offline"
+    )
     metrics, _ = open_sinks(run, tmp_path, 0, None)
     metrics.write("train", 1, loss=1.0)
     metrics.close()
