@@ -1,8 +1,6 @@
 """Hugging Face Llama in and out, against transformers itself."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 
+import command
 import pool
 import tiny
 from longspan.config.architecture import architecture_of
@@ -163,8 +162,7 @@ def test_broken_model_folders_are_refused(prefix, tmp_path):
 
 
 def longspan(folder, *arguments):
-    command = [sys.executable, "-m", "longspan", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    return command.run(*arguments, cwd=folder)
 
 
 def trained_weights(prefix, folder):
