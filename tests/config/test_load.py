@@ -70,7 +70,10 @@ def test_all_problems_come_at_once():
     text = "\n".join(found)
     assert "contxt_parallel_size: unknown key. Did you mean context_parallel_size?" in text
     assert "learning_rate: 'fast' must be a valid number" in text
-    assert "lr_scheduler: 'cosin' must be 'cosine', 'linear', 'constant' or 'constant_with_warmup'. Did you mean cosine?" in text
+    assert (
+        "lr_scheduler: 'cosin' must be 'cosine', 'linear', 'constant' or 'constant_with_warmup'. Did you mean cosine?"
+        in text
+    )
     assert "num_attention_heads 4 is not divisible by tensor_parallel_size 3" in text
     assert "num_query_groups 2 (key/value heads) is not divisible by tensor_parallel_size 3" in text
     assert "does not divide 128, the unit the vocabulary is padded to" in text
@@ -121,7 +124,7 @@ def test_all_problems_come_at_once():
             1,
             "cp_layout 'zigzag' with hybrid_context_parallel",
         ),
-        ({"sliding_window": [3, 5], "export_hf": True}, 1, "cannot be exported"),
+        ({"sliding_window": [3, 5], "export_hf": True}, 1, "has no Hugging Face architecture"),
         ({"sliding_window": [0, 5]}, 1, r"sliding_window \[0, 5\]: tokens a query sees, itself included"),
         ({"cp_comm_type": "p2q", "context_parallel_size": 2}, 2, "'p2q'.*Did you mean p2p"),
         ({"eval_steps": 5, "val_set_size": 0}, 1, "val_set_size is 0"),
