@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models.gpt import GPTModel
-from longspan.models.huggingface import SafetensorsFolder, read_part
+from longspan.models.huggingface import Names, SafetensorsFolder, read_part
 from longspan.tensor_parallel.layers import TensorParallelModule
 from longspan.tensor_parallel.random import draw_rows
 
@@ -128,8 +128,9 @@ def init_weights(model: nn.Module, seed: int) -> None:
 @torch.no_grad()
 def load_pretrained(model: GPTModel, source: SafetensorsFolder) -> None:
     """Fills every parameter from a Hugging Face model; each rank reads only what it holds."""
+    names = Names(model.config, model.vocab_size)
     for name, parameter in model.named_parameters():
-        part = read_part(source, name, parameter.shape, local_ranges(parameter), model.vocab_size)
+        part = read_part(source, names, name, parameter.shape, local_ranges(parameter))
         parameter.to_local().copy_(part)
 
 

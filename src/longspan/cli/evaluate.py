@@ -11,7 +11,7 @@ from pathlib import Path
 from longspan.cli.config import number
 from longspan.cli.launch import HELP, start, under_torchrun
 from longspan.cli.options import key_help
-from longspan.cli.prepare import prepare_config
+from longspan.cli.prepare import check_weights, prepare_config
 from longspan.cli.train import quiet_logs, read_run
 from longspan.config.load import to_yaml
 from longspan.config.resolve import Run, resolve
@@ -80,6 +80,7 @@ def weights(resolved: Run, checkpoint: str | None) -> dict:
     from longspan.training.loop import check_data, describe_run
 
     data = check_data(resolved)
+    check_weights(resolved)
     folder = Path(resolved.config.output_dir) / "checkpoints"
     path = newest(folder) if checkpoint is None else find(Path(checkpoint))
     if path is None:

@@ -64,7 +64,13 @@ def generate(folder: str, prompt: str, count: int, temperature: float, seed: int
     tokenizer = load_tokenizer(path)
     end = eod_id(tokenizer, path)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or ([end] if end is not None else [0])
-    config = architecture_config(values)
+    most = values.get("max_position_embeddings")
+    if values.get("position_embedding_type") == "learned_absolute" and most and len(ids) + count > most:
+        raise UserError(
+            f"a prompt of {len(ids)} tokens and --max-new-tokens {count} make {len(ids) + count}, but the model has learned "
+            f"{most} positions (n_positions). Give a shorter prompt or a smaller --max-new-tokens."
+        )
+    config = architecture_config(values, len(ids) + count)
     init_distributed("cpu")
     try:
         run = resolve(config, 1)

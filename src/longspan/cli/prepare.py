@@ -10,7 +10,7 @@ from pathlib import Path
 from longspan.cli.config import number
 from longspan.cli.options import read_config, take_options
 from longspan.config.architecture import model_folder
-from longspan.config.resolve import resolve
+from longspan.config.resolve import Run, resolve
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError, did_you_mean
 
@@ -126,6 +126,22 @@ def is_indexed(path: str) -> bool:
     """Is this the prefix (or one of the files) of a ``.bin/.idx`` pair?"""
     stem = path[:-4] if path.endswith((".bin", ".idx")) else path
     return Path(stem + ".idx").is_file() or Path(stem + ".bin").is_file()
+
+
+def check_weights(run: Run) -> None:
+    """Finds the weights a run starts from, fetching them where that is needed, and holds their names against the model.
+
+    Raises:
+        UserError: they cannot be had, or are those of another model.
+    """
+    if not run.pretrained:
+        return
+    from longspan.models.huggingface import Names, SafetensorsFolder, check_tensors
+
+    assert run.config.base_model is not None
+    assert run.config.vocab_size is not None
+    source = SafetensorsFolder(model_folder(run.config.base_model))
+    check_tensors(source, Names(run.transformer_config(), run.config.vocab_size))
 
 
 def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from longspan.cli.launch import HELP, OPTIONS, Launch, choose_device, read_launch, start, under_torchrun
 from longspan.cli.options import key_help, read_config, take_options
-from longspan.cli.prepare import prepare_config
+from longspan.cli.prepare import check_weights, prepare_config
 from longspan.config.load import Reading, to_yaml
 from longspan.config.resolve import Run, resolve
 from longspan.config.schema import TrainConfig
@@ -229,6 +229,7 @@ def prepared(resolved: Run, show: bool) -> TrainConfig:
     config = prepare_config(resolved.config, show=show)
     checked = resolve(config, resolved.world_size)
     check_data(checked)
+    check_weights(checked)
     resume = resume_point(checked)
     if resume is None and config.resume is not None:
         if show and config.resume != "auto":

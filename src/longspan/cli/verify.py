@@ -17,7 +17,7 @@ from pathlib import Path
 from longspan.cli.config import number
 from longspan.cli.launch import HELP, start, under_torchrun
 from longspan.cli.options import key_help
-from longspan.cli.prepare import prepare_config
+from longspan.cli.prepare import check_weights, prepare_config
 from longspan.cli.train import quiet_logs, read_run
 from longspan.config.load import to_yaml
 from longspan.config.parallel import MeshSizes
@@ -68,6 +68,7 @@ def run(arguments: Sequence[str]) -> int:
 
     resolved = resolve(config, resolved.world_size)
     check_data(resolved)
+    check_weights(resolved)
     runs = variants(resolved, "--all" in own)
     with tempfile.TemporaryDirectory() as folder:
         path, result = Path(folder) / "config.yaml", Path(folder) / "result.pt"

@@ -61,6 +61,9 @@ FLAGS: dict[str, Foreign] = {
     "--rope-scaling-factor": refused(
         "Say the whole: --rope-scaling '{rope_type: llama3, factor: ..., ...}'."
     ),
+    "--rotary-seq-len-interpolation-factor": becomes(
+        lambda n: {"rope_scaling": {"rope_type": "linear", "factor": float(n)}}, "A number above 0."
+    ),
     "--make-vocab-size-divisible-by": no_effect(
         "The vocabulary is padded to a multiple of 128, at every layout."
     ),

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from longspan import __version__
 from longspan.config.architecture import model_folder
+from longspan.config.hugging_face import PIECES
 from longspan.config.resolve import Run
 from longspan.config.schedule import interval, learning_rate, training_steps, warmup_steps
 from longspan.context_parallel import SequenceLayout
@@ -66,6 +67,7 @@ MODEL_KEYS = (
     "num_query_groups",
     "kv_channels",
     "ffn_hidden_size",
+    *PIECES,
 )
 #: what must be the same for a run to go on as if it had not stopped
 SETTINGS = (
@@ -122,18 +124,29 @@ def check_data(run: Run) -> TokenDataset:
     return train
 
 
+def describe_model(run: Run) -> dict:
+    """The part of a checkpoint's description that follows from the config alone."""
+    model, config = run.transformer_config(), run.config
+    learned = model.position_embedding_type == "learned_absolute"
+    return {
+        "model": {name: getattr(model, name) for name in MODEL_KEYS}
+        | {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
+        | ({"max_position_embeddings": model.max_position_embeddings} if learned else {}),
+        "settings": {name: getattr(config, name) for name in SETTINGS},
+        "init_method_std": config.init_method_std,
+        "max_position_embeddings": model.max_position_embeddings,
+    }
+
+
 def describe_run(run: Run, data: TokenDataset) -> dict:
     """The part of a checkpoint's description that follows from the config and the data."""
-    model, config = run.transformer_config(), run.config
-    return {
+    about = describe_model(run)
+    about["settings"]["training tokens"] = data.num_tokens
+    return about | {
         "longspan": __version__,
         "torch": torch.__version__,
         "layout": run.sizes.equation(),
         "global_batch_size": run.global_batch_size,
-        "model": {name: getattr(model, name) for name in MODEL_KEYS}
-        | {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings},
-        "settings": {name: getattr(config, name) for name in SETTINGS} | {"training tokens": data.num_tokens},
-        "init_method_std": config.init_method_std,
     }
 
 
