@@ -16,11 +16,12 @@ vocabulary's padding off and writes one tensor after another.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,17 @@ class SafetensorsFolder:
         except Exception as error:
             raise UserError(f"base_model {self.folder}: {file} cannot be read ({error}).") from None
 
+    def fingerprint(self) -> str:
+        """Tells other weights apart by the first row of every tensor; hexadecimal digits."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name in sorted(self.files):
+            lazy = self.slice(name)
+            if not lazy.get_shape():
+                continue
+            row = lazy[:1].contiguous()
+            digest.update(name.encode() + row.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
 
 def expected_shape(name: str, shape: Iterable[int], vocab_size: int) -> list[int]:
     """The shape of a parameter in Hugging Face's files: without the vocabulary's padding."""
@@ -139,9 +151,13 @@ def read_part(source: SafetensorsFolder, name: str, shape, ranges, vocab_size: i
 # --- out ------------------------------------------------------------------------------------
 
 
-def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter whole, by our name; collective. Tied ones come once."""
+def whole_parameters(
+    model: nn.Module, only: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter whole (of those ``only`` picks by name), by our name; collective. Tied ones come once."""
     for name, parameter in model.named_parameters():
+        if not only(name):
+            continue
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         yield name, whole.detach().cpu()
 
@@ -151,10 +167,10 @@ class FolderWriter:
 
     Args:
         folder: where the model will be; what is there is replaced at the end.
-        dtype: of the written weights.
+        dtype: of the written weights; None writes each as it is given.
     """
 
-    def __init__(self, folder: Path, vocab_size: int, dtype: torch.dtype):
+    def __init__(self, folder: Path, vocab_size: int, dtype: torch.dtype | None):
         self.folder, self.vocab_size, self.dtype = folder, vocab_size, dtype
         self.partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -164,10 +180,13 @@ class FolderWriter:
         self.shards: list[list[str]] = []
 
     def add(self, name: str, whole: Tensor) -> None:
-        if name in VOCABULARY:
-            whole = whole[: self.vocab_size]
-        tensor = whole.to(self.dtype).contiguous().clone()
-        self.held[hugging_face_name(name)] = tensor
+        """Takes one of our parameters, whole, by our name."""
+        self.keep(hugging_face_name(name), whole[: self.vocab_size] if name in VOCABULARY else whole)
+
+    def keep(self, name: str, whole: Tensor) -> None:
+        """Takes a tensor by the name it is written under."""
+        tensor = whole.to(self.dtype or whole.dtype).contiguous().clone()
+        self.held[name] = tensor
         self.bytes += tensor.nbytes
         if self.bytes > SHARD_BYTES:
             self._flush()
@@ -177,6 +196,10 @@ class FolderWriter:
             save_file(self.held, self.partial / f"shard-{len(self.shards)}", metadata={"format": "pt"})
             self.shards.append(list(self.held))
             self.held, self.bytes = {}, 0
+
+    def discard(self) -> None:
+        """Leaves nothing behind."""
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def finish(self, config: dict[str, Any], tokenizer: Path | None) -> Path:
         """Writes config and tokenizer beside the weights and gives the folder its name."""

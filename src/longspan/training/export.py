@@ -12,6 +12,7 @@ import torch.distributed as dist
 from longspan.config.architecture import model_file
 from longspan.config.resolve import Run
 from longspan.models.huggingface import FolderWriter, hugging_face_config, whole_parameters
+from longspan.training.adapters import export_adapters
 from longspan.training.loop import MODEL_KEYS, Trainer
 
 EXTRA_FIELDS = (
@@ -45,8 +46,11 @@ def export_dtype(run: Run, base: dict[str, Any] | None) -> torch.dtype:
 
 
 def export(trainer: Trainer, folder: Path) -> None:
-    """Writes the model; collective. The folder is whole or as it was."""
+    """Writes the model, or the adapters of a run that trains those; collective. The folder is whole or as it was."""
     run = trainer.run
+    if run.lora is not None:
+        export_adapters(trainer.model, run, folder)
+        return
     base = None
     if run.config.base_model is not None:
         base = json.loads(model_file(run.config.base_model, "config.json").read_text(encoding="utf-8"))
