@@ -13,6 +13,8 @@ global mean already (invariant I1).
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -20,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from longspan.mesh.mesh import ParallelMesh
+from longspan.models.adapters import is_adapter, open_adapters, peft_name, read_adapter
 from longspan.models.gpt import GPTModel
 from longspan.models.huggingface import Names, SafetensorsFolder, read_part
 from longspan.tensor_parallel.layers import TensorParallelModule
@@ -101,11 +104,17 @@ def local_ranges(parameter: DTensor) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int) -> None:
-    """Fills every parameter by (seed, name, shape): the same model at every layout (invariant I2)."""
+def init_weights(
+    model: nn.Module, seed: int, kind: type[TensorParallelModule] = TensorParallelModule
+) -> None:
+    """Fills every parameter by (seed, name, shape): the same model at every layout (invariant I2).
+
+    Args:
+        kind: fills the parameters of such modules only.
+    """
     done: set[int] = set()
     for prefix, module in model.named_modules():
-        if not isinstance(module, TensorParallelModule):
+        if not isinstance(module, kind):
             continue
         for short, std in module.initial_std.items():
             parameter = getattr(module, short)
@@ -122,16 +131,32 @@ def init_weights(model: nn.Module, seed: int) -> None:
                 shape = tuple(parameter.shape)
                 columns = ranges[1] if len(shape) > 1 else None
                 name = f"{prefix}.{short}"
-                held.copy_(draw_rows(seed, name, shape, std, ranges[0], columns, held.dtype))
+                held.copy_(draw_rows(seed, name, shape, std, ranges[0], columns, held.dtype, module.uniform))
 
 
 @torch.no_grad()
 def load_pretrained(model: GPTModel, source: SafetensorsFolder) -> None:
-    """Fills every parameter from a Hugging Face model; each rank reads only what it holds."""
+    """Fills every parameter but adapters from a Hugging Face model; each rank reads only what it holds."""
     names = Names(model.config, model.vocab_size)
     for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            continue
         part = read_part(source, names, name, parameter.shape, local_ranges(parameter))
         parameter.to_local().copy_(part)
+
+
+@torch.no_grad()
+def load_adapters(model: GPTModel, folder: str | Path) -> None:
+    """Fills every adapter from a folder in PEFT's format; each rank reads only what it holds.
+
+    Raises:
+        UserError: the folder's adapters are of another model.
+    """
+    adapters = {name: p for name, p in model.named_parameters() if is_adapter(name)}
+    with open_adapters(folder, map(peft_name, adapters)) as source:
+        for name, parameter in adapters.items():
+            part = read_adapter(source, name, parameter.shape, local_ranges(parameter))
+            parameter.to_local().copy_(part)
 
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:

@@ -153,7 +153,8 @@ def one_process(resolved: Run) -> Run:
 
 
 def measure(run: Run, device, steps: int) -> dict:
-    """Losses, gradient norms, evaluation and the first step's whole gradients. Collective."""
+    """Losses, gradient norms, evaluation and whole gradients of the first step (with adapters, whose A has none in the
+    first step since B starts at zero, of the last). Collective."""
     import torch.distributed as dist
 
     from longspan.training.loop import Trainer
@@ -164,8 +165,10 @@ def measure(run: Run, device, steps: int) -> dict:
     result: dict = {"losses": [], "norms": [], "gradients": {}}
     for step in range(steps):
         loss, _ = trainer.compute_gradients(trainer.micro_batches(step))
-        if step == 0:
+        if step == (steps - 1 if run.lora is not None else 0):
             for name, parameter in trainer.model.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 whole = parameter.grad.full_tensor().cpu().clone()  # clipping works in place
                 if first:
                     result["gradients"][name] = whole

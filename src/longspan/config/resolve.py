@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from longspan.config.architecture import architecture_of
 from longspan.config.hugging_face import FIELDS, PIECES, export_problem
+from longspan.config.lora import Lora, lora_of, lora_problems
 from longspan.config.model import (
     TransformerConfig,
     architecture_problems,
@@ -58,6 +59,11 @@ class Run:
     def pretrained(self) -> bool:
         """Do the weights come from base_model?"""
         return self.config.base_model is not None and not self.config.reinit_weights
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters that are trained beside frozen weights; None where all weights are trained."""
+        return lora_of(self.config)
 
     def transformer_config(self, params_dtype=None) -> TransformerConfig:
         """The model's architecture and how it is cut."""
@@ -187,6 +193,7 @@ def resolve(
     _hybrid(config, found)
     _exclusive(config, found)
     _positions(config, found)
+    found += lora_problems(config)
     found += schedule_problems(config)
     if None not in (config.num_layers, config.hidden_size, config.num_attention_heads):
         wrong = _model_problems(config)
@@ -322,14 +329,6 @@ def _required(config: TrainConfig, found: list[Problem]) -> None:
 
 #: keys whose part of the house is not built yet, with their value that asks for nothing
 NOT_YET: dict[str, Any] = {
-    "adapter": None,
-    "lora_r": None,
-    "lora_alpha": None,
-    "lora_dropout": 0.0,
-    "lora_target_modules": None,
-    "lora_target_linear": False,
-    "lora_model_dir": None,
-    "peft_use_rslora": False,
     "data_path": None,
     "train_data_path": None,
     "valid_data_path": None,

@@ -104,7 +104,10 @@ class MLP(nn.Module):
             return self.linear_down(self.activation(self.linear_up(x)))
         gate, up = project_together(x, self.linear_gate, self.linear_up)
         down = self.linear_down
-        return down.leave(gated_linear(gate, up, local(down.weight), self.activation))
+        y = gated_linear(gate, up, local(down.weight), self.activation)
+        if down.lora is not None:
+            y = y + down.lora.expand(gated_linear(gate, up, down.lora.reducing(), self.activation))
+        return down.leave(y)
 
 
 class TransformerLayer(nn.Module):

@@ -21,11 +21,12 @@ vocabulary's padding off and writes one tensor after another.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -217,6 +218,17 @@ class SafetensorsFolder:
         except Exception as error:
             raise UserError(f"base_model {self.folder}: {file} cannot be read ({error}).") from None
 
+    def fingerprint(self) -> str:
+        """Tells other weights apart by the first row of every tensor; hexadecimal digits."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name in sorted(self.files):
+            lazy = self.slice(name)
+            if not lazy.get_shape():
+                continue
+            row = lazy[:1].contiguous()
+            digest.update(name.encode() + row.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
 
 #: tensors that files hold beside weights: what is computed from the config anyway
 _COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -302,9 +314,13 @@ def read_part(source: SafetensorsFolder, names: Names, name: str, shape, ranges)
 # --- out ------------------------------------------------------------------------------------
 
 
-def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter whole, by our name; collective. Tied ones come once."""
+def whole_parameters(
+    model: nn.Module, only: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter whole (of those ``only`` picks by name), by our name; collective. Tied ones come once."""
     for name, parameter in model.named_parameters():
+        if not only(name):
+            continue
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         yield name, whole.detach().cpu()
 
@@ -314,11 +330,11 @@ class FolderWriter:
 
     Args:
         folder: where the model will be; what is there is replaced at the end.
-        names: where the model's parameters go.
-        dtype: of the written weights.
+        names: where the model's parameters go; None takes tensors by the names they are written under (``keep``).
+        dtype: of the written weights; None writes each as it is given.
     """
 
-    def __init__(self, folder: Path, names: Names, dtype: torch.dtype):
+    def __init__(self, folder: Path, names: Names | None, dtype: torch.dtype | None):
         self.folder, self.names, self.dtype = folder, names, dtype
         self.partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -330,6 +346,7 @@ class FolderWriter:
 
     def add(self, name: str, whole: Tensor) -> None:
         """Takes a whole parameter, by our name."""
+        assert self.names is not None
         place = self.names.place(name)
         whole = whole[: self.names.rows(name)]
         if place.shift:
@@ -342,8 +359,12 @@ class FolderWriter:
             whole = torch.cat([part for _, part in sorted(self.stacks.pop(place.name).items())])
         if place.transposed:
             whole = whole.t()
-        tensor = whole.to(self.dtype).contiguous().clone()
-        self.held[place.name] = tensor
+        self.keep(place.name, whole)
+
+    def keep(self, name: str, whole: Tensor) -> None:
+        """Takes a tensor by the name it is written under."""
+        tensor = whole.to(self.dtype or whole.dtype).contiguous().clone()
+        self.held[name] = tensor
         self.bytes += tensor.nbytes
         if self.bytes > SHARD_BYTES:
             self._flush()
@@ -353,6 +374,10 @@ class FolderWriter:
             save_file(self.held, self.partial / f"shard-{len(self.shards)}", metadata={"format": "pt"})
             self.shards.append(list(self.held))
             self.held, self.bytes = {}, 0
+
+    def discard(self) -> None:
+        """Leaves nothing behind."""
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def finish(self, config: dict[str, Any], tokenizer: Path | None) -> Path:
         """Writes config and tokenizer beside the weights and gives the folder its name."""

@@ -44,7 +44,12 @@ class TensorParallelModule(nn.Module):
     A subclass makes its parameters with :meth:`_parameter`. ``initial_std`` records, for
     each of them, the standard deviation of its initial values; 0 stands for zeros and None
     for ones. ``longspan.parallelize.init_weights`` reads it for models made on ``meta``.
+
+    Attributes:
+        uniform: initial values come from a uniform distribution of that deviation, not a normal one.
     """
+
+    uniform = False
 
     def __init__(self, config: ModelParallelConfig, tp_group: dist.ProcessGroup | DeviceMesh | None):
         super().__init__()
@@ -107,19 +112,25 @@ class TensorParallelModule(nn.Module):
             # one number from the default generator a parameter, whatever the layout
             seed = int(torch.randint(2**62, (1,)))
             columns = ranges[1] if len(shape) > 1 else None
-            data.copy_(draw_rows(seed, "", shape, std, ranges[0], columns, self.dtype))
+            data.copy_(draw_rows(seed, "", shape, std, ranges[0], columns, self.dtype, self.uniform))
 
     def replicated(self, parameter: Tensor, over_heads: bool = False) -> Tensor:
         """A copied parameter, ready for compute: where each rank computes a part, its gradient is summed over tp.
 
-        The parts are rows of the sequence under sequence parallelism, and heads with ``over_heads``. The
-        sum is in at least float32: it is a reduction like FSDP's.
+        The parts are rows of the sequence under sequence parallelism, and heads with ``over_heads``.
         """
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if self.tp_size == 1 or not (self.sequence_parallel or over_heads):
-            return local
-        wide = local.to(torch.promote_types(local.dtype, torch.float32))
-        return collectives.copy(wide, self.tp_group).to(local.dtype)
+        return self.summed(parameter) if self.sequence_parallel or over_heads else local(parameter)
+
+    def summed(self, parameter: Tensor) -> Tensor:
+        """A copied parameter whose use differs from rank to rank: its gradient is summed over tp.
+
+        The sum is in at least float32: it is a reduction like FSDP's.
+        """
+        held = local(parameter)
+        if self.tp_size == 1:
+            return held
+        wide = held.to(torch.promote_types(held.dtype, torch.float32))
+        return collectives.copy(wide, self.tp_group).to(held.dtype)
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -161,6 +172,9 @@ class ColumnParallelLinear(TensorParallelModule):
             "weight", (output_size, input_size), 0, config.init_method_std, init_method
         )
         self.bias = self._parameter("bias", (output_size,), 0, 0.0) if bias else None
+        self.lora: nn.Module | None = (
+            None  # an Adapter (tensor_parallel.lora), put here after the layer is made
+        )
 
     def enter(self, x: Tensor) -> Tensor:
         """The input as every tensor parallel rank needs it: ``[s, b, h]``, gathered under sequence parallelism."""
@@ -172,6 +186,8 @@ class ColumnParallelLinear(TensorParallelModule):
         """The local product, for an input that went through :meth:`enter` (several layers may share one)."""
         bias = local(self.bias) if self.bias is not None else None
         y = linear(x, local(self.weight), None if self.skip_bias_add else bias)
+        if self.lora is not None:
+            y = y + self.lora(x)
         if self.gather_output:
             y = mappings.gather_from_tensor_model_parallel_region(y, self.tp_group)
             if self.skip_bias_add and bias is not None:
@@ -214,11 +230,13 @@ class RowParallelLinear(TensorParallelModule):
             "weight", (output_size, input_size), 1, init_std or config.init_method_std, init_method
         )
         self.bias = self._parameter("bias", (output_size,), None, 0.0) if bias else None
+        self.lora: nn.Module | None = None  # as in ColumnParallelLinear
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         if not self.input_is_parallel:
             x = mappings.scatter_to_tensor_model_parallel_region(x, self.tp_group)
-        return self.leave(linear(x, local(self.weight)))
+        y = linear(x, local(self.weight))
+        return self.leave(y if self.lora is None else y + self.lora(x))
 
     def leave(self, y: Tensor) -> Any:
         """The output of the layer from this rank's product: the sum over the group, and the bias."""

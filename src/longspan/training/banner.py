@@ -11,12 +11,12 @@ from longspan.context_parallel import SequenceLayout
 from longspan.context_parallel.kernels import select_kernel
 
 
-def banner(run: Run, *, parameters: int, samples: int, held_out: int, steps: int, warmup: int, device: torch.device,
+def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: int, steps: int, warmup: int, device: torch.device,
            local_rows: int, output: Path) -> str:  # fmt: skip
     """The lines rank 0 prints before the first step.
 
     Args:
-        parameters: of the whole model, vocabulary padding included.
+        parameters: of the whole model, vocabulary padding included; trained: those that change.
         samples, held_out: sequences an epoch, and of an evaluation.
         local_rows: tokens of a sequence on one rank, padding included.
     """
@@ -37,6 +37,14 @@ def banner(run: Run, *, parameters: int, samples: int, held_out: int, steps: int
     rows = {
         "model": f"{parameters / 1e6:,.1f}M parameters: {model.num_layers} layers, hidden {model.hidden_size}, "
         f"{model.num_attention_heads} heads ({model.num_query_groups} key/value), vocabulary {c.vocab_size}",
+        **(
+            {
+                "adapters": f"LoRA rank {run.lora.rank}, scale {run.lora.scale:g}, on {', '.join(run.lora.targets)}: "
+                f"{trained:,} of {parameters:,} parameters trained ({100 * trained / parameters:.2g} %)"
+            }
+            if run.lora is not None
+            else {}
+        ),
         "mesh": f"{sizes.equation()} processes on {device.type}",
         "batch": f"micro {run.micro_batch_size} x accumulation {run.accumulation} x dp {sizes.dp} = "
         f"{run.global_batch_size} sequences = {tokens:,} tokens a step",
@@ -50,7 +58,8 @@ def banner(run: Run, *, parameters: int, samples: int, held_out: int, steps: int
         + ("documents packed and kept apart" if c.sample_packing else "one stream of documents"),
         "attention": f"{kernel.name} on {device.type}, {str(dtype).removeprefix('torch.')} ({reason})",
         "precision": f"compute {str(dtype).removeprefix('torch.')}, weights and optimizer {c.params_dtype}; "
-        f"recompute {run.recompute}",
+        f"recompute {run.recompute}"
+        + ("; frozen weights bfloat16" if run.lora is not None and c.bf16 is True else ""),
         "steps": f"{steps} ({epochs:.2f} epochs of {samples} sequences), {warmup} of warm-up, "
         f"{c.lr_scheduler} from {c.learning_rate:g}",
         "loss": "mean over all valid tokens of the global batch, at every layout"

@@ -12,6 +12,7 @@ from longspan.config.architecture import model_config
 from longspan.config.hugging_face import hugging_face_config
 from longspan.config.resolve import Run, architecture
 from longspan.models.huggingface import FolderWriter, Names, whole_parameters
+from longspan.training.adapters import export_adapters
 from longspan.training.loop import Trainer
 
 
@@ -26,8 +27,11 @@ def export_dtype(run: Run, base: dict[str, Any] | None) -> torch.dtype:
 
 
 def export(trainer: Trainer, folder: Path) -> None:
-    """Writes the model; collective. The folder is whole or as it was."""
+    """Writes the model, or the adapters of a run that trains those; collective. The folder is whole or as it was."""
     run = trainer.run
+    if run.lora is not None:
+        export_adapters(trainer.model, run, folder)
+        return
     base = None if run.config.base_model is None else model_config(run.config.base_model)[0]
     dtype = export_dtype(run, base)
     assert run.config.vocab_size is not None

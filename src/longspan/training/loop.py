@@ -32,8 +32,10 @@ from longspan.data import IndexedDataset, Prefetcher, TokenDataset
 from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
+from longspan.models.adapters import attach
 from longspan.models.huggingface import SafetensorsFolder
 from longspan.parallelize import gradient_norm, load_pretrained, parallelize
+from longspan.training.adapters import adapter_description, fill_adapters
 from longspan.training.checkpoint import Checkpointer, SaveError, check_fits, load
 from longspan.training.metrics import Metrics, peak_memory_gib
 from longspan.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
@@ -147,6 +149,7 @@ def describe_run(run: Run, data: TokenDataset) -> dict:
         "torch": torch.__version__,
         "layout": run.sizes.equation(),
         "global_batch_size": run.global_batch_size,
+        "adapter": adapter_description(run),
     }
 
 
@@ -195,6 +198,8 @@ class Trainer:
                 config.sequence_len,
                 pg_collection=self.groups,
             )
+        if run.lora is not None:
+            attach(model, run.lora, frozen_dtype=self.compute_dtype)
         self.model = parallelize(
             model,
             self.mesh,
@@ -206,6 +211,8 @@ class Trainer:
         )
         if run.pretrained:
             load_pretrained(self.model, SafetensorsFolder(model_folder(config.base_model)))
+        if run.lora is not None:
+            fill_adapters(self.model, run)
         self.optimizer = make_optimizer(self.model, config)
         cp = self.groups.cp  # of a hybrid run all of dp x cp
         self.shard: Sharder | HybridSharder = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
 from longspan.config.keys.declare import key
 
@@ -111,5 +111,14 @@ class ModelKeys(BaseModel):
         "Linear layers that get adapters, by Hugging Face's names (q_proj, v_proj, down_proj, ...).",
     )
     lora_target_linear: bool = key(False, "All linear layers of attention and MLP get adapters.")
-    lora_model_dir: str | None = key(None, "Adapters in PEFT's format to start from.")
+    lora_model_dir: str | None = key(None, "Folder of adapters in PEFT's format to start from.")
     peft_use_rslora: bool = key(False, "Scale adapters by lora_alpha / sqrt(lora_r) (rsLoRA).")
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _plain_adapter(cls, value: Any) -> Any:
+        if value == "qlora":
+            raise ValueError(
+                "needs quantised weights (load_in_4bit), which are not supported. Use lora; under bf16 its frozen weights are held in bfloat16"
+            )
+        return value
