@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from longspan.config.architecture import architecture_of
+from longspan.config.memory_rules import memory_problems
 from longspan.config.model import (
     TransformerConfig,
     architecture_problems,
@@ -60,6 +61,11 @@ class Run:
     def transformer_config(self, params_dtype=None) -> TransformerConfig:
         """The model's architecture and how it is cut."""
         return TransformerConfig(params_dtype=params_dtype, **_architecture(self.config), **self._parallel())
+
+    @property
+    def mlp_tiles(self) -> int | None:
+        """Tiles of the MLP: 1 without ``tiled_mlp``; None: from the number of tokens, as they come."""
+        return self.config.tiled_mlp_num_shards if self.config.tiled_mlp else 1
 
     @property
     def windows(self) -> list[int | None]:
@@ -170,6 +176,7 @@ def resolve(
     _not_yet(config, found)
     _hybrid(config, found)
     _exclusive(config, found)
+    found += memory_problems(config)
     if None not in (config.num_layers, config.hidden_size, config.num_attention_heads):
         found += _model_problems(config)
     messages = list(earlier) + [text for fields, text in found if not bad.intersection(fields)]
@@ -282,10 +289,6 @@ NOT_YET: dict[str, Any] = {
     "test_datasets": [],
     "special_tokens": None,
     "dataset_num_proc": None,
-    "activation_offloading": False,
-    "offload_params": False,
-    "tiled_mlp": False,
-    "tiled_mlp_num_shards": None,
 }
 
 
@@ -298,10 +301,6 @@ def _not_yet(config: TrainConfig, found: list[Problem]) -> None:
     for name, off in NOT_YET.items():
         if getattr(config, name) != off:
             found.append(((name,), f"{name} {getattr(config, name)}: not supported yet. Leave it {off!r}."))
-    if config.gradient_checkpointing == "offload":
-        found.append(
-            (("gradient_checkpointing",), "gradient_checkpointing offload: not supported yet. Use full.")
-        )
 
 
 def _hybrid(config: TrainConfig, found: list[Problem]) -> None:
