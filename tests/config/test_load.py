@@ -7,7 +7,8 @@ import yaml
 
 import tiny
 from longspan.config.load import Overrides, load_config, make_config, parse_overrides, to_yaml
-from longspan.config.resolve import resolve, training_steps, warmup_steps
+from longspan.config.resolve import resolve
+from longspan.config.schedule import training_steps, warmup_steps
 from longspan.config.schema import GROUPS, TrainConfig, keys, names
 from longspan.errors import UserError
 
@@ -70,7 +71,10 @@ def test_all_problems_come_at_once():
     text = "\n".join(found)
     assert "contxt_parallel_size: unknown key. Did you mean context_parallel_size?" in text
     assert "learning_rate: 'fast' must be a valid number" in text
-    assert "lr_scheduler: 'cosin' must be 'cosine', 'linear', 'constant' or 'constant_with_warmup'. Did you mean cosine?" in text
+    assert (
+        "lr_scheduler: 'cosin' must be 'cosine', 'linear', 'constant' or 'constant_with_warmup'. Did you mean cosine?"
+        in text
+    )
     assert "num_attention_heads 4 is not divisible by tensor_parallel_size 3" in text
     assert "num_query_groups 2 (key/value heads) is not divisible by tensor_parallel_size 3" in text
     assert "does not divide 128, the unit the vocabulary is padded to" in text
