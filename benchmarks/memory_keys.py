@@ -60,11 +60,19 @@ def with_whole_logits(trainer) -> None:
     trainer.losses = losses
 
 
-def measure_step(folder: str, args: argparse.Namespace, name: str, out: str) -> None:
-    trainer = training.make_trainer(folder, args.seq, False, dist.get_world_size(), **changes(args, name))
-    torch.set_num_threads(training.THREADS // dist.get_world_size())
+def make_trainer(folder: str, args: argparse.Namespace, name: str):
+    wide = {"ffn_hidden_size": 8 * training.HIDDEN} if args.wide else {}
+    ranks = dist.get_world_size()
+    torch.set_num_threads(training.THREADS // ranks)
+    changes = KEYS[name] | wide | {"reinit_weights": True}
+    trainer = training.make_trainer(folder, args.seq, False, ranks, **changes)
     if "whole logits" in name:
         with_whole_logits(trainer)
+    return trainer
+
+
+def measure_step(folder: str, args: argparse.Namespace, name: str, out: str) -> None:
+    trainer = make_trainer(folder, args, name)
     start = peak_gib()
     for step in range(2):
         batches = trainer.micro_batches(step)
@@ -79,20 +87,19 @@ def measure_step(folder: str, args: argparse.Namespace, name: str, out: str) -> 
 
 
 def count_kept(folder: str, args: argparse.Namespace, name: str, out: str) -> None:
-    """Bytes of the tensors a forward pass keeps (each memory once, weights left out), and of those that would be moved."""
-    trainer = training.make_trainer(folder, args.seq, False, dist.get_world_size(), **changes(args, name))
-    torch.set_num_threads(training.THREADS // dist.get_world_size())
-    weights = {p.to_local().untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    """Bytes of the tensors a forward pass keeps (each memory once, weights left out), and of those that would move."""
+    trainer = make_trainer(folder, args, name)
     batch = trainer.micro_batches(0)[0]
     kept: dict[int, torch.Tensor] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
-        if t.untyped_storage().data_ptr() not in weights:
-            kept[t.untyped_storage().data_ptr()] = t
+        kept[t.untyped_storage().data_ptr()] = t
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         trainer.losses(batch)
+    for parameter in trainer.model.parameters():  # the gathered ones: reshard_after_forward is off
+        kept.pop(parameter.to_local().untyped_storage().data_ptr(), None)
     everything = sum(t.untyped_storage().nbytes() for t in kept.values())
     kept.clear()
     offload = Offload(torch.device("cpu"))
@@ -101,14 +108,6 @@ def count_kept(folder: str, args: argparse.Namespace, name: str, out: str) -> No
     trainer.losses(batch)
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps([everything / 2**20, offload.moved / 2**20]))
-
-
-def changes(args: argparse.Namespace, name: str) -> dict:
-    return (
-        KEYS[name]
-        | ({"ffn_hidden_size": 8 * training.HIDDEN} if args.wide else {})
-        | {"reinit_weights": True}
-    )
 
 
 def main() -> None:
