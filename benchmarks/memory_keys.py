@@ -1,9 +1,10 @@
 """Peak memory and time of a training step with each key that saves memory, beside a step with none.
 
-    python benchmarks/memory_keys.py [--seq 16384] [--ranks 1] [--only NAME ...] [--kept]
+    python benchmarks/memory_keys.py [--seq 16384] [--threads 2] [--ranks 1] [--only NAME ...] [--kept]
 
-One process a contestant, with two threads (or --ranks processes that share them): resident memory (the largest it ever held,
-libraries included), and the second step's time. The model of memory.py (16M parameters), float32, one sequence, AdamW,
+One process a contestant (or --ranks processes): resident memory (the largest it ever held, libraries included), and the
+second step's time, on the clock and of the processor (with --threads 1 the latter says what a key costs on a busy
+machine, too). The model of memory.py (16M parameters), float32, one sequence, AdamW,
 and with --wide an MLP of 8 x the hidden size.
 
 --kept counts instead what autograd keeps for backward between the layers' forward and backward passes, by key, and what
@@ -63,7 +64,7 @@ def with_whole_logits(trainer) -> None:
 def make_trainer(folder: str, args: argparse.Namespace, name: str):
     wide = {"ffn_hidden_size": 8 * training.HIDDEN} if args.wide else {}
     ranks = dist.get_world_size()
-    torch.set_num_threads(training.THREADS // ranks)
+    torch.set_num_threads(args.threads)
     changes = KEYS[name] | wide | {"reinit_weights": True}
     trainer = training.make_trainer(folder, args.seq, False, ranks, **changes)
     if "whole logits" in name:
@@ -77,10 +78,10 @@ def measure_step(folder: str, args: argparse.Namespace, name: str, out: str) -> 
     for step in range(2):
         batches = trainer.micro_batches(step)
         dist.barrier()
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.process_time()
         loss = trainer.train_step(batches)["loss"]
-        seconds = time.perf_counter() - begun
-    held = torch.tensor([peak_gib(), start, seconds, loss], dtype=torch.float64)
+        seconds = time.perf_counter() - begun, time.process_time() - worked
+    held = torch.tensor([peak_gib(), start, *seconds, loss], dtype=torch.float64)
     dist.all_reduce(held, op=dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(held.tolist()))
@@ -116,6 +117,7 @@ def main() -> None:
     )
     parser.add_argument("--seq", type=int, default=16384)
     parser.add_argument("--ranks", type=int, default=1, help="processes, by context parallelism")
+    parser.add_argument("--threads", type=int, default=2, help="of each process")
     parser.add_argument("--only", nargs="+", choices=[*KEYS], default=[*KEYS], metavar="NAME")
     parser.add_argument("--wide", action="store_true", help="an MLP of 8 x the hidden size")
     parser.add_argument("--kept", action="store_true")
@@ -140,7 +142,8 @@ def main() -> None:
             if args.kept:
                 line = f"kept {got[0]:8.1f} MiB, of it could be moved {got[1]:8.1f} MiB"
             else:
-                line = f"{got[0]:6.2f} GiB ({got[1]:.2f} before the first step)  {got[2]:6.2f} s  loss {got[3]:.6f}"
+                line = f"{got[0]:6.2f} GiB ({got[1]:.2f} before the first step)  {got[2]:7.2f} s, {got[3]:7.2f} s of processor"
+                line += f"  loss {got[4]:.6f}"
             print(f"  {name:<30} {line}", flush=True)
 
 
