@@ -129,7 +129,7 @@ def variants(resolved: Run, everything: bool) -> list[Run]:
 
 
 def one_process(resolved: Run) -> Run:
-    """The same run on one process: the same global batch, plain attention."""
+    """The same run on one process: the same global batch, plain attention, everything kept for backward."""
     config = resolved.config.model_copy(
         update={
             "tensor_parallel_size": 1,
@@ -144,6 +144,12 @@ def one_process(resolved: Run) -> Run:
             "hierarchical_context_parallel_sizes": None,
             "hybrid_context_parallel": False,
             "max_seqlen_per_dp_cp_rank": None,
+            # the keys that save memory are held against doing without them
+            "gradient_checkpointing": False,
+            "activation_offloading": False,
+            "offload_params": False,
+            "tiled_mlp": False,
+            "tiled_mlp_num_shards": None,
         }
     )
     alone = resolve(config, 1)

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from longspan.config.architecture import architecture_of
 from longspan.config.hugging_face import FIELDS, PIECES, export_problem
 from longspan.config.lora import Lora, lora_of, lora_problems
+from longspan.config.memory_rules import memory_problems
 from longspan.config.model import (
     TransformerConfig,
     architecture_problems,
@@ -68,6 +69,11 @@ class Run:
     def transformer_config(self, params_dtype=None) -> TransformerConfig:
         """The model's architecture and how it is cut."""
         return TransformerConfig(params_dtype=params_dtype, **_architecture(self.config), **self._parallel())
+
+    @property
+    def mlp_tiles(self) -> int | None:
+        """Tiles of the MLP: 1 without ``tiled_mlp``; None: from the number of tokens, as they come."""
+        return self.config.tiled_mlp_num_shards if self.config.tiled_mlp else 1
 
     @property
     def windows(self) -> list[int | None]:
@@ -194,6 +200,7 @@ def resolve(
     _exclusive(config, found)
     _positions(config, found)
     found += lora_problems(config)
+    found += memory_problems(config)
     found += schedule_problems(config)
     if None not in (config.num_layers, config.hidden_size, config.num_attention_heads):
         wrong = _model_problems(config)
@@ -344,10 +351,6 @@ NOT_YET: dict[str, Any] = {
     "test_datasets": [],
     "special_tokens": None,
     "dataset_num_proc": None,
-    "activation_offloading": False,
-    "offload_params": False,
-    "tiled_mlp": False,
-    "tiled_mlp_num_shards": None,
 }
 
 
@@ -360,10 +363,6 @@ def _not_yet(config: TrainConfig, found: list[Problem]) -> None:
     for name, off in NOT_YET.items():
         if getattr(config, name) != off:
             found.append(((name,), f"{name} {getattr(config, name)}: not supported yet. Leave it {off!r}."))
-    if config.gradient_checkpointing == "offload":
-        found.append(
-            (("gradient_checkpointing",), "gradient_checkpointing offload: not supported yet. Use full.")
-        )
 
 
 def _hybrid(config: TrainConfig, found: list[Problem]) -> None:

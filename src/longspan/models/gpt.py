@@ -15,6 +15,7 @@ untied embeddings: Llama, Mistral, Qwen2 and 3, and GPT-2, with Megatron's names
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -31,7 +32,9 @@ from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.embedding import Embedding, OutputLayer
 from longspan.models.lean import gated_linear
 from longspan.models.norm import Norm
+from longspan.models.offload import Offload
 from longspan.models.rotary import apply_rotary, at_length, attention_factor, frequencies, rotary_table
+from longspan.models.tiled import tiled
 from longspan.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, local
 
 RotaryTable = tuple[Tensor, Tensor]
@@ -85,7 +88,14 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """h -> ffn -> h; gated: down(act(gate(x)) * up(x))."""
+    """h -> ffn -> h; gated: down(act(gate(x)) * up(x)).
+
+    Attributes:
+        tiles: runs of tokens that go through one after another, in forward and backward, so that activations
+            [t, ffn] exist for one of them only (``models/tiled.py``); None: tokens / hidden size, rounded up.
+            The input is gathered and the output summed over tensor parallel ranks once, around all tiles: as
+            much travels as without them.
+    """
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection):
         super().__init__()
@@ -98,16 +108,26 @@ class MLP(nn.Module):
         )
         self.linear_up = ColumnParallelLinear(h, ffn, config, **kwargs)
         self.linear_down = RowParallelLinear(ffn, h, config, init_std=_residual_std(config), **kwargs)
+        self.tiles: int | None = 1
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.linear_up.enter(x)
+        tiles = self.tiles or -(-x.shape[0] * x.shape[1] // x.shape[2])
+        if tiles == 1:
+            return self.linear_down.leave(self._product(x))
+        y = tiled(self._product, x.flatten(0, 1), list(self.parameters()), tiles)
+        return self.linear_down.leave(y.view(*x.shape[:2], -1))
+
+    def _product(self, x: Tensor) -> Tensor:
+        """[.., h] as every rank has it -> this rank's part of the sum [.., h]; each token by itself."""
         if self.linear_gate is None:
-            return self.linear_down(self.activation(self.linear_up(x)))
-        gate, up = project_together(x, self.linear_gate, self.linear_up)
-        down = self.linear_down
+            hidden = self.activation(self.linear_up.project(x))
+            return self.linear_down.project(hidden)
+        gate, up, down = self.linear_gate.project(x), self.linear_up.project(x), self.linear_down
         y = gated_linear(gate, up, local(down.weight), self.activation)
         if down.lora is not None:
             y = y + down.lora.expand(gated_linear(gate, up, down.lora.reducing(), self.activation))
-        return down.leave(y)
+        return y
 
 
 class TransformerLayer(nn.Module):
@@ -116,6 +136,7 @@ class TransformerLayer(nn.Module):
     Attributes:
         recompute: ``"none"``; ``"full"`` keeps only the layer's input; ``"selective"`` keeps that
             and what attention needs (q, k, v, out), so attention and its exchange run once.
+        offload: where what is kept goes to the CPU's memory; None keeps it on the device.
     """
 
     def __init__(
@@ -131,6 +152,7 @@ class TransformerLayer(nn.Module):
                 f"num_moe_experts={config.num_moe_experts}: experts are not supported yet. Leave it None."
             )
         self.config, self.recompute = config, "none"
+        self.offload: Offload | None = None
         self.input_layernorm = Norm(config, groups)
         self.self_attention = SelfAttention(config, layer_number, groups)
         self.pre_mlp_layernorm = Norm(config, groups)
@@ -166,11 +188,20 @@ class TransformerLayer(nn.Module):
         if rotary is None:
             rotary = rotary_of(self, layout, hidden_states, packed_seq_params)
         args = (hidden_states, rotary, packed_seq_params, layout)
-        if not torch.is_grad_enabled() or self.recompute == "none":
+        if not torch.is_grad_enabled():
             return self._whole(*args), None
-        if self.recompute == "full":
-            return _recomputed(self._whole, *args), None
-        return self._whole(*args, around=_recomputed), None
+        with self._offloading(rotary):
+            if self.recompute == "none":
+                return self._whole(*args), None
+            if self.recompute == "full":
+                return _recomputed(self._whole, *args), None
+            return self._whole(*args, around=_recomputed), None
+
+    def _offloading(self, rotary: RotaryTable | None) -> contextlib.AbstractContextManager:
+        """Around a forward pass: moves what is kept, but for weights and what all layers share."""
+        if self.offload is None:
+            return contextlib.nullcontext()
+        return self.offload.layer([*(local(p.detach()) for p in self.parameters()), *(rotary or ())])
 
 
 def _recomputed(part: Callable, *args):

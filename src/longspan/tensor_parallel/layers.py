@@ -235,8 +235,12 @@ class RowParallelLinear(TensorParallelModule):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         if not self.input_is_parallel:
             x = mappings.scatter_to_tensor_model_parallel_region(x, self.tp_group)
+        return self.leave(self.project(x))
+
+    def project(self, x: Tensor) -> Tensor:
+        """This rank's part of the product, for :meth:`leave` to sum."""
         y = linear(x, local(self.weight))
-        return self.leave(y if self.lora is None else y + self.lora(x))
+        return y if self.lora is None else y + self.lora(x)
 
     def leave(self, y: Tensor) -> Any:
         """The output of the layer from this rank's product: the sum over the group, and the bias."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from longspan.config.memory_rules import memory_lines
 from longspan.config.resolve import Run
 from longspan.context_parallel import SequenceLayout
 from longspan.context_parallel.kernels import select_kernel
@@ -57,9 +58,10 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
         + f"; sequence parallelism {on[run.sequence_parallel]}; "
         + ("documents packed and kept apart" if c.sample_packing else "one stream of documents"),
         "attention": f"{kernel.name} on {device.type}, {str(dtype).removeprefix('torch.')} ({reason})",
-        "precision": f"compute {str(dtype).removeprefix('torch.')}, weights and optimizer {c.params_dtype}; "
-        f"recompute {run.recompute}"
+        "precision": f"compute {str(dtype).removeprefix('torch.')}, weights and optimizer {c.params_dtype}"
+        + ("; TensorFloat-32" if c.tf32 is True and device.type == "cuda" else "")
         + ("; frozen weights bfloat16" if run.lora is not None and c.bf16 is True else ""),
+        "memory": "; ".join(memory_lines(c, run.recompute, device.type)),
         "steps": f"{steps} ({epochs:.2f} epochs of {samples} sequences), {warmup} of warm-up, "
         f"{c.lr_scheduler} from {c.learning_rate:g}",
         "loss": "mean over all valid tokens of the global batch, at every layout"

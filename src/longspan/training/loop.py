@@ -188,6 +188,8 @@ class Trainer:
         self.groups = self.mesh.groups
         if config.hybrid_context_parallel:  # a sample is cut over as many of all these ranks as it needs
             self.groups = dataclasses.replace(self.groups, cp=self.groups.dp_cp, hcp=())
+        if device.type == "cuda":  # for the whole process, as PyTorch has it
+            torch.set_float32_matmul_precision("high" if config.tf32 is True else "highest")
         self.dtype = getattr(torch, config.params_dtype)
         self.compute_dtype = torch.bfloat16 if config.bf16 is True else None
         assert config.vocab_size is not None
@@ -208,6 +210,9 @@ class Trainer:
             compute_dtype=self.compute_dtype,
             recompute=run.recompute,
             reshard_after_forward=config.reshard_after_forward,
+            activation_offloading=config.activation_offloading,
+            mlp_tiles=run.mlp_tiles,
+            offload_params=config.offload_params,
         )
         if run.pretrained:
             load_pretrained(self.model, SafetensorsFolder(model_folder(config.base_model)))
