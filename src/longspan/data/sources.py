@@ -188,8 +188,9 @@ def _files(source: DatasetConfig) -> list[Path]:
         given = [source.data_files] if isinstance(source.data_files, str) else source.data_files
         files = []
         for pattern in given:
-            file = base / Path(pattern).expanduser()
-            matches = [file] if file.is_file() else [] if file.is_absolute() else sorted(base.glob(pattern))
+            file = (base / Path(pattern).expanduser()).absolute()
+            top = Path(file.anchor)
+            matches = [file] if file.is_file() else sorted(top.glob(file.relative_to(top).as_posix()))
             if not matches:
                 raise UserError(f"data_files {pattern!r}: no such file in {base.resolve()}.")
             files += matches
