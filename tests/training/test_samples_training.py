@@ -30,7 +30,24 @@ needs_transformers = pytest.mark.skipif(
 def data(tmp_path_factory):
     """An Alpaca file, a file of chats, one of documents, and a random Llama with its tokenizer."""
     folder = tmp_path_factory.mktemp("finetune")
-    words = ["the", "capital", "of", "France", "is", "Paris", "and", "two", "plus", "two", "is", "four", "hello", "naïve", "😀", "answer"]
+    words = [
+        "the",
+        "capital",
+        "of",
+        "France",
+        "is",
+        "Paris",
+        "and",
+        "two",
+        "plus",
+        "two",
+        "is",
+        "four",
+        "hello",
+        "naïve",
+        "😀",
+        "answer",
+    ]
     rng = np.random.default_rng(0)
 
     def text(most):
