@@ -44,7 +44,9 @@ def main() -> int:
     longspan("train", str(HERE / "quickstart.yaml"), *base)
     longspan("train", str(HERE / "finetune.yaml"), *sys.argv[1:])
     right = 0
-    records = [json.loads(line) for line in (HERE / "data" / "instructions.jsonl").read_text().splitlines()][::5]
+    records = [json.loads(line) for line in (HERE / "data" / "instructions.jsonl").read_text().splitlines()][
+        ::5
+    ]
     for record in records:
         form = ALPACA.format if record["input"] else ALPACA.no_input_format
         prompt = form.format(instruction=record["instruction"], input=record["input"])

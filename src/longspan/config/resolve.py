@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from longspan.config.model import (
     architecture_problems,
 )
 from longspan.config.parallel import MeshSizes
+from longspan.config.schedule import schedule_problems
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError, did_you_mean
 
@@ -170,6 +170,7 @@ def resolve(
     _not_yet(config, found)
     _hybrid(config, found)
     _exclusive(config, found)
+    found += schedule_problems(config)
     if None not in (config.num_layers, config.hidden_size, config.num_attention_heads):
         found += _model_problems(config)
     messages = list(earlier) + [text for fields, text in found if not bad.intersection(fields)]
@@ -251,8 +252,14 @@ def _required(config: TrainConfig, found: list[Problem]) -> None:
         found.append((tuple(missing), text))
     if config.learning_rate is None:
         found.append((("learning_rate",), "learning_rate: missing. A number such as 3e-4."))
-    if not config.datasets:
-        found.append((("datasets",), "datasets: missing. A list such as 'datasets: [{path: my_texts}]'."))
+    if not (config.datasets or config.data_path or config.train_data_path or config.mock_data):
+        found.append(
+            (
+                ("datasets",),
+                "datasets: missing. A list such as 'datasets: [{path: my_texts}]'; or data_path: [PREFIX] of .bin/.idx files; or "
+                "mock_data: true, to try a layout without data.",
+            )
+        )
 
 
 #: keys whose part of the house is not built yet, with their value that asks for nothing
@@ -329,17 +336,6 @@ def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
             (
                 ("val_set_size",),
                 f"val_set_size {config.val_set_size}: below 1 it is a share of the documents, from 1 on a whole number of them.",
-            )
-        )
-    if config.warmup_steps is not None and config.warmup_ratio is not None:
-        found.append(
-            (("warmup_steps", "warmup_ratio"), "warmup_steps and warmup_ratio are both given. Keep one.")
-        )
-    if config.eval_steps is not None and config.val_set_size == 0 and not config.test_datasets:
-        found.append(
-            (
-                ("eval_steps", "val_set_size"),
-                "eval_steps is given but val_set_size is 0. Hold documents out, e.g. val_set_size: 0.02, or give test_datasets.",
             )
         )
     if config.test_datasets and config.val_set_size > 0:
@@ -451,17 +447,3 @@ def _model_problems(config: TrainConfig) -> list[Problem]:
 def _recompute(config: TrainConfig) -> str:
     given = config.gradient_checkpointing
     return given if isinstance(given, str) else "full" if given else "none"
-
-
-def training_steps(run: Run, samples: int) -> int:
-    """Optimizer steps: max_steps, or the epochs' samples over the global batch, rounded up."""
-    config = run.config
-    return config.max_steps or max(1, math.ceil(samples * config.num_epochs / run.global_batch_size))
-
-
-def warmup_steps(config: TrainConfig, steps: int) -> int:
-    if config.warmup_steps is not None:
-        return config.warmup_steps
-    if config.warmup_ratio is not None:
-        return math.ceil(config.warmup_ratio * steps)
-    return min(math.ceil(0.03 * steps), 100)
