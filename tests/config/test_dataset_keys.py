@@ -10,8 +10,8 @@ from longspan.errors import UserError
 MODEL = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "learning_rate": 1e-3}
 
 
-def read(name="datasets", **dataset):
-    values = {**MODEL, "datasets": [{"path": "a.jsonl"}], name: [{"path": "a.jsonl", **dataset}]}
+def read(place="datasets", /, **dataset):
+    values = {**MODEL, "datasets": [{"path": "a.jsonl"}], place: [{"path": "a.jsonl", **dataset}]}
     return make_config(values)
 
 
