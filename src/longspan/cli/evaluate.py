@@ -41,9 +41,9 @@ def run(arguments: Sequence[str]) -> int:
     problems: list[str] = []
     trials = number(own, "--needles", problems, least=0)
     trials = 2 if trials is None else trials
-    if resolved.config.val_set_size == 0:
+    if resolved.config.val_set_size == 0 and not resolved.config.test_datasets:
         problems.append(
-            "longspan eval needs held-out documents: val_set_size is 0. Give --val-set-size 0.02, say."
+            "longspan eval needs held-out documents: val_set_size is 0. Give --val-set-size 0.02, say, or test_datasets."
         )
     if problems:
         raise UserError(problems)

@@ -118,15 +118,15 @@ def check_backend(run: Run, device: str) -> None:
 
 def missing_sources(config) -> list[str]:
     """Datasets that are not there, found before anything is tokenised or started."""
-    from longspan.data import find_sources
+    from longspan.data.sources import check_source
 
     problems = []
-    for source in config.datasets:
+    for source in [*config.datasets, *config.test_datasets]:
         stem = source.path[:-4] if source.path.endswith((".bin", ".idx")) else source.path
         if source.prepared or any(Path(stem + suffix).exists() for suffix in (".bin", ".idx")):
             continue
         try:
-            find_sources(source.path)
+            check_source(source)
         except UserError as error:
             problems += [f"datasets: {problem}" for problem in error.problems]
     return problems

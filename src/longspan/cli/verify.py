@@ -307,5 +307,5 @@ def report(result: dict, as_json: bool) -> int:
     word = "passed" if result["passed"] else "FAILED"
     print(f"{word}: every error must be within {result['tolerance']:.0e}")
     if result["eval_loss"] is None:
-        print("evaluation was not compared: no documents are held out (val_set_size: 0)")
+        print("evaluation was not compared: no documents are held out (val_set_size: 0, no test_datasets)")
     return 0 if result["passed"] else 1

@@ -11,7 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from longspan.config.axolotl_keys import KEYS
+from longspan.config.dataset_keys import LISTS, read_datasets
 from longspan.config.foreign import MANY
+from longspan.config.keys.data import InstructionType
 from longspan.config.megatron_flags import FLAGS
 from longspan.config.rope import rope_type, with_original_length
 from longspan.config.schema import DatasetConfig, Key, TrainConfig, keys, names
@@ -267,6 +269,11 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, Any] | None =
             bad.add(name)
     merged.update(overrides or {})
     merged = {name: value for name, value in merged.items() if value is not None}
+    for name in set(LISTS) & merged.keys():
+        merged[name], problems, notes = read_datasets(name, merged[name])
+        found.problems += problems
+        found.notes += notes
+        bad |= {name} if problems else set()
     problems, config = found.problems, None
     while True:
         try:
@@ -301,9 +308,13 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
     for e in error.errors():
         place = ".".join(map(str, e["loc"]))
         top = str(e["loc"][0])
-        if e["type"] == "extra_forbidden" and top == "datasets":
+        if top in LISTS:  # which member of a union it is, is nothing to the user
+            place = ".".join(str(part) for part in e["loc"] if part != "InstructionType")
+            if isinstance(values[top], list) and str(e["loc"][-1]).startswith("literal["):
+                continue
+        if e["type"] == "extra_forbidden" and top in LISTS:
             name = str(e["loc"][-1])
-            lines[place] = f"{place}: unknown key.{did_you_mean(name, DatasetConfig.model_fields)}"
+            lines[place] = f"{place}: unknown key.{did_you_mean(name, InstructionType.model_fields)}"
             continue
         if e["type"] == "missing":
             lines[place] = f"{place}: missing."
@@ -316,7 +327,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
             if isinstance(e["loc"][1], str)
             else e["input"]
         )
-        base = top if top != "datasets" else place
+        base = top if top not in LISTS else place
         hint = ""
         if e["type"] == "literal_error" and isinstance(found, str):
             choices = (

@@ -27,7 +27,7 @@ from longspan.config.parallel import MeshSizes
 from longspan.config.rope import rope_type, with_original_length
 from longspan.config.schedule import schedule_problems
 from longspan.config.schema import TrainConfig
-from longspan.errors import UserError
+from longspan.errors import UserError, did_you_mean
 
 Problem = tuple[tuple[str, ...], str]
 
@@ -345,12 +345,6 @@ NOT_YET: dict[str, Any] = {
     "tokenizer_type": None,
     "vocab_file": None,
     "merge_file": None,
-    "train_on_inputs": False,
-    "chat_template": None,
-    "chat_template_jinja": None,
-    "test_datasets": [],
-    "special_tokens": None,
-    "dataset_num_proc": None,
 }
 
 
@@ -398,6 +392,14 @@ def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
                 f"val_set_size {config.val_set_size}: below 1 it is a share of the documents, from 1 on a whole number of them.",
             )
         )
+    if config.test_datasets and config.val_set_size > 0:
+        found.append(
+            (
+                ("test_datasets", "val_set_size"),
+                f"test_datasets and val_set_size {config.val_set_size} are both given. Evaluate on one of them.",
+            )
+        )
+    _templates(config, found)
     if config.tokenizer_config is not None and config.tokenizer_train_vocab_size is not None:
         found.append(
             (
@@ -434,6 +436,31 @@ def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
                 "sequence_parallel: true with tensor_parallel_size 1 has no effect. Leave it out, or cut over more ranks.",
             )
         )
+
+
+#: names of special tokens, as tokenizer_config.json has them
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+def _templates(config: TrainConfig, found: list[Problem]) -> None:
+    given: list[tuple[str, Any]] = [
+        ("", config),
+        *((f"datasets.{i}.", d) for i, d in enumerate(config.datasets)),
+    ]
+    given += [(f"test_datasets.{i}.", d) for i, d in enumerate(config.test_datasets)]
+    for place, where in given:
+        name, jinja = where.chat_template, where.chat_template_jinja
+        key = place.split(".")[0] or "chat_template"
+        if name == "jinja" and jinja is None:
+            text = f"{place}chat_template: jinja needs chat_template_jinja: the template, or its file."
+            found.append(((key, "chat_template_jinja"), text))
+        elif name not in (None, "jinja") and jinja is not None:
+            text = f"{place}chat_template {name!r} and chat_template_jinja are both given. Keep one."
+            found.append(((key, "chat_template_jinja"), text))
+    for name in config.special_tokens or {}:
+        if name not in SPECIAL_TOKENS:
+            text = f"special_tokens.{name}: unknown. The names are {', '.join(SPECIAL_TOKENS)}.{did_you_mean(name, SPECIAL_TOKENS)}"
+            found.append((("special_tokens",), text))
 
 
 def _model_problems(config: TrainConfig) -> list[Problem]:

@@ -103,7 +103,7 @@ def _problems(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         if getattr(config, name) is not None and not evaluates(config) and config.eval_iters != 0:
             yield (
                 (name, "val_set_size"),
-                f"{name} is given but val_set_size is 0. Hold documents out, e.g. val_set_size: 0.02.",
+                f"{name} is given but val_set_size is 0. Hold documents out, e.g. val_set_size: 0.02, or give test_datasets.",
             )
     if config.min_lr is not None:
         if config.cosine_min_lr_ratio:

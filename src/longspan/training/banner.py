@@ -13,13 +13,14 @@ from longspan.context_parallel.kernels import select_kernel
 
 
 def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: int, steps: int, warmup: int, device: torch.device,
-           local_rows: int, output: Path) -> str:  # fmt: skip
+           local_rows: int, filling: str, output: Path) -> str:  # fmt: skip
     """The lines rank 0 prints before the first step.
 
     Args:
         parameters: of the whole model, vocabulary padding included; trained: those that change.
         samples, held_out: sequences an epoch, and of an evaluation.
         local_rows: tokens of a sequence on one rank, padding included.
+        filling: what a sequence is made of.
     """
     c, sizes = run.config, run.sizes
     dtype = torch.bfloat16 if c.bf16 is True else getattr(torch, c.params_dtype)
@@ -56,7 +57,7 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
             else f"{local_rows:,} on each of {sizes.cp} context parallel ranks ({layout}, {moves})"
         )
         + f"; sequence parallelism {on[run.sequence_parallel]}; "
-        + ("documents packed and kept apart" if c.sample_packing else "one stream of documents"),
+        + filling,
         "attention": f"{kernel.name} on {device.type}, {str(dtype).removeprefix('torch.')} ({reason})",
         "precision": f"compute {str(dtype).removeprefix('torch.')}, weights and optimizer {c.params_dtype}"
         + ("; TensorFloat-32" if c.tf32 is True and device.type == "cuda" else "")

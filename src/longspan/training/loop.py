@@ -27,8 +27,9 @@ from longspan.config.architecture import model_folder
 from longspan.config.hugging_face import PIECES
 from longspan.config.resolve import Run
 from longspan.config.schedule import interval, learning_rate, training_steps, warmup_steps
+from longspan.config.schema import DatasetConfig
 from longspan.context_parallel import SequenceLayout
-from longspan.data import IndexedDataset, Prefetcher, TokenDataset
+from longspan.data import IndexedDataset, Prefetcher, TokenDataset, open_masks
 from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
@@ -44,21 +45,29 @@ from longspan.training.sharding import HybridSharder, LocalBatch, Sharder
 
 
 def open_datasets(run: Run) -> tuple[TokenDataset, TokenDataset | None]:
-    """The training set and the held-out set (None without one) of a prepared config."""
+    """The training set and the evaluation set (None without one) of a prepared config."""
     config = run.config
-    sources = [IndexedDataset(source.prepared or source.path) for source in config.datasets]
 
-    def split(name: str) -> TokenDataset:
+    def split(name: str, given: list[DatasetConfig]) -> TokenDataset:
+        prefixes = [source.prepared or source.path for source in given]
         return TokenDataset(
-            sources,
+            [IndexedDataset(prefix) for prefix in prefixes],
             config.sequence_len,
             config.seed,
             sample_packing=config.sample_packing,
             split=name,
             val_set_size=config.val_set_size,
+            masks=[open_masks(prefix) for prefix in prefixes],
+            excess_length_strategy=config.excess_length_strategy,
         )
 
-    return split("train"), split("validation") if config.val_set_size > 0 and config.eval_iters != 0 else None
+    evaluates = config.eval_iters != 0
+    held_out = None
+    if config.test_datasets:
+        held_out = split("whole", config.test_datasets) if evaluates else None
+    elif config.val_set_size > 0 and evaluates:
+        held_out = split("validation", config.datasets)
+    return split("train", config.datasets), held_out
 
 
 #: what must be the same for weights to fit
@@ -84,6 +93,9 @@ SETTINGS = (
 )
 
 
+#: what must be the same too where samples are trained on
+SAMPLE_SETTINGS = ("train_on_inputs", "excess_length_strategy")
+
 #: how many tokens are looked at before a run; the rest are as they come
 SCANNED_TOKENS = 1 << 28
 
@@ -95,7 +107,13 @@ def check_data(run: Run) -> TokenDataset:
         UserError: no document on one side of the split, no token with a next one, or a token beyond the vocabulary.
     """
     train, valid = open_datasets(run)
-    sources = [IndexedDataset(source.prepared or source.path) for source in run.config.datasets]
+    datasets = [*run.config.datasets, *run.config.test_datasets]
+    sources = [IndexedDataset(source.prepared or source.path) for source in datasets]
+    if not any(mask is None or bool(mask.token_range(SCANNED_TOKENS)[1]) for mask in train.masks):
+        raise UserError(
+            "datasets: no token counts in the loss: no sample has an answer to learn. Look at the data, roles_to_train and "
+            "message_field_training."
+        )
     longest = max(int(source.document_lengths.max(initial=0)) for source in sources)
     if longest < 2 and (run.config.sample_packing or train.num_tokens < 2):
         raise UserError(
@@ -109,13 +127,13 @@ def check_data(run: Run) -> TokenDataset:
             number = max(range(len(sources)), key=lambda i: int(sources[i].document_lengths.max(initial=0)))
             document = int(sources[number].document_lengths.argmax())
             raise UserError(
-                f"hybrid_context_parallel: document {document} of {run.config.datasets[number].path} makes a sample of "
+                f"hybrid_context_parallel: document {document} of {datasets[number].path} makes a sample of "
                 f"{tokens} tokens, but {ranks} ranks x max_seqlen_per_dp_cp_rank {most} hold {ranks * most}. "
                 "Raise max_seqlen_per_dp_cp_rank, lower sequence_len, or use more ranks."
             )
     vocab, left = run.config.vocab_size, SCANNED_TOKENS
     assert vocab is not None
-    for source, given in zip(sources, run.config.datasets):
+    for source, given in zip(sources, datasets):
         smallest, largest = source.token_range(left)
         left = max(0, left - source.num_tokens)
         if largest >= vocab or smallest < 0:
@@ -144,6 +162,7 @@ def describe_run(run: Run, data: TokenDataset) -> dict:
     """The part of a checkpoint's description that follows from the config and the data."""
     about = describe_model(run)
     about["settings"]["training tokens"] = data.num_tokens
+    about["settings"] |= {name: getattr(run.config, name) for name in SAMPLE_SETTINGS if data.has_samples}
     return about | {
         "longspan": __version__,
         "torch": torch.__version__,
