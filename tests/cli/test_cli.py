@@ -63,7 +63,7 @@ def test_help_answers_in_under_half_a_second(tmp_path):
         done = longspan("--help", cwd=tmp_path)
         times.append(time.perf_counter() - start)
         assert done.returncode == 0
-        assert "longspan train examples/quickstart.yaml" in done.stdout
+        assert "longspan init quickstart && longspan train quickstart.yaml" in done.stdout
     assert statistics.median(times) < 0.5
 
 

@@ -1,28 +1,27 @@
-"""``longspan generate``: a model folder or a run's checkpoint writes on from a prompt, on one process, at small scale."""
+"""``longspan generate``: a model folder or a checkpoint writes on from a prompt, on one process, at small scale."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from longspan.cli.config import number
 from longspan.cli.options import take_options
 from longspan.config.load import read_yaml
-from longspan.config.schema import GROUPS, TrainConfig
 from longspan.errors import UserError, did_you_mean
 
 USAGE = """\
 usage: longspan generate MODEL [--prompt TEXT] [--max-new-tokens N] [--temperature T] [--seed S] [--tokenizer FOLDER]
 
-Writes on from a prompt. MODEL: a Hugging Face folder such as OUTPUT_DIR/hf, or a run's folder or checkpoint (OUTPUT_DIR,
-OUTPUT_DIR/checkpoints/step_00000100), trained at any layout. Each token reads the whole text again (there is no
-key/value cache): good for a look at a model, not for serving.
+Writes on from a prompt with a Hugging Face folder such as OUTPUT_DIR/hf, or from a run's checkpoint: its folder
+(OUTPUT_DIR, the newest) or OUTPUT_DIR/checkpoints/step_00000100, trained at any layout. Each token reads the whole text
+again (there is no key/value cache): good for a look at a model, not for serving.
   --prompt TEXT       what to start from (default: nothing)
   --max-new-tokens N  default 64
   --temperature T     0 always takes the likeliest token (default 0.8)
   --seed S            of the choice between tokens (default 0)
-  --tokenizer FOLDER  where the tokenizer is not beside the model or named by the run
+  --tokenizer FOLDER  for a checkpoint whose run names no tokenizer
 """
 OPTIONS = {
     "--prompt": True,
@@ -53,14 +52,51 @@ def run(arguments: Sequence[str]) -> int:
         problems.append(f"--temperature {temperature}: a number from 0 on.")
     if problems:
         raise UserError(problems)
-    tokenizer = Path(taken["--tokenizer"]) if "--tokenizer" in taken else None
-    print(generate(Path(models[0]), taken.get("--prompt", ""), count, temperature, seed, tokenizer))
+    with tempfile.TemporaryDirectory() as folder:
+        model = models[0]
+        if is_checkpoint(Path(model)):
+            model = exported(Path(model), Path(folder), taken.get("--tokenizer"))
+        elif "--tokenizer" in taken:
+            raise UserError("--tokenizer goes with a checkpoint; a model folder holds its own. Leave it out.")
+        print(generate(model, taken.get("--prompt", ""), count, temperature, seed))
     return 0
 
 
-def generate(
-    path: Path, prompt: str, count: int, temperature: float, seed: int, tokenizer_folder: Path | None = None
-) -> str:
+def is_checkpoint(path: Path) -> bool:
+    """Is this a run's folder, its ``checkpoints``, or one of them?"""
+    return any((path / name).is_file() for name in ("checkpoints/latest", "latest", ".metadata"))
+
+
+def exported(path: Path, folder: Path, tokenizer: str | None) -> str:
+    """A checkpoint as a model folder, with the tokenizer its run names.
+
+    Raises:
+        UserError: it is not whole, or there is no tokenizer.
+    """
+    from longspan.cli.convert import to_hugging_face
+    from longspan.cli.train import quiet_logs
+    from longspan.training.checkpoint import find
+
+    path = find(path)
+    run = path.parent.parent
+    if tokenizer is None:
+        named = (
+            read_yaml(run / "config.yaml").get("tokenizer_config")
+            if (run / "config.yaml").is_file()
+            else None
+        )
+        folders = [Path(name) for name in (named, run / "hf") if name is not None]
+        found = next((f for f in folders if f.is_file() or (f / "tokenizer.json").is_file()), None)
+        if found is None:
+            raise UserError(f"{path}: its run names no tokenizer that is here. Give --tokenizer FOLDER.")
+    else:
+        found = Path(tokenizer)
+    quiet_logs()
+    to_hugging_face(path, folder / "hf", found, "float32")
+    return str(folder / "hf")
+
+
+def generate(folder: str, prompt: str, count: int, temperature: float, seed: int) -> str:
     """The prompt and what the model makes of it."""
     import torch
 
@@ -73,19 +109,11 @@ def generate(
     from longspan.models import GPTModel
     from longspan.models.huggingface import SafetensorsFolder
     from longspan.parallelize import load_pretrained
-    from longspan.training import checkpoint
 
-    saved = checkpoint.find(path) if is_checkpoint(path) else None
-    if saved is not None:
-        values, tokenizer_of_run = of_checkpoint(saved)
-        tokenizer_folder = tokenizer_folder or tokenizer_of_run
-        if tokenizer_folder is None:
-            raise UserError(f"{saved}: the run names no tokenizer. Give --tokenizer FOLDER.")
-    else:
-        values, folder = architecture_of(str(path)), model_folder(str(path))
-        tokenizer_folder = tokenizer_folder or folder
-    tokenizer = load_tokenizer(tokenizer_folder)
-    end = eod_id(tokenizer, tokenizer_folder)
+    values = architecture_of(folder)
+    path = model_folder(folder)
+    tokenizer = load_tokenizer(path)
+    end = eod_id(tokenizer, path)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or ([end] if end is not None else [0])
     config = architecture_config(values)
     init_distributed("cpu")
@@ -97,10 +125,7 @@ def generate(
                 run.transformer_config(), values["vocab_size"], config.sequence_len, pg_collection=mesh.groups
             )
         model.to_empty(device="cpu")
-        if saved is not None:
-            checkpoint.load(saved, model, None, rng=False)
-        else:
-            load_pretrained(model, SafetensorsFolder(folder))
+        load_pretrained(model, SafetensorsFolder(path))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for _ in range(count):
@@ -116,30 +141,3 @@ def generate(
     finally:
         close_distributed()
     return tokenizer.decode(ids)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Is this a run's folder, its ``checkpoints``, or one of them?"""
-    return any((path / name).is_file() for name in ("checkpoints/latest", "latest", ".metadata"))
-
-
-def of_checkpoint(path: Path) -> tuple[dict[str, Any], Path | None]:
-    """The architecture of a checkpoint, as keys, and the tokenizer its run names.
-
-    Raises:
-        UserError: the run trains adapters, whose checkpoints lack the model.
-    """
-    from longspan.training import checkpoint
-
-    said = checkpoint.describe(path)
-    written = path.parent.parent / "config.yaml"
-    run = read_yaml(written) if written.is_file() else {}
-    if run.get("adapter"):
-        raise UserError(
-            f"{path} holds adapters. Merge them into the model first, and generate from its folder."
-        )
-    values = {k: v for k, v in run.items() if k in GROUPS["model"].model_fields and k != "base_model"}
-    values |= {k: v for k, v in (said["model"] | said["settings"]).items() if k in TrainConfig.model_fields}
-    values.pop("reinit_weights", None)
-    folders = [Path(folder) for folder in (run.get("tokenizer_config"), written.parent / "hf") if folder]
-    return values, next((f for f in folders if f.is_file() or (f / "tokenizer.json").is_file()), None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,7 +77,6 @@ def order(path: Path) -> tuple[bool, bool, str]:
 
 def first_line(path: Path) -> str:
     """The first sentence of a file's head comment or docstring."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if text := line.strip("#\"' "):
-            return text.partition(". ")[0].rstrip(".:")
-    return ""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head = " ".join(itertools.takewhile(bool, (line.strip("#\"' ") for line in lines)))
+    return textwrap.shorten(head.partition(". ")[0].rstrip(".:"), 90)

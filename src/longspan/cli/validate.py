@@ -108,7 +108,7 @@ def is_elsewhere(base_model: str | None) -> bool:
     return (
         base_model is not None
         and not Path(base_model).exists()
-        and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base_model))
+        and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model))
     )
 
 
