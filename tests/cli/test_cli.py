@@ -53,7 +53,7 @@ def test_help_answers_in_under_half_a_second(tmp_path):
         done = subprocess.run([*COMMAND, "--help"], cwd=tmp_path, capture_output=True, text=True)
         times.append(time.perf_counter() - start)
         assert done.returncode == 0
-        assert "longspan train examples/quickstart.yaml" in done.stdout
+        assert "longspan init quickstart && longspan train quickstart.yaml" in done.stdout
     assert statistics.median(times) < 0.5
 
 

@@ -24,7 +24,7 @@ Tokenises into Megatron's .bin/.idx. With a config: its datasets, into dataset_p
   --output-prefix P     writes P_text_document.bin and .idx
   --tokenizer T         tokenizer.json or the folder that holds it
   --train-vocab-size N  train a byte-level BPE tokenizer of N tokens into P_tokenizer/
-  --json-key FIELD      the field of a .jsonl line that holds the text (default text)
+  --json-key FIELD      the field of a .jsonl line that holds the text (default text); also --json-keys FIELD
   --append-eod          put the end-of-document token behind each document (the default)
   --no-append-eod       do not
 """
@@ -34,6 +34,8 @@ OPTIONS = {
     "--tokenizer": True,
     "--train-vocab-size": True,
     "--json-key": True,
+    "--json-keys": True,
+    "--split-sentences": False,
     "--append-eod": False,
     "--no-append-eod": False,
 }
@@ -61,6 +63,13 @@ def prepare_files(arguments: Sequence[str]) -> int:
     size = number(taken, "--train-vocab-size", problems, least=257)
     if ("--tokenizer" in taken) == ("--train-vocab-size" in taken):
         problems.append("give one of --tokenizer FOLDER (load it) and --train-vocab-size N (train one).")
+    if "--split-sentences" in taken:
+        problems.append(
+            "--split-sentences is for models that learn from pairs of sentences; a document here stays whole. Leave it out."
+        )
+    taken.setdefault("--json-key", taken.get("--json-keys", "text"))
+    if taken.get("--json-keys", taken["--json-key"]) != taken["--json-key"]:
+        problems.append("--json-key and --json-keys are two fields. Keep one.")
     if "--append-eod" in taken and "--no-append-eod" in taken:
         problems.append("--append-eod and --no-append-eod are both given. Keep one.")
     if problems:
@@ -70,7 +79,7 @@ def prepare_files(arguments: Sequence[str]) -> int:
     from longspan.data import eod_id, iter_documents, load_tokenizer, tokenize_to_indexed, train_tokenizer
     from longspan.data import vocabulary_size as size_of
 
-    source, field = taken["--input"], taken.get("--json-key", "text")
+    source, field = taken["--input"], taken["--json-key"]
     prefix = Path(taken["--output-prefix"] + "_text_document")
     if size is not None:
         # beside its place until the tokens are whole: tokens and tokenizer always belong together

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longspan.cli.environment import without_effect
 from longspan.cli.launch import HELP, OPTIONS, Launch, choose_device, read_launch, start, under_torchrun
 from longspan.cli.options import key_help, read_config, take_options
 from longspan.cli.prepare import check_weights, prepare_config
@@ -95,7 +96,8 @@ def checked(reading: Reading, launch: Launch, announce: str = "") -> tuple[Run, 
         }
     )
     final_run = resolve(final, resolved.world_size)
-    notes = ["without effect here:", *(f"  {note}" for note in reading.notes)] if reading.notes else []
+    found = [*reading.notes, *without_effect(os.environ, device, joined=under_torchrun())]
+    notes = ["without effect here:", *(f"  {note}" for note in found)] if found else []
     if (notes or announce) and os.environ.get("RANK", "0") == "0":
         print("\n".join([announce, *notes] if announce else notes), file=sys.stderr)
     if final.attention_backend != "auto":
