@@ -70,7 +70,10 @@ def test_all_problems_come_at_once():
     text = "\n".join(found)
     assert "contxt_parallel_size: unknown key. Did you mean context_parallel_size?" in text
     assert "learning_rate: 'fast' must be a valid number" in text
-    assert "lr_scheduler: 'cosin' must be 'cosine', 'linear', 'constant' or 'constant_with_warmup'. Did you mean cosine?" in text
+    assert (
+        "lr_scheduler: 'cosin' must be 'cosine', 'linear', 'constant' or 'constant_with_warmup'. Did you mean cosine?"
+        in text
+    )
     assert "num_attention_heads 4 is not divisible by tensor_parallel_size 3" in text
     assert "num_query_groups 2 (key/value heads) is not divisible by tensor_parallel_size 3" in text
     assert "does not divide 128, the unit the vocabulary is padded to" in text

@@ -13,6 +13,7 @@ from longspan.cli.launch import HELP, start, under_torchrun
 from longspan.cli.options import key_help
 from longspan.cli.prepare import prepare_config
 from longspan.cli.train import quiet_logs, read_run
+from longspan.config.data_rules import has_validation
 from longspan.config.load import to_yaml
 from longspan.config.resolve import Run, resolve
 from longspan.errors import UserError
@@ -41,9 +42,9 @@ def run(arguments: Sequence[str]) -> int:
     problems: list[str] = []
     trials = number(own, "--needles", problems, least=0)
     trials = 2 if trials is None else trials
-    if resolved.config.val_set_size == 0:
+    if not has_validation(resolved.config):
         problems.append(
-            "longspan eval needs held-out documents: val_set_size is 0. Give --val-set-size 0.02, say."
+            "longspan eval needs held-out documents: val_set_size is 0. Give --val-set-size 0.02, say (for data_path: --split 99,1,0)."
         )
     if problems:
         raise UserError(problems)

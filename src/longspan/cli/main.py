@@ -18,6 +18,7 @@ COMMANDS = {
     "layout": ("longspan.cli.layout", "show who holds and computes what, and what travels, for a pack"),
     "eval": ("longspan.cli.evaluate", "loss by position and a needle test of a trained model"),
     "prepare": ("longspan.cli.prepare", "tokenise text, jsonl or code into .bin/.idx"),
+    "merge": ("longspan.cli.merge", "put .bin/.idx files of a folder together into one"),
     "convert": ("longspan.cli.convert", "between a checkpoint and a Hugging Face folder"),
     "generate": ("longspan.cli.generate", "let a trained model write on from a prompt"),
     "config": ("longspan.cli.config", "print a config with every key resolved, or its JSON Schema"),

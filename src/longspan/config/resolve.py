@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from longspan.config.architecture import architecture_of
+from longspan.config.data_rules import data_problems
 from longspan.config.model import (
     TransformerConfig,
     architecture_problems,
@@ -167,6 +168,7 @@ def resolve(
     micro, accumulation, total = _batch(config, sizes.dp, found)
     sequence_parallel = sizes.tp > 1 if config.sequence_parallel is None else config.sequence_parallel
     _required(config, found)
+    found += data_problems(config)
     _not_yet(config, found)
     _hybrid(config, found)
     _exclusive(config, found)
@@ -251,8 +253,6 @@ def _required(config: TrainConfig, found: list[Problem]) -> None:
         found.append((tuple(missing), text))
     if config.learning_rate is None:
         found.append((("learning_rate",), "learning_rate: missing. A number such as 3e-4."))
-    if not config.datasets:
-        found.append((("datasets",), "datasets: missing. A list such as 'datasets: [{path: my_texts}]'."))
 
 
 #: keys whose part of the house is not built yet, with their value that asks for nothing
@@ -267,15 +267,6 @@ NOT_YET: dict[str, Any] = {
     "lora_target_linear": False,
     "lora_model_dir": None,
     "peft_use_rslora": False,
-    "data_path": None,
-    "train_data_path": None,
-    "valid_data_path": None,
-    "test_data_path": None,
-    "split": None,
-    "mock_data": False,
-    "tokenizer_type": None,
-    "vocab_file": None,
-    "merge_file": None,
     "train_on_inputs": False,
     "chat_template": None,
     "chat_template_jinja": None,
@@ -340,20 +331,6 @@ def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
     if config.warmup_steps is not None and config.warmup_ratio is not None:
         found.append(
             (("warmup_steps", "warmup_ratio"), "warmup_steps and warmup_ratio are both given. Keep one.")
-        )
-    if config.eval_steps is not None and config.val_set_size == 0:
-        found.append(
-            (
-                ("eval_steps", "val_set_size"),
-                "eval_steps is given but val_set_size is 0. Hold documents out, e.g. val_set_size: 0.02.",
-            )
-        )
-    if config.tokenizer_config is not None and config.tokenizer_train_vocab_size is not None:
-        found.append(
-            (
-                ("tokenizer_config", "tokenizer_train_vocab_size"),
-                "tokenizer_config and tokenizer_train_vocab_size are both given. Load a tokenizer or train one.",
-            )
         )
     windows = config.sliding_window if isinstance(config.sliding_window, list) else []
     if config.export_hf and len({w for w in windows if w is not None}) > 1:

@@ -101,7 +101,7 @@ def iter_documents(path: str | Path, field: str = "text") -> Iterator[str]:
     """
     for source in find_sources(path):
         if source.suffix.lower() in LINES:
-            texts = (_text_of(record, field, where) for where, record in _records(source))
+            texts = (text_of(record, field, where) for where, record in records_of(source))
         else:
             texts = iter([source.read_bytes().decode("utf-8-sig", errors="replace")])
         yield from (text for text in texts if text)
@@ -298,7 +298,7 @@ def _near(path: Path) -> str:
     return did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
 
 
-def _records(source: Path) -> Iterator[tuple[str, object]]:
+def records_of(source: Path) -> Iterator[tuple[str, object]]:
     """(where, JSON value) of a file of JSON lines, or of one JSON list."""
     with source.open("rb") as file:
         start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -321,7 +321,7 @@ def _parse(text: str, where: str):
         raise UserError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
 
 
-def _text_of(record: object, field: str, where: str) -> str:
+def text_of(record: object, field: str, where: str) -> str:
     if not isinstance(record, dict):
         raise UserError(f"{where}: a JSON {type(record).__name__}, not an object with a field {field!r}.")
     if field not in record:

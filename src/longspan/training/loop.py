@@ -26,7 +26,9 @@ from longspan import __version__
 from longspan.config.architecture import model_folder
 from longspan.config.resolve import Run, training_steps, warmup_steps
 from longspan.context_parallel import SequenceLayout
-from longspan.data import IndexedDataset, Prefetcher, TokenDataset
+from longspan.data import Prefetcher, TokenDataset
+from longspan.data.blend import BlendedDataset
+from longspan.data.sources import named_files, open_parts
 from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
@@ -39,22 +41,9 @@ from longspan.training.progress import Progress
 from longspan.training.sharding import HybridSharder, LocalBatch, Sharder
 
 
-def open_datasets(run: Run) -> tuple[TokenDataset, TokenDataset | None]:
-    """The training set and the held-out set (None without one) of a prepared config."""
-    config = run.config
-    sources = [IndexedDataset(source.prepared or source.path) for source in config.datasets]
-
-    def split(name: str) -> TokenDataset:
-        return TokenDataset(
-            sources,
-            config.sequence_len,
-            config.seed,
-            sample_packing=config.sample_packing,
-            split=name,
-            val_set_size=config.val_set_size,
-        )
-
-    return split("train"), split("validation") if config.val_set_size > 0 else None
+def open_datasets(run: Run) -> tuple[TokenDataset, TokenDataset | None, TokenDataset | None]:
+    """The training set, the held-out set and the test set of a prepared config; None for one there is not."""
+    return open_parts(run.config)
 
 
 #: what must be the same for weights to fit
@@ -89,8 +78,8 @@ def check_data(run: Run) -> TokenDataset:
     Raises:
         UserError: no document on one side of the split, no token with a next one, or a token beyond the vocabulary.
     """
-    train, valid = open_datasets(run)
-    sources = [IndexedDataset(source.prepared or source.path) for source in run.config.datasets]
+    train, *others = open_datasets(run)
+    names, sources = zip(*named_files(run.config))
     longest = max(int(source.document_lengths.max(initial=0)) for source in sources)
     if longest < 2 and (run.config.sample_packing or train.num_tokens < 2):
         raise UserError(
@@ -99,23 +88,23 @@ def check_data(run: Run) -> TokenDataset:
     if run.config.hybrid_context_parallel:
         ranks, most = run.sizes.dp * run.sizes.cp, run.config.max_seqlen_per_dp_cp_rank
         assert most is not None
-        tokens = max(data.longest_document for data in (train, valid) if data is not None)
+        tokens = max(data.longest_document for data in (train, *others) if data is not None)
         if tokens > ranks * most:
             number = max(range(len(sources)), key=lambda i: int(sources[i].document_lengths.max(initial=0)))
             document = int(sources[number].document_lengths.argmax())
             raise UserError(
-                f"hybrid_context_parallel: document {document} of {run.config.datasets[number].path} makes a sample of "
+                f"hybrid_context_parallel: document {document} of {names[number]} makes a sample of "
                 f"{tokens} tokens, but {ranks} ranks x max_seqlen_per_dp_cp_rank {most} hold {ranks * most}. "
                 "Raise max_seqlen_per_dp_cp_rank, lower sequence_len, or use more ranks."
             )
     vocab, left = run.config.vocab_size, SCANNED_TOKENS
     assert vocab is not None
-    for source, given in zip(sources, run.config.datasets):
+    for source, name in zip(sources, names):
         smallest, largest = source.token_range(left)
         left = max(0, left - source.num_tokens)
         if largest >= vocab or smallest < 0:
             raise UserError(
-                f"datasets: {given.path} holds token {largest if largest >= vocab else smallest}, but vocab_size is {vocab}. "
+                f"datasets: {name} holds token {largest if largest >= vocab else smallest}, but vocab_size is {vocab}. "
                 "It was made with another tokenizer: give that tokenizer (tokenizer_config), or its vocab_size."
             )
     return train
@@ -124,6 +113,8 @@ def check_data(run: Run) -> TokenDataset:
 def describe_run(run: Run, data: TokenDataset) -> dict:
     """The part of a checkpoint's description that follows from the config and the data."""
     model, config = run.transformer_config(), run.config
+    weights = data.counts if isinstance(data, BlendedDataset) else None
+    mixing = {"weights": list(weights) if weights else None, "split": config.split}
     return {
         "longspan": __version__,
         "torch": torch.__version__,
@@ -131,7 +122,9 @@ def describe_run(run: Run, data: TokenDataset) -> dict:
         "global_batch_size": run.global_batch_size,
         "model": {name: getattr(model, name) for name in MODEL_KEYS}
         | {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings},
-        "settings": {name: getattr(config, name) for name in SETTINGS} | {"training tokens": data.num_tokens},
+        "settings": {name: getattr(config, name) for name in SETTINGS}
+        | mixing
+        | {"training tokens": data.num_tokens},
         "init_method_std": config.init_method_std,
     }
 
@@ -160,7 +153,7 @@ class Trainer:
     def __init__(self, run: Run, device: torch.device, metrics: Metrics | None = None):
         config = run.config
         self.run, self.device, self.metrics = run, device, metrics or Metrics([])
-        self.train_data, self.valid_data = open_datasets(run)
+        self.train_data, self.valid_data, self.test_data = open_datasets(run)
         self.steps = training_steps(run, len(self.train_data))
         self.warmup = warmup_steps(config, self.steps)
         self.step = self.tokens = 0
@@ -341,6 +334,8 @@ class Trainer:
         saves.finish()
         assert record is not None
         elapsed = time.perf_counter() - begun
+        if self.test_data is not None and self.step == self.steps and not self.stop_asked:
+            progress.evaluation(self.evaluate(self.test_data, split="test"))
         return self.metrics.write(
             "summary",
             self.step,
@@ -353,14 +348,15 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def evaluate(self) -> dict:
-        """The mean loss over all valid tokens of the held-out set; returns its record."""
-        assert self.valid_data is not None
+    def evaluate(self, data: TokenDataset | None = None, **more: str) -> dict:
+        """The mean loss over all valid tokens of the held-out set, or of ``data``; returns its record, with ``more`` in it."""
+        data = self.valid_data if data is None else data
+        assert data is not None
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, tokens
-        for batch in self.shard.evaluation(self.valid_data):
+        for batch in self.shard.evaluation(data):
             sums[0] += self.losses(batch).sum()
             sums[1] += batch.num_valid
         dist.all_reduce(sums, group=self.groups.dp_cp)
         loss, count = sums.tolist()
-        return self.metrics.write("eval", self.step, loss=loss / max(count, 1), tokens=int(count))
+        return self.metrics.write("eval", self.step, loss=loss / max(count, 1), tokens=int(count), **more)

@@ -119,6 +119,7 @@ def describe(trainer: Trainer, output: Path) -> str:
         parameters=sum(p.numel() for p in trainer.model.parameters()),
         samples=len(trainer.train_data),
         held_out=len(trainer.valid_data) if trainer.valid_data else 0,
+        tested=len(trainer.test_data) if trainer.test_data else 0,
         steps=trainer.steps,
         warmup=trainer.warmup,
         device=trainer.device,

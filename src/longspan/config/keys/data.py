@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+import re
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from longspan.config.keys.declare import key
+from longspan.errors import did_you_mean
+
+#: Megatron-LM's tokenizer types there are here
+TOKENIZER_TYPES = ("GPT2BPETokenizer", "HuggingFaceTokenizer", "NullTokenizer")
+#: and those there are not; any other name of a tokenizer is one of transformers' classes, as axolotl says them
+_NO_TOKENIZERS = (
+    "BertWordPieceLowerCase",
+    "BertWordPieceCase",
+    "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
+    "Llama2Tokenizer",
+    "TikTokenizer",
+    "MultimodalTokenizer",
+    "NullMultimodalTokenizer",
+    "NullSFTTokenizer",
+    "SFTTokenizer",
+    "MegatronTokenizer",
+)
 
 
 class DatasetConfig(BaseModel):
@@ -21,6 +40,12 @@ class DatasetConfig(BaseModel):
     )
     type: Literal["completion"] = Field("completion", description="completion: whole documents, no prompt.")
     field: str = Field("text", description="The field of a .jsonl line that holds the text.")
+
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="Part of the samples that comes from here, beside the other weights; default: every source as it is.",
+    )
 
     @field_validator("path")
     @classmethod
@@ -67,23 +92,63 @@ class DataKeys(BaseModel):
     )
 
     # --- Megatron's way of saying what to train on -------------------------------------------
-    data_path: list[str | float] | None = key(
-        None, "Token files: one .bin/.idx prefix, several, or a blend: weight prefix weight prefix ..."
+    data_path: list[str] | None = key(
+        None,
+        "Token files: one .bin/.idx prefix, several taken as one, or a blend: weight prefix weight prefix ...",
     )
-    train_data_path: list[str | float] | None = key(None, "Token files of training alone, as data_path.")
-    valid_data_path: list[str | float] | None = key(None, "Token files of evaluation alone, as data_path.")
-    test_data_path: list[str | float] | None = key(
-        None, "Token files of the test at the end alone, as data_path."
-    )
+    train_data_path: list[str] | None = key(None, "Token files of training alone, as data_path.")
+    valid_data_path: list[str] | None = key(None, "Token files of evaluation alone, as data_path.")
+    test_data_path: list[str] | None = key(None, "Token files of the test at the end alone, as data_path.")
     split: str | None = key(
-        None, "Shares of data_path for training, evaluation and test, such as 99,1,0; default 969,30,1."
+        None,
+        "Shares of data_path's documents for training, evaluation and the test at the end, such as 99,1,0; default "
+        "969,30,1.",
     )
-    mock_data: bool = key(False, "Train on made-up tokens: no data and no tokenizer are needed.")
+    mock_data: bool = key(
+        False,
+        "Train on made-up tokens: no data and no tokenizer are needed (vocab_size: 32768 unless given).",
+    )
     tokenizer_type: Literal["GPT2BPETokenizer", "HuggingFaceTokenizer", "NullTokenizer"] | None = key(
-        None, "What vocab_file and merge_file, or tokenizer_config, hold; NullTokenizer: none is needed."
+        None,
+        "GPT2BPETokenizer: vocab_file and merge_file; HuggingFaceTokenizer (or a class of transformers): "
+        "tokenizer_config; NullTokenizer: none, tokens 0 to vocab_size - 1 and vocab_size for the end of a document.",
     )
     vocab_file: str | None = key(None, "vocab.json of a GPT-2 BPE tokenizer.")
     merge_file: str | None = key(None, "merges.txt of a GPT-2 BPE tokenizer.")
+
+    @field_validator("data_path", "train_data_path", "valid_data_path", "test_data_path", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        """Weights and prefixes as text: a YAML file gives weights as numbers, and one prefix as no list."""
+        if value is None:
+            return None
+        values = value if isinstance(value, list) else [value]
+        return [
+            os.path.expanduser(v) if isinstance(v, str) else v if isinstance(v, bool) else str(v)
+            for v in values
+        ]
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _shares(cls, value: Any) -> Any:
+        return (
+            ",".join(map(str, value)) if isinstance(value, list) else value if value is None else str(value)
+        )
+
+    @field_validator("tokenizer_type", mode="before")
+    @classmethod
+    def _tokenizer_type(cls, value: Any) -> Any:
+        if value in _NO_TOKENIZERS:
+            raise ValueError(
+                "is not supported; save the tokenizer as tokenizer.json (transformers' save_pretrained), and give "
+                "HuggingFaceTokenizer with its folder as tokenizer_config (--tokenizer-model)"
+            )
+        if value in TOKENIZER_TYPES or not isinstance(value, str):
+            return value
+        near = did_you_mean(value, TOKENIZER_TYPES)
+        if re.fullmatch(r"[A-Z]\w*Tokenizer(Fast)?", value) and not near:
+            return "HuggingFaceTokenizer"
+        raise ValueError(f"must be one of {', '.join(TOKENIZER_TYPES)}.{near}".rstrip(".?"))
 
     # --- instructions and chats --------------------------------------------------------------
     train_on_inputs: bool = key(False, "Prompts count in the loss too, not only what is to be answered.")
