@@ -86,7 +86,7 @@ def _tokenizer_type(taken: dict[str, str], problems: list[str]) -> str:
     kind = reading.config.tokenizer_type if reading.config else None
     if reading.problems:
         return "load"
-    ways = {
+    ways: dict[str, list[str]] = {
         "load": [o for o in ("--tokenizer", "--tokenizer-model") if o in taken],
         "train": [o for o in ("--train-vocab-size",) if o in taken],
         "gpt2": [o for o in ("--vocab-file", "--merge-file") if o in taken],
