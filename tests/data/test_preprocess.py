@@ -122,10 +122,10 @@ def test_sentences(lines, tokenizer, tmp_path, monkeypatch):
     text = "A cat.\n\nA dog sat. It slept."
     assert sentence_splitter("english", False)(text) == ["A cat.", "A dog sat.", "It slept."]
     assert sentence_splitter("english", True)(text) == ["A cat.\n\n", "A dog sat. ", "It slept."]
-    path = lines({"text": "a b. C d."})
+    path = lines({"text": "a cats. A dog."})
     encoding = Encoding(tokenizer, 6, 4, language="english")
     preprocess(documents_of([path], ["text"]), [tmp_path / "s"], encoding)
-    assert read_pair(tmp_path / "s") == [[[1, 2, 5], [0, 4, 5, 4]]]
+    assert read_pair(tmp_path / "s") == [[[1, 0, 5], [0, 0, 5, 4]]]
 
 
 def test_without_nltk_the_remedy_is_said(monkeypatch):

@@ -62,7 +62,7 @@ def test_prefixes_without_weights_are_one_dataset(files):
     assert type(train) is TokenDataset
     assert len(train) == 70
     assert documents(train) == list(range(50))
-    assert documents(valid) == list(range(20, 100))  # 20 to 39 of b, 50 to 99 of a
+    assert documents(valid) == [*range(20, 40), *range(50, 100)]  # of b, of a
 
 
 def test_weights_blend_every_part(files):

@@ -3,7 +3,9 @@
 - `indexed`: Megatron's token files, read and written.
 - `text`: documents from files, tokenizers, and the cached way from one to the other.
 - `packing`: which tokens make a row, with shifted labels; `Batch`.
-- `loader`: which rows a rank trains on at which step.
+- `loader`: which rows a rank trains on at which step; `blend`: several datasets by weights.
+- `sources`: from a config to its datasets; `mock`: made-up ones.
+- `preprocess`, `merge`, `gpt2`: what `longspan prepare` and `longspan merge` are made of.
 
 Names are imported when they are first used: checking that a file is there must not wait for torch.
 """

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from longspan.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_and_idx, missing_file
 from longspan.errors import UserError
 
@@ -46,7 +48,9 @@ def merge(
         UserError: a file is broken, or they hold tokens of different types.
     """
     files = [IndexedDataset(prefix) for prefix in prefixes]
-    kinds = {file.dtype: prefix.name for prefix, file in reversed(list(zip(prefixes, files)))}
+    kinds: dict[np.dtype, str] = {}
+    for prefix, file in zip(prefixes, files):
+        kinds.setdefault(file.dtype, prefix.name)
     if len(kinds) > 1:
         found = ", ".join(f"{kind.name} in {name}" for kind, name in kinds.items())
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from typing import Any, Literal
@@ -145,9 +146,10 @@ class DataKeys(BaseModel):
             )
         if value in TOKENIZER_TYPES or not isinstance(value, str):
             return value
-        near = did_you_mean(value, TOKENIZER_TYPES)
-        if re.fullmatch(r"[A-Z]\w*Tokenizer(Fast)?", value) and not near:
+        slip = difflib.get_close_matches(value, TOKENIZER_TYPES, cutoff=0.9)
+        if re.fullmatch(r"[A-Z]\w*Tokenizer(Fast)?", value) and not slip:
             return "HuggingFaceTokenizer"
+        near = did_you_mean(value, TOKENIZER_TYPES)
         raise ValueError(f"must be one of {', '.join(TOKENIZER_TYPES)}.{near}".rstrip(".?"))
 
     # --- instructions and chats --------------------------------------------------------------
