@@ -13,9 +13,9 @@ from longspan.cli.launch import HELP, start, under_torchrun
 from longspan.cli.options import key_help
 from longspan.cli.prepare import prepare_config
 from longspan.cli.train import quiet_logs, read_run
-from longspan.config.data_rules import has_validation
 from longspan.config.load import to_yaml
 from longspan.config.resolve import Run, resolve
+from longspan.config.schedule import evaluates
 from longspan.errors import UserError
 
 USAGE = f"""\
@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     problems: list[str] = []
     trials = number(own, "--needles", problems, least=0)
     trials = 2 if trials is None else trials
-    if not has_validation(resolved.config):
+    if not evaluates(resolved.config):
         problems.append(
             "longspan eval needs held-out documents: val_set_size is 0. Give --val-set-size 0.02, say (for data_path: --split 99,1,0)."
         )

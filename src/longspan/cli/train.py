@@ -189,7 +189,7 @@ def join(resolved: Run, device_type: str) -> int:
     alone = resolved.world_size == 1 and not under_torchrun()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     config = prepared(resolved, show=True) if alone else None
-    init_distributed(device_type)
+    init_distributed(device_type, resolved.config.ddp_timeout)
     if config is None:
         config = prepared_together(resolved, local_rank)
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
@@ -227,11 +227,17 @@ def resume_point(run: Run) -> str | None:
                 "no_load_optim and no_load_rng say what to leave out of a resume: give resume too."
             )
         return None
-    from longspan.training.checkpoint import check_fits, find, newest
+    from longspan.training.checkpoint import check_fits, find, newest, refuse_megatron
     from longspan.training.loop import describe_run, open_datasets
 
-    folder = Path(config.output_dir) / "checkpoints"
-    path = newest(folder) if config.resume == "auto" else find(Path(config.resume))
+    given = Path(config.resume)
+    if config.resume == "auto":
+        path = newest(Path(config.output_dir) / "checkpoints")
+    elif config.exit_on_missing_checkpoint or given.name.startswith("step_"):
+        path = find(given)
+    else:
+        refuse_megatron(given)
+        path = newest(given) or newest(given / "checkpoints")
     if path is None:
         return None
     check_fits(path, describe_run(run, open_datasets(run)[0]), weights_only=config.no_load_optim)
@@ -245,7 +251,12 @@ def prepared(resolved: Run, show: bool) -> TrainConfig:
     config = prepare_config(resolved.config, show=show)
     checked = resolve(config, resolved.world_size)
     check_data(checked)
-    return config.model_copy(update={"resume": resume_point(checked)})
+    resume = resume_point(checked)
+    if resume is None and config.resume is not None:
+        if show and config.resume != "auto":
+            print(f"resume: no checkpoint at {config.resume}: the run starts anew", file=sys.stderr)
+        return config.model_copy(update={"resume": None, "no_load_optim": False, "no_load_rng": False})
+    return config.model_copy(update={"resume": resume})
 
 
 def prepared_together(resolved: Run, local_rank: int) -> TrainConfig:

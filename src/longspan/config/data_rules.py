@@ -87,9 +87,12 @@ def read_split(text: str) -> list[float]:
 
 
 def has_validation(config: TrainConfig) -> bool:
-    """Does the config hold anything out to evaluate on?"""
+    """Does the config hold anything out to evaluate on? A wrong split does: it has a message of its own."""
     if config.data_path or config.mock_data:
-        return read_split(config.split or DEFAULT_SPLIT)[1] > 0
+        try:
+            return read_split(config.split or DEFAULT_SPLIT)[1] > 0
+        except UserError:
+            return True
     return bool(config.val_set_size or config.valid_data_path or config.test_datasets)
 
 
@@ -137,16 +140,6 @@ def data_problems(config: TrainConfig) -> list[Problem]:
                 text = f"{name} goes with datasets; here ({doors[0]}) {rule}. Leave it out."
                 found.append(((name, doors[0]), text))
     _weights(config, found)
-    split_is_good = not any("split" in names for names, _ in found)
-    if config.eval_steps is not None and split_is_good and doors and not has_validation(config):
-        remedy = (
-            "val_set_size: 0.02"
-            if config.datasets
-            else "split 99,1,0, or valid_data_path with train_data_path"
-        )
-        what = "val_set_size is 0" if config.datasets else "nothing is held out"
-        text = f"eval_steps is given but {what}. Hold documents out, e.g. {remedy}."
-        found.append((("eval_steps", "val_set_size"), text))
     _tokenizer(config, found)
     return found
 

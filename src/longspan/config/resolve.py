@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from longspan.config.model import (
     architecture_problems,
 )
 from longspan.config.parallel import MeshSizes
+from longspan.config.schedule import schedule_problems
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError
 
@@ -172,6 +172,7 @@ def resolve(
     _not_yet(config, found)
     _hybrid(config, found)
     _exclusive(config, found)
+    found += schedule_problems(config)
     if None not in (config.num_layers, config.hidden_size, config.num_attention_heads):
         found += _model_problems(config)
     messages = list(earlier) + [text for fields, text in found if not bad.intersection(fields)]
@@ -328,10 +329,6 @@ def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
                 f"val_set_size {config.val_set_size}: below 1 it is a share of the documents, from 1 on a whole number of them.",
             )
         )
-    if config.warmup_steps is not None and config.warmup_ratio is not None:
-        found.append(
-            (("warmup_steps", "warmup_ratio"), "warmup_steps and warmup_ratio are both given. Keep one.")
-        )
     windows = config.sliding_window if isinstance(config.sliding_window, list) else []
     if config.export_hf and len({w for w in windows if w is not None}) > 1:
         found.append(
@@ -401,17 +398,3 @@ def _model_problems(config: TrainConfig) -> list[Problem]:
 def _recompute(config: TrainConfig) -> str:
     given = config.gradient_checkpointing
     return given if isinstance(given, str) else "full" if given else "none"
-
-
-def training_steps(run: Run, samples: int) -> int:
-    """Optimizer steps: max_steps, or the epochs' samples over the global batch, rounded up."""
-    config = run.config
-    return config.max_steps or max(1, math.ceil(samples * config.num_epochs / run.global_batch_size))
-
-
-def warmup_steps(config: TrainConfig, steps: int) -> int:
-    if config.warmup_steps is not None:
-        return config.warmup_steps
-    if config.warmup_ratio is not None:
-        return math.ceil(config.warmup_ratio * steps)
-    return min(math.ceil(0.03 * steps), 100)

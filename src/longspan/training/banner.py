@@ -62,3 +62,17 @@ def banner(run: Run, *, parameters: int, samples: int, held_out: int, tested: in
     }
     width = max(map(len, rows))
     return "\n".join(["longspan", *(f"  {name:<{width}}  {text}" for name, text in rows.items())])
+
+
+def megatron_line(run: Run) -> str:
+    """The sizes as Megatron-LM prints them first."""
+    sizes = run.sizes
+    levels = (
+        f"hierarchical context-parallel sizes: {list(sizes.hierarchical_cp)}, "
+        if sizes.hierarchical_cp
+        else ""
+    )
+    return (
+        f"using world size: {sizes.world_size}, data-parallel size: {sizes.dp}, context-parallel size: {sizes.cp}, "
+        f"{levels}tensor-model-parallel size: {sizes.tp}, pipeline-model-parallel size: {sizes.pp}"
+    )

@@ -48,8 +48,9 @@ def find(path: Path) -> Path:
     """The checkpoint a path stands for: itself, or the newest of a run's folder.
 
     Raises:
-        UserError: nothing there, or a half-written one.
+        UserError: nothing there, a half-written one, or one of Megatron-LM.
     """
+    refuse_megatron(path)
     for folder in (path, path / "checkpoints"):
         if (folder / "latest").is_file():
             path = folder / (folder / "latest").read_text(encoding="utf-8").strip()
@@ -68,6 +69,20 @@ def find(path: Path) -> Path:
         remedy = f"Use {others[-1]}, which is whole." if others else "There is no other one beside it."
         raise UserError(f"resume: {path} is not a whole checkpoint: {', '.join(missing)} missing. {remedy}")
     return path
+
+
+#: the file Megatron-LM writes beside its checkpoints
+MEGATRON = "latest_checkpointed_iteration.txt"
+
+
+def refuse_megatron(path: Path) -> None:
+    """Refuses a folder of Megatron-LM's checkpoints, with the way round (UserError)."""
+    if (path / MEGATRON).is_file() or any(path.glob("iter_*/mp_rank_*")) or any(path.glob("mp_rank_*")):
+        raise UserError(
+            f"resume: {path} holds a checkpoint of Megatron-LM, whose format depends on the layout and the version it was "
+            "written with. Convert it to Hugging Face with Megatron-LM's own tools (Megatron Bridge's export, or "
+            "tools/checkpoint/convert.py), then start from it with base_model (--base-model FOLDER)."
+        )
 
 
 def newest(folder: Path) -> Path | None:

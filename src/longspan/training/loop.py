@@ -24,7 +24,8 @@ from torch import Tensor
 
 from longspan import __version__
 from longspan.config.architecture import model_folder
-from longspan.config.resolve import Run, training_steps, warmup_steps
+from longspan.config.resolve import Run
+from longspan.config.schedule import interval, learning_rate, training_steps, warmup_steps
 from longspan.context_parallel import SequenceLayout
 from longspan.data import Prefetcher, TokenDataset
 from longspan.data.blend import BlendedDataset
@@ -36,14 +37,15 @@ from longspan.models.huggingface import SafetensorsFolder
 from longspan.parallelize import gradient_norm, load_pretrained, parallelize
 from longspan.training.checkpoint import Checkpointer, SaveError, check_fits, load
 from longspan.training.metrics import Metrics, peak_memory_gib
-from longspan.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+from longspan.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
 from longspan.training.progress import Progress
 from longspan.training.sharding import HybridSharder, LocalBatch, Sharder
 
 
 def open_datasets(run: Run) -> tuple[TokenDataset, TokenDataset | None, TokenDataset | None]:
     """The training set, the held-out set and the test set of a prepared config; None for one there is not."""
-    return open_parts(run.config)
+    train, valid, test = open_parts(run.config)
+    return (train, None, None) if run.config.eval_iters == 0 else (train, valid, test)
 
 
 #: what must be the same for weights to fit
@@ -158,6 +160,7 @@ class Trainer:
         self.warmup = warmup_steps(config, self.steps)
         self.step = self.tokens = 0
         self.stop_asked = False  # set by a signal; all ranks stop at the same step
+        self.begun = time.perf_counter()
 
         self.mesh = ParallelMesh.build(run.sizes, device.type)
         self.groups = self.mesh.groups
@@ -260,6 +263,14 @@ class Trainer:
         self.step += 1
         return norm.item(), rate
 
+    def run_out(self, now: float) -> bool:
+        """Is it time to save and stop before the last step: exit_interval, exit_duration_in_mins?"""
+        config = self.run.config
+        minutes = (now - self.begun) / 60
+        return (config.exit_interval is not None and self.step % config.exit_interval == 0) or (
+            config.exit_duration_in_mins is not None and minutes >= config.exit_duration_in_mins
+        )
+
     def train_step(self, batches: list[LocalBatch]) -> dict:
         """One optimizer step; returns its record."""
         start = time.perf_counter()
@@ -272,7 +283,8 @@ class Trainer:
         norm, rate = self.apply_gradients()
         self.tokens += count
         # one small message: the largest memory of a rank, and whether any rank was asked to stop
-        shared = torch.tensor([peak_memory_gib(self.device), float(self.stop_asked)], dtype=torch.float64)
+        stop = self.stop_asked or self.run_out(time.perf_counter())
+        shared = torch.tensor([peak_memory_gib(self.device), float(stop)], dtype=torch.float64)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         peak, self.stop_asked = shared[0], bool(shared[1])
         elapsed = time.perf_counter() - start
@@ -310,6 +322,9 @@ class Trainer:
         saves = Checkpointer(output / "checkpoints", config.save_total_limit, config.async_save)
         begun, tokens = time.perf_counter(), self.tokens
         record = evaluation = None
+        an_epoch = len(self.train_data) / self.run.global_batch_size
+        eval_every = interval(config.eval_steps, config.evals_per_epoch, self.steps, an_epoch)
+        save_every = interval(config.save_steps, config.saves_per_epoch, self.steps, an_epoch)
         every = config.logging_steps or min(10, max(1, self.steps // 200))
         for batches in self.steps_ahead():
             first, record = record is None, self.train_step(batches)
@@ -318,11 +333,11 @@ class Trainer:
             last = self.step == self.steps or self.stop_asked
             progress.step(record, show=last or self.step == 1 or self.step % every == 0)
             saves.settle()
-            due = last or (config.eval_steps and self.step % config.eval_steps == 0)
+            due = last or (eval_every and self.step % eval_every == 0)
             if self.valid_data is not None and due and not self.stop_asked:
                 evaluation = self.evaluate()
                 progress.evaluation(evaluation)
-            if (config.save_last and last) or (config.save_steps and self.step % config.save_steps == 0):
+            if (config.save_last and last) or (save_every and self.step % save_every == 0):
                 try:
                     progress.saving(saves.save(self.step, self.model, self.optimizer, self.description()))
                 except SaveError as error:

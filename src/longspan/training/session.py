@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from longspan.config.resolve import Run
 from longspan.errors import UserError
-from longspan.training.banner import banner
+from longspan.training.banner import banner, megatron_line
 from longspan.training.checkpoint import SaveError
 from longspan.training.export import export
 from longspan.training.loop import NotFinite, Trainer
@@ -37,7 +37,8 @@ def train(run: Run, device: torch.device) -> int:
             trainer.metrics, kept = open_sinks(run, output, trainer.step, resumed)
             notes += [f"  an earlier run's {', '.join(kept)} are kept beside"] if kept else []
             print("\n".join([describe(trainer, output), *notes]), flush=True)
-            progress = make_progress(trainer.steps, trainer.step)
+            megatron = config.log_format == "megatron"
+            progress = make_progress(trainer.steps, trainer.step, run.global_batch_size if megatron else None)
         # before the first step a signal ends the process at once: there is nothing to save
         summary = trainer.train(output, progress, started=lambda: stop_on_signal(trainer))
         if config.export_hf and not trainer.stop_asked:
@@ -95,11 +96,16 @@ def open_sinks(run: Run, output: Path, step: int, resumed: Path | None) -> tuple
                 kept.append(aside.name)
     sinks: list[Sink] = [JsonLines(path)]
     if run.config.use_tensorboard:
-        sinks.append(TensorBoard(output / "tensorboard", step + 1))
+        sinks.append(TensorBoard(tensorboard_folder(run, output), step + 1))
     if run.config.use_wandb:
         c = run.config
-        sinks.append(Wandb(c.wandb_project, c.wandb_name, c.wandb_mode, c.model_dump(), output))
+        names = {"project": c.wandb_project, "name": c.wandb_name, "entity": c.wandb_entity}
+        sinks.append(Wandb(names, c.wandb_mode, c.model_dump(), output))
     return Metrics(sinks), kept
+
+
+def tensorboard_folder(run: Run, output: Path) -> Path:
+    return Path(run.config.tensorboard_dir) if run.config.tensorboard_dir else output / "tensorboard"
 
 
 def stop_on_signal(trainer: Trainer) -> None:
@@ -114,7 +120,8 @@ def stop_on_signal(trainer: Trainer) -> None:
 
 
 def describe(trainer: Trainer, output: Path) -> str:
-    return banner(
+    first = megatron_line(trainer.run) + "\n" if trainer.run.config.log_format == "megatron" else ""
+    return first + banner(
         trainer.run,
         parameters=sum(p.numel() for p in trainer.model.parameters()),
         samples=len(trainer.train_data),
@@ -139,7 +146,7 @@ def last_lines(summary: dict, trainer: Trainer, output: Path) -> str:
     if config.export_hf and not stopped:
         where = f"model: {output / 'hf'}, for Hugging Face transformers\n{where}"
     if config.use_tensorboard:
-        where += f"   curves: tensorboard --logdir {output / 'tensorboard'}"
+        where += f"   curves: tensorboard --logdir {tensorboard_folder(trainer.run, output)}"
     return "\n".join(
         [
             "",
