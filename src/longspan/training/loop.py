@@ -29,7 +29,7 @@ from longspan.config.schedule import interval, learning_rate, training_steps, wa
 from longspan.context_parallel import SequenceLayout
 from longspan.data import Prefetcher, TokenDataset
 from longspan.data.blend import BlendedDataset
-from longspan.data.sources import named_files, open_parts
+from longspan.data.splits import named_files, open_parts
 from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel

@@ -7,7 +7,7 @@ from longspan.config.load import make_config
 from longspan.data.blend import BlendedDataset
 from longspan.data.indexed import IndexedDatasetWriter
 from longspan.data.loader import TokenDataset
-from longspan.data.sources import named_files, open_parts, split_ranges
+from longspan.data.splits import named_files, open_parts, split_ranges
 from longspan.errors import UserError
 
 
