@@ -140,6 +140,14 @@ def test_every_key_gives_the_numbers_without_it(key, name, kind):
     compare(got[:3], expected[:3])
 
 
+def test_offloaded_parameters_with_copies_of_the_weights():
+    sizes = LAYOUTS["dp_replicate2 x tp2"]
+    got = pool.run(4, gradients, sizes, "packed", {}, {"offload_params": True})[0]
+    expected = plain(sizes, "packed", {})
+    assert got[:2] == expected[:2]
+    assert all(torch.equal(got[2][name], whole) for name, whole in expected[2].items())
+
+
 # --- offload_params through a whole run -------------------------------------------------------------------
 
 

@@ -73,12 +73,8 @@ class Offload:
             if self._stays(t, staying):
                 return t
             assert group.here is not None
-            key = (
-                t.data_ptr(),
-                t.shape,
-                t.stride(),
-                t.dtype,
-            )  # group.here keeps the address from being given anew
+            # group.here keeps the address from being given anew
+            key = (t.data_ptr(), t.shape, t.stride(), t.dtype, t._version)
             if key not in known:
                 known[key] = len(group.here)
                 group.here.append(t.detach())
