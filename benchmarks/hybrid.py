@@ -67,7 +67,7 @@ def make_trainer(folder: str, ranks: int):
         with IndexedDatasetWriter(Path(folder) / "data", np.uint16) as writer:
             writer.add_document(np.arange(100))
     dist.barrier()
-    config, problems, _ = make_config(
+    reading = make_config(
         MODEL
         | {
             "datasets": [{"path": f"{folder}/data"}],
@@ -77,8 +77,8 @@ def make_trainer(folder: str, ranks: int):
             "max_seqlen_per_dp_cp_rank": ROOM,
         }
     )
-    assert config is not None, problems
-    return Trainer(resolve(config, ranks), torch.device("cpu"))
+    assert reading.config is not None, reading.problems
+    return Trainer(resolve(reading.config, ranks), torch.device("cpu"))
 
 
 def bench(args: argparse.Namespace, folder: str) -> None:

@@ -21,6 +21,7 @@ RUNS = (
     ["training.py", "--ranks", "1", "--bf16"],
     ["memory.py"],
     ["integration.py"],
+    ["lora.py"],
 )
 
 

@@ -63,9 +63,9 @@ def make_trainer(folder: str, seq: int, bf16: bool, ranks: int, **changes) -> Tr
         "warmup_steps": 0,
         "reshard_after_forward": False,  # a small model: the peer keeps its weights too
     }
-    config, problems, _ = make_config(values | changes)
-    assert config is not None, problems
-    return Trainer(resolve(config, ranks), torch.device("cpu"))
+    reading = make_config(values | changes)
+    assert reading.config is not None, reading.problems
+    return Trainer(resolve(reading.config, ranks), torch.device("cpu"))
 
 
 class Peer:

@@ -16,6 +16,7 @@ import atexit
 import contextlib
 import datetime
 import faulthandler
+import gc
 import importlib
 import multiprocessing as mp
 import os
@@ -35,6 +36,20 @@ class WorkerError(AssertionError):
     """Some rank failed or hung; the message holds its traceback."""
 
 
+def forget_meshes() -> None:
+    """Lets go of the process groups of a world that is over.
+
+    DTensor's caches and cycles keep its meshes alive, and with each group gloo's threads: after some hundred tests
+    they would be hundreds, and slow everything.
+    """
+    from torch.distributed.tensor import debug
+
+    for clear in ("_clear_sharding_prop_cache", "_clear_python_sharding_prop_cache"):
+        if hasattr(debug, clear):
+            getattr(debug, clear)()
+    gc.collect()
+
+
 def _serve(connection, paths: list[str], stacks: str) -> None:
     sys.path[:] = paths
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -45,6 +60,7 @@ def _serve(connection, paths: list[str], stacks: str) -> None:
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115
     from longspan import parallel_state
 
+    gc.freeze()  # what is imported now stays: a collection after each run need not look at it
     while True:
         try:
             job = connection.recv()
@@ -70,6 +86,7 @@ def _serve(connection, paths: list[str], stacks: str) -> None:
             with contextlib.suppress(Exception):
                 if dist.is_initialized():
                     dist.destroy_process_group()
+            forget_meshes()
         try:
             connection.send((ok, result))
         except Exception:  # a result that cannot travel

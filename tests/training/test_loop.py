@@ -1,7 +1,6 @@
 """Training at every layout against one process: a curve, evaluation, precision, checkpoints."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from longspan.data import IndexedDatasetWriter
 from longspan.errors import UserError
 from longspan.training.loop import Trainer, check_data, open_datasets
 from longspan.training.metrics import JsonLines, Metrics, set_aside
-from longspan.training.optimizer import learning_rate
 from longspan.training.progress import Lines, Progress
 
 CPU = torch.device("cpu")
@@ -253,22 +251,3 @@ def test_a_held_out_sample_that_all_ranks_together_cannot_hold_is_refused(tmp_pa
     lengths = [45 if i in valid.documents else 5 for i in range(10)]
     with pytest.raises(UserError, match="makes a sample of 45 tokens, but 2 ranks x .* 20 hold 40"):
         check_data(write("long", lengths))
-
-
-class _Config:
-    learning_rate, cosine_min_lr_ratio, lr_scheduler = 1.0, 0.1, "cosine"
-
-
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
-def test_learning_rate_rises_then_follows_its_shape(kind):
-    config = _Config()
-    config.lr_scheduler = kind
-    rates = [learning_rate(config, step, 20, 5) for step in range(1, 21)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    middle = {
-        "cosine": 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 10 / 15)),
-        "linear": 0.1 + 0.9 / 3,
-        "constant": 1.0,
-    }
-    assert rates[14] == pytest.approx(middle[kind])
-    assert rates[-1] == pytest.approx(1.0 if kind == "constant" else 0.1)

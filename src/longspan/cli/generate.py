@@ -14,9 +14,9 @@ from longspan.errors import UserError, did_you_mean
 USAGE = """\
 usage: longspan generate MODEL [--prompt TEXT] [--max-new-tokens N] [--temperature T] [--seed S] [--tokenizer FOLDER]
 
-Writes on from a prompt with a Hugging Face folder such as OUTPUT_DIR/hf, or from a run's checkpoint: its folder
-(OUTPUT_DIR, the newest) or OUTPUT_DIR/checkpoints/step_00000100, trained at any layout. Each token reads the whole text
-again (there is no key/value cache): good for a look at a model, not for serving.
+Writes on from a prompt with a Hugging Face folder such as OUTPUT_DIR/hf, one of adapters in PEFT's format, or a run's
+checkpoint: its folder (OUTPUT_DIR, the newest) or OUTPUT_DIR/checkpoints/step_00000100, trained at any layout. Each token
+reads the whole text again (there is no key/value cache): good for a look at a model, not for serving.
   --prompt TEXT       what to start from (default: nothing)
   --max-new-tokens N  default 64
   --temperature T     0 always takes the likeliest token (default 0.8)
@@ -102,20 +102,33 @@ def generate(folder: str, prompt: str, count: int, temperature: float, seed: int
 
     from longspan.config.architecture import architecture_of, model_folder
     from longspan.config.load import architecture_config
+    from longspan.config.lora import CONFIG_FILE, read_peft_config
     from longspan.config.resolve import resolve
     from longspan.context_parallel import SequenceLayout
     from longspan.data import eod_id, load_tokenizer
     from longspan.mesh.mesh import ParallelMesh, close_distributed, init_distributed
     from longspan.models import GPTModel
+    from longspan.models.adapters import attach
     from longspan.models.huggingface import SafetensorsFolder
-    from longspan.parallelize import load_pretrained
+    from longspan.parallelize import load_adapters, load_pretrained
 
-    values = architecture_of(folder)
-    path = model_folder(folder)
-    tokenizer = load_tokenizer(path)
-    end = eod_id(tokenizer, path)
+    adapters = Path(folder) if (Path(folder) / CONFIG_FILE).is_file() else None
+    lora, base = read_peft_config(adapters) if adapters is not None else (None, folder)
+    if base is None:
+        raise UserError(f"{folder} does not name its base model. Merge them first: longspan convert --lora.")
+    values = architecture_of(base)
+    path = model_folder(base)
+    own = adapters if adapters is not None and (adapters / "tokenizer.json").is_file() else path
+    tokenizer = load_tokenizer(own)
+    end = eod_id(tokenizer, own)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or ([end] if end is not None else [0])
-    config = architecture_config(values)
+    most = values.get("max_position_embeddings")
+    if values.get("position_embedding_type") == "learned_absolute" and most and len(ids) + count > most:
+        raise UserError(
+            f"a prompt of {len(ids)} tokens and --max-new-tokens {count} make {len(ids) + count}, but the model has learned "
+            f"{most} positions (n_positions). Give a shorter prompt or a smaller --max-new-tokens."
+        )
+    config = architecture_config(values, len(ids) + count)
     init_distributed("cpu")
     try:
         run = resolve(config, 1)
@@ -124,8 +137,12 @@ def generate(folder: str, prompt: str, count: int, temperature: float, seed: int
             model = GPTModel(
                 run.transformer_config(), values["vocab_size"], config.sequence_len, pg_collection=mesh.groups
             )
+        if lora is not None:
+            attach(model, lora)
         model.to_empty(device="cpu")
         load_pretrained(model, SafetensorsFolder(path))
+        if adapters is not None:
+            load_adapters(model, adapters)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for _ in range(count):

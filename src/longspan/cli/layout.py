@@ -22,7 +22,8 @@ from longspan.cli.config import number
 from longspan.cli.options import key_help, read_config, take_options
 from longspan.cli.prepare import prepare_config
 from longspan.cli.train import missing_sources
-from longspan.config.resolve import Run, resolve, training_steps
+from longspan.config.resolve import Run, resolve
+from longspan.config.schedule import training_steps
 from longspan.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from longspan import __version__
@@ -80,16 +81,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+#: how long ranks other than the first wait before they tell of a mistake themselves
+FIRST_RANK_TELLS_S = 10.0
+
+
 def report(error: UserError, as_json: bool = False) -> None:
     """Prints a user's mistakes to stderr, one a line; and to stdout as ``{"problems": [...]}`` where JSON was asked for.
 
-    Under torchrun every rank finds the same mistake before the process group starts; the first one tells.
+    Under torchrun every rank finds the same mistake, and torchrun ends all of them when one has ended: the first rank
+    tells, and the others wait until it has. One that is still there then found a mistake of its own.
     """
-    started = "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0" and not started:
-        return
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+        time.sleep(FIRST_RANK_TELLS_S)
     for problem in error.problems:
-        print(f"longspan: error: {problem}", file=sys.stderr)
+        print(f"longspan: error: {problem}", file=sys.stderr, flush=True)
     if as_json:
         print(json.dumps({"problems": error.problems}, indent=2))
 

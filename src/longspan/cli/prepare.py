@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from longspan.cli.config import number
 from longspan.cli.options import read_config, take_options
 from longspan.config.architecture import model_folder
-from longspan.config.resolve import resolve
-from longspan.config.schema import TrainConfig
+from longspan.config.resolve import Run, resolve
+from longspan.config.schema import DatasetConfig, TrainConfig
 from longspan.errors import UserError, did_you_mean
 
 USAGE = """\
@@ -49,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     reading = read_config("prepare", arguments)
     config = resolve(reading.config, bad_keys=reading.bad, earlier=reading.problems).config
     config = prepare_config(config, show=True)
-    for source in config.datasets:
+    for source in [*config.datasets, *config.test_datasets]:
         print(f"{source.path} -> {source.prepared}")
     print(f"tokenizer: {config.tokenizer_config or 'none'}, vocabulary {config.vocab_size}")
     return 0
@@ -105,8 +106,8 @@ def prepare_files(arguments: Sequence[str]) -> int:
 class Counter:
     """Shows documents and tokens while they are made: a live line on a terminal, one line at the end elsewhere."""
 
-    def __init__(self, what: str):
-        self.what, self.live, self.seen = what, sys.stderr.isatty(), (0, 0)
+    def __init__(self, what: str, unit: str = "documents"):
+        self.what, self.unit, self.live, self.seen = what, unit, sys.stderr.isatty(), (0, 0)
         self.last = 0.0
 
     def __call__(self, documents: int, tokens: int) -> None:
@@ -114,7 +115,7 @@ class Counter:
         if self.live and time.monotonic() - self.last > 0.1:
             self.last = time.monotonic()
             print(
-                f"\rtokenising {self.what}: {documents:,} documents, {tokens:,} tokens",
+                f"\rtokenising {self.what}: {documents:,} {self.unit}, {tokens:,} tokens",
                 end="",
                 file=sys.stderr,
             )
@@ -126,7 +127,7 @@ class Counter:
         if self.seen[0]:
             start = "\r" if self.live else ""
             print(
-                f"{start}tokenised {self.what}: {self.seen[0]:,} documents, {self.seen[1]:,} tokens",
+                f"{start}tokenised {self.what}: {self.seen[0]:,} {self.unit}, {self.seen[1]:,} tokens",
                 file=sys.stderr,
             )
 
@@ -135,6 +136,22 @@ def is_indexed(path: str) -> bool:
     """Is this the prefix (or one of the files) of a ``.bin/.idx`` pair?"""
     stem = path[:-4] if path.endswith((".bin", ".idx")) else path
     return Path(stem + ".idx").is_file() or Path(stem + ".bin").is_file()
+
+
+def check_weights(run: Run) -> None:
+    """Finds the weights a run starts from, fetching them where that is needed, and holds their names against the model.
+
+    Raises:
+        UserError: they cannot be had, or are those of another model.
+    """
+    if not run.pretrained:
+        return
+    from longspan.models.huggingface import Names, SafetensorsFolder, check_tensors
+
+    assert run.config.base_model is not None
+    assert run.config.vocab_size is not None
+    source = SafetensorsFolder(model_folder(run.config.base_model))
+    check_tensors(source, Names(run.transformer_config(), run.config.vocab_size))
 
 
 def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
@@ -147,18 +164,25 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
     Raises:
         UserError: a missing or broken source, no tokenizer, or a vocabulary that does not fit.
     """
-    from longspan.data import IndexedDataset, load_tokenizer, prepare_dataset, vocabulary_size
+    from longspan.data import load_tokenizer, prepare_dataset, vocabulary_size
+    from longspan.data.sources import is_text
 
     folder, train_size = config.tokenizer_config, config.tokenizer_train_vocab_size
     if folder is None and train_size is None and config.base_model is not None:
         own = model_folder(config.base_model) if not config.reinit_weights else Path(config.base_model)
         folder = str(own) if (own / "tokenizer.json").is_file() else None
+    if folder is not None:
+        folder = own_tokenizer(config, folder)
     sources = []
-    for source in config.datasets:
+    for source in [*config.datasets, *config.test_datasets]:
         given = source.prepared or source.path
         if source.prepared or is_indexed(given):
-            IndexedDataset(given)
+            check_indexed(source, given)
             sources.append(source.model_copy(update={"prepared": given}))
+            continue
+        if not is_text(source):
+            prefix = prepare_records(config, source, folder, show)
+            sources.append(source.model_copy(update={"prepared": str(prefix)}))
             continue
         if folder is None and train_size is None:
             raise UserError(
@@ -193,9 +217,67 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
         )
     return config.model_copy(
         update={
-            "datasets": sources,
+            "datasets": sources[: len(config.datasets)],
+            "test_datasets": sources[len(config.datasets) :],
             "tokenizer_config": folder,
             "tokenizer_train_vocab_size": None,
             "vocab_size": vocab,
         }
     )
+
+
+def check_indexed(source: DatasetConfig, prefix: str) -> None:
+    """Refuses token files that are not there, and those whose type says what they cannot know."""
+    from longspan.data import IndexedDataset, open_masks
+
+    IndexedDataset(prefix)
+    if open_masks(prefix) is None and not source.prepared and source.type != "completion":
+        raise UserError(
+            f"datasets: {source.path} holds tokens, and no masks that say which of them are answers. Give the records (json, "
+            "parquet ...) as path, or leave type out to train on every token."
+        )
+
+
+def prepare_records(config: TrainConfig, source: DatasetConfig, folder: str | None, show: bool) -> Path:
+    """Makes the samples of a dataset of records where that is not done yet; returns their prefix."""
+    from longspan.data.instruct import Recipe
+    from longspan.data.samples import prepare_samples
+
+    if folder is None:
+        raise UserError(
+            f"datasets: {source.path!r} holds records and there is no tokenizer. Give tokenizer_config (a folder with "
+            "tokenizer.json), or a base_model that has one; a tokenizer is trained on text alone."
+        )
+    recipe = Recipe.make(
+        source, folder, config.train_on_inputs, config.chat_template, config.chat_template_jinja
+    )
+    with Counter(source.path, "samples") if show else nullcontext() as counter:
+        return prepare_samples(recipe, config.dataset_prepared_path, config.dataset_num_proc, counter)
+
+
+def own_tokenizer(config: TrainConfig, folder: str) -> str:
+    """The tokenizer's folder, with the config's special_tokens and chat_template in it: a copy where they are not."""
+    from longspan.data.chat import find_template, own_template
+    from longspan.data.text import copy_tokenizer, load_tokenizer, special_tokens
+
+    chosen = config.special_tokens or {}
+    tokenizer, now = load_tokenizer(folder), special_tokens(folder)
+    missing = [token for token in chosen.values() if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise UserError(
+            f"special_tokens: {', '.join(map(repr, missing))}: not in the vocabulary of {folder}. Add tokens to the tokenizer "
+            "and to base_model first, with transformers."
+        )
+    path = Path(folder)
+    template = None
+    if config.chat_template is not None or config.chat_template_jinja is not None:
+        template = find_template(
+            config.chat_template,
+            config.chat_template_jinja,
+            path if path.is_dir() else path.parent,
+            now | chosen,
+            [],
+        ).text
+        if template == own_template(path if path.is_dir() else path.parent):
+            template = None
+    return str(copy_tokenizer(path, chosen, template, Path(config.dataset_prepared_path)))

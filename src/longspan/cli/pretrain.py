@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ from longspan.cli.launch import HELP, OPTIONS, read_launch
 from longspan.cli.options import key_help, take_options
 from longspan.cli.train import checked, start_or_join
 from longspan.config.megatron import parse_megatron_flags
+from longspan.config.schema import keys
 from longspan.errors import UserError
 
 USAGE = f"""\
@@ -32,13 +34,25 @@ def run(arguments: Sequence[str]) -> int:
     reading.problems[:0] = problems
     if reading.config is None:
         raise UserError(reading.problems)
-    return start_or_join(*checked(reading, launch, announce=announcement(defaults)))
+    try:
+        return start_or_join(*checked(reading, launch, announce=announcement(defaults)))
+    except UserError as error:
+        raise UserError([by_flags(problem) for problem in error.problems]) from None
 
 
 def announcement(defaults: dict[str, object]) -> str:
     """Says which defaults are Megatron-LM's, and that dropout is not."""
     taken = ", ".join(f"{name} {_shown(value)}" for name, value in defaults.items())
     return f"Megatron-LM's defaults taken: {taken}\ndropout: 0 (Megatron-LM's default is 0.1)"
+
+
+def by_flags(problem: str) -> str:
+    """A message in which keys go by this door's flags: ``learning_rate: missing`` -> ``--lr: missing``."""
+    for k in sorted(keys(), key=lambda k: -len(k.name)):
+        whole = rf"(?<![\w.-]){k.name}(?![\w-])"
+        # a name of one word is also an English word: it is the key only where the message begins with it
+        problem = re.sub(whole if "_" in k.name else rf"^{whole}", k.flag, problem)
+    return problem
 
 
 def _shown(value: object) -> str:

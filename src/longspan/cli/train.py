@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from longspan.cli.environment import without_effect
 from longspan.cli.launch import HELP, OPTIONS, Launch, choose_device, read_launch, start, under_torchrun
 from longspan.cli.options import key_help, read_config, take_options
-from longspan.cli.prepare import prepare_config
+from longspan.cli.prepare import check_weights, prepare_config
 from longspan.config.load import Reading, to_yaml
 from longspan.config.resolve import Run, resolve
 from longspan.config.schema import TrainConfig
@@ -120,15 +120,15 @@ def check_backend(run: Run, device: str) -> None:
 
 def missing_sources(config) -> list[str]:
     """Datasets that are not there, found before anything is tokenised or started."""
-    from longspan.data import find_sources
+    from longspan.data.sources import check_source
 
     problems = []
-    for source in config.datasets:
+    for source in [*config.datasets, *config.test_datasets]:
         stem = source.path[:-4] if source.path.endswith((".bin", ".idx")) else source.path
         if source.prepared or any(Path(stem + suffix).exists() for suffix in (".bin", ".idx")):
             continue
         try:
-            find_sources(source.path)
+            check_source(source)
         except UserError as error:
             problems += [f"datasets: {problem}" for problem in error.problems]
     return problems
@@ -207,11 +207,17 @@ def resume_point(run: Run) -> str | None:
                 "no_load_optim and no_load_rng say what to leave out of a resume: give resume too."
             )
         return None
-    from longspan.training.checkpoint import check_fits, find, newest
+    from longspan.training.checkpoint import check_fits, find, newest, refuse_megatron
     from longspan.training.loop import describe_run, open_datasets
 
-    folder = Path(config.output_dir) / "checkpoints"
-    path = newest(folder) if config.resume == "auto" else find(Path(config.resume))
+    given = Path(config.resume)
+    if config.resume == "auto":
+        path = newest(Path(config.output_dir) / "checkpoints")
+    elif config.exit_on_missing_checkpoint or given.name.startswith("step_"):
+        path = find(given)
+    else:
+        refuse_megatron(given)
+        path = newest(given) or newest(given / "checkpoints")
     if path is None:
         return None
     check_fits(path, describe_run(run, open_datasets(run)[0]), weights_only=config.no_load_optim)
@@ -225,7 +231,13 @@ def prepared(resolved: Run, show: bool) -> TrainConfig:
     config = prepare_config(resolved.config, show=show)
     checked = resolve(config, resolved.world_size)
     check_data(checked)
-    return config.model_copy(update={"resume": resume_point(checked)})
+    check_weights(checked)
+    resume = resume_point(checked)
+    if resume is None and config.resume is not None:
+        if show and config.resume != "auto":
+            print(f"resume: no checkpoint at {config.resume}: the run starts anew", file=sys.stderr)
+        return config.model_copy(update={"resume": None, "no_load_optim": False, "no_load_rng": False})
+    return config.model_copy(update={"resume": resume})
 
 
 def prepared_together(resolved: Run, local_rank: int) -> TrainConfig:

@@ -6,19 +6,21 @@ from pathlib import Path
 
 import torch
 
+from longspan.config.memory_rules import memory_lines
 from longspan.config.resolve import Run
 from longspan.context_parallel import SequenceLayout
 from longspan.context_parallel.kernels import select_kernel
 
 
-def banner(run: Run, *, parameters: int, samples: int, held_out: int, steps: int, warmup: int, device: torch.device,
-           local_rows: int, output: Path) -> str:  # fmt: skip
+def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: int, steps: int, warmup: int, device: torch.device,
+           local_rows: int, filling: str, output: Path) -> str:  # fmt: skip
     """The lines rank 0 prints before the first step.
 
     Args:
-        parameters: of the whole model, vocabulary padding included.
+        parameters: of the whole model, vocabulary padding included; trained: those that change.
         samples, held_out: sequences an epoch, and of an evaluation.
         local_rows: tokens of a sequence on one rank, padding included.
+        filling: what a sequence is made of.
     """
     c, sizes = run.config, run.sizes
     dtype = torch.bfloat16 if c.bf16 is True else getattr(torch, c.params_dtype)
@@ -37,6 +39,14 @@ def banner(run: Run, *, parameters: int, samples: int, held_out: int, steps: int
     rows = {
         "model": f"{parameters / 1e6:,.1f}M parameters: {model.num_layers} layers, hidden {model.hidden_size}, "
         f"{model.num_attention_heads} heads ({model.num_query_groups} key/value), vocabulary {c.vocab_size}",
+        **(
+            {
+                "adapters": f"LoRA rank {run.lora.rank}, scale {run.lora.scale:g}, on {', '.join(run.lora.targets)}: "
+                f"{trained:,} of {parameters:,} parameters trained ({100 * trained / parameters:.2g} %)"
+            }
+            if run.lora is not None
+            else {}
+        ),
         "mesh": f"{sizes.equation()} processes on {device.type}",
         "batch": f"micro {run.micro_batch_size} x accumulation {run.accumulation} x dp {sizes.dp} = "
         f"{run.global_batch_size} sequences = {tokens:,} tokens a step",
@@ -47,10 +57,12 @@ def banner(run: Run, *, parameters: int, samples: int, held_out: int, steps: int
             else f"{local_rows:,} on each of {sizes.cp} context parallel ranks ({layout}, {moves})"
         )
         + f"; sequence parallelism {on[run.sequence_parallel]}; "
-        + ("documents packed and kept apart" if c.sample_packing else "one stream of documents"),
+        + filling,
         "attention": f"{kernel.name} on {device.type}, {str(dtype).removeprefix('torch.')} ({reason})",
-        "precision": f"compute {str(dtype).removeprefix('torch.')}, weights and optimizer {c.params_dtype}; "
-        f"recompute {run.recompute}",
+        "precision": f"compute {str(dtype).removeprefix('torch.')}, weights and optimizer {c.params_dtype}"
+        + ("; TensorFloat-32" if c.tf32 is True and device.type == "cuda" else "")
+        + ("; frozen weights bfloat16" if run.lora is not None and c.bf16 is True else ""),
+        "memory": "; ".join(memory_lines(c, run.recompute, device.type)),
         "steps": f"{steps} ({epochs:.2f} epochs of {samples} sequences), {warmup} of warm-up, "
         f"{c.lr_scheduler} from {c.learning_rate:g}",
         "loss": "mean over all valid tokens of the global batch, at every layout"
@@ -61,3 +73,17 @@ def banner(run: Run, *, parameters: int, samples: int, held_out: int, steps: int
     }
     width = max(map(len, rows))
     return "\n".join(["longspan", *(f"  {name:<{width}}  {text}" for name, text in rows.items())])
+
+
+def megatron_line(run: Run) -> str:
+    """The sizes as Megatron-LM prints them first."""
+    sizes = run.sizes
+    levels = (
+        f"hierarchical context-parallel sizes: {list(sizes.hierarchical_cp)}, "
+        if sizes.hierarchical_cp
+        else ""
+    )
+    return (
+        f"using world size: {sizes.world_size}, data-parallel size: {sizes.dp}, context-parallel size: {sizes.cp}, "
+        f"{levels}tensor-model-parallel size: {sizes.tp}, pipeline-model-parallel size: {sizes.pp}"
+    )

@@ -24,37 +24,50 @@ from torch import Tensor
 
 from longspan import __version__
 from longspan.config.architecture import model_folder
-from longspan.config.resolve import Run, training_steps, warmup_steps
+from longspan.config.hugging_face import PIECES
+from longspan.config.resolve import Run
+from longspan.config.schedule import interval, learning_rate, training_steps, warmup_steps
+from longspan.config.schema import DatasetConfig
 from longspan.context_parallel import SequenceLayout
-from longspan.data import IndexedDataset, Prefetcher, TokenDataset
+from longspan.data import IndexedDataset, Prefetcher, TokenDataset, open_masks
 from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
+from longspan.models.adapters import attach
 from longspan.models.huggingface import SafetensorsFolder
 from longspan.parallelize import gradient_norm, load_pretrained, parallelize
+from longspan.training.adapters import adapter_description, fill_adapters
 from longspan.training.checkpoint import Checkpointer, SaveError, check_fits, load
 from longspan.training.metrics import Metrics, peak_memory_gib
-from longspan.training.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+from longspan.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
 from longspan.training.progress import Progress
 from longspan.training.sharding import HybridSharder, LocalBatch, Sharder
 
 
 def open_datasets(run: Run) -> tuple[TokenDataset, TokenDataset | None]:
-    """The training set and the held-out set (None without one) of a prepared config."""
+    """The training set and the evaluation set (None without one) of a prepared config."""
     config = run.config
-    sources = [IndexedDataset(source.prepared or source.path) for source in config.datasets]
 
-    def split(name: str) -> TokenDataset:
+    def split(name: str, given: list[DatasetConfig]) -> TokenDataset:
+        prefixes = [source.prepared or source.path for source in given]
         return TokenDataset(
-            sources,
+            [IndexedDataset(prefix) for prefix in prefixes],
             config.sequence_len,
             config.seed,
             sample_packing=config.sample_packing,
             split=name,
             val_set_size=config.val_set_size,
+            masks=[open_masks(prefix) for prefix in prefixes],
+            excess_length_strategy=config.excess_length_strategy,
         )
 
-    return split("train"), split("validation") if config.val_set_size > 0 else None
+    evaluates = config.eval_iters != 0
+    held_out = None
+    if config.test_datasets:
+        held_out = split("whole", config.test_datasets) if evaluates else None
+    elif config.val_set_size > 0 and evaluates:
+        held_out = split("validation", config.datasets)
+    return split("train", config.datasets), held_out
 
 
 #: what must be the same for weights to fit
@@ -65,6 +78,7 @@ MODEL_KEYS = (
     "num_query_groups",
     "kv_channels",
     "ffn_hidden_size",
+    *PIECES,
 )
 #: what must be the same for a run to go on as if it had not stopped
 SETTINGS = (
@@ -79,6 +93,9 @@ SETTINGS = (
 )
 
 
+#: what must be the same too where samples are trained on
+SAMPLE_SETTINGS = ("train_on_inputs", "excess_length_strategy")
+
 #: how many tokens are looked at before a run; the rest are as they come
 SCANNED_TOKENS = 1 << 28
 
@@ -90,7 +107,13 @@ def check_data(run: Run) -> TokenDataset:
         UserError: no document on one side of the split, no token with a next one, or a token beyond the vocabulary.
     """
     train, valid = open_datasets(run)
-    sources = [IndexedDataset(source.prepared or source.path) for source in run.config.datasets]
+    datasets = [*run.config.datasets, *run.config.test_datasets]
+    sources = [IndexedDataset(source.prepared or source.path) for source in datasets]
+    if not any(mask is None or bool(mask.token_range(SCANNED_TOKENS)[1]) for mask in train.masks):
+        raise UserError(
+            "datasets: no token counts in the loss: no sample has an answer to learn. Look at the data, roles_to_train and "
+            "message_field_training."
+        )
     longest = max(int(source.document_lengths.max(initial=0)) for source in sources)
     if longest < 2 and (run.config.sample_packing or train.num_tokens < 2):
         raise UserError(
@@ -104,13 +127,13 @@ def check_data(run: Run) -> TokenDataset:
             number = max(range(len(sources)), key=lambda i: int(sources[i].document_lengths.max(initial=0)))
             document = int(sources[number].document_lengths.argmax())
             raise UserError(
-                f"hybrid_context_parallel: document {document} of {run.config.datasets[number].path} makes a sample of "
+                f"hybrid_context_parallel: document {document} of {datasets[number].path} makes a sample of "
                 f"{tokens} tokens, but {ranks} ranks x max_seqlen_per_dp_cp_rank {most} hold {ranks * most}. "
                 "Raise max_seqlen_per_dp_cp_rank, lower sequence_len, or use more ranks."
             )
     vocab, left = run.config.vocab_size, SCANNED_TOKENS
     assert vocab is not None
-    for source, given in zip(sources, run.config.datasets):
+    for source, given in zip(sources, datasets):
         smallest, largest = source.token_range(left)
         left = max(0, left - source.num_tokens)
         if largest >= vocab or smallest < 0:
@@ -121,18 +144,31 @@ def check_data(run: Run) -> TokenDataset:
     return train
 
 
+def describe_model(run: Run) -> dict:
+    """The part of a checkpoint's description that follows from the config alone."""
+    model, config = run.transformer_config(), run.config
+    learned = model.position_embedding_type == "learned_absolute"
+    return {
+        "model": {name: getattr(model, name) for name in MODEL_KEYS}
+        | {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
+        | ({"max_position_embeddings": model.max_position_embeddings} if learned else {}),
+        "settings": {name: getattr(config, name) for name in SETTINGS},
+        "init_method_std": config.init_method_std,
+        "max_position_embeddings": model.max_position_embeddings,
+    }
+
+
 def describe_run(run: Run, data: TokenDataset) -> dict:
     """The part of a checkpoint's description that follows from the config and the data."""
-    model, config = run.transformer_config(), run.config
-    return {
+    about = describe_model(run)
+    about["settings"]["training tokens"] = data.num_tokens
+    about["settings"] |= {name: getattr(run.config, name) for name in SAMPLE_SETTINGS if data.has_samples}
+    return about | {
         "longspan": __version__,
         "torch": torch.__version__,
         "layout": run.sizes.equation(),
         "global_batch_size": run.global_batch_size,
-        "model": {name: getattr(model, name) for name in MODEL_KEYS}
-        | {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings},
-        "settings": {name: getattr(config, name) for name in SETTINGS} | {"training tokens": data.num_tokens},
-        "init_method_std": config.init_method_std,
+        "adapter": adapter_description(run),
     }
 
 
@@ -165,11 +201,14 @@ class Trainer:
         self.warmup = warmup_steps(config, self.steps)
         self.step = self.tokens = 0
         self.stop_asked = False  # set by a signal; all ranks stop at the same step
+        self.begun = time.perf_counter()
 
         self.mesh = ParallelMesh.build(run.sizes, device.type)
         self.groups = self.mesh.groups
         if config.hybrid_context_parallel:  # a sample is cut over as many of all these ranks as it needs
             self.groups = dataclasses.replace(self.groups, cp=self.groups.dp_cp, hcp=())
+        if device.type == "cuda":  # for the whole process, as PyTorch has it
+            torch.set_float32_matmul_precision("high" if config.tf32 is True else "highest")
         self.dtype = getattr(torch, config.params_dtype)
         self.compute_dtype = torch.bfloat16 if config.bf16 is True else None
         assert config.vocab_size is not None
@@ -180,6 +219,8 @@ class Trainer:
                 config.sequence_len,
                 pg_collection=self.groups,
             )
+        if run.lora is not None:
+            attach(model, run.lora, frozen_dtype=self.compute_dtype)
         self.model = parallelize(
             model,
             self.mesh,
@@ -188,9 +229,14 @@ class Trainer:
             compute_dtype=self.compute_dtype,
             recompute=run.recompute,
             reshard_after_forward=config.reshard_after_forward,
+            activation_offloading=config.activation_offloading,
+            mlp_tiles=run.mlp_tiles,
+            offload_params=config.offload_params,
         )
         if run.pretrained:
             load_pretrained(self.model, SafetensorsFolder(model_folder(config.base_model)))
+        if run.lora is not None:
+            fill_adapters(self.model, run)
         self.optimizer = make_optimizer(self.model, config)
         cp = self.groups.cp  # of a hybrid run all of dp x cp
         self.shard: Sharder | HybridSharder = (
@@ -267,6 +313,14 @@ class Trainer:
         self.step += 1
         return norm.item(), rate
 
+    def run_out(self, now: float) -> bool:
+        """Is it time to save and stop before the last step: exit_interval, exit_duration_in_mins?"""
+        config = self.run.config
+        minutes = (now - self.begun) / 60
+        return (config.exit_interval is not None and self.step % config.exit_interval == 0) or (
+            config.exit_duration_in_mins is not None and minutes >= config.exit_duration_in_mins
+        )
+
     def train_step(self, batches: list[LocalBatch]) -> dict:
         """One optimizer step; returns its record."""
         start = time.perf_counter()
@@ -279,7 +333,8 @@ class Trainer:
         norm, rate = self.apply_gradients()
         self.tokens += count
         # one small message: the largest memory of a rank, and whether any rank was asked to stop
-        shared = torch.tensor([peak_memory_gib(self.device), float(self.stop_asked)], dtype=torch.float64)
+        stop = self.stop_asked or self.run_out(time.perf_counter())
+        shared = torch.tensor([peak_memory_gib(self.device), float(stop)], dtype=torch.float64)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         peak, self.stop_asked = shared[0], bool(shared[1])
         elapsed = time.perf_counter() - start
@@ -317,6 +372,9 @@ class Trainer:
         saves = Checkpointer(output / "checkpoints", config.save_total_limit, config.async_save)
         begun, tokens = time.perf_counter(), self.tokens
         record = evaluation = None
+        an_epoch = len(self.train_data) / self.run.global_batch_size
+        eval_every = interval(config.eval_steps, config.evals_per_epoch, self.steps, an_epoch)
+        save_every = interval(config.save_steps, config.saves_per_epoch, self.steps, an_epoch)
         every = config.logging_steps or min(10, max(1, self.steps // 200))
         for batches in self.steps_ahead():
             first, record = record is None, self.train_step(batches)
@@ -325,11 +383,11 @@ class Trainer:
             last = self.step == self.steps or self.stop_asked
             progress.step(record, show=last or self.step == 1 or self.step % every == 0)
             saves.settle()
-            due = last or (config.eval_steps and self.step % config.eval_steps == 0)
+            due = last or (eval_every and self.step % eval_every == 0)
             if self.valid_data is not None and due and not self.stop_asked:
                 evaluation = self.evaluate()
                 progress.evaluation(evaluation)
-            if (config.save_last and last) or (config.save_steps and self.step % config.save_steps == 0):
+            if (config.save_last and last) or (save_every and self.step % save_every == 0):
                 try:
                     progress.saving(saves.save(self.step, self.model, self.optimizer, self.description()))
                 except SaveError as error:

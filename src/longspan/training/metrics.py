@@ -66,12 +66,10 @@ class TensorBoard:
 class Wandb:
     """Weights & Biases, an optional extra; records become ``train/loss`` and the like."""
 
-    def __init__(
-        self, project: str | None, name: str | None, mode: str, config: dict[str, Any], folder: Path
-    ):
+    def __init__(self, names: dict[str, str | None], mode: str, config: dict[str, Any], folder: Path):
         import wandb
 
-        self.run = wandb.init(project=project, name=name, mode=mode, config=config, dir=str(folder))
+        self.run = wandb.init(**names, mode=mode, config=config, dir=str(folder))
 
     def write(self, record: dict[str, Any]) -> None:
         values = {f"{record['kind']}/{k}": v for k, v in record.items() if k not in ("kind", "step")}

@@ -1,8 +1,6 @@
-"""AdamW, the learning rate of a step, and clipping by the one true gradient norm."""
+"""AdamW, and clipping by the one true gradient norm."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import nn
@@ -12,13 +10,13 @@ from longspan.config.schema import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay acts on matrices only, not on norms and biases."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
+    """AdamW of what is trained; weight decay acts on matrices only, not on norms and biases."""
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(
         groups,
         lr=config.learning_rate,
@@ -26,24 +24,6 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         eps=config.adam_epsilon,
         fused=config.optimizer == "adamw_torch_fused",
     )
-
-
-def learning_rate(config: TrainConfig, step: int, steps: int, warmup: int) -> float:
-    """The learning rate of step ``step`` (from 1) of ``steps``.
-
-    Warm-up rises linearly and reaches the peak at step ``warmup``; then cosine or linear
-    decay reaches ``cosine_min_lr_ratio`` x peak at the last step, and constant stays.
-    """
-    peak = config.learning_rate
-    assert peak is not None
-    if step <= warmup:
-        return peak * step / warmup
-    if config.lr_scheduler == "constant" or steps <= warmup:
-        return peak
-    done = (step - warmup) / (steps - warmup)
-    shape = 0.5 * (1 + math.cos(math.pi * done)) if config.lr_scheduler == "cosine" else 1 - done
-    low = config.cosine_min_lr_ratio
-    return peak * (low + (1 - low) * shape)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

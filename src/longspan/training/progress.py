@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 import sys
 from pathlib import Path
 
@@ -47,6 +49,41 @@ class Lines(Progress):
         self.emit(f"warning: {text}")
 
 
+class MegatronLines(Lines):
+    """The lines Megatron-LM prints, for parsers of its logs: elapsed time is the mean since the last line."""
+
+    def __init__(self, steps: int, global_batch_size: int):
+        super().__init__(steps)
+        self.batch, self.seconds, self.since = global_batch_size, 0.0, 0
+
+    def step(self, record: dict, show: bool) -> None:
+        self.seconds, self.since = self.seconds + record["step_time"], self.since + 1
+        if not show:
+            return
+        step = record["step"]
+        self.emit(
+            f" [{datetime.datetime.now():%Y-%m-%d %H:%M:%S.%f}] iteration {step:8d}/{self.steps:8d} | "
+            f"consumed samples: {step * self.batch:12d} | "
+            f"elapsed time per iteration (ms): {1000 * self.seconds / self.since:.1f} | "
+            f"learning rate: {record['learning_rate']:.6E} | global batch size: {self.batch:5d} | "
+            f"lm loss: {record['loss']:.6E} | loss scale: 1.0 | grad norm: {record['grad_norm']:.3f} | "
+            "number of skipped iterations:   0 | number of nan iterations:   0 |"
+        )
+        self.seconds, self.since = 0.0, 0
+
+    def evaluation(self, record: dict) -> None:
+        loss = record["loss"]
+        self.emit(
+            f" {record.get('split', 'validation')} loss at iteration {record['step']} | lm loss value: {loss:.6E} | "
+            f"lm loss PPL: {math.exp(min(20, loss)):.6E} | "
+        )
+
+    def saving(self, folder: Path) -> None:
+        self.emit(
+            f"saving checkpoint at iteration {int(folder.name.rpartition('_')[2]):7d} to {folder.parent}"
+        )
+
+
 class Bar(Lines):
     """A bar with the time left, and the same lines above it."""
 
@@ -84,6 +121,12 @@ class Bar(Lines):
         self.bar.stop()
 
 
-def make_progress(steps: int, done: int = 0) -> Progress:
-    """A bar on a terminal, lines elsewhere; ``done`` steps were trained before."""
+def make_progress(steps: int, done: int = 0, megatron_batch: int | None = None) -> Progress:
+    """A bar on a terminal, lines elsewhere; ``done`` steps were trained before.
+
+    Args:
+        megatron_batch: the global batch size, for lines as Megatron-LM prints them.
+    """
+    if megatron_batch is not None:
+        return MegatronLines(steps, megatron_batch)
     return Bar(steps, done) if sys.stdout.isatty() else Lines(steps)

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from longspan.config.resolve import Run
 from longspan.errors import UserError
-from longspan.training.banner import banner
+from longspan.training.adapters import parameter_counts
+from longspan.training.banner import banner, megatron_line
 from longspan.training.checkpoint import SaveError
 from longspan.training.export import export
 from longspan.training.loop import NotFinite, Trainer
@@ -37,7 +38,8 @@ def train(run: Run, device: torch.device) -> int:
             trainer.metrics, kept = open_sinks(run, output, trainer.step, resumed)
             notes += [f"  an earlier run's {', '.join(kept)} are kept beside"] if kept else []
             print("\n".join([describe(trainer, output), *notes]), flush=True)
-            progress = make_progress(trainer.steps, trainer.step)
+            megatron = config.log_format == "megatron"
+            progress = make_progress(trainer.steps, trainer.step, run.global_batch_size if megatron else None)
         # before the first step a signal ends the process at once: there is nothing to save
         summary = trainer.train(output, progress, started=lambda: stop_on_signal(trainer))
         if config.export_hf and not trainer.stop_asked:
@@ -95,11 +97,16 @@ def open_sinks(run: Run, output: Path, step: int, resumed: Path | None) -> tuple
                 kept.append(aside.name)
     sinks: list[Sink] = [JsonLines(path)]
     if run.config.use_tensorboard:
-        sinks.append(TensorBoard(output / "tensorboard", step + 1))
+        sinks.append(TensorBoard(tensorboard_folder(run, output), step + 1))
     if run.config.use_wandb:
         c = run.config
-        sinks.append(Wandb(c.wandb_project, c.wandb_name, c.wandb_mode, c.model_dump(), output))
+        names = {"project": c.wandb_project, "name": c.wandb_name, "entity": c.wandb_entity}
+        sinks.append(Wandb(names, c.wandb_mode, c.model_dump(), output))
     return Metrics(sinks), kept
+
+
+def tensorboard_folder(run: Run, output: Path) -> Path:
+    return Path(run.config.tensorboard_dir) if run.config.tensorboard_dir else output / "tensorboard"
 
 
 def stop_on_signal(trainer: Trainer) -> None:
@@ -114,17 +121,34 @@ def stop_on_signal(trainer: Trainer) -> None:
 
 
 def describe(trainer: Trainer, output: Path) -> str:
-    return banner(
+    parameters, trained = parameter_counts(trainer.model)
+    first = megatron_line(trainer.run) + "\n" if trainer.run.config.log_format == "megatron" else ""
+    return first + banner(
         trainer.run,
-        parameters=sum(p.numel() for p in trainer.model.parameters()),
+        parameters=parameters,
+        trained=trained,
         samples=len(trainer.train_data),
         held_out=len(trainer.valid_data) if trainer.valid_data else 0,
         steps=trainer.steps,
         warmup=trainer.warmup,
         device=trainer.device,
         local_rows=trainer.shard.local_rows(),
+        filling=filling(trainer),
         output=output,
     )
+
+
+def filling(trainer: Trainer) -> str:
+    """What a sequence is made of, and which samples are missing in it."""
+    data, config = trainer.train_data, trainer.run.config
+    what = "samples and documents" if None in data.masks else "samples"
+    if not data.has_samples:
+        return "documents packed and kept apart" if config.sample_packing else "one stream of documents"
+    text = f"{what} packed and kept apart" if config.sample_packing else "one sample each"
+    if not (excess := data.num_excess):
+        return text
+    done = "dropped" if config.excess_length_strategy == "drop" else "truncated"
+    return f"{text}; {excess:,} of {len(data.documents) + excess * (done == 'dropped'):,} samples were too long and are {done}"
 
 
 def last_lines(summary: dict, trainer: Trainer, output: Path) -> str:
@@ -136,9 +160,14 @@ def last_lines(summary: dict, trainer: Trainer, output: Path) -> str:
         loss += f", {summary['eval_loss']:.4f} held out"
     where = f"metrics: {output / 'metrics.jsonl'}"
     if config.export_hf and not stopped:
-        where = f"model: {output / 'hf'}, for Hugging Face transformers\n{where}"
+        what = (
+            "model: {}, for Hugging Face transformers"
+            if trainer.run.lora is None
+            else "adapters: {}, for PEFT"
+        )
+        where = f"{what.format(output / 'hf')}\n{where}"
     if config.use_tensorboard:
-        where += f"   curves: tensorboard --logdir {output / 'tensorboard'}"
+        where += f"   curves: tensorboard --logdir {tensorboard_folder(trainer.run, output)}"
     return "\n".join(
         [
             "",

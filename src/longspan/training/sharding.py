@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longspan.config.model import IGNORE_INDEX
 from longspan.config.resolve import Run
+from longspan.config.schedule import evaluation_limit
 from longspan.context_parallel import SequenceLayout, hybrid
 from longspan.data import Batch, TokenDataset
 from longspan.errors import UserError
@@ -71,7 +72,7 @@ class Sharder:
             micro_batch_size=self.run.micro_batch_size,
             dp_rank=self.dp_rank,
             dp_size=self.run.sizes.dp,
-            limit=self.run.config.eval_max_samples,
+            limit=evaluation_limit(self.run),
         )
         return map(self._cut, batches)
 
@@ -126,7 +127,7 @@ class HybridSharder:
 
     def evaluation(self, data: TokenDataset) -> Iterator[LocalBatch]:
         """As :meth:`Sharder.evaluation`."""
-        count = min(len(data), self.run.config.eval_max_samples or len(data))
+        count = min(len(data), evaluation_limit(self.run) or len(data))
         width = self.run.micro_batch_size * self.run.sizes.dp
         for begin in range(0, count, width):
             yield from self._micro_batches(data, list(range(begin, min(begin + width, count))))

@@ -20,12 +20,13 @@ class OutputKeys(BaseModel):
         flag="--log-interval",
         ge=1,
     )
-    eval_steps: int | None = key(
+    eval_steps: int | float | None = key(
         None,
-        "Evaluate every so many steps, and at the end; default: at the end, if documents are held out.",
-        unit="steps",
+        "Evaluate every so many steps (below 1: at every such share of them), and at the end; default: at the end, if "
+        "documents are held out.",
+        unit="steps or share",
         flag="--eval-interval",
-        ge=1,
+        gt=0,
     )
     eval_max_samples: int | None = key(
         None,
@@ -50,12 +51,12 @@ class OutputKeys(BaseModel):
         "megatron: start-up and iteration lines as Megatron-LM prints them, for its log parsers.",
         megatron_default="megatron",
     )
-    save_steps: int | None = key(
+    save_steps: int | float | None = key(
         None,
-        "Save a checkpoint every so many steps, and at the end; default: at the end.",
-        unit="steps",
+        "Save a checkpoint every so many steps (below 1: at every such share of them), and at the end; default: at the end.",
+        unit="steps or share",
         flag="--save-interval",
-        ge=1,
+        gt=0,
     )
     save_last: bool = key(True, "Save a checkpoint at the end.")
     save_total_limit: int | None = key(
@@ -77,7 +78,9 @@ class OutputKeys(BaseModel):
     )
     no_load_rng: bool = key(False, "Do not take the checkpoint's random number states.")
     exit_on_missing_checkpoint: bool = key(
-        False, "Refuse to start when resume names a folder without a checkpoint, instead of starting anew."
+        True,
+        "Refuse to start when resume names a place without a checkpoint, instead of starting anew.",
+        megatron_default=False,
     )
     export_hf: bool = key(
         True,

@@ -39,7 +39,9 @@ class ParallelKeys(BaseModel):
         ge=1,
     )
     dp_replicate_size: int = key(1, "Whole copies of the sharded parameters (HSDP).", unit="ranks", ge=1)
-    ddp_timeout: float = key(1800.0, "How long a rank waits for another.", unit="seconds", gt=0)
+    ddp_timeout: float = key(
+        600.0, "How long a rank waits for another before the run fails.", unit="seconds", gt=0
+    )
     sequence_parallel: bool | None = key(
         None,
         "Cut activations between tensor parallel layers along the sequence; default: on with tensor parallelism.",

@@ -1,0 +1,123 @@
+"""When things happen: steps, warm-up, evaluations and checkpoints, and the rules between their keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from longspan.config.schema import TrainConfig
+
+if TYPE_CHECKING:
+    from longspan.config.resolve import Run
+
+
+def training_steps(run: Run, samples: int) -> int:
+    """Optimizer steps: max_steps, or the epochs' samples over the global batch, rounded up."""
+    config = run.config
+    return config.max_steps or max(1, math.ceil(samples * config.num_epochs / run.global_batch_size))
+
+
+def warmup_steps(config: TrainConfig, steps: int) -> int:
+    """Steps of linear warm-up: as given, as a share, or 3 % of the steps, at most 100."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    if config.warmup_ratio is not None:
+        return math.ceil(config.warmup_ratio * steps)
+    return min(math.ceil(0.03 * steps), 100)
+
+
+def interval(every: float | None, per_epoch: int | None, steps: int, steps_an_epoch: float) -> int | None:
+    """Steps between two evaluations or two checkpoints; None for none on the way.
+
+    Args:
+        every: steps, or below 1 a share of all ``steps``.
+        per_epoch: how many an epoch.
+    """
+    if per_epoch is not None:
+        return max(1, round(steps_an_epoch / per_epoch))
+    if every is None:
+        return None
+    return int(every) if every >= 1 else max(1, round(every * steps))
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int, warmup: int) -> float:
+    """The learning rate of step ``step`` (from 1) of ``steps``.
+
+    Warm-up rises linearly and reaches the peak at step ``warmup``; then cosine or linear
+    decay reaches its end (``min_lr``, or ``cosine_min_lr_ratio`` x peak) at step
+    ``lr_decay_iters`` or at the last one, and stays there; constant stays at the peak.
+    """
+    peak, last = config.learning_rate, config.lr_decay_iters or steps
+    assert peak is not None
+    if step <= warmup:
+        return peak * step / warmup
+    if config.lr_scheduler.startswith("constant"):
+        return peak
+    if last <= warmup:
+        return peak if config.lr_decay_iters is None else _lowest(config, peak) * peak
+    done = min(1.0, (step - warmup) / (last - warmup))
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if config.lr_scheduler == "cosine" else 1 - done
+    low = _lowest(config, peak)
+    return peak * (low + (1 - low) * shape)
+
+
+def _lowest(config: TrainConfig, peak: float) -> float:
+    """The learning rate's end as a share of its peak."""
+    if config.min_lr is None:
+        return config.cosine_min_lr_ratio
+    return config.min_lr / peak if peak else 0.0
+
+
+def evaluation_limit(run: Run) -> int | None:
+    """Sequences of an evaluation at most; None for all of them."""
+    config = run.config
+    return config.eval_iters * run.global_batch_size if config.eval_iters else config.eval_max_samples
+
+
+def evaluates(config: TrainConfig) -> bool:
+    """Is anything held out to evaluate on?"""
+    held_out = config.val_set_size > 0 or config.test_datasets or config.valid_data_path
+    return bool(held_out or config.data_path or config.mock_data) and config.eval_iters != 0
+
+
+def schedule_problems(config: TrainConfig) -> list[tuple[tuple[str, ...], str]]:
+    """All broken rules between these keys, as (keys involved, message)."""
+    return list(_problems(config))
+
+
+def _problems(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    for one, other in (
+        ("warmup_steps", "warmup_ratio"),
+        ("eval_steps", "evals_per_epoch"),
+        ("save_steps", "saves_per_epoch"),
+        ("eval_iters", "eval_max_samples"),
+    ):
+        if getattr(config, one) is not None and getattr(config, other) is not None:
+            yield (one, other), f"{one} and {other} are both given. Keep one."
+    for name in ("eval_steps", "save_steps"):
+        value = getattr(config, name)
+        if value is not None and value > 1 and value != int(value):
+            yield (name,), f"{name} {value}: from 1 on a whole number of steps, below 1 a share of them."
+    for name in ("eval_steps", "evals_per_epoch"):
+        if getattr(config, name) is not None and not evaluates(config) and config.eval_iters != 0:
+            yield (
+                (name, "val_set_size"),
+                f"{name} is given but val_set_size is 0. Hold documents out, e.g. val_set_size: 0.02, or give test_datasets.",
+            )
+    if config.min_lr is not None:
+        if config.cosine_min_lr_ratio:
+            yield (
+                ("min_lr", "cosine_min_lr_ratio"),
+                "min_lr and cosine_min_lr_ratio both say the learning rate's end. Keep one.",
+            )
+        if config.learning_rate is not None and config.min_lr > config.learning_rate:
+            yield (
+                ("min_lr", "learning_rate"),
+                f"min_lr {config.min_lr:g} is above learning_rate {config.learning_rate:g}, the peak. Lower it.",
+            )
+    if config.lr_decay_iters is not None and config.lr_scheduler.startswith("constant"):
+        yield (
+            ("lr_decay_iters", "lr_scheduler"),
+            "lr_decay_iters has no effect with a constant learning rate. Leave it out, or use cosine or linear.",
+        )

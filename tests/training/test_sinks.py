@@ -1,0 +1,97 @@
+"""Where records go: the lines of a log, and Weights & Biases."""
+
+import re
+import sys
+import types
+
+import pytest
+
+import tiny
+from longspan.training.banner import megatron_line
+from longspan.training.metrics import Metrics, Wandb
+from longspan.training.progress import MegatronLines, make_progress
+from longspan.training.session import open_sinks
+
+RECORD = {"step": 2, "loss": 1.5, "grad_norm": 0.25, "learning_rate": 1e-4, "step_time": 0.5}
+
+
+def test_megatron_log_parsers_read_our_lines(capsys):
+    lines = make_progress(500, megatron_batch=64)
+    assert isinstance(lines, MegatronLines)
+    lines.step(RECORD | {"step": 1, "step_time": 1.5}, show=False)
+    lines.step(RECORD, show=True)
+    lines.evaluation({"step": 2, "loss": 2.0, "tokens": 10})
+    out = capsys.readouterr().out
+    found = re.search(
+        r"^ \[[\d-]+ [\d:.]+\] iteration +(\d+)/ +(\d+) \| consumed samples: +(\d+) \| elapsed time per iteration \(ms\): "
+        r"([\d.]+) \| learning rate: (\S+) \| global batch size: +(\d+) \| lm loss: (\S+) \| loss scale: ([\d.]+) \| "
+        r"grad norm: ([\d.]+) \| number of skipped iterations: +(\d+) \| number of nan iterations: +(\d+) \|$",
+        out,
+        re.MULTILINE,
+    )
+    assert found, out
+    assert [float(x) for x in found.groups()] == [2, 500, 128, 1000.0, 1e-4, 64, 1.5, 1.0, 0.25, 0, 0]
+    assert "validation loss at iteration 2 | lm loss value: 2.000000E+00 | lm loss PPL: 7.389056E+00 |" in out
+
+
+def test_megatrons_first_line_names_the_sizes():
+    run = tiny.tiny_run("prefix", 8, tensor_parallel_size=2, context_parallel_size=2)
+    assert megatron_line(run) == (
+        "using world size: 8, data-parallel size: 2, context-parallel size: 2, tensor-model-parallel size: 2, "
+        "pipeline-model-parallel size: 1"
+    )
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package that notes what it is told."""
+    told = types.SimpleNamespace(init=[], log=[], finished=0)
+
+    class Run:
+        def log(self, values, step):
+            told.log.append((step, values))
+
+        def finish(self):
+            told.finished += 1
+
+    module = types.ModuleType("wandb")
+    module.init = lambda **options: (told.init.append(options), Run())[1]
+    module.__spec__ = types.SimpleNamespace(name="wandb")
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return told
+
+
+def test_wandb_gets_every_record_by_kind_and_step(wandb, tmp_path):
+    metrics = Metrics(
+        [Wandb({"project": "p", "name": "n", "entity": None}, "offline", {"seed": 3}, tmp_path)]
+    )
+    metrics.write("train", 1, loss=1.5, grad_norm=0.1)
+    metrics.write("eval", 1, loss=1.25, tokens=7)
+    metrics.close()
+    assert wandb.init == [
+        {
+            "project": "p",
+            "name": "n",
+            "entity": None,
+            "mode": "offline",
+            "config": {"seed": 3},
+            "dir": str(tmp_path),
+        }
+    ]
+    assert wandb.log == [
+        (1, {"train/loss": 1.5, "train/grad_norm": 0.1}),
+        (1, {"eval/loss": 1.25, "eval/tokens": 7}),
+    ]
+    assert wandb.finished == 1
+
+
+def test_a_run_that_asks_for_wandb_opens_it_with_its_config(wandb, tmp_path):
+    run = tiny.tiny_run(
+        "prefix", 1, use_wandb=True, wandb_project="long", wandb_name="first", wandb_mode="offline"
+    )
+    metrics, _ = open_sinks(run, tmp_path, 0, None)
+    metrics.write("train", 1, loss=1.0)
+    metrics.close()
+    assert wandb.init[0]["project"] == "long"
+    assert wandb.init[0]["config"]["wandb_name"] == "first"
+    assert wandb.log == [(1, {"train/loss": 1.0})]
