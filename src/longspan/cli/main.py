@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": ("longspan.cli.evaluate", "loss by position and a needle test of a trained model"),
     "generate": ("longspan.cli.generate", "let a trained model write on from a prompt"),
     "prepare": ("longspan.cli.prepare", "tokenise text, jsonl or code into .bin/.idx"),
+    "merge": ("longspan.cli.merge", "put .bin/.idx files of a folder together into one"),
     "convert": ("longspan.cli.convert", "between a checkpoint and a Hugging Face folder"),
     "verify": ("longspan.cli.verify", "compare the config's layout with one process: loss, gradients"),
     "layout": ("longspan.cli.layout", "show who holds and computes what, and what travels, for a pack"),

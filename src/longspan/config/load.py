@@ -214,8 +214,11 @@ def _no_bool(text: str) -> bool:
 
 def _value(k: Key, text: str) -> Any:
     """A value as YAML reads it; the text itself for a key that holds text."""
-    if k.annotation is str or set(getattr(k.annotation, "__args__", ())) == {str, type(None)}:
+    members = set(getattr(k.annotation, "__args__", ()))
+    if k.annotation is str or members == {str, type(None)}:
         return text
+    if members == {list[str], type(None)} and not text.startswith("["):
+        return text  # a path may look like a number or a date
     return _yaml(text)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from longspan.config.architecture import architecture_of
+from longspan.config.data_rules import data_problems
 from longspan.config.hugging_face import FIELDS, PIECES, export_problem
 from longspan.config.lora import Lora, lora_of, lora_problems
 from longspan.config.memory_rules import memory_problems
@@ -195,6 +196,7 @@ def resolve(
     micro, accumulation, total = _batch(config, sizes.dp, found)
     sequence_parallel = sizes.tp > 1 if config.sequence_parallel is None else config.sequence_parallel
     _required(config, found)
+    found += data_problems(config)
     _not_yet(config, found)
     _hybrid(config, found)
     _exclusive(config, found)
@@ -324,28 +326,6 @@ def _required(config: TrainConfig, found: list[Problem]) -> None:
         found.append((tuple(missing), text))
     if config.learning_rate is None:
         found.append((("learning_rate",), "learning_rate: missing. A number such as 3e-4."))
-    if not (config.datasets or config.data_path or config.train_data_path or config.mock_data):
-        found.append(
-            (
-                ("datasets",),
-                "datasets: missing. A list such as 'datasets: [{path: my_texts}]'; or data_path: [PREFIX] of .bin/.idx files; or "
-                "mock_data: true, to try a layout without data.",
-            )
-        )
-
-
-#: keys whose part of the house is not built yet, with their value that asks for nothing
-NOT_YET: dict[str, Any] = {
-    "data_path": None,
-    "train_data_path": None,
-    "valid_data_path": None,
-    "test_data_path": None,
-    "split": None,
-    "mock_data": False,
-    "tokenizer_type": None,
-    "vocab_file": None,
-    "merge_file": None,
-}
 
 
 def _not_yet(config: TrainConfig, found: list[Problem]) -> None:
@@ -354,9 +334,6 @@ def _not_yet(config: TrainConfig, found: list[Problem]) -> None:
             found.append(
                 ((name,), f"{name} {getattr(config, name)}: {what} parallelism is not supported yet. Use 1.")
             )
-    for name, off in NOT_YET.items():
-        if getattr(config, name) != off:
-            found.append(((name,), f"{name} {getattr(config, name)}: not supported yet. Leave it {off!r}."))
 
 
 def _hybrid(config: TrainConfig, found: list[Problem]) -> None:
@@ -400,13 +377,6 @@ def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
             )
         )
     _templates(config, found)
-    if config.tokenizer_config is not None and config.tokenizer_train_vocab_size is not None:
-        found.append(
-            (
-                ("tokenizer_config", "tokenizer_train_vocab_size"),
-                "tokenizer_config and tokenizer_train_vocab_size are both given. Load a tokenizer or train one.",
-            )
-        )
     if config.reinit_weights and config.base_model is None:
         found.append(
             (("reinit_weights",), "reinit_weights: true without base_model has no effect. Leave it out.")

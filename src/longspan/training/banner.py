@@ -12,13 +12,13 @@ from longspan.context_parallel import SequenceLayout
 from longspan.context_parallel.kernels import select_kernel
 
 
-def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: int, steps: int, warmup: int, device: torch.device,
-           local_rows: int, filling: str, output: Path) -> str:  # fmt: skip
+def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: int, tested: int, steps: int, warmup: int,
+           device: torch.device, local_rows: int, filling: str, output: Path) -> str:  # fmt: skip
     """The lines rank 0 prints before the first step.
 
     Args:
         parameters: of the whole model, vocabulary padding included; trained: those that change.
-        samples, held_out: sequences an epoch, and of an evaluation.
+        samples, held_out, tested: sequences an epoch, of an evaluation, and of the test at the end.
         local_rows: tokens of a sequence on one rank, padding included.
         filling: what a sequence is made of.
     """
@@ -66,7 +66,8 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
         "steps": f"{steps} ({epochs:.2f} epochs of {samples} sequences), {warmup} of warm-up, "
         f"{c.lr_scheduler} from {c.learning_rate:g}",
         "loss": "mean over all valid tokens of the global batch, at every layout"
-        + (f"; {held_out} sequences held out" if held_out else ""),
+        + (f"; {held_out} sequences held out" if held_out else "")
+        + (f", {tested} for the test at the end" if tested else ""),
         "output": f"{output}: metrics.jsonl, config.yaml"
         + (", tensorboard/" if c.use_tensorboard else "")
         + (", checkpoints/" if c.save_last or c.save_steps else ""),

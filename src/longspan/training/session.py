@@ -129,6 +129,7 @@ def describe(trainer: Trainer, output: Path) -> str:
         trained=trained,
         samples=len(trainer.train_data),
         held_out=len(trainer.valid_data) if trainer.valid_data else 0,
+        tested=len(trainer.test_data) if trainer.test_data else 0,
         steps=trainer.steps,
         warmup=trainer.warmup,
         device=trainer.device,
