@@ -16,7 +16,6 @@ import yaml
 import command
 import tiny
 from longspan.cli import main
-from longspan.config.resolve import NOT_YET
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -54,13 +53,6 @@ def folder(tmp_path_factory):
         line = json.dumps({"text": f"This is text number {i}. " * (i + 1)})
         (path / "texts" / f"{i}.jsonl").write_text(line + "\n")
     return path
-
-
-def data() -> list[str]:
-    """No data at all; the tiny set while mock_data is not built."""
-    if "mock_data" in NOT_YET:
-        return ["--datasets", "[{path: tiny}]", "--vocab-size", "97"]
-    return ["--mock-data"]
 
 
 def problems_of(flags, processes, monkeypatch, capsys):
@@ -173,7 +165,7 @@ PAGES = {
 @pytest.mark.parametrize("name", PAGES)
 def test_flags_as_on_the_page(name, monkeypatch, capsys):
     flags, processes, expected = PAGES[name]
-    given = [*flags.split(), *data()]
+    given = [*flags.split(), "--mock-data"]
     found = problems_of(given, processes, monkeypatch, capsys)
     assert len(found) == len(expected), found
     for problem, start_of in zip(found, expected):
@@ -187,11 +179,11 @@ FULL = """--tensor-model-parallel-size 2 --pipeline-model-parallel-size 1 --cont
     --seq-length 8192 --max-position-embeddings 8192 --micro-batch-size 1 --global-batch-size 64 --train-iters 500000
     --lr 1.0e-4 --min-lr 1.0e-5 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 --adam-beta1 0.9
     --adam-beta2 0.95 --init-method-std 0.01 --bf16 --no-load-optim --no-load-rng --save full --load full
-    --tensorboard-dir full/tb --log-interval 1 --eval-interval 1000 --save-interval 2000 --eval-iters 10"""
+    --tensorboard-dir full/tb --log-interval 1 --eval-interval 1000 --save-interval 2000 --eval-iters 10 --split 99,1,0"""
 
 
 def small(text: str) -> list[str]:
-    return [*shrunk(text.split()), *data()]
+    return [*shrunk(text.split()), "--mock-data"]
 
 
 def test_torchrun_pretrain_gpt_with_the_whole_list_of_flags(folder):
@@ -199,9 +191,8 @@ def test_torchrun_pretrain_gpt_with_the_whole_list_of_flags(folder):
     flags = small(FULL)
     environ = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "6000",
                "NCCL_ALGO": "Tree", "NCCL_PROTO": "Simple", "NCCL_IB_DISABLE": "0"}  # fmt: skip
-    evaluated = ["--val-set-size", "0.2"] if "split" in NOT_YET else ["--split", "99,1,0"]
     torchrun = [*TORCHRUN, "--standalone", "--nproc_per_node=4", ROOT / "pretrain_gpt.py"]
-    ran(start([*torchrun, *flags, *evaluated], folder, environ))
+    ran(start([*torchrun, *flags], folder, environ))
     assert len(losses(folder / "full")) == 2
 
 
@@ -289,14 +280,12 @@ def free_port() -> int:
 
 
 def test_the_data_tools(folder, monkeypatch, capsys):
+    """The documents give raw text to merge_datasets.py, with the options of another tool."""
     monkeypatch.chdir(folder)
-    command = ["prepare", "--input", "texts", "--output-prefix", "made/set", "--train-vocab-size", "300"]
-    assert main.main([*command, "--json-keys", "text", "--split-sentences"]) == 2
-    assert capsys.readouterr().err == (
-        "longspan: error: --split-sentences is for models that learn from pairs of sentences; a document here stays whole. "
-        "Leave it out.\n"
-    )
-    assert main.main([*command, "--json-keys", "text"]) == 0
+    given = ["--input", "texts", "--output-prefix", "made/set", "--json-keys", "text"]
+    assert main.main(["merge", *given, "--split-sentences"]) == 2
+    assert "that is longspan prepare, which makes .bin/.idx from text" in capsys.readouterr().err
+    assert main.main(["prepare", *given, "--train-vocab-size", "300"]) == 0
     assert "20 documents" in capsys.readouterr().out
     assert (folder / "made" / "set_text_document.idx").is_file()
 
