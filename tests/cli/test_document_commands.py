@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+import command
 import tiny
 from longspan.cli import main
-from longspan.config.resolve import NOT_YET
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-LONGSPAN = [sys.executable, "-m", "longspan"]
 
 #: what the documents' short commands leave out, and sizes instead of theirs
 SIZES = [
@@ -35,15 +34,6 @@ SIZES = [
     "1e-3",
     "--train-iters",
     "2",
-]
-LLAMA = [
-    "--position-embedding-type",
-    "rope",
-    "--normalization",
-    "RMSNorm",
-    "--swiglu",
-    "--disable-bias-linear",
-    "--untie-embeddings-and-output-weights",
 ]
 SMALL = {"--seq-length": "64", "--max-position-embeddings": "64", "--global-batch-size": "4", "--train-iters": "2",
          "--num-layers": "2", "--hidden-size": "32", "--num-attention-heads": "4", "--ffn-hidden-size": "48",
@@ -63,18 +53,6 @@ def folder(tmp_path_factory):
         line = json.dumps({"text": f"This is text number {i}. " * (i + 1)})
         (path / "texts" / f"{i}.jsonl").write_text(line + "\n")
     return path
-
-
-def data() -> list[str]:
-    """No data at all; the tiny set while mock_data is not built."""
-    if "mock_data" in NOT_YET:
-        return ["--datasets", "[{path: tiny}]", "--vocab-size", "97"]
-    return ["--mock-data"]
-
-
-def pieces(capsys_free_problems: list[str]) -> list[str]:
-    """Megatron-LM's default layers; Llama's while learned positions are not built."""
-    return LLAMA if any("learned_absolute" in p for p in capsys_free_problems) else []
 
 
 def problems_of(flags, processes, monkeypatch, capsys):
@@ -115,11 +93,17 @@ def start(command, cwd, env=None):
 
 
 def ran(*processes):
-    """Waits for processes; all end with 0. Returns what the first printed."""
-    texts = [process.communicate(timeout=240) for process in processes]
-    for process, (out, err) in zip(processes, texts):
-        assert process.returncode == 0, out + err
-    return texts[0][0]
+    """Waits for processes of :func:`start` or of ``command``; all end with 0. Returns what the first printed."""
+    done = []
+    for process in processes:
+        if isinstance(process, command.Command):
+            done.append(process.wait())
+        else:
+            out, err = process.communicate(timeout=240)
+            done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    for each in done:
+        assert each.returncode == 0, each.stdout + each.stderr
+    return done[0]
 
 
 def losses(path: Path) -> list[float]:
@@ -181,9 +165,8 @@ PAGES = {
 @pytest.mark.parametrize("name", PAGES)
 def test_flags_as_on_the_page(name, monkeypatch, capsys):
     flags, processes, expected = PAGES[name]
-    given = [*flags.split(), *data()]
+    given = [*flags.split(), "--mock-data"]
     found = problems_of(given, processes, monkeypatch, capsys)
-    found = problems_of([*given, *pieces(found)], processes, monkeypatch, capsys)
     assert len(found) == len(expected), found
     for problem, start_of in zip(found, expected):
         assert problem.startswith(start_of)
@@ -195,110 +178,96 @@ FULL = """--tensor-model-parallel-size 2 --pipeline-model-parallel-size 1 --cont
     --sequence-parallel --num-layers 32 --hidden-size 4096 --num-attention-heads 32 --ffn-hidden-size 13696
     --seq-length 8192 --max-position-embeddings 8192 --micro-batch-size 1 --global-batch-size 64 --train-iters 500000
     --lr 1.0e-4 --min-lr 1.0e-5 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 --adam-beta1 0.9
-    --adam-beta2 0.95 --init-method-std 0.01 --bf16 --save full --tensorboard-dir full/tb --log-interval 1
-    --eval-interval 1000 --save-interval 2000"""
+    --adam-beta2 0.95 --init-method-std 0.01 --bf16 --no-load-optim --no-load-rng --save full --load full
+    --tensorboard-dir full/tb --log-interval 1 --eval-interval 1000 --save-interval 2000 --eval-iters 10 --split 99,1,0"""
 
 
-def flags_that_run(text, processes, monkeypatch, capsys):
-    given = [*shrunk(text.split()), *data()]
-    return [*given, *pieces(problems_of(given, processes, monkeypatch, capsys))]
+def small(text: str) -> list[str]:
+    return [*shrunk(text.split()), "--mock-data"]
 
 
-def test_torchrun_pretrain_gpt_with_the_whole_list_of_flags(folder, monkeypatch, capsys):
-    """Documents 1, 2 and 4; --val-set-size since there is something to evaluate on."""
-    flags = flags_that_run(FULL, 4, monkeypatch, capsys)
+def test_torchrun_pretrain_gpt_with_the_whole_list_of_flags(folder):
+    """Documents 1, 2 and 4: a first start, so --load finds nothing."""
+    flags = small(FULL)
     environ = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "6000",
                "NCCL_ALGO": "Tree", "NCCL_PROTO": "Simple", "NCCL_IB_DISABLE": "0"}  # fmt: skip
-    evaluated = ["--val-set-size", "0.2"] if "mock_data" in NOT_YET else []
-    command = [*TORCHRUN, "--standalone", "--nproc_per_node=4", ROOT / "pretrain_gpt.py", *flags, *evaluated]
-    ran(start(command, folder, environ))
+    torchrun = [*TORCHRUN, "--standalone", "--nproc_per_node=4", ROOT / "pretrain_gpt.py"]
+    ran(start([*torchrun, *flags], folder, environ))
     assert len(losses(folder / "full")) == 2
 
 
-def test_python_pretrain_gpt_starts_its_processes(folder, monkeypatch, capsys):
+def test_python_pretrain_gpt_starts_its_processes(folder):
     """Document 2, 5.1, with the advice for too little memory; document 5, 1.5, by the same words: tensor parallel."""
     text = """--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 1
         --context-parallel-size 1 --cp-comm-type p2p --seq-length 8192 --micro-batch-size 1 --global-batch-size 64
         --recompute-activations --save basic"""
-    flags = flags_that_run(text, 2, monkeypatch, capsys)
+    flags = small(text)
     ran(start([sys.executable, ROOT / "pretrain_gpt.py", *flags], folder))
     assert len(losses(folder / "basic")) == 2
 
 
-def test_hierarchical_and_types_by_layer(folder, monkeypatch, capsys):
+def test_hierarchical_and_types_by_layer(folder):
     text = """--context-parallel-size 4 --hierarchical-context-parallel-sizes 2 2 --cp-comm-type a2a a2a+p2p
         --seq-length 65536 --ckpt-activations --save levels"""
-    flags = flags_that_run(text, 4, monkeypatch, capsys)
-    ran(start([*LONGSPAN, "pretrain", *flags], folder))
+    flags = small(text)
+    ran(command.start("pretrain", *flags, cwd=folder))
     assert len(losses(folder / "levels")) == 2
 
 
-def test_hybrid_context_parallel(folder, monkeypatch, capsys):
+def test_hybrid_context_parallel(folder):
     text = """--context-parallel-size 2 --hybrid-context-parallel --max-seqlen-per-dp-cp-rank 8192
         --calculate-per-token-loss --dataloader-type single --seq-length 64 --save hybrid"""
-    flags = flags_that_run(text, 2, monkeypatch, capsys)
-    out = ran(start([*LONGSPAN, "pretrain", *flags], folder))
-    assert "hybrid" in out
+    flags = small(text)
+    done = ran(command.start("pretrain", *flags, cwd=folder))
+    assert "hybrid" in done.stdout
     assert len(losses(folder / "hybrid")) == 2
 
 
 def test_axolotl_train(folder):
     """Its three basic forms and the debugging one, in one run."""
-    command = [
-        *LONGSPAN,
-        "train",
-        "config.yaml",
-        "--num-processes",
-        2,
-        "--launcher",
-        "torchrun",
-        "--max-steps",
-        2,
-    ]
-    process = start(command, folder, {"NCCL_DEBUG": "INFO"})
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    assert "NCCL_DEBUG: for CUDA and NCCL; this run is on CPU, over gloo." in err
-    assert err.count("NCCL_DEBUG") == 1, "said once, not by every process"
+    given = ["config.yaml", "--num-processes", 2, "--launcher", "torchrun", "--max-steps", 2]
+    done = ran(command.start("train", *given, cwd=folder, env={"NCCL_DEBUG": "INFO"}))
+    assert "NCCL_DEBUG: for CUDA and NCCL; this run is on CPU, over gloo." in done.stderr
+    assert done.stderr.count("NCCL_DEBUG") == 1, "said once, not by every process"
     assert len(losses(folder / "axolotl")) == 2
 
 
 def test_axolotl_train_on_two_machines(folder):
     """Two launches on one machine."""
-    port = tiny_port()
+    port = free_port()
 
     def machine(rank):
-        command = [*LONGSPAN, "train", "config.yaml", "--num-processes", 2, "--num-machines", 2]
-        command += ["--machine-rank", rank, "--main-process-ip", "127.0.0.1", "--main-process-port", port]
-        return start([*command, "--max-steps", 2, "--output-dir", "machines"], folder)
+        given = ["config.yaml", "--num-processes", 2, "--num-machines", 2, "--machine-rank", rank]
+        given += ["--main-process-ip", "127.0.0.1", "--main-process-port", port]
+        return command.start("train", *given, "--max-steps", 2, "--output-dir", "machines", cwd=folder)
 
     ran(machine(0), machine(1))
     assert len(losses(folder / "machines")) == 2
 
 
-def test_torchrun_on_two_machines_as_slurm_starts_it(folder, monkeypatch, capsys):
+def test_torchrun_on_two_machines_as_slurm_starts_it(folder):
     """The documents' script lacks --node_rank, without which every machine takes itself for the first."""
     text = (
         "--context-parallel-size 2 --seq-length 8192 --micro-batch-size 1 --global-batch-size 64 --save slurm"
     )
-    flags = flags_that_run(text, 2, monkeypatch, capsys)
-    port = tiny_port()
+    flags = small(text)
+    port = free_port()
 
     def machine(rank):
-        command = [
+        torchrun = [
             *TORCHRUN,
             "--nproc_per_node=1",
             "--nnodes=2",
             f"--node_rank={rank}",
             "--master_addr=127.0.0.1",
         ]
-        return start([*command, f"--master_port={port}", ROOT / "pretrain_gpt.py", *flags], folder)
+        return start([*torchrun, f"--master_port={port}", ROOT / "pretrain_gpt.py", *flags], folder)
 
     ran(machine(0), machine(1))
     assert len(losses(folder / "slurm")) == 2
 
 
-def tiny_port() -> int:
+def free_port() -> int:
     """A port that is free now."""
     import socket
 
@@ -311,14 +280,12 @@ def tiny_port() -> int:
 
 
 def test_the_data_tools(folder, monkeypatch, capsys):
+    """The documents give raw text to merge_datasets.py, with the options of another tool."""
     monkeypatch.chdir(folder)
-    command = ["prepare", "--input", "texts", "--output-prefix", "made/set", "--train-vocab-size", "300"]
-    assert main.main([*command, "--json-keys", "text", "--split-sentences"]) == 2
-    assert capsys.readouterr().err == (
-        "longspan: error: --split-sentences is for models that learn from pairs of sentences; a document here stays whole. "
-        "Leave it out.\n"
-    )
-    assert main.main([*command, "--json-keys", "text"]) == 0
+    given = ["--input", "texts", "--output-prefix", "made/set", "--json-keys", "text"]
+    assert main.main(["merge", *given, "--split-sentences"]) == 2
+    assert "that is longspan prepare, which makes .bin/.idx from text" in capsys.readouterr().err
+    assert main.main(["prepare", *given, "--train-vocab-size", "300"]) == 0
     assert "20 documents" in capsys.readouterr().out
     assert (folder / "made" / "set_text_document.idx").is_file()
 

@@ -9,7 +9,7 @@ import pytest
 
 from longspan.cli.environment import VARIABLES
 from longspan.cli.launch import OPTIONS as LAUNCH_OPTIONS
-from longspan.cli.prepare import OPTIONS as PREPARE_OPTIONS
+from longspan.cli.prepare import FILE_OPTIONS
 from longspan.cli.reference import markdown
 from longspan.config.load import FOREIGN, make_config, option_table, parse_overrides
 from longspan.config.schema import DatasetConfig, names
@@ -64,7 +64,7 @@ def test_every_flag_is_known(flag):
 
 @pytest.mark.parametrize("flag", [f for f in documents.OTHERS if f in ("--input", "--output-prefix", "--json-keys", "--split-sentences")])  # fmt: skip
 def test_flags_of_the_data_tools_are_options_of_prepare(flag):
-    assert flag in PREPARE_OPTIONS
+    assert flag in FILE_OPTIONS
 
 
 @pytest.mark.parametrize("key", documents.KEYS)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import tiny
+from command import run as longspan
 from longspan.cli import completion, main
 from longspan.cli.environment import VARIABLES, without_effect
 from longspan.cli.init import examples
@@ -261,9 +262,7 @@ def test_generate_from_a_checkpoint_is_generate_from_its_export(folder, capsys):
         (folder / "texts" / f"{i}.txt").write_text(f"This is text number {i}. " * (i + 1))
     write(folder, datasets=[{"path": "texts"}], tokenizer_train_vocab_size=300, vocab_size=None, max_steps=1,
           params_dtype="float32", output_dir="out")  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "longspan", "train", "config.yaml"], cwd=folder, capture_output=True, text=True
-    )
+    done = longspan("train", "config.yaml", cwd=folder)
     assert done.returncode == 0, done.stderr
     capsys.readouterr()
     texts = []

@@ -53,10 +53,11 @@ def own_options(command: str) -> list[str]:
     """A command's own options, those of the launcher included."""
     from longspan.cli.main import COMMANDS
 
-    options = {**getattr(importlib.import_module(COMMANDS[command][0]), "OPTIONS", {})}
+    module = importlib.import_module(COMMANDS[command][0])
+    options = [*getattr(module, "OPTIONS", ()), *sorted(getattr(module, "FILE_OPTIONS", ()))]
     if command in LAUNCH:
-        options |= LAUNCH_OPTIONS
-    return [*(o for o in options if o != "--worker"), "--help"]
+        options += LAUNCH_OPTIONS
+    return [*(o for o in dict.fromkeys(options) if o != "--worker"), "--help"]
 
 
 def key_options() -> dict[str, Key]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 
 from longspan.cli.config import number
 from longspan.cli.options import key_help, take_options
-from longspan.config.architecture import architecture_of
+from longspan.config.architecture import architecture_of, is_hub_id
+from longspan.config.data_rules import PATHS, read_blend
 from longspan.config.load import Overrides, Reading, make_config, parse_overrides, read_yaml
 from longspan.config.megatron import parse_megatron_flags
 from longspan.config.resolve import Run, resolve
@@ -93,9 +93,11 @@ def check(name: str, reading: Reading, world: int | None) -> dict[str, Any]:
         resolved = resolve(config, world, bad_keys=bad, earlier=reading.problems)
     except UserError as error:
         return result | {"problems": error.problems, "without_effect": reading.notes}
-    for source in config.datasets:
-        if not is_here(source.path):
-            not_checked.append(f"datasets: {source.path} is not on this machine")
+    paths = [("datasets", source.path) for source in config.datasets]
+    for name in PATHS:
+        if given := getattr(config, name):
+            paths += [(name, member.path) for member in read_blend(name, given)]
+    not_checked += [f"{name}: {path} is not on this machine" for name, path in paths if not is_here(path)]
     return (
         result
         | summary(resolved, world)
@@ -105,11 +107,7 @@ def check(name: str, reading: Reading, world: int | None) -> dict[str, Any]:
 
 def is_elsewhere(base_model: str | None) -> bool:
     """Is this the id of a model on the hub, and no folder?"""
-    return (
-        base_model is not None
-        and not Path(base_model).exists()
-        and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model))
-    )
+    return base_model is not None and not Path(base_model).exists() and is_hub_id(base_model)
 
 
 def is_here(path: str) -> bool:
