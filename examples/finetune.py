@@ -3,7 +3,7 @@
     python examples/finetune.py
 
 The base model learns from the pages in docs for a few seconds: it stands in for a model that knows a language. The
-fine-tuning then teaches it 26 instructions and 10 chats until it knows the answers by heart.
+fine-tuning then teaches it 15 instructions and 6 chats until it knows the answers by heart.
 """
 
 import json
