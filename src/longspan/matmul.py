@@ -58,16 +58,17 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
+        # a frozen weight needs no input in backward
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return product(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad = grad.flatten(0, -2)
+        leading, grad = grad.shape[:-1], grad.flatten(0, -2)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = product(grad, weight).view(x.shape)
+            grad_x = product(grad, weight).view(*leading, weight.shape[1])
         if ctx.needs_input_grad[1]:
             grad_weight = product(grad.t(), x.flatten(0, -2)).contiguous()
         return grad_x, grad_weight

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from chats import chat, write_tokenizer
 
+from chats import chat, write_tokenizer
 from longspan.config.keys.data import DatasetConfig
 from longspan.data.chat import ChatTemplate
 from longspan.data.instruct import ALPACA, Encoder, Recipe

@@ -17,13 +17,23 @@ from longspan.errors import UserError, did_you_mean
 USAGE = """\
 usage: longspan convert --checkpoint STEP_FOLDER --output FOLDER [--tokenizer FOLDER] [--dtype float32|bfloat16]
        longspan convert --model HF_FOLDER --output STEP_FOLDER
+       longspan convert --lora ADAPTER_FOLDER [--model HF_FOLDER] --output FOLDER [--dtype float32|bfloat16]
 
-The first makes a Hugging Face folder of a checkpoint, the second a checkpoint of a Hugging Face model, to start from
-with --resume STEP_FOLDER --no-load-optim.
-  --tokenizer FOLDER  put this tokenizer beside the weights
-  --dtype D           of the written weights (default float32)
+The first makes a Hugging Face folder of a checkpoint (of one that holds adapters: a folder in PEFT's format), the second
+a checkpoint of a Hugging Face model, to start from with --resume STEP_FOLDER --no-load-optim. The third merges adapters
+in PEFT's format into the weights of their base model: a plain Hugging Face folder.
+  --model HF_FOLDER   with --lora, the base model (default: the one that the adapters name)
+  --tokenizer FOLDER  put this tokenizer beside the weights (default with --lora: the adapters', else the base model's)
+  --dtype D           of the written weights (default float32; with --lora the base model's)
 """
-OPTIONS = {"--checkpoint": True, "--model": True, "--output": True, "--tokenizer": True, "--dtype": True}
+OPTIONS = {
+    "--checkpoint": True,
+    "--model": True,
+    "--lora": True,
+    "--output": True,
+    "--tokenizer": True,
+    "--dtype": True,
+}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -33,14 +43,20 @@ def run(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     taken, rest, problems = take_options(arguments, OPTIONS)
     problems += [f"{a}: unknown option.{did_you_mean(a, OPTIONS)}" for a in rest]
-    if ("--checkpoint" in taken) == ("--model" in taken):
+    if "--lora" in taken and "--checkpoint" in taken:
+        problems.append(
+            "--lora takes adapters in PEFT's format: make them with --checkpoint STEP_FOLDER --output FOLDER first."
+        )
+    elif "--lora" not in taken and ("--checkpoint" in taken) == ("--model" in taken):
         problems.append("give one of --checkpoint STEP_FOLDER and --model HF_FOLDER.")
     if "--output" not in taken:
         problems.append("--output is missing.")
     elif Path(taken["--output"]).exists():
         problems.append(f"--output {taken['--output']} exists. Give a new folder; nothing is overwritten.")
-    if "--model" in taken:
-        problems += [f"{o} goes with --checkpoint only." for o in ("--tokenizer", "--dtype") if o in taken]
+    if "--model" in taken and "--lora" not in taken:
+        problems += [
+            f"{o} goes with --checkpoint or --lora only." for o in ("--tokenizer", "--dtype") if o in taken
+        ]
     if taken.get("--dtype", "float32") not in DTYPES:
         problems.append(f"--dtype {taken['--dtype']!r}: one of {', '.join(DTYPES)}.")
     if "--tokenizer" in taken and not Path(taken["--tokenizer"]).exists():
@@ -48,8 +64,10 @@ def run(arguments: Sequence[str]) -> int:
     if problems:
         raise UserError(problems)
     output = Path(taken["--output"])
-    if "--checkpoint" in taken:
-        tokenizer = Path(taken["--tokenizer"]) if "--tokenizer" in taken else None
+    tokenizer = Path(taken["--tokenizer"]) if "--tokenizer" in taken else None
+    if "--lora" in taken:
+        merge_adapters(Path(taken["--lora"]), taken.get("--model"), output, tokenizer, taken.get("--dtype"))
+    elif "--checkpoint" in taken:
         to_hugging_face(Path(taken["--checkpoint"]), output, tokenizer, taken.get("--dtype", "float32"))
     else:
         to_checkpoint(taken["--model"], output)
@@ -58,27 +76,74 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str) -> None:
-    """A checkpoint's weights -> a Hugging Face folder, tensor by tensor."""
+    """A checkpoint's weights -> a Hugging Face folder, tensor by tensor; its adapters -> a folder for PEFT."""
     import torch
     import torch.distributed.checkpoint as dcp
 
-    from longspan.models.huggingface import FolderWriter, hugging_face_config
+    from longspan.config.hugging_face import FIELDS, export_problem, hugging_face_config
+    from longspan.config.lora import Lora
+    from longspan.config.model import TransformerConfig
+    from longspan.config.schema import TrainConfig
+    from longspan.models.adapters import write_adapters
+    from longspan.models.huggingface import FolderWriter, Names
     from longspan.training import checkpoint
 
     path = checkpoint.find(path)
     said = checkpoint.describe(path)
-    model = said["model"] | said["settings"] | {"init_method_std": said["init_method_std"]}
+    defaults = {name: TrainConfig.model_fields[name].default for name in FIELDS}
+    model = defaults | said["model"] | said["settings"]
+    model |= {name: said.get(name) for name in ("init_method_std", "max_position_embeddings")}
+    if problem := export_problem(model):
+        raise UserError(f"--checkpoint {path}: {problem}")
+    fields = {name: model[name] for name in FIELDS if name in TransformerConfig.__dataclass_fields__}
+    config = TransformerConfig(**fields, share_embeddings_and_output_weights=model["tie_word_embeddings"])
     metadata = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
-    names = [name.removeprefix("model.") for name in metadata if name.startswith("model.")]
-    if model["tie_word_embeddings"]:
-        names = [name for name in names if name != "output_layer.weight"]
-    writer = FolderWriter(output, model["vocab_size"], getattr(torch, dtype))
-    for name in names:
+
+    def whole(name: str) -> torch.Tensor:
         about = metadata[f"model.{name}"]
         state = {"model": {name: torch.empty(about.size, dtype=about.properties.dtype)}}
         dcp.load(state, checkpoint_id=str(path), no_dist=True)
-        writer.add(name, state["model"][name])
-    writer.finish(hugging_face_config(model, getattr(torch, dtype)), tokenizer)
+        return state["model"][name]
+
+    if (adapter := said.get("adapter")) is not None:
+        names = [name.removeprefix("model.") for name in metadata if name.startswith("model.")]
+        weights = {name: whole(name).to(getattr(torch, dtype)) for name in names}
+        lora = Lora(adapter["rank"], adapter["alpha"], tuple(adapter["targets"]), adapter["rslora"])
+        write_adapters(output, weights, lora.peft_config(adapter["base_model"]), tokenizer)
+        return
+    writer = FolderWriter(output, Names(config, model["vocab_size"]), getattr(torch, dtype))
+    for name in Names(config, model["vocab_size"]).all():
+        writer.add(name, whole(name))
+    writer.finish(hugging_face_config(model, dtype), tokenizer)
+
+
+def merge_adapters(
+    adapters: Path, model: str | None, output: Path, tokenizer: Path | None, dtype: str | None
+) -> None:
+    """Adapters in PEFT's format and their base model -> a plain Hugging Face folder, tensor by tensor."""
+    import torch
+
+    from longspan.config.architecture import model_file, model_folder
+    from longspan.config.lora import read_peft_config
+    from longspan.models.adapters import merge
+    from longspan.models.huggingface import FolderWriter, SafetensorsFolder, copy_tokenizer
+
+    _, named = read_peft_config(adapters)
+    model = model or named
+    if model is None:
+        raise UserError(f"{adapters} does not name its base model. Give it with --model.")
+    config = json.loads(model_file(model, "config.json").read_text(encoding="utf-8"))
+    if dtype is not None:
+        config = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": dtype}
+    base = model_folder(model)
+    writer = FolderWriter(output, None, None if dtype is None else getattr(torch, dtype))
+    try:
+        merge(SafetensorsFolder(base), adapters, writer)
+    except UserError:
+        writer.discard()
+        raise
+    copy_tokenizer(base, writer.partial)
+    writer.finish(config, tokenizer or adapters)  # over the base model's, where it brings one
 
 
 def to_checkpoint(model: str, output: Path) -> None:
@@ -93,33 +158,38 @@ def to_checkpoint(model: str, output: Path) -> None:
     from longspan.config.load import architecture_config
     from longspan.config.model import padded_vocab_size
     from longspan.config.resolve import resolve
-    from longspan.models.huggingface import VOCABULARY, SafetensorsFolder, hugging_face_name, read_part
+    from longspan.models.huggingface import Names, SafetensorsFolder, check_tensors, read_part
     from longspan.training.checkpoint import DESCRIPTION
-    from longspan.training.loop import MODEL_KEYS, SETTINGS
+    from longspan.training.loop import describe_model
 
     values = architecture_of(model)
     config = architecture_config(values)
-    architecture = resolve(config, 1).transformer_config()
+    resolved = resolve(config, 1)
+    architecture = resolved.transformer_config()
     vocab = values["vocab_size"]
     source = SafetensorsFolder(model_folder(model))
+    names = Names(architecture, vocab)
+    check_tensors(source, names)
     weights = {}
-    for name in parameter_names(architecture.num_layers, config.tie_word_embeddings):
-        shape = list(source.slice(hugging_face_name(name)).get_shape())
-        if name in VOCABULARY:
-            shape[0] = padded_vocab_size(vocab)
-        part = read_part(source, name, shape, [(0, size) for size in shape], vocab)
-        weights[name] = part.to(torch.float32)
+    for name in names.all():
+        place = names.place(name)
+        shape = list(source.slice(place.name).get_shape())
+        if place.transposed:
+            shape.reverse()
+        shape[0] //= place.parts
+        if names.rows(name) is not None:
+            shape[0] = padded_vocab_size(shape[0])
+        part = read_part(source, names, name, shape, [(0, size) for size in shape])
+        weights[name] = part.to(torch.float32).contiguous()
     if config.tie_word_embeddings:
         weights["output_layer.weight"] = weights["embedding.word_embeddings.weight"]
+    about = describe_model(resolved)
     description = {
         "longspan": __version__,
         "torch": torch.__version__,
         "layout": f"converted from {model}",
         "global_batch_size": None,
-        "model": {name: getattr(architecture, name) for name in MODEL_KEYS}
-        | {"vocab_size": vocab, "tie_word_embeddings": config.tie_word_embeddings},
-        "settings": {name: getattr(config, name) for name in SETTINGS},
-        "init_method_std": config.init_method_std,
+        **{k: about[k] for k in ("model", "settings", "init_method_std", "max_position_embeddings")},
         "step": 0,
         "tokens": 0,
     }
@@ -129,13 +199,3 @@ def to_checkpoint(model: str, output: Path) -> None:
     dcp.save({"model": weights}, checkpoint_id=str(partial), no_dist=True)
     (partial / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
     os.rename(partial, output)
-
-
-def parameter_names(layers: int, tied: bool) -> list[str]:
-    """Our names of a Llama's parameters."""
-    inside = ["input_layernorm", "pre_mlp_layernorm"]
-    inside += [f"self_attention.linear_{x}" for x in ("q", "k", "v", "proj")]
-    inside += [f"mlp.linear_{x}" for x in ("gate", "up", "down")]
-    names = ["embedding.word_embeddings.weight"]
-    names += [f"decoder.layers.{i}.{x}.weight" for i in range(layers) for x in inside]
-    return [*names, "decoder.final_layernorm.weight", *([] if tied else ["output_layer.weight"])]

@@ -17,7 +17,7 @@ from pathlib import Path
 from longspan.cli.config import number
 from longspan.cli.launch import HELP, start, under_torchrun
 from longspan.cli.options import key_help
-from longspan.cli.prepare import prepare_config
+from longspan.cli.prepare import check_weights, prepare_config
 from longspan.cli.train import quiet_logs, read_run
 from longspan.config.load import to_yaml
 from longspan.config.parallel import MeshSizes
@@ -68,6 +68,7 @@ def run(arguments: Sequence[str]) -> int:
 
     resolved = resolve(config, resolved.world_size)
     check_data(resolved)
+    check_weights(resolved)
     runs = variants(resolved, "--all" in own)
     with tempfile.TemporaryDirectory() as folder:
         path, result = Path(folder) / "config.yaml", Path(folder) / "result.pt"
@@ -128,7 +129,7 @@ def variants(resolved: Run, everything: bool) -> list[Run]:
 
 
 def one_process(resolved: Run) -> Run:
-    """The same run on one process: the same global batch, plain attention."""
+    """The same run on one process: the same global batch, plain attention, everything kept for backward."""
     config = resolved.config.model_copy(
         update={
             "tensor_parallel_size": 1,
@@ -143,6 +144,12 @@ def one_process(resolved: Run) -> Run:
             "hierarchical_context_parallel_sizes": None,
             "hybrid_context_parallel": False,
             "max_seqlen_per_dp_cp_rank": None,
+            # the keys that save memory are held against doing without them
+            "gradient_checkpointing": False,
+            "activation_offloading": False,
+            "offload_params": False,
+            "tiled_mlp": False,
+            "tiled_mlp_num_shards": None,
         }
     )
     alone = resolve(config, 1)
@@ -152,7 +159,8 @@ def one_process(resolved: Run) -> Run:
 
 
 def measure(run: Run, device, steps: int) -> dict:
-    """Losses, gradient norms, evaluation and the first step's whole gradients. Collective."""
+    """Losses, gradient norms, evaluation and whole gradients of the first step (with adapters, whose A has none in the
+    first step since B starts at zero, of the last). Collective."""
     import torch.distributed as dist
 
     from longspan.training.loop import Trainer
@@ -163,8 +171,10 @@ def measure(run: Run, device, steps: int) -> dict:
     result: dict = {"losses": [], "norms": [], "gradients": {}}
     for step in range(steps):
         loss, _ = trainer.compute_gradients(trainer.micro_batches(step))
-        if step == 0:
+        if step == (steps - 1 if run.lora is not None else 0):
             for name, parameter in trainer.model.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 whole = parameter.grad.full_tensor().cpu().clone()  # clipping works in place
                 if first:
                     result["gradients"][name] = whole

@@ -16,11 +16,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from longspan.config.architecture import architecture_of
+from longspan.config.data_rules import data_problems
+from longspan.config.hugging_face import FIELDS, PIECES, export_problem
+from longspan.config.lora import Lora, lora_of, lora_problems
+from longspan.config.memory_rules import memory_problems
 from longspan.config.model import (
     TransformerConfig,
     architecture_problems,
 )
 from longspan.config.parallel import MeshSizes
+from longspan.config.rope import rope_type, with_original_length
 from longspan.config.schedule import schedule_problems
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError, did_you_mean
@@ -57,9 +62,19 @@ class Run:
         """Do the weights come from base_model?"""
         return self.config.base_model is not None and not self.config.reinit_weights
 
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters that are trained beside frozen weights; None where all weights are trained."""
+        return lora_of(self.config)
+
     def transformer_config(self, params_dtype=None) -> TransformerConfig:
         """The model's architecture and how it is cut."""
         return TransformerConfig(params_dtype=params_dtype, **_architecture(self.config), **self._parallel())
+
+    @property
+    def mlp_tiles(self) -> int | None:
+        """Tiles of the MLP: 1 without ``tiled_mlp``; None: from the number of tokens, as they come."""
+        return self.config.tiled_mlp_num_shards if self.config.tiled_mlp else 1
 
     @property
     def windows(self) -> list[int | None]:
@@ -89,8 +104,17 @@ class Run:
         )
 
 
+def architecture(config: TrainConfig) -> dict[str, Any]:
+    """What a Hugging Face config.json says of the model, by our keys (``config.hugging_face.FIELDS``)."""
+    model = TransformerConfig(**_architecture(config))
+    return {name: getattr(config, name) for name in FIELDS} | {
+        name: getattr(model, name) for name in FIELDS if hasattr(model, name)
+    }
+
+
 def _architecture(config: TrainConfig) -> dict:
     """Keys of TransformerConfig."""
+    learned = config.position_embedding_type == "learned_absolute"
     return dict(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -104,6 +128,9 @@ def _architecture(config: TrainConfig) -> dict:
         gated_linear_unit=config.gated_linear_unit,
         activation_func=config.activation_func,
         add_bias_linear=config.add_bias_linear,
+        add_qkv_bias=config.add_qkv_bias,
+        qk_layernorm=config.qk_layernorm,
+        max_position_embeddings=config.max_position_embeddings or (config.sequence_len if learned else None),
         position_embedding_type=config.position_embedding_type,
         attention_dropout=config.attention_dropout,
         hidden_dropout=config.hidden_dropout,
@@ -149,8 +176,10 @@ def resolve(
         try:
             # what the file says itself wins over base_model, key by key
             given = {k for k in config.model_fields_set if getattr(config, k) is not None}
-            base = {k: v for k, v in architecture_of(config.base_model).items() if k not in given}
+            whole = architecture_of(config.base_model)
+            base = {k: v for k, v in whole.items() if k not in given}
             config = TrainConfig.model_validate(config.model_dump(exclude_unset=True) | base)
+            config = _longer(config, whole, given)
         except ValidationError as error:
             for e in error.errors():
                 found.append(
@@ -167,17 +196,62 @@ def resolve(
     micro, accumulation, total = _batch(config, sizes.dp, found)
     sequence_parallel = sizes.tp > 1 if config.sequence_parallel is None else config.sequence_parallel
     _required(config, found)
+    found += data_problems(config)
     _not_yet(config, found)
     _hybrid(config, found)
     _exclusive(config, found)
+    _positions(config, found)
+    found += lora_problems(config)
+    found += memory_problems(config)
     found += schedule_problems(config)
     if None not in (config.num_layers, config.hidden_size, config.num_attention_heads):
-        found += _model_problems(config)
+        wrong = _model_problems(config)
+        found += wrong
+        if config.export_hf and not wrong and (problem := export_problem(architecture(config))):
+            found.append((("export_hf", *PIECES), f"export_hf: {problem} Set export_hf: false."))
     messages = list(earlier) + [text for fields, text in found if not bad.intersection(fields)]
     if messages:
         raise UserError(messages)
     return Run(
         config, sizes, micro, accumulation, total, sequence_parallel and sizes.tp > 1, _recompute(config)
+    )
+
+
+def _longer(config: TrainConfig, base: dict[str, Any], given: set[str]) -> TrainConfig:
+    """A model that trains on longer sequences than base_model was made for: what follows from base_model's own length."""
+    length, scaling = base.get("max_position_embeddings"), config.rope_scaling
+    if config.position_embedding_type != "rope":
+        return config
+    changes: dict[str, Any] = {}
+    if scaling:
+        changes["rope_scaling"] = with_original_length(scaling, length)
+    if length is not None and "max_position_embeddings" not in given and rope_type(scaling) != "dynamic":
+        changes["max_position_embeddings"] = max(length, config.sequence_len)
+    return config.model_copy(update=changes)
+
+
+def _positions(config: TrainConfig, found: list[Problem]) -> None:
+    """The sequence against the positions the model knows."""
+    most, length = config.max_position_embeddings, config.sequence_len
+    if most is None or length <= most:
+        return
+    fields = ("sequence_len", "max_position_embeddings")
+    if config.position_embedding_type == "rope" and rope_type(config.rope_scaling) == "dynamic":
+        if config.sample_packing or config.hybrid_context_parallel:
+            text = (
+                f"rope_scaling of type dynamic with sequence_len {length} beyond max_position_embeddings {most}: its frequencies "
+                "follow the length of what is computed, and packed documents have many. Use yarn or linear, or set "
+                "sample_packing: false, so that every sequence has sequence_len tokens."
+            )
+            found.append((("rope_scaling", *fields), text))
+        return
+    what = "has a learned row for" if config.position_embedding_type == "learned_absolute" else "is made for"
+    found.append(
+        (
+            fields,
+            f"sequence_len {length} is larger than max_position_embeddings {most}, the positions the model {what}. "
+            "Shorten the sequence, or raise max_position_embeddings (of a model that starts from random weights).",
+        )
     )
 
 
@@ -252,42 +326,6 @@ def _required(config: TrainConfig, found: list[Problem]) -> None:
         found.append((tuple(missing), text))
     if config.learning_rate is None:
         found.append((("learning_rate",), "learning_rate: missing. A number such as 3e-4."))
-    if not (config.datasets or config.data_path or config.train_data_path or config.mock_data):
-        found.append(
-            (
-                ("datasets",),
-                "datasets: missing. A list such as 'datasets: [{path: my_texts}]'; or data_path: [PREFIX] of .bin/.idx files; or "
-                "mock_data: true, to try a layout without data.",
-            )
-        )
-
-
-#: keys whose part of the house is not built yet, with their value that asks for nothing
-NOT_YET: dict[str, Any] = {
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
-    "adapter": None,
-    "lora_r": None,
-    "lora_alpha": None,
-    "lora_dropout": 0.0,
-    "lora_target_modules": None,
-    "lora_target_linear": False,
-    "lora_model_dir": None,
-    "peft_use_rslora": False,
-    "data_path": None,
-    "train_data_path": None,
-    "valid_data_path": None,
-    "test_data_path": None,
-    "split": None,
-    "mock_data": False,
-    "tokenizer_type": None,
-    "vocab_file": None,
-    "merge_file": None,
-    "activation_offloading": False,
-    "offload_params": False,
-    "tiled_mlp": False,
-    "tiled_mlp_num_shards": None,
-}
 
 
 def _not_yet(config: TrainConfig, found: list[Problem]) -> None:
@@ -296,13 +334,6 @@ def _not_yet(config: TrainConfig, found: list[Problem]) -> None:
             found.append(
                 ((name,), f"{name} {getattr(config, name)}: {what} parallelism is not supported yet. Use 1.")
             )
-    for name, off in NOT_YET.items():
-        if getattr(config, name) != off:
-            found.append(((name,), f"{name} {getattr(config, name)}: not supported yet. Leave it {off!r}."))
-    if config.gradient_checkpointing == "offload":
-        found.append(
-            (("gradient_checkpointing",), "gradient_checkpointing offload: not supported yet. Use full.")
-        )
 
 
 def _hybrid(config: TrainConfig, found: list[Problem]) -> None:
@@ -346,22 +377,6 @@ def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
             )
         )
     _templates(config, found)
-    if config.tokenizer_config is not None and config.tokenizer_train_vocab_size is not None:
-        found.append(
-            (
-                ("tokenizer_config", "tokenizer_train_vocab_size"),
-                "tokenizer_config and tokenizer_train_vocab_size are both given. Load a tokenizer or train one.",
-            )
-        )
-    windows = config.sliding_window if isinstance(config.sliding_window, list) else []
-    if config.export_hf and len({w for w in windows if w is not None}) > 1:
-        found.append(
-            (
-                ("export_hf", "sliding_window"),
-                f"sliding_window {windows}: a model whose layers have windows of different sizes cannot be exported (Ministral "
-                "has one size, in some of its layers). Set export_hf: false, or give one size.",
-            )
-        )
     if config.reinit_weights and config.base_model is None:
         found.append(
             (("reinit_weights",), "reinit_weights: true without base_model has no effect. Leave it out.")

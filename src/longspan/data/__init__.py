@@ -6,7 +6,9 @@
 - `instruct`, `chat`, `templates`: from a record to a sample, and which of its tokens are learned.
 - `samples`: samples in token files, with files of masks beside them.
 - `packing`: which tokens make a row, with shifted labels; `Batch`.
-- `loader`: which rows a rank trains on at which step.
+- `loader`: which rows a rank trains on at which step; `blend`: several datasets by weights.
+- `splits`: from a config to its datasets; `mock`: made-up ones.
+- `preprocess`, `merge`, `gpt2`: what `longspan prepare` and `longspan merge` are made of.
 
 Names are imported when they are first used: checking that a file is there must not wait for torch.
 """

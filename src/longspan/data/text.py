@@ -101,7 +101,7 @@ def iter_documents(path: str | Path, field: str = "text") -> Iterator[str]:
     """
     for source in find_sources(path):
         if source.suffix.lower() in LINES:
-            texts = (_text_of(record, field, where) for where, record in json_records(source))
+            texts = (text_of(record, field, where) for where, record in json_records(source))
         else:
             texts = iter([source.read_bytes().decode("utf-8-sig", errors="replace")])
         yield from (text for text in texts if text)
@@ -343,7 +343,7 @@ def _parse(text: str, where: str):
         raise UserError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
 
 
-def _text_of(record: object, field: str, where: str) -> str:
+def text_of(record: object, field: str, where: str) -> str:
     if not isinstance(record, dict):
         raise UserError(f"{where}: a JSON {type(record).__name__}, not an object with a field {field!r}.")
     if field not in record:

@@ -153,7 +153,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         lses = torch.empty_like(loss)
         ctx.columns, ctx.rank, ctx.chunk, ctx.vocab_size = columns, rank, chunk, vocab_size
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        sums = _empty_gradients(hidden, weight) if wanted else None
+        sums = _empty_gradients(hidden, weight, ctx.needs_input_grad[1]) if wanted else None
         for start in range(0, labels.shape[0], chunk):
             part = slice(start, start + chunk)
             column, mine = _local_columns(labels[part], columns, width, rank, vocab_size)
@@ -174,9 +174,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_loss.stride()
         ):  # one number for all tokens: the gradient of a sum
             scale = grad_loss.flatten()[0]
-            grad_hidden, grad_weight = sums[0] * scale.to(hidden.dtype), sums[1] * scale
+            grad_hidden = sums[0] * scale.to(hidden.dtype)
+            grad_weight = None if sums[1] is None else sums[1] * scale
         else:
-            grad_hidden, grad_weight = _empty_gradients(hidden, weight)
+            grad_hidden, grad_weight = _empty_gradients(hidden, weight, ctx.needs_input_grad[1])
             used = weight[: ctx.columns]
             for start in range(0, labels.shape[0], ctx.chunk):
                 part = slice(start, start + ctx.chunk)
@@ -188,20 +189,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     _wide(product(hidden[part], used.t())), lses[part], column, mine, scale
                 )
                 _add_chunk((grad_hidden, grad_weight), grad.to(hidden.dtype), hidden, used, part)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
-def _empty_gradients(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for the gradient of hidden [t, h], and zeros in at least float32 for that of weight."""
+def _empty_gradients(hidden: Tensor, weight: Tensor, trained: bool) -> tuple[Tensor, Tensor | None]:
+    """Room for the gradient of hidden [t, h], and zeros in at least float32 for that of a trained weight."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return torch.empty_like(hidden), torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+    zeros = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if trained else None
+    return torch.empty_like(hidden), zeros
 
 
-def _add_chunk(sums: tuple[Tensor, Tensor], grad: Tensor, hidden: Tensor, used: Tensor, part: slice) -> None:
+def _add_chunk(
+    sums: tuple[Tensor, Tensor | None], grad: Tensor, hidden: Tensor, used: Tensor, part: slice
+) -> None:
     """A chunk's logit gradients [c, columns] into the gradients of hidden (its rows) and weight (all of it)."""
     grad_hidden, grad_weight = sums
     grad_hidden[part] = product(grad, used)
-    grad_weight[: used.shape[0]] += product(grad.t(), hidden[part])
+    if grad_weight is not None:
+        grad_weight[: used.shape[0]] += product(grad.t(), hidden[part])
 
 
 def linear_cross_entropy(

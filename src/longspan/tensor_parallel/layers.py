@@ -43,8 +43,13 @@ class TensorParallelModule(nn.Module):
 
     A subclass makes its parameters with :meth:`_parameter`. ``initial_std`` records, for
     each of them, the standard deviation of its initial values; 0 stands for zeros and None
-    for ones. ``longspan.models.gpt.init_weights`` reads it for models made on ``meta``.
+    for ones. ``longspan.parallelize.init_weights`` reads it for models made on ``meta``.
+
+    Attributes:
+        uniform: initial values come from a uniform distribution of that deviation, not a normal one.
     """
+
+    uniform = False
 
     def __init__(self, config: ModelParallelConfig, tp_group: dist.ProcessGroup | DeviceMesh | None):
         super().__init__()
@@ -107,18 +112,25 @@ class TensorParallelModule(nn.Module):
             # one number from the default generator a parameter, whatever the layout
             seed = int(torch.randint(2**62, (1,)))
             columns = ranges[1] if len(shape) > 1 else None
-            data.copy_(draw_rows(seed, "", shape, std, ranges[0], columns, self.dtype))
+            data.copy_(draw_rows(seed, "", shape, std, ranges[0], columns, self.dtype, self.uniform))
 
-    def replicated(self, parameter: Tensor) -> Tensor:
-        """A copied parameter, ready for compute: under sequence parallelism its gradient is summed over tp.
+    def replicated(self, parameter: Tensor, over_heads: bool = False) -> Tensor:
+        """A copied parameter, ready for compute: where each rank computes a part, its gradient is summed over tp.
+
+        The parts are rows of the sequence under sequence parallelism, and heads with ``over_heads``.
+        """
+        return self.summed(parameter) if self.sequence_parallel or over_heads else local(parameter)
+
+    def summed(self, parameter: Tensor) -> Tensor:
+        """A copied parameter whose use differs from rank to rank: its gradient is summed over tp.
 
         The sum is in at least float32: it is a reduction like FSDP's.
         """
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if not self.sequence_parallel or self.tp_size == 1:
-            return local
-        wide = local.to(torch.promote_types(local.dtype, torch.float32))
-        return collectives.copy(wide, self.tp_group).to(local.dtype)
+        held = local(parameter)
+        if self.tp_size == 1:
+            return held
+        wide = held.to(torch.promote_types(held.dtype, torch.float32))
+        return collectives.copy(wide, self.tp_group).to(held.dtype)
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -160,6 +172,9 @@ class ColumnParallelLinear(TensorParallelModule):
             "weight", (output_size, input_size), 0, config.init_method_std, init_method
         )
         self.bias = self._parameter("bias", (output_size,), 0, 0.0) if bias else None
+        self.lora: nn.Module | None = (
+            None  # an Adapter (tensor_parallel.lora), put here after the layer is made
+        )
 
     def enter(self, x: Tensor) -> Tensor:
         """The input as every tensor parallel rank needs it: ``[s, b, h]``, gathered under sequence parallelism."""
@@ -171,6 +186,8 @@ class ColumnParallelLinear(TensorParallelModule):
         """The local product, for an input that went through :meth:`enter` (several layers may share one)."""
         bias = local(self.bias) if self.bias is not None else None
         y = linear(x, local(self.weight), None if self.skip_bias_add else bias)
+        if self.lora is not None:
+            y = y + self.lora(x)
         if self.gather_output:
             y = mappings.gather_from_tensor_model_parallel_region(y, self.tp_group)
             if self.skip_bias_add and bias is not None:
@@ -213,11 +230,17 @@ class RowParallelLinear(TensorParallelModule):
             "weight", (output_size, input_size), 1, init_std or config.init_method_std, init_method
         )
         self.bias = self._parameter("bias", (output_size,), None, 0.0) if bias else None
+        self.lora: nn.Module | None = None  # as in ColumnParallelLinear
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         if not self.input_is_parallel:
             x = mappings.scatter_to_tensor_model_parallel_region(x, self.tp_group)
-        return self.leave(linear(x, local(self.weight)))
+        return self.leave(self.project(x))
+
+    def project(self, x: Tensor) -> Tensor:
+        """This rank's part of the product, for :meth:`leave` to sum."""
+        y = linear(x, local(self.weight))
+        return y if self.lora is None else y + self.lora(x)
 
     def leave(self, y: Tensor) -> Any:
         """The output of the layer from this rank's product: the sum over the group, and the bias."""
@@ -256,17 +279,21 @@ class VocabParallelEmbedding(TensorParallelModule):
         )
 
     def forward(self, ids: Tensor) -> Tensor:
+        return self.leave(self.look_up(ids))
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """This rank's part of the sum over the group: the rows it holds, zeros for the others' [b, s, h]."""
         weight = local(self.weight)
         if self.tp_size == 1:
-            out = F.embedding(ids, weight)
-        else:
-            rows = self.num_embeddings // self.tp_size
-            shifted = ids - self.tp_rank * rows
-            mine = (shifted >= 0) & (shifted < rows)
-            elsewhere = (
-                (ids >= 0) & (ids < self.num_embeddings) & ~mine
-            )  # ids of no rank fail here as at tp 1
-            out = F.embedding(shifted.masked_fill(elsewhere, 0), weight) * mine.unsqueeze(-1)
+            return F.embedding(ids, weight)
+        rows = self.num_embeddings // self.tp_size
+        shifted = ids - self.tp_rank * rows
+        mine = (shifted >= 0) & (shifted < rows)
+        elsewhere = (ids >= 0) & (ids < self.num_embeddings) & ~mine  # ids of no rank fail here as at tp 1
+        return F.embedding(shifted.masked_fill(elsewhere, 0), weight) * mine.unsqueeze(-1)
+
+    def leave(self, out: Tensor) -> Tensor:
+        """The sum over the group of what :meth:`look_up` found (of several tables, if they were added)."""
         if self.reduce_scatter_embeddings:
             return mappings.reduce_scatter_to_sequence_parallel_region(
                 out.transpose(0, 1).contiguous(), self.tp_group

@@ -39,6 +39,7 @@ def draw_rows(
     rows: tuple[int, int],
     columns: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
+    uniform: bool = False,
 ) -> Tensor:
     """Part of a normal tensor: ``rows`` (and ``columns`` of dim 1) of the tensor named ``name``.
 
@@ -47,6 +48,7 @@ def draw_rows(
             so that device and precision do not change it.
         rows: half-open range of dim 0.
         columns: half-open range of dim 1; None takes all.
+        uniform: of a uniform tensor of that deviation instead, in +-sqrt(3) std.
 
     Returns:
         [rows, columns, ...] in ``dtype``.
@@ -60,7 +62,10 @@ def draw_rows(
         first = index * block
         generator = torch.Generator("cpu").manual_seed(hash_seed(seed, name, index))
         drawn = torch.empty(min(block, shape[0] - first), *shape[1:], dtype=torch.float32, device="cpu")
-        drawn.normal_(0.0, std, generator=generator)
+        if uniform:
+            drawn.uniform_(-(3**0.5) * std, 3**0.5 * std, generator=generator)
+        else:
+            drawn.normal_(0.0, std, generator=generator)
         drawn = drawn[max(0, start - first) : stop - first]
         parts.append((drawn[:, width] if columns is not None else drawn).to(dtype))
     if not parts:  # no rows

@@ -7,6 +7,7 @@ A checkpoint is written under a hidden name beside and renamed when it is whole,
 at any moment leaves it whole or absent. Writing goes on in a thread while training does: the
 step waits only for a copy of the state in memory. Weights and optimizer state are DTensors,
 so DCP reshards them to whatever layout loads them; ``longspan.json`` says what was trained.
+Frozen weights stay out: of a run with adapters a checkpoint holds the adapters and names the base model.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
+    StateDictOptions,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -33,6 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from longspan.errors import UserError, did_you_mean
+from longspan.training.adapters import adapter_problems, trained_state
 
 DESCRIPTION = "longspan.json"
 
@@ -118,11 +120,12 @@ def check_fits(path: Path, now: dict[str, Any], weights_only: bool) -> dict[str,
     """
     then = describe(path)
     problems = [
-        f"resume: {path.name} is a checkpoint of another model: {name} was {then['model'].get(name)!r}, the config says "
+        f"resume: {path.name} is a checkpoint of another model: {name} was {then['model'][name]!r}, the config says "
         f"{value!r}. Give the model's own value, or start without resume."
         for name, value in now["model"].items()
-        if then["model"].get(name) != value
+        if then["model"].get(name, value) != value  # an older checkpoint does not name all
     ]
+    problems += adapter_problems(path.name, then.get("adapter"), now["adapter"])
     if not weights_only:
         if then["global_batch_size"] != now["global_batch_size"]:
             problems.append(
@@ -143,7 +146,7 @@ def check_fits(path: Path, now: dict[str, Any], weights_only: bool) -> dict[str,
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, rng: bool) -> None:
     """Loads weights, optimizer state (unless None) and random number states; collective, from any layout."""
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    state: dict[str, Any] = {"model": trained_state(model)}
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
     written = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
@@ -151,7 +154,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
     if rng and own in written:  # at another number of ranks each starts from its seed
         state[own] = torch.get_rng_state()
     dcp.load(state, checkpoint_id=str(path))
-    set_model_state_dict(model, state["model"])
+    # frozen weights are missing there
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
     if own in state:
@@ -204,7 +208,7 @@ class Checkpointer:
         if told[0]:
             raise SaveError(f"cannot write {partial}: {told[0]}")
         state: dict[str, Any] = {
-            "model": get_model_state_dict(model),
+            "model": trained_state(model),
             "optimizer": get_optimizer_state_dict(model, optimizer),
             f"rng.{dist.get_rank()}": torch.get_rng_state(),
         }

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from longspan.config.resolve import Run
 from longspan.errors import UserError
+from longspan.training.adapters import parameter_counts
 from longspan.training.banner import banner, megatron_line
 from longspan.training.checkpoint import SaveError
 from longspan.training.export import export
@@ -120,12 +121,15 @@ def stop_on_signal(trainer: Trainer) -> None:
 
 
 def describe(trainer: Trainer, output: Path) -> str:
+    parameters, trained = parameter_counts(trainer.model)
     first = megatron_line(trainer.run) + "\n" if trainer.run.config.log_format == "megatron" else ""
     return first + banner(
         trainer.run,
-        parameters=sum(p.numel() for p in trainer.model.parameters()),
+        parameters=parameters,
+        trained=trained,
         samples=len(trainer.train_data),
         held_out=len(trainer.valid_data) if trainer.valid_data else 0,
+        tested=len(trainer.test_data) if trainer.test_data else 0,
         steps=trainer.steps,
         warmup=trainer.warmup,
         device=trainer.device,
@@ -157,7 +161,12 @@ def last_lines(summary: dict, trainer: Trainer, output: Path) -> str:
         loss += f", {summary['eval_loss']:.4f} held out"
     where = f"metrics: {output / 'metrics.jsonl'}"
     if config.export_hf and not stopped:
-        where = f"model: {output / 'hf'}, for Hugging Face transformers\n{where}"
+        what = (
+            "model: {}, for Hugging Face transformers"
+            if trainer.run.lora is None
+            else "adapters: {}, for PEFT"
+        )
+        where = f"{what.format(output / 'hf')}\n{where}"
     if config.use_tensorboard:
         where += f"   curves: tensorboard --logdir {tensorboard_folder(trainer.run, output)}"
     return "\n".join(

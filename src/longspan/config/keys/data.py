@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import string
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from longspan.config.keys.declare import key
+from longspan.errors import did_you_mean
+
+#: Megatron-LM's tokenizer types there are here
+TOKENIZER_TYPES = ("GPT2BPETokenizer", "HuggingFaceTokenizer", "NullTokenizer")
+#: and those there are not; any other name of a tokenizer is one of transformers' classes, as axolotl says them
+_NO_TOKENIZERS = (
+    "BertWordPieceLowerCase",
+    "BertWordPieceCase",
+    "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
+    "Llama2Tokenizer",
+    "TikTokenizer",
+    "MultimodalTokenizer",
+    "NullMultimodalTokenizer",
+    "NullSFTTokenizer",
+    "SFTTokenizer",
+    "MegatronTokenizer",
+)
 
 
 class InstructionType(BaseModel):
@@ -95,6 +115,12 @@ class DatasetConfig(BaseModel):
         None, description="As the key of that name, for this dataset alone."
     )
 
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="Part of the samples that comes from here, beside the other weights; default: every source as it is.",
+    )
+
     @field_validator("path")
     @classmethod
     def _path(cls, value: str) -> str:
@@ -140,23 +166,64 @@ class DataKeys(BaseModel):
     )
 
     # --- Megatron's way of saying what to train on -------------------------------------------
-    data_path: list[str | float] | None = key(
-        None, "Token files: one .bin/.idx prefix, several, or a blend: weight prefix weight prefix ..."
+    data_path: list[str] | None = key(
+        None,
+        "Token files: one .bin/.idx prefix, several taken as one, or a blend: weight prefix weight prefix ...",
     )
-    train_data_path: list[str | float] | None = key(None, "Token files of training alone, as data_path.")
-    valid_data_path: list[str | float] | None = key(None, "Token files of evaluation alone, as data_path.")
-    test_data_path: list[str | float] | None = key(
-        None, "Token files of the test at the end alone, as data_path."
-    )
+    train_data_path: list[str] | None = key(None, "Token files of training alone, as data_path.")
+    valid_data_path: list[str] | None = key(None, "Token files of evaluation alone, as data_path.")
+    test_data_path: list[str] | None = key(None, "Token files of the test at the end alone, as data_path.")
     split: str | None = key(
-        None, "Shares of data_path for training, evaluation and test, such as 99,1,0; default 969,30,1."
+        None,
+        "Shares of data_path's documents for training, evaluation and the test at the end, such as 99,1,0; default "
+        "969,30,1.",
     )
-    mock_data: bool = key(False, "Train on made-up tokens: no data and no tokenizer are needed.")
+    mock_data: bool = key(
+        False,
+        "Train on made-up tokens: no data and no tokenizer are needed (vocab_size: 32768 unless given).",
+    )
     tokenizer_type: Literal["GPT2BPETokenizer", "HuggingFaceTokenizer", "NullTokenizer"] | None = key(
-        None, "What vocab_file and merge_file, or tokenizer_config, hold; NullTokenizer: none is needed."
+        None,
+        "GPT2BPETokenizer: vocab_file and merge_file; HuggingFaceTokenizer (or a class of transformers): "
+        "tokenizer_config; NullTokenizer: none, tokens 0 to vocab_size - 1 and vocab_size for the end of a document.",
     )
     vocab_file: str | None = key(None, "vocab.json of a GPT-2 BPE tokenizer.")
     merge_file: str | None = key(None, "merges.txt of a GPT-2 BPE tokenizer.")
+
+    @field_validator("data_path", "train_data_path", "valid_data_path", "test_data_path", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        """Weights and prefixes as text: a YAML file gives weights as numbers, and one prefix as no list."""
+        if value is None:
+            return None
+        values = value if isinstance(value, list) else [value]
+        return [
+            os.path.expanduser(v) if isinstance(v, str) else v if isinstance(v, bool) else str(v)
+            for v in values
+        ]
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _shares(cls, value: Any) -> Any:
+        return (
+            ",".join(map(str, value)) if isinstance(value, list) else value if value is None else str(value)
+        )
+
+    @field_validator("tokenizer_type", mode="before")
+    @classmethod
+    def _tokenizer_type(cls, value: Any) -> Any:
+        if value in _NO_TOKENIZERS:
+            raise ValueError(
+                "is not supported; save the tokenizer as tokenizer.json (transformers' save_pretrained), and give "
+                "HuggingFaceTokenizer with its folder as tokenizer_config (--tokenizer-model)"
+            )
+        if value in TOKENIZER_TYPES or not isinstance(value, str):
+            return value
+        slip = difflib.get_close_matches(value, TOKENIZER_TYPES, cutoff=0.9)
+        if re.fullmatch(r"[A-Z]\w*Tokenizer(Fast)?", value) and not slip:
+            return "HuggingFaceTokenizer"
+        near = did_you_mean(value, TOKENIZER_TYPES)
+        raise ValueError(f"must be one of {', '.join(TOKENIZER_TYPES)}.{near}".rstrip(".?"))
 
     # --- instructions and chats --------------------------------------------------------------
     train_on_inputs: bool = key(False, "Prompts count in the loss too, not only what is to be answered.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
 from longspan.config.keys.declare import key
 
@@ -14,7 +14,8 @@ class ModelKeys(BaseModel):
 
     base_model: str | None = key(
         None,
-        "Hugging Face model to start from: a local folder, or a hub id when the hub can be reached (Llama).",
+        "Hugging Face model to start from: a local folder, or a hub id when the hub can be reached (Llama, Mistral, Qwen2, "
+        "Qwen3, GPT-2; docs/models.md).",
         flag="--base-model",
     )
     reinit_weights: bool = key(
@@ -44,7 +45,9 @@ class ModelKeys(BaseModel):
     layernorm_epsilon: float = key(1e-5, "Added to the variance in norms.", flag="--norm-epsilon", gt=0)
     rotary_base: float = key(10000.0, "Base of the rotary frequencies (rope_theta).", gt=0)
     rope_scaling: dict[str, Any] | None = key(
-        None, "Hugging Face's rope_scaling: {rope_type: linear | llama3, factor: ...}."
+        None,
+        "Hugging Face's rope_scaling, for longer context: {rope_type: yarn | linear | dynamic | llama3, factor: ...}; default "
+        "takes that of base_model away.",
     )
     sliding_window: int | list[int | None] | None = key(
         None,
@@ -71,7 +74,7 @@ class ModelKeys(BaseModel):
     )
     add_bias_linear: bool = key(
         False,
-        "Linear layers have biases.",
+        "All linear layers have biases.",
         switches={"--disable-bias-linear": False},
         megatron_default=True,
     )
@@ -85,7 +88,8 @@ class ModelKeys(BaseModel):
     )
     max_position_embeddings: int | None = key(
         None,
-        "The longest sequence the model is made for: the size of the learned table; default: sequence_len.",
+        "The longest sequence the model is made for: the rows of a learned table, and where dynamic rope_scaling begins; "
+        "default: sequence_len, or more where base_model says more.",
         unit="tokens",
         gt=0,
     )
@@ -107,5 +111,14 @@ class ModelKeys(BaseModel):
         "Linear layers that get adapters, by Hugging Face's names (q_proj, v_proj, down_proj, ...).",
     )
     lora_target_linear: bool = key(False, "All linear layers of attention and MLP get adapters.")
-    lora_model_dir: str | None = key(None, "Adapters in PEFT's format to start from.")
+    lora_model_dir: str | None = key(None, "Folder of adapters in PEFT's format to start from.")
     peft_use_rslora: bool = key(False, "Scale adapters by lora_alpha / sqrt(lora_r) (rsLoRA).")
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _plain_adapter(cls, value: Any) -> Any:
+        if value == "qlora":
+            raise ValueError(
+                "needs quantised weights (load_in_4bit), which are not supported. Use lora; under bf16 its frozen weights are held in bfloat16"
+            )
+        return value

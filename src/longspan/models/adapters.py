@@ -1,0 +1,193 @@
+"""Adapters on a model, and PEFT's files in and out.
+
+    ours                                               PEFT (adapter_model.safetensors)
+    decoder.layers.I.self_attention.linear_q.lora.A    base_model.model.model.layers.I.self_attn.q_proj.lora_A.weight  [r, input]
+    decoder.layers.I.self_attention.linear_q.lora.B    base_model.model.model.layers.I.self_attn.q_proj.lora_B.weight  [output, r]
+
+and so on for every target: the layer's name is that of ``models.huggingface``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from longspan.config.lora import CONFIG_FILE, WEIGHTS_FILE, Lora, read_peft_config
+from longspan.errors import UserError
+from longspan.models.gpt import GPTModel, OutputLayer
+from longspan.models.huggingface import FolderWriter, SafetensorsFolder, copy_tokenizer, hugging_face_name
+from longspan.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from longspan.tensor_parallel.lora import Adapter
+
+_MARK = ".lora."
+_PREFIX = "base_model.model."
+
+
+def is_adapter(name: str) -> bool:
+    """Is it the name of an adapter's parameter?"""
+    return _MARK in name
+
+
+def peft_name(name: str) -> str:
+    """Our name of an adapter's parameter -> PEFT's."""
+    layer, _, part = name.partition(_MARK)
+    return f"{_PREFIX}{hugging_face_name(layer + '.weight').removesuffix('weight')}lora_{part}.weight"
+
+
+# --- on a model -----------------------------------------------------------------------------
+
+
+def attach(model: GPTModel, lora: Lora, frozen_dtype: torch.dtype | None = None) -> None:
+    """Freezes a model made on ``meta`` and puts adapters beside the target layers; nothing is filled yet.
+
+    Args:
+        frozen_dtype: of the frozen weights; None leaves it. What computes in bfloat16 may hold them in
+            it: they are cast for every product anyway, and nothing small is ever added to them.
+
+    Raises:
+        UserError: the model lacks a target.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if frozen_dtype is not None:
+        _cast(model, frozen_dtype)
+    missing = set(lora.targets)
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, ColumnParallelLinear | RowParallelLinear) or isinstance(layer, OutputLayer):
+            continue
+        target = hugging_face_name(f"{name}.weight").split(".")[-2]
+        if target in lora.targets:
+            layer.lora = Adapter(layer, lora.rank, lora.scale, model.config)
+            missing.discard(target)
+    if missing:
+        raise UserError(
+            f"lora_target_modules: the model has no {', '.join(sorted(missing))}. Leave them out (and lora_target_linear "
+            "with them)."
+        )
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Frozen parameters in another dtype; what is tied stays tied."""
+    cast: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in cast:
+                cast[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+            setattr(module, name, cast[id(parameter)])
+
+
+# --- in -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_adapters(folder: str | Path, names: Iterable[str]) -> Iterator[Any]:
+    """PEFT's weights, opened to be read slice by slice.
+
+    Args:
+        names: PEFT's names of all that is expected.
+
+    Raises:
+        UserError: no such file, a broken one, or one with other tensors.
+    """
+    path = Path(folder) / WEIGHTS_FILE
+    if not path.is_file():
+        raise UserError(f"{folder}: there is no {WEIGHTS_FILE} in it. Only safetensors are read.")
+    try:
+        source = safe_open(path, "pt")
+    except Exception as error:  # safetensors' own error class
+        raise UserError(f"{path} cannot be read ({error}).") from None
+    with source:
+        there, expected = set(source.keys()), set(names)
+        for what, odd in (("lacks", expected - there), ("holds also", there - expected)):
+            if odd:
+                raise UserError(
+                    f"{path} {what} {min(odd)} ({len(odd)} such tensors): its adapters are of another model or of other "
+                    "targets. Give the base model and the targets they were trained with."
+                )
+        yield source
+
+
+def read_adapter(source: Any, name: str, shape: Iterable[int], ranges: list[tuple[int, int]]) -> Tensor:
+    """This rank's part of an adapter's parameter.
+
+    Args:
+        name: ours. shape: of the whole parameter; ranges: (start, stop) along each dim of it.
+
+    Raises:
+        UserError: the file's tensor has another shape.
+    """
+    lazy = source.get_slice(peft_name(name))
+    if list(lazy.get_shape()) != list(shape):
+        raise UserError(
+            f"{WEIGHTS_FILE}: {peft_name(name)} has shape {list(lazy.get_shape())}, this model needs {list(shape)}. "
+            "The adapters are of another base model."
+        )
+    rows, columns = (slice(*edges) for edges in ranges)
+    return lazy[rows, columns]
+
+
+# --- out ------------------------------------------------------------------------------------
+
+
+def write_adapters(
+    folder: Path, weights: Mapping[str, Tensor], config: dict[str, Any], tokenizer: Path | None
+) -> None:
+    """Writes a folder in PEFT's format: whole, or as it was.
+
+    Args:
+        weights: whole tensors, by our names.
+        config: see ``Lora.peft_config``.
+        tokenizer: a folder (or file of one) whose tokenizer goes beside them.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    named = {peft_name(name): tensor.contiguous() for name, tensor in weights.items()}
+    save_file(named, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+    (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_tokenizer(tokenizer, partial)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.rename(partial, folder)
+
+
+@torch.no_grad()
+def merge(base: SafetensorsFolder, adapters: Path, writer: FolderWriter) -> None:
+    """Writes a base model's weights with the adapters added: W + scale B A, tensor by tensor.
+
+    The sum is in at least float32 and rounded once, to the writer's dtype (None: that of the base).
+
+    Raises:
+        UserError: the adapters do not fit the base.
+    """
+    lora, _ = read_peft_config(adapters)
+    ends = tuple(f".{target}.weight" for target in lora.targets)
+    parts = {
+        name: [f"{_PREFIX}{name.removesuffix('weight')}lora_{part}.weight" for part in "AB"]
+        for name in base.files
+        if name.endswith(ends)
+    }
+    with open_adapters(adapters, [part for pair in parts.values() for part in pair]) as source:
+        for name in base.files:
+            weight = base.slice(name)[:]
+            merged = weight
+            if name in parts:
+                a, b = (source.get_tensor(part) for part in parts[name])
+                wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+                if (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
+                    raise UserError(
+                        f"{WEIGHTS_FILE}: the adapters of {name} are {list(a.shape)} and {list(b.shape)}, the base's weight "
+                        f"is {list(weight.shape)}. The adapters are of another base model."
+                    )
+                merged = weight.to(wide) + lora.scale * (b.to(wide) @ a.to(wide))
+            writer.keep(name, merged.to(writer.dtype or weight.dtype))

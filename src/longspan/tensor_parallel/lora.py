@@ -1,0 +1,63 @@
+"""A low-rank adapter (LoRA, Hu et al. 2021) beside a linear layer that is cut over the tensor parallel group.
+
+    Y = X W^T + scale (X A^T) B^T        W [output, input] frozen, A [rank, input], B [output, rank]
+
+    beside a ColumnParallelLinear   A copied, B cut by rows     z = X A^T on every rank     Y_i += z B_i^T
+    beside a RowParallelLinear      A cut by columns, B copied  z_i = X_i A_i^T in part     Y_i += z_i B^T
+
+No activation travels for an adapter: the layer's own gather, sum or reduce-scatter serves both
+products. What is copied sees only a part of the work on each rank (a part of the output's
+gradient, a part of z), so its gradient is summed over the group, with sequence parallelism or
+without.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from longspan.config.model import ModelParallelConfig
+from longspan.matmul import linear
+from longspan.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    TensorParallelModule,
+    local,
+)
+
+
+class Adapter(TensorParallelModule):
+    """The adapter of one layer: ``X -> scale (X A^T) B^T``, this rank's part of it.
+
+    A starts as PEFT's does, uniform in +-1/sqrt(input) (Kaiming's with a = sqrt(5)), and B at
+    zero, so that training starts from the frozen layer's output.
+
+    Args:
+        layer: the frozen layer; ``attach`` it with ``layer.lora = Adapter(...)``.
+        scale: of the product.
+    """
+
+    uniform = True
+
+    def __init__(
+        self,
+        layer: ColumnParallelLinear | RowParallelLinear,
+        rank: int,
+        scale: float,
+        config: ModelParallelConfig,
+    ):
+        super().__init__(config, layer.tp_mesh)
+        self.scale, self.column = scale, isinstance(layer, ColumnParallelLinear)
+        std = (3 * layer.input_size) ** -0.5  # of the uniform distribution above
+        self.A = self._parameter("A", (rank, layer.input_size), None if self.column else 1, std)
+        self.B = self._parameter("B", (layer.output_size, rank), 0 if self.column else None, 0.0)
+
+    def reducing(self) -> Tensor:
+        """A, ready for compute: for callers that have X in another form than a tensor."""
+        return self.summed(self.A) if self.column else local(self.A)
+
+    def expand(self, z: Tensor) -> Tensor:
+        """z = X A^T [.., rank] -> the adapter's output."""
+        return linear(z * self.scale, local(self.B) if self.column else self.summed(self.B))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.expand(linear(x, self.reducing()))

@@ -1,0 +1,115 @@
+"""Adapters (LoRA) of a training run: on the model, into a checkpoint's description, and out in PEFT's format."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+from longspan.config.architecture import model_folder
+from longspan.config.resolve import Run
+from longspan.models import GPTModel
+from longspan.models.adapters import is_adapter, write_adapters
+from longspan.models.huggingface import SafetensorsFolder, whole_parameters
+from longspan.parallelize import init_weights, load_adapters
+from longspan.tensor_parallel.lora import Adapter
+
+
+def fill_adapters(model: GPTModel, run: Run) -> None:
+    """First values: those of ``lora_model_dir``, or drawn by (seed, name, shape), whatever the layout."""
+    if run.config.lora_model_dir is not None:
+        load_adapters(model, run.config.lora_model_dir)
+    else:
+        init_weights(model, run.config.seed, Adapter)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(all parameters, those that are trained); tied ones count once."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
+
+
+# --- checkpoints ----------------------------------------------------------------------------
+
+
+def adapter_description(run: Run) -> dict[str, Any] | None:
+    """What a checkpoint says of its adapters and the base model they belong to; None for full training."""
+    lora, base = run.lora, run.config.base_model
+    if lora is None:
+        return None
+    assert base is not None
+    return lora.description() | {
+        "base_model": base,
+        "base_fingerprint": _fingerprint(base),
+    }
+
+
+@functools.cache
+def _fingerprint(base_model: str) -> str:
+    return SafetensorsFolder(model_folder(base_model)).fingerprint()
+
+
+def adapter_problems(name: str, then: dict[str, Any] | None, now: dict[str, Any] | None) -> list[str]:
+    """Why a checkpoint's adapters are not those of this run, a message each.
+
+    Args:
+        name: the checkpoint's. then, now: descriptions of it and of the run; None without adapters.
+    """
+    if now is None and then is None:
+        return []
+    if now is None:
+        assert then is not None
+        return [
+            f"resume: {name} holds adapters only (adapter: lora, lora_r {then['rank']}, on {', '.join(then['targets'])} of "
+            f"{then['base_model']}), and the config trains all weights. Give the same adapter keys, or make a model of it: "
+            "longspan convert --checkpoint, then longspan convert --lora."
+        ]
+    if then is None:
+        return [
+            f"resume: {name} holds a whole model, and the config trains adapters (adapter: lora). Make a model of it with "
+            "longspan convert --checkpoint and give that as base_model, without resume; or drop adapter."
+        ]
+    names = {"rank": "lora_r", "alpha": "lora_alpha", "targets": "targets", "rslora": "peft_use_rslora"}
+    found = [
+        f"resume: {name} was trained with {key} {then.get(field)!r}, the config says {now[field]!r}. Keep it, or start without "
+        "resume."
+        for field, key in names.items()
+        if then.get(field) != now[field]
+    ]
+    if then["base_fingerprint"] != now["base_fingerprint"]:
+        found.append(
+            f"resume: the adapters of {name} were trained beside the weights of {then['base_model']}, and base_model "
+            f"{now['base_model']} has others. Give the base model they belong to."
+        )
+    return found
+
+
+def trained_state(model: nn.Module) -> dict[str, Any]:
+    """The state of what is trained: without frozen weights, which the base model keeps."""
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: value for name, value in get_model_state_dict(model).items() if name not in frozen}
+
+
+# --- out ------------------------------------------------------------------------------------
+
+
+def export_adapters(model: GPTModel, run: Run, folder: Path) -> None:
+    """Writes the adapters in PEFT's format, with the tokenizer beside; collective."""
+    lora, base, tokenizer = run.lora, run.config.base_model, run.config.tokenizer_config
+    assert lora is not None
+    assert base is not None
+    # small and trained in it: float32, unless export_dtype says otherwise
+    kind = "float32" if run.config.export_dtype == "auto" else run.config.export_dtype
+    weights = {
+        name: whole.to(getattr(torch, kind))
+        for name, whole in whole_parameters(model, only=is_adapter)
+        if dist.get_rank() == 0
+    }
+    if dist.get_rank() == 0:
+        write_adapters(folder, weights, lora.peft_config(base), Path(tokenizer) if tokenizer else None)
+    dist.barrier()
