@@ -223,6 +223,17 @@ def test_a_run_that_is_asked_to_stop_saves_and_can_go_on(prefix, tmp_path):
     assert json.loads(metrics.read_text().splitlines()[-1]) | {"kind": "summary", "step": step}
 
 
+def test_a_run_stops_where_exit_interval_says(prefix, tmp_path):
+    write_config(tmp_path, prefix, max_steps=50, exit_interval=3)
+    done = train(tmp_path, "--context-parallel-size", "2")
+    assert done.returncode == 0, done.stderr
+    assert "stopped: 3 steps" in done.stdout
+    assert checkpoint.describe(checkpoint.find(tmp_path / "out"))["step"] == 3
+    again = train(tmp_path, "--resume", "auto")
+    assert again.returncode == 0, again.stderr
+    assert checkpoint.describe(checkpoint.find(tmp_path / "out"))["step"] == 6
+
+
 def wait_for(condition, process, seconds=60):
     end = time.monotonic() + seconds
     while not condition():

@@ -183,6 +183,7 @@ class Trainer:
         self.warmup = warmup_steps(config, self.steps)
         self.step = self.tokens = 0
         self.stop_asked = False  # set by a signal; all ranks stop at the same step
+        self.ran_out = False  # it stopped where exit_interval or exit_duration_in_mins said
         self.begun = time.perf_counter()
 
         self.mesh = ParallelMesh.build(run.sizes, device.type)
@@ -314,11 +315,12 @@ class Trainer:
             )
         norm, rate = self.apply_gradients()
         self.tokens += count
-        # one small message: the largest memory of a rank, and whether any rank was asked to stop
-        stop = self.stop_asked or self.run_out(time.perf_counter())
-        shared = torch.tensor([peak_memory_gib(self.device), float(stop)], dtype=torch.float64)
+        # one small message: the largest memory of a rank, whether any was asked to stop, and whether it is time to
+        asked = [float(self.stop_asked), float(self.run_out(time.perf_counter()))]
+        shared = torch.tensor([peak_memory_gib(self.device), *asked], dtype=torch.float64)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        peak, self.stop_asked = shared[0], bool(shared[1])
+        peak, self.ran_out = shared[0], bool(shared[2])
+        self.stop_asked = bool(shared[1]) or self.ran_out
         elapsed = time.perf_counter() - start
         return self.metrics.write(
             "train",

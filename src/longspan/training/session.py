@@ -64,7 +64,7 @@ def train(run: Run, device: torch.device) -> int:
         trainer.metrics.close()
     if first:
         print(last_lines(summary, trainer, output), flush=True)
-    return 1 if trainer.step < trainer.steps else 0
+    return 1 if trainer.step < trainer.steps and not trainer.ran_out else 0
 
 
 def leave(error: Exception, output: Path) -> NoReturn:
