@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 
-.PHONY: quickstart test check format examples bench clean
+.PHONY: quickstart test check format docs examples bench clean
 
 quickstart: $(READY)
 	$(BIN)/longspan train examples/quickstart.yaml
@@ -23,6 +23,10 @@ check: $(DEV)
 format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# what is made of the code: the page of all keys
+docs: $(READY)
+	$(BIN)/longspan config --markdown > docs/keys.md
 
 examples: $(READY)
 	$(BIN)/python examples/run_all.py

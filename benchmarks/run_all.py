@@ -20,6 +20,8 @@ RUNS = (
     ["training.py", "--ranks", "1"],
     ["training.py", "--ranks", "1", "--bf16"],
     ["memory.py"],
+    ["memory_keys.py"],
+    ["memory_keys.py", "--kept"],
     ["integration.py"],
     ["lora.py"],
 )

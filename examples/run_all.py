@@ -32,6 +32,7 @@ class Script(NamedTuple):
 
 SCRIPTS = (
     Script("recall.py", processes=1),  # it makes its data and runs recall.yaml
+    Script("finetune.py", processes=1),  # it makes its base model and runs finetune.yaml
     Script("attention_loop.py"),
     Script("transformers_loop.py", packages=("transformers",)),
     Script("transformers_loop.py", options=("--fsdp",), packages=("transformers",)),

@@ -16,6 +16,7 @@ import atexit
 import contextlib
 import datetime
 import faulthandler
+import functools
 import gc
 import importlib
 import multiprocessing as mp
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -36,17 +38,36 @@ class WorkerError(AssertionError):
     """Some rank failed or hung; the message holds its traceback."""
 
 
-def forget_meshes() -> None:
+def torch_caches() -> list:
+    """What empties the caches of torch.distributed whose entries hold meshes, and so process groups."""
+    from torch.distributed.tensor import _redistribute, debug
+
+    kind = type(functools.lru_cache(len))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # looking at what is deprecated
+        found = [o for o in gc.get_objects() if isinstance(o, kind)]
+    names = (
+        (debug, "_clear_sharding_prop_cache"),
+        (_redistribute, "clear_redistribute_planner_cache"),  # torch 2.13
+    )
+    return [
+        *(
+            o.cache_clear
+            for o in found
+            if (getattr(o, "__module__", None) or "").startswith("torch.distributed")
+        ),
+        *(getattr(module, name) for module, name in names if hasattr(module, name)),
+    ]
+
+
+def forget_meshes(clear: list) -> None:
     """Lets go of the process groups of a world that is over.
 
     DTensor's caches and cycles keep its meshes alive, and with each group gloo's threads: after some hundred tests
     they would be hundreds, and slow everything.
     """
-    from torch.distributed.tensor import debug
-
-    for clear in ("_clear_sharding_prop_cache", "_clear_python_sharding_prop_cache"):
-        if hasattr(debug, clear):
-            getattr(debug, clear)()
+    for function in clear:
+        function()
     gc.collect()
 
 
@@ -60,6 +81,7 @@ def _serve(connection, paths: list[str], stacks: str) -> None:
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115
     from longspan import parallel_state
 
+    clear = torch_caches()
     gc.freeze()  # what is imported now stays: a collection after each run need not look at it
     while True:
         try:
@@ -86,7 +108,7 @@ def _serve(connection, paths: list[str], stacks: str) -> None:
             with contextlib.suppress(Exception):
                 if dist.is_initialized():
                     dist.destroy_process_group()
-            forget_meshes()
+            forget_meshes(clear)
         try:
             connection.send((ok, result))
         except Exception:  # a result that cannot travel

@@ -1,6 +1,6 @@
 """From a model on ``meta`` to one that trains: the order below is the documentation.
 
-    1. recompute     a switch on each layer
+    1. recompute     switches on each layer, with tiles and offloading
     2. shard         FSDP2 over dp_shard x cp, copies over dp_replicate (HSDP)
     3. materialise   memory for this rank's shards only
     4. initialise    by (seed, name, shape), whatever the layout
@@ -18,13 +18,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models.adapters import is_adapter, open_adapters, peft_name, read_adapter
 from longspan.models.gpt import GPTModel
-from longspan.models.huggingface import SafetensorsFolder, read_part
+from longspan.models.huggingface import Names, SafetensorsFolder, read_part
+from longspan.models.offload import Offload
 from longspan.tensor_parallel.layers import TensorParallelModule
 from longspan.tensor_parallel.random import draw_rows
 
@@ -38,6 +45,9 @@ def parallelize(
     compute_dtype: torch.dtype | None = None,
     recompute: str = "none",
     reshard_after_forward: bool = True,
+    activation_offloading: bool = False,
+    mlp_tiles: int | None = 1,
+    offload_params: bool = False,
 ) -> GPTModel:
     """Shards a model made on ``meta`` and fills it.
 
@@ -45,21 +55,36 @@ def parallelize(
         seed: of the initial weights; None leaves them to ``load_pretrained``.
         compute_dtype: bfloat16 computes in it while weights, gradients' reductions and the
             optimizer stay in the parameters' own dtype; None computes in that.
-        recompute: ``none``, ``selective`` or ``full``; see TransformerLayer.
+        recompute: ``none``, ``selective`` or ``full``, see TransformerLayer; ``offload`` is full with
+            ``activation_offloading``.
         reshard_after_forward: frees a layer's gathered weights after its forward pass and
             gathers them again for backward.
+        activation_offloading: what the layers keep for backward goes to the CPU's memory. Without effect on
+            the CPU, where it is in that memory already: a copy would cost time and memory.
+        mlp_tiles: see MLP.tiles.
+        offload_params: this rank's shards of weights and gradients, and so the optimizer's state, lie in the CPU's memory;
+            a layer's weights are copied to the device to be gathered.
     """
+    moved = (activation_offloading or recompute == "offload") and device.type != "cpu"
+    offload = Offload(device) if moved else None
     for layer in model.decoder.layers:
-        layer.recompute = recompute
-    shard(model, mesh, compute_dtype, reshard_after_forward)
-    model.to_empty(device=device)
+        layer.recompute = "full" if recompute == "offload" else recompute
+        layer.offload, layer.mlp.tiles = offload, mlp_tiles
+    # pinned memory is copied while the device computes; there is none without a device
+    policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload_params else OffloadPolicy()
+    shard(model, mesh, compute_dtype, reshard_after_forward, policy)
+    model.to_empty(device=torch.device("cpu") if offload_params else device)
     if seed is not None:
         init_weights(model, seed)
     return model
 
 
 def shard(
-    model: GPTModel, mesh: ParallelMesh, compute_dtype: torch.dtype | None, reshard_after_forward: bool
+    model: GPTModel,
+    mesh: ParallelMesh,
+    compute_dtype: torch.dtype | None,
+    reshard_after_forward: bool,
+    offload_policy: OffloadPolicy,
 ) -> None:
     """FSDP2 around each layer, and around the rest."""
     axes = ("dp_replicate", "fsdp") if mesh.sizes.dp_replicate > 1 else ("fsdp",)
@@ -71,6 +96,7 @@ def shard(
             reduce_dtype=torch.float32 if compute_dtype is not None else None,
             cast_forward_inputs=False,
         ),
+        "offload_policy": offload_policy,
     }
     for layer in model.decoder.layers:
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **kwargs)
@@ -137,10 +163,11 @@ def init_weights(
 @torch.no_grad()
 def load_pretrained(model: GPTModel, source: SafetensorsFolder) -> None:
     """Fills every parameter but adapters from a Hugging Face model; each rank reads only what it holds."""
+    names = Names(model.config, model.vocab_size)
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             continue
-        part = read_part(source, name, parameter.shape, local_ranges(parameter), model.vocab_size)
+        part = read_part(source, names, name, parameter.shape, local_ranges(parameter))
         parameter.to_local().copy_(part)
 
 

@@ -225,7 +225,7 @@ def test_the_documents_of_a_step_are_those_training_takes(tmp_path, monkeypatch,
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     from longspan.training.loop import open_datasets
 
-    data, _ = open_datasets(tiny.tiny_run(values["datasets"][0]["path"], 2, micro_batch_size=2))
+    data, *_ = open_datasets(tiny.tiny_run(values["datasets"][0]["path"], 2, micro_batch_size=2))
     for step, arguments in ((0, []), (3, ["--step", 3])):
         result = ask(capsys, "config.yaml", *arguments)
         batch = data.micro_batches(step, global_batch_size=4, micro_batch_size=2, dp_rank=0, dp_size=1)[0]

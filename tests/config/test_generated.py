@@ -2,8 +2,6 @@
 
 import contextlib
 import io
-import subprocess
-import sys
 
 import hypothesis.strategies as st
 import pytest
@@ -11,6 +9,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 
+import command
 import pool
 import tiny
 from longspan.cli.launch import Launch
@@ -222,8 +221,7 @@ def test_ten_generated_configs_through_the_command_line(prefix, tmp_path, number
     collect()
     values = found[number * len(found) // 10]
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "longspan", "train", "c.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = command.run("train", "c.yaml", cwd=tmp_path)
     assert "Traceback" not in done.stderr, (values, done.stderr)
     if number % 2:
         assert done.returncode == 2, (values, done.stderr)

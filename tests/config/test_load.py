@@ -125,7 +125,7 @@ def test_all_problems_come_at_once():
             1,
             "cp_layout 'zigzag' with hybrid_context_parallel",
         ),
-        ({"sliding_window": [3, 5], "export_hf": True}, 1, "cannot be exported"),
+        ({"sliding_window": [3, 5], "export_hf": True}, 1, "has no Hugging Face architecture"),
         ({"sliding_window": [0, 5]}, 1, r"sliding_window \[0, 5\]: tokens a query sees, itself included"),
         ({"cp_comm_type": "p2q", "context_parallel_size": 2}, 2, "'p2q'.*Did you mean p2p"),
         ({"eval_steps": 5, "val_set_size": 0}, 1, "val_set_size is 0"),

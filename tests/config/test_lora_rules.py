@@ -41,6 +41,7 @@ def test_what_is_asked_for():
     [
         ({"base_model": None}, "adapter: lora needs base_model"),
         ({"reinit_weights": True}, "with reinit_weights: true would leave random weights"),
+        ({"position_embedding_type": "learned_absolute"}, "lie in one layer"),
         ({"lora_r": None}, "lora_r: missing. adapter: lora needs the rank"),
         ({"lora_target_modules": None}, "needs to know which layers get adapters. Give lora_target_linear: true"),
         ({"lora_target_modules": []}, "needs to know which layers get adapters"),

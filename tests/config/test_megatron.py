@@ -83,7 +83,7 @@ def test_no_name_is_both_a_key_and_something_else():
         (["--disable-bias-linear"], {"add_bias_linear": False}),
         (["--use-rotary-position-embeddings"], {"position_embedding_type": "rope"}),
         (["--recompute-activations"], {"gradient_checkpointing": "selective"}),
-        (["--data-path", "0.3", "a", "0.7", "b"], {"data_path": [0.3, "a", 0.7, "b"]}),
+        (["--data-path", "0.3", "a", "0.7", "b"], {"data_path": ["0.3", "a", "0.7", "b"]}),
         (["--data-path", "a"], {"data_path": ["a"]}),
     ],
 )

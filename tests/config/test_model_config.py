@@ -98,14 +98,14 @@ def test_replace_checks_again():
         ),
         (dict(kv_channels=5), r"kv_channels 5.*odd.*even"),
         (dict(normalization="BatchNorm"), r"'BatchNorm': RMSNorm or LayerNorm"),
-        (dict(position_embedding_type="alibi"), r"'alibi'.*rope or none"),
+        (dict(position_embedding_type="alibi"), r"'alibi'.*rope, learned_absolute, none"),
         (dict(attention_dropout=0.1), r"attention_dropout=0.1.*Set it to 0"),
         (dict(hidden_dropout=0.1), r"hidden_dropout=0.1.*Set it to 0"),
         (dict(cp_comm_type="ring"), r"cp_comm_type 'ring'.*p2p, all_gather, a2a, a2a\+p2p"),
         (dict(cp_comm_type=["p2p", "ring"]), r"cp_comm_type 'ring'.*p2p"),
         (
             dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
-            r"rope_scaling type 'yarn'.*linear.*llama3",
+            r"rope_scaling of type yarn: original_max_position_embeddings missing",
         ),
         (
             dict(context_parallel_size=8, hierarchical_context_parallel_sizes=(2, 2)),

@@ -1,8 +1,6 @@
 """Hugging Face Llama in and out, against transformers itself."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +9,10 @@ import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 
+import command
 import pool
 import tiny
+from longspan import TransformerConfig
 from longspan.config.architecture import architecture_of
 from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
@@ -133,12 +133,27 @@ def test_bf16_weights_stay_bf16_and_bit_equal(prefix, tmp_path):
     assert all(after[n].dtype == torch.bfloat16 and torch.equal(before[n], after[n]) for n in before)
 
 
+def names(vocab):
+    """Of a Llama as make_llama makes them."""
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2,
+        ffn_hidden_size=48,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        add_bias_linear=False,
+    )
+    return huggingface.Names(config, vocab)
+
+
 def test_reading_takes_a_ranks_part_only(tmp_path):
     base = make_llama(tmp_path / "base", tied=False)
     source = huggingface.SafetensorsFolder(base)
     whole = source.slice("model.embed_tokens.weight")[:]
     part = huggingface.read_part(
-        source, "embedding.word_embeddings.weight", (128, 32), [(64, 128), (0, 32)], tiny.VOCAB
+        source, names(tiny.VOCAB), "embedding.word_embeddings.weight", (128, 32), [(64, 128), (0, 32)]
     )
     assert torch.equal(part[: tiny.VOCAB - 64], whole[64:])
     assert (part[tiny.VOCAB - 64 :] == 0).all()
@@ -150,7 +165,7 @@ def test_broken_model_folders_are_refused(prefix, tmp_path):
     with pytest.raises(UserError, match=r"tensor lm_nose.weight is missing"):
         source.slice("lm_nose.weight")
     with pytest.raises(UserError, match=r"has shape \[97, 32\], the config needs \[96, 32\]"):
-        huggingface.read_part(source, "output_layer.weight", (128, 32), [(0, 128), (0, 32)], 96)
+        huggingface.read_part(source, names(96), "output_layer.weight", (128, 32), [(0, 128), (0, 32)])
     first = sorted(base.glob("*.safetensors"))[0]
     first.write_bytes(first.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot be read"):
@@ -163,8 +178,7 @@ def test_broken_model_folders_are_refused(prefix, tmp_path):
 
 
 def longspan(folder, *arguments):
-    command = [sys.executable, "-m", "longspan", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    return command.run(*arguments, cwd=folder)
 
 
 def trained_weights(prefix, folder):

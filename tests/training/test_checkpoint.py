@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+import command
 import pool
 import tiny
 from longspan.errors import UserError
@@ -180,8 +179,7 @@ def write_config(folder, prefix, **changes):
 
 
 def train(folder, *arguments):
-    command = [sys.executable, "-m", "longspan", "train", "config.yaml", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    return command.run("train", "config.yaml", *arguments, cwd=folder)
 
 
 def test_resume_from_the_command_line(prefix, tmp_path):
@@ -213,17 +211,14 @@ def test_resume_from_the_command_line(prefix, tmp_path):
 
 def test_a_run_that_is_asked_to_stop_saves_and_can_go_on(prefix, tmp_path):
     write_config(tmp_path, prefix, max_steps=100000)
-    command = [sys.executable, "-m", "longspan", "train", "config.yaml", "--context-parallel-size", "2"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = command.start("train", "config.yaml", "--context-parallel-size", "2", cwd=tmp_path)
     metrics = tmp_path / "out" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2, process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1, output
-    assert "stopped: " in output
-    assert "--resume auto goes on" in output
+    os.kill(process.pid, signal.SIGTERM)
+    done = process.wait(60)
+    assert done.returncode == 1, process.output
+    assert "stopped: " in done.stdout
+    assert "--resume auto goes on" in done.stdout
     step = checkpoint.describe(checkpoint.find(tmp_path / "out"))["step"]
     assert json.loads(metrics.read_text().splitlines()[-1]) | {"kind": "summary", "step": step}
 
@@ -231,7 +226,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_can_go_on(prefix, tmp_path):
 def wait_for(condition, process, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, process.output
         assert time.monotonic() < end, "nothing happened in a minute"
         time.sleep(0.02)
 
@@ -242,20 +237,12 @@ def test_twenty_kills_never_leave_a_broken_checkpoint(prefix, tmp_path):
     write_config(tmp_path, prefix, max_steps=1000000, save_steps=1, save_total_limit=3)
     folder, seen = tmp_path / "out" / "checkpoints", 0
     for kill in range(20):
-        command = [sys.executable, "-m", "longspan", "train", "config.yaml", "--resume", "auto"]
-        process = subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        process = command.start("train", "config.yaml", "--resume", "auto", cwd=tmp_path)
         last = seen
         wait_for(lambda last=last: newest_step(folder) > last, process)
         time.sleep(0.013 * kill)  # a different moment of the save each time
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        assert process.wait().returncode == -signal.SIGKILL
         path = checkpoint.find(folder)
         seen = checkpoint.describe(path)["step"]
         for whole in folder.glob("step_*"):

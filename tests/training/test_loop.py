@@ -246,7 +246,7 @@ def test_a_held_out_sample_that_all_ranks_together_cannot_hold_is_refused(tmp_pa
         return tiny.tiny_run(str(tmp_path / name), 2, **hybrid)
 
     run = write("short", [5] * 10)
-    _, valid = open_datasets(run)
+    _, valid, _ = open_datasets(run)
     check_data(run)
     lengths = [45 if i in valid.documents else 5 for i in range(10)]
     with pytest.raises(UserError, match="makes a sample of 45 tokens, but 2 ranks x .* 20 hold 40"):

@@ -1,4 +1,4 @@
-"""``longspan config CONFIG``: the config with every key; ``--schema``: its JSON Schema."""
+"""``longspan config CONFIG``: the config with every key; ``--schema``: its JSON Schema; ``--markdown``: a page of all keys."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from longspan.cli.options import key_help, read_config, take_options
+from longspan.cli.reference import markdown
 from longspan.config.load import to_yaml
 from longspan.config.resolve import resolve
 from longspan.config.schema import TrainConfig
@@ -13,13 +14,15 @@ from longspan.errors import UserError
 
 USAGE = """\
 usage: longspan config CONFIG [--any-key value] [--num-processes N] [--json]
-       longspan config --schema
+       longspan config --schema | --markdown
 
 Prints the config with defaults filled in and the batch arithmetic done, or every problem it has.
   --num-processes N  processes to check the parallel sizes against
   --json             JSON instead of YAML
   --schema           the JSON Schema of a config, for editors
+  --markdown         a page of all keys with their types, defaults and other names: docs/keys.md
 """
+OPTIONS = {"--schema": False, "--markdown": False, "--json": False, "--num-processes": True}
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -27,14 +30,18 @@ def run(arguments: Sequence[str]) -> int:
         print(USAGE)
         print(key_help())
         return 0
-    own = {"--schema": False, "--json": False, "--num-processes": True}
-    taken, rest, problems = take_options(arguments, own)
-    if "--schema" in taken:
-        if rest or problems:
-            raise UserError([*problems, *(f"{a!r}: --schema takes nothing else." for a in rest)])
-        print(json.dumps(TrainConfig.model_json_schema(), indent=2))
+    taken, rest, problems = take_options(arguments, OPTIONS)
+    if alone := [option for option in ("--schema", "--markdown") if option in taken]:
+        others = [*rest, *(option for option in taken if option != alone[0])]
+        if others or problems:
+            raise UserError([*problems, *(f"{a!r}: {alone[0]} takes nothing else." for a in others)])
+        print(
+            json.dumps(TrainConfig.model_json_schema(), indent=2)
+            if alone[0] == "--schema"
+            else markdown().rstrip()
+        )
         return 0
-    reading = read_config("config", rest, list(own), problems)
+    reading = read_config("config", rest, list(OPTIONS), problems)
     world = number(taken, "--num-processes", reading.problems)
     resolved = resolve(reading.config, world, bad_keys=reading.bad, earlier=reading.problems)
     config = resolved.config.model_copy(

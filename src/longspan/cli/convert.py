@@ -80,16 +80,24 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
     import torch
     import torch.distributed.checkpoint as dcp
 
+    from longspan.config.hugging_face import FIELDS, export_problem, hugging_face_config
     from longspan.config.lora import Lora
+    from longspan.config.model import TransformerConfig
+    from longspan.config.schema import TrainConfig
     from longspan.models.adapters import write_adapters
-    from longspan.models.huggingface import FolderWriter, hugging_face_config
+    from longspan.models.huggingface import FolderWriter, Names
     from longspan.training import checkpoint
 
     path = checkpoint.find(path)
     said = checkpoint.describe(path)
-    model = said["model"] | said["settings"] | {"init_method_std": said["init_method_std"]}
+    defaults = {name: TrainConfig.model_fields[name].default for name in FIELDS}
+    model = defaults | said["model"] | said["settings"]
+    model |= {name: said.get(name) for name in ("init_method_std", "max_position_embeddings")}
+    if problem := export_problem(model):
+        raise UserError(f"--checkpoint {path}: {problem}")
+    fields = {name: model[name] for name in FIELDS if name in TransformerConfig.__dataclass_fields__}
+    config = TransformerConfig(**fields, share_embeddings_and_output_weights=model["tie_word_embeddings"])
     metadata = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
-    names = [name.removeprefix("model.") for name in metadata if name.startswith("model.")]
 
     def whole(name: str) -> torch.Tensor:
         about = metadata[f"model.{name}"]
@@ -98,16 +106,15 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
         return state["model"][name]
 
     if (adapter := said.get("adapter")) is not None:
+        names = [name.removeprefix("model.") for name in metadata if name.startswith("model.")]
         weights = {name: whole(name).to(getattr(torch, dtype)) for name in names}
         lora = Lora(adapter["rank"], adapter["alpha"], tuple(adapter["targets"]), adapter["rslora"])
         write_adapters(output, weights, lora.peft_config(adapter["base_model"]), tokenizer)
         return
-    if model["tie_word_embeddings"]:
-        names = [name for name in names if name != "output_layer.weight"]
-    writer = FolderWriter(output, model["vocab_size"], getattr(torch, dtype))
-    for name in names:
+    writer = FolderWriter(output, Names(config, model["vocab_size"]), getattr(torch, dtype))
+    for name in Names(config, model["vocab_size"]).all():
         writer.add(name, whole(name))
-    writer.finish(hugging_face_config(model, getattr(torch, dtype)), tokenizer)
+    writer.finish(hugging_face_config(model, dtype), tokenizer)
 
 
 def merge_adapters(
@@ -129,7 +136,7 @@ def merge_adapters(
     if dtype is not None:
         config = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": dtype}
     base = model_folder(model)
-    writer = FolderWriter(output, config["vocab_size"], None if dtype is None else getattr(torch, dtype))
+    writer = FolderWriter(output, None, None if dtype is None else getattr(torch, dtype))
     try:
         merge(SafetensorsFolder(base), adapters, writer)
     except UserError:
@@ -151,33 +158,38 @@ def to_checkpoint(model: str, output: Path) -> None:
     from longspan.config.load import architecture_config
     from longspan.config.model import padded_vocab_size
     from longspan.config.resolve import resolve
-    from longspan.models.huggingface import VOCABULARY, SafetensorsFolder, hugging_face_name, read_part
+    from longspan.models.huggingface import Names, SafetensorsFolder, check_tensors, read_part
     from longspan.training.checkpoint import DESCRIPTION
-    from longspan.training.loop import MODEL_KEYS, SETTINGS
+    from longspan.training.loop import describe_model
 
     values = architecture_of(model)
     config = architecture_config(values)
-    architecture = resolve(config, 1).transformer_config()
+    resolved = resolve(config, 1)
+    architecture = resolved.transformer_config()
     vocab = values["vocab_size"]
     source = SafetensorsFolder(model_folder(model))
+    names = Names(architecture, vocab)
+    check_tensors(source, names)
     weights = {}
-    for name in parameter_names(architecture.num_layers, config.tie_word_embeddings):
-        shape = list(source.slice(hugging_face_name(name)).get_shape())
-        if name in VOCABULARY:
-            shape[0] = padded_vocab_size(vocab)
-        part = read_part(source, name, shape, [(0, size) for size in shape], vocab)
-        weights[name] = part.to(torch.float32)
+    for name in names.all():
+        place = names.place(name)
+        shape = list(source.slice(place.name).get_shape())
+        if place.transposed:
+            shape.reverse()
+        shape[0] //= place.parts
+        if names.rows(name) is not None:
+            shape[0] = padded_vocab_size(shape[0])
+        part = read_part(source, names, name, shape, [(0, size) for size in shape])
+        weights[name] = part.to(torch.float32).contiguous()
     if config.tie_word_embeddings:
         weights["output_layer.weight"] = weights["embedding.word_embeddings.weight"]
+    about = describe_model(resolved)
     description = {
         "longspan": __version__,
         "torch": torch.__version__,
         "layout": f"converted from {model}",
         "global_batch_size": None,
-        "model": {name: getattr(architecture, name) for name in MODEL_KEYS}
-        | {"vocab_size": vocab, "tie_word_embeddings": config.tie_word_embeddings},
-        "settings": {name: getattr(config, name) for name in SETTINGS},
-        "init_method_std": config.init_method_std,
+        **{k: about[k] for k in ("model", "settings", "init_method_std", "max_position_embeddings")},
         "step": 0,
         "tokens": 0,
     }
@@ -187,13 +199,3 @@ def to_checkpoint(model: str, output: Path) -> None:
     dcp.save({"model": weights}, checkpoint_id=str(partial), no_dist=True)
     (partial / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
     os.rename(partial, output)
-
-
-def parameter_names(layers: int, tied: bool) -> list[str]:
-    """Our names of a Llama's parameters."""
-    inside = ["input_layernorm", "pre_mlp_layernorm"]
-    inside += [f"self_attention.linear_{x}" for x in ("q", "k", "v", "proj")]
-    inside += [f"mlp.linear_{x}" for x in ("gate", "up", "down")]
-    names = ["embedding.word_embeddings.weight"]
-    names += [f"decoder.layers.{i}.{x}.weight" for i in range(layers) for x in inside]
-    return [*names, "decoder.final_layernorm.weight", *([] if tied else ["output_layer.weight"])]

@@ -2,41 +2,71 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from longspan.errors import UserError
+from longspan.cli.environment import VARIABLES, found
+from longspan.cli.options import take_options
+from longspan.errors import UserError, did_you_mean
+
+OPTIONS = {"--json": False}
+PACKAGES = (
+    "longspan",
+    "torch",
+    "numpy",
+    "pydantic",
+    "tokenizers",
+    "safetensors",
+    "transformers",
+    "flash-attn",
+)
+
+
+def usage() -> str:
+    lines = [
+        "usage: longspan env [--json]",
+        "",
+        "Prints versions, devices, and which of these environment variables are set and what each does here:",
+    ]
+    width = max(map(len, VARIABLES))
+    return "\n".join([*lines, *(f"  {n:<{width}}  {v.fate}: {v.text}" for n, v in VARIABLES.items())])
 
 
 def run(arguments: Sequence[str]) -> int:
-    if arguments and arguments[0] in ("--help", "-h"):
-        print("usage: longspan env\n\nPrints versions and devices.")
+    if "--help" in arguments or "-h" in arguments:
+        print(usage())
         return 0
-    if arguments:
-        raise UserError(f"longspan env takes no arguments; found {arguments[0]!r}.")
+    taken, rest, problems = take_options(arguments, OPTIONS)
+    problems += [f"{a!r}: longspan env takes --json alone.{did_you_mean(a, ['--json'])}" for a in rest]
+    if problems:
+        raise UserError(problems)
+    rows, variables = versions_and_devices(), found(os.environ)
+    if "--json" in taken:
+        print(json.dumps({**rows, "environment": variables}, indent=2))
+        return 0
+    for name, value in rows.items():
+        for i, line in enumerate(value if isinstance(value, list) else [value]):
+            print(f"{f'gpu {i}' if name == 'gpus' else name:<14} {line}")
+    if variables:
+        print("\nenvironment")
+        for v in variables:
+            print(f"  {v['name']}={v['value']}\n      {v['fate']}: {v['text']}")
+    return 0
+
+
+def versions_and_devices() -> dict:
     import torch
 
-    rows = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in (
-        "longspan",
-        "torch",
-        "numpy",
-        "pydantic",
-        "tokenizers",
-        "safetensors",
-        "transformers",
-        "flash-attn",
-    ):
+    rows: dict = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
         try:
             rows[package] = version(package)
         except PackageNotFoundError:
             rows[package] = "not installed"
-    rows["cores"] = str(os.cpu_count())
+    rows["cores"] = os.cpu_count()
     rows["cuda"] = torch.version.cuda or "none"
-    for i in range(torch.cuda.device_count()):
-        rows[f"gpu {i}"] = torch.cuda.get_device_name(i)
-    for name, value in rows.items():
-        print(f"{name:<14} {value}")
-    return 0
+    rows["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return rows

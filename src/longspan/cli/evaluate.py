@@ -11,10 +11,11 @@ from pathlib import Path
 from longspan.cli.config import number
 from longspan.cli.launch import HELP, start, under_torchrun
 from longspan.cli.options import key_help
-from longspan.cli.prepare import prepare_config
+from longspan.cli.prepare import check_weights, prepare_config
 from longspan.cli.train import quiet_logs, read_run
 from longspan.config.load import to_yaml
 from longspan.config.resolve import Run, resolve
+from longspan.config.schedule import evaluates
 from longspan.errors import UserError
 
 USAGE = f"""\
@@ -41,9 +42,10 @@ def run(arguments: Sequence[str]) -> int:
     problems: list[str] = []
     trials = number(own, "--needles", problems, least=0)
     trials = 2 if trials is None else trials
-    if resolved.config.val_set_size == 0:
+    if not evaluates(resolved.config):
         problems.append(
-            "longspan eval needs held-out documents: val_set_size is 0. Give --val-set-size 0.02, say."
+            "longspan eval needs held-out documents: val_set_size is 0. Give --val-set-size 0.02, say, or test_datasets (for "
+            "data_path: --split 99,1,0)."
         )
     if problems:
         raise UserError(problems)
@@ -80,6 +82,7 @@ def weights(resolved: Run, checkpoint: str | None) -> dict:
     from longspan.training.loop import check_data, describe_run
 
     data = check_data(resolved)
+    check_weights(resolved)
     folder = Path(resolved.config.output_dir) / "checkpoints"
     path = newest(folder) if checkpoint is None else find(Path(checkpoint))
     if path is None:

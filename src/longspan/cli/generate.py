@@ -1,25 +1,35 @@
-"""``longspan generate``: a model folder writes on from a prompt, on one process, at small scale."""
+"""``longspan generate``: a model folder or a checkpoint writes on from a prompt, on one process, at small scale."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from longspan.cli.config import number
 from longspan.cli.options import take_options
+from longspan.config.load import read_yaml
 from longspan.errors import UserError, did_you_mean
 
 USAGE = """\
-usage: longspan generate MODEL [--prompt TEXT] [--max-new-tokens N] [--temperature T] [--seed S]
+usage: longspan generate MODEL [--prompt TEXT] [--max-new-tokens N] [--temperature T] [--seed S] [--tokenizer FOLDER]
 
-Writes on from a prompt with a Hugging Face folder such as OUTPUT_DIR/hf, or one of adapters in PEFT's format. Each token
+Writes on from a prompt with a Hugging Face folder such as OUTPUT_DIR/hf, one of adapters in PEFT's format, or a run's
+checkpoint: its folder (OUTPUT_DIR, the newest) or OUTPUT_DIR/checkpoints/step_00000100, trained at any layout. Each token
 reads the whole text again (there is no key/value cache): good for a look at a model, not for serving.
   --prompt TEXT       what to start from (default: nothing)
   --max-new-tokens N  default 64
   --temperature T     0 always takes the likeliest token (default 0.8)
   --seed S            of the choice between tokens (default 0)
+  --tokenizer FOLDER  for a checkpoint whose run names no tokenizer
 """
-OPTIONS = {"--prompt": True, "--max-new-tokens": True, "--temperature": True, "--seed": True}
+OPTIONS = {
+    "--prompt": True,
+    "--max-new-tokens": True,
+    "--temperature": True,
+    "--seed": True,
+    "--tokenizer": True,
+}
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -42,8 +52,48 @@ def run(arguments: Sequence[str]) -> int:
         problems.append(f"--temperature {temperature}: a number from 0 on.")
     if problems:
         raise UserError(problems)
-    print(generate(models[0], taken.get("--prompt", ""), count, temperature, seed))
+    with tempfile.TemporaryDirectory() as folder:
+        model = models[0]
+        if is_checkpoint(Path(model)):
+            model = exported(Path(model), Path(folder), taken.get("--tokenizer"))
+        elif "--tokenizer" in taken:
+            raise UserError("--tokenizer goes with a checkpoint; a model folder holds its own. Leave it out.")
+        print(generate(model, taken.get("--prompt", ""), count, temperature, seed))
     return 0
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Is this a run's folder, its ``checkpoints``, or one of them?"""
+    return any((path / name).is_file() for name in ("checkpoints/latest", "latest", ".metadata"))
+
+
+def exported(path: Path, folder: Path, tokenizer: str | None) -> str:
+    """A checkpoint as a model folder, with the tokenizer its run names.
+
+    Raises:
+        UserError: it is not whole, or there is no tokenizer.
+    """
+    from longspan.cli.convert import to_hugging_face
+    from longspan.cli.train import quiet_logs
+    from longspan.training.checkpoint import find
+
+    path = find(path)
+    run = path.parent.parent
+    if tokenizer is None:
+        named = (
+            read_yaml(run / "config.yaml").get("tokenizer_config")
+            if (run / "config.yaml").is_file()
+            else None
+        )
+        folders = [Path(name) for name in (named, run / "hf") if name is not None]
+        found = next((f for f in folders if f.is_file() or (f / "tokenizer.json").is_file()), None)
+        if found is None:
+            raise UserError(f"{path}: its run names no tokenizer that is here. Give --tokenizer FOLDER.")
+    else:
+        found = Path(tokenizer)
+    quiet_logs()
+    to_hugging_face(path, folder / "hf", found, "float32")
+    return str(folder / "hf")
 
 
 def generate(folder: str, prompt: str, count: int, temperature: float, seed: int) -> str:
@@ -72,7 +122,13 @@ def generate(folder: str, prompt: str, count: int, temperature: float, seed: int
     tokenizer = load_tokenizer(own)
     end = eod_id(tokenizer, own)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or ([end] if end is not None else [0])
-    config = architecture_config(values)
+    most = values.get("max_position_embeddings")
+    if values.get("position_embedding_type") == "learned_absolute" and most and len(ids) + count > most:
+        raise UserError(
+            f"a prompt of {len(ids)} tokens and --max-new-tokens {count} make {len(ids) + count}, but the model has learned "
+            f"{most} positions (n_positions). Give a shorter prompt or a smaller --max-new-tokens."
+        )
+    config = architecture_config(values, len(ids) + count)
     init_distributed("cpu")
     try:
         run = resolve(config, 1)

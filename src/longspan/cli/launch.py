@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from longspan.cli.config import number
+from longspan.cli.environment import RUN_ID
 from longspan.config.resolve import processes_asked_for
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError, did_you_mean
@@ -134,7 +135,7 @@ def start(launch: Launch, processes: int, arguments: Sequence[str], device: str)
         min_nodes=launch.machines,
         max_nodes=launch.machines,
         nproc_per_node=local,
-        run_id="longspan",
+        run_id=RUN_ID,
         rdzv_backend="static" if launch.machines > 1 else "c10d",
         rdzv_endpoint=f"{launch.ip}:{launch.port}",
         rdzv_configs={"rank": launch.machine_rank} if launch.machines > 1 else {},

@@ -176,7 +176,7 @@ def lengths_of_step(run: Run, step: int) -> list[int]:
     from longspan.training.loop import open_datasets
 
     run = resolve(prepare_config(run.config, show=True), run.world_size)
-    data, _ = open_datasets(run)
+    data, *_ = open_datasets(run)
     if step >= (steps := training_steps(run, len(data))):
         raise UserError(f"--step {step}: the config trains {steps} steps, so it is from 0 to {steps - 1}.")
     samples = data.global_batch(step, run.global_batch_size)[: run.micro_batch_size]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 import time
@@ -13,21 +14,28 @@ from longspan.errors import UserError, did_you_mean
 
 #: command -> (module, one line for --help)
 COMMANDS = {
+    "init": ("longspan.cli.init", "list the bundled examples, or copy one here"),
+    "validate": (
+        "longspan.cli.validate",
+        "check configs: every problem at once, or mesh and batch arithmetic",
+    ),
+    "config": ("longspan.cli.config", "print a config with every key resolved, or its JSON Schema"),
     "train": ("longspan.cli.train", "train a model as a config says"),
     "pretrain": ("longspan.cli.pretrain", "train by Megatron-LM's flags, as pretrain_gpt.py does"),
+    "eval": ("longspan.cli.evaluate", "loss by position and a needle test of a trained model"),
+    "generate": ("longspan.cli.generate", "let a trained model write on from a prompt"),
+    "prepare": ("longspan.cli.prepare", "tokenise text, jsonl or code into .bin/.idx"),
+    "merge": ("longspan.cli.merge", "put .bin/.idx files of a folder together into one"),
+    "convert": ("longspan.cli.convert", "between a checkpoint and a Hugging Face folder"),
     "verify": ("longspan.cli.verify", "compare the config's layout with one process: loss, gradients"),
     "layout": ("longspan.cli.layout", "show who holds and computes what, and what travels, for a pack"),
-    "eval": ("longspan.cli.evaluate", "loss by position and a needle test of a trained model"),
-    "prepare": ("longspan.cli.prepare", "tokenise text, jsonl or code into .bin/.idx"),
-    "convert": ("longspan.cli.convert", "between a checkpoint and a Hugging Face folder"),
-    "generate": ("longspan.cli.generate", "let a trained model write on from a prompt"),
-    "config": ("longspan.cli.config", "print a config with every key resolved, or its JSON Schema"),
-    "env": ("longspan.cli.env", "print versions and devices, for a bug report"),
+    "env": ("longspan.cli.env", "print versions, devices and environment variables, for a bug report"),
+    "completion": ("longspan.cli.completion", "print a completion script for bash, zsh or fish"),
 }
 
 EPILOG = """\
 longspan COMMAND --help   says what a command takes. Start here:
-  longspan train examples/quickstart.yaml
+  longspan init quickstart && longspan train quickstart.yaml
   longspan train config.yaml --context-parallel-size 4 --learning-rate 1e-4
 Exit codes: 0 success, 1 a negative answer or a failed run, 2 a mistake in what was asked."""
 
@@ -39,7 +47,7 @@ def usage() -> str:
         "usage: longspan COMMAND ...",
         "",
     ]
-    lines += [f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join([*lines, "", EPILOG])
 
 
@@ -60,17 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         return importlib.import_module(COMMANDS[name][0]).run(arguments)
     except UserError as error:
-        report(error)
+        report(error, as_json="--json" in arguments)
         return 2
     except BrokenPipeError:  # `longspan train --help | head`
         sys.stdout = None  # type: ignore[assignment]
         return 0
     except OSError as error:  # a file that cannot be read or written, before anything has started
-        report(
-            UserError(
-                f"{error.filename or ''}: {error.strerror or error}. Check the path and its permissions."
-            )
-        )
+        problem = f"{error.filename or ''}: {error.strerror or error}. Check the path and its permissions."
+        report(UserError(problem), as_json="--json" in arguments)
         return 2
     except KeyboardInterrupt:
         print("longspan: interrupted", file=sys.stderr)
@@ -81,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 FIRST_RANK_TELLS_S = 10.0
 
 
-def report(error: UserError) -> None:
-    """Prints a user's mistakes, one a line.
+def report(error: UserError, as_json: bool = False) -> None:
+    """Prints a user's mistakes to stderr, one a line; and to stdout as ``{"problems": [...]}`` where JSON was asked for.
 
     Under torchrun every rank finds the same mistake, and torchrun ends all of them when one has ended: the first rank
     tells, and the others wait until it has. One that is still there then found a mistake of its own.
@@ -91,6 +96,8 @@ def report(error: UserError) -> None:
         time.sleep(FIRST_RANK_TELLS_S)
     for problem in error.problems:
         print(f"longspan: error: {problem}", file=sys.stderr, flush=True)
+    if as_json:
+        print(json.dumps({"problems": error.problems}, indent=2))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,31 @@ def take_options(
     return taken, rest, problems
 
 
+def take_lists(
+    arguments: Sequence[str], names: Sequence[str], problems: list[str]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Takes options of several values (up to the next option) out of the arguments.
+
+    Returns:
+        (option -> values, the other arguments). An option without a value is added to the problems.
+    """
+    taken: dict[str, list[str]] = {}
+    rest, current = [], None
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if option in names:
+            current = taken.setdefault(option, [])
+            if equals:
+                current.append(value)
+        elif argument.startswith("--") or current is None:
+            current = None
+            rest.append(argument)
+        else:
+            current.append(argument)
+    problems += [f"{option} needs a value." for option, values in taken.items() if not values]
+    return taken, rest
+
+
 def read_config(
     command: str, arguments: Sequence[str], other_options: Sequence[str] = (), problems: Sequence[str] = ()
 ) -> Reading:

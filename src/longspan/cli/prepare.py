@@ -2,130 +2,76 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-from longspan.cli.config import number
-from longspan.cli.options import read_config, take_options
+from longspan.cli.options import read_config
+from longspan.cli.preprocess import FILE_OPTIONS, Counter, prepare_files
 from longspan.config.architecture import model_folder
-from longspan.config.resolve import resolve
-from longspan.config.schema import TrainConfig
-from longspan.errors import UserError, did_you_mean
+from longspan.config.data_rules import MOCK_VOCAB_SIZE
+from longspan.config.resolve import Run, resolve
+from longspan.config.schema import DatasetConfig, TrainConfig
+from longspan.errors import UserError
 
 USAGE = """\
 usage: longspan prepare CONFIG [--any-key value]
-       longspan prepare --input PATH --output-prefix PREFIX (--tokenizer FOLDER | --train-vocab-size N)
+       longspan prepare --input PATH ... --output-prefix PREFIX TOKENIZER [options]
 
 Tokenises into Megatron's .bin/.idx. With a config: its datasets, into dataset_prepared_path.
-  --input PATH          a text or .jsonl file, a folder of text and code, or python-stdlib
-  --output-prefix P     writes P_text_document.bin and .idx
-  --tokenizer T         tokenizer.json or the folder that holds it
-  --train-vocab-size N  train a byte-level BPE tokenizer of N tokens into P_tokenizer/
-  --json-key FIELD      the field of a .jsonl line that holds the text (default text)
+  --input PATH ...      text and .jsonl files, patterns ('*.jsonl'), folders of text and code, or python-stdlib
+  --output-prefix P     writes P_KEY_document.bin and .idx for each key
+  --json-keys KEY ...   the fields of a .jsonl line that hold text (default text); --json-key KEY is the same
   --append-eod          put the end-of-document token behind each document (the default)
   --no-append-eod       do not
+  --workers N           processes that tokenise (default 1, with a thread a core)
+  --split-sentences     a sequence for each sentence, by nltk, into P_KEY_sentence (--lang LANGUAGE, default english)
+  --keep-newlines       sentences keep the blanks and line ends behind them
+  --log-interval N      a line every N documents
+  --partitions N        accepted, without effect
+TOKENIZER is one of
+  --tokenizer T         tokenizer.json or the folder that holds it (also --tokenizer-model T)
+  --train-vocab-size N  train a byte-level BPE tokenizer of N tokens into P_tokenizer/
+  --vocab-file V --merge-file M                  GPT-2's BPE (--tokenizer-type GPT2BPETokenizer)
+  --tokenizer-type NullTokenizer --vocab-size N  the text is numbers below N; N ends a document
 """
-OPTIONS = {
-    "--input": True,
-    "--output-prefix": True,
-    "--tokenizer": True,
-    "--train-vocab-size": True,
-    "--json-key": True,
-    "--append-eod": False,
-    "--no-append-eod": False,
-}
 
 
 def run(arguments: Sequence[str]) -> int:
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(USAGE)
         return 0 if arguments else 2
-    if any(argument.partition("=")[0] in OPTIONS for argument in arguments):
+    if any(argument.partition("=")[0] in FILE_OPTIONS for argument in arguments):
         return prepare_files(arguments)
     reading = read_config("prepare", arguments)
     config = resolve(reading.config, bad_keys=reading.bad, earlier=reading.problems).config
     config = prepare_config(config, show=True)
-    for source in config.datasets:
+    for source in [*config.datasets, *config.test_datasets]:
         print(f"{source.path} -> {source.prepared}")
     print(f"tokenizer: {config.tokenizer_config or 'none'}, vocabulary {config.vocab_size}")
     return 0
-
-
-def prepare_files(arguments: Sequence[str]) -> int:
-    taken, rest, problems = take_options(arguments, OPTIONS)
-    problems += [f"{a}: unknown option.{did_you_mean(a, OPTIONS)}" for a in rest]
-    problems += [f"{name} is missing." for name in ("--input", "--output-prefix") if name not in taken]
-    size = number(taken, "--train-vocab-size", problems, least=257)
-    if ("--tokenizer" in taken) == ("--train-vocab-size" in taken):
-        problems.append("give one of --tokenizer FOLDER (load it) and --train-vocab-size N (train one).")
-    if "--append-eod" in taken and "--no-append-eod" in taken:
-        problems.append("--append-eod and --no-append-eod are both given. Keep one.")
-    if problems:
-        raise UserError(problems)
-    import shutil
-
-    from longspan.data import eod_id, iter_documents, load_tokenizer, tokenize_to_indexed, train_tokenizer
-    from longspan.data import vocabulary_size as size_of
-
-    source, field = taken["--input"], taken.get("--json-key", "text")
-    prefix = Path(taken["--output-prefix"] + "_text_document")
-    if size is not None:
-        # beside its place until the tokens are whole: tokens and tokenizer always belong together
-        final = Path(taken["--output-prefix"] + "_tokenizer")
-        folder = final.with_name(f".{final.name}.partial")
-        train_tokenizer(iter_documents(source, field), size, folder)
-    else:
-        folder = Path(taken["--tokenizer"])
-    tokenizer = load_tokenizer(folder)
-    eod = None if "--no-append-eod" in taken else eod_id(tokenizer, folder)
-    if eod is None and "--no-append-eod" not in taken:
-        raise UserError(f"the tokenizer in {folder} names no end-of-document token. Add --no-append-eod.")
-    with Counter(source) as counter:
-        done = tokenize_to_indexed(
-            iter_documents(source, field), tokenizer, prefix, eod, size_of(tokenizer), counter
-        )
-    if size is not None:
-        shutil.rmtree(final, ignore_errors=True)
-        folder.rename(final)
-    print(f"{done['documents']:,} documents, {done['tokens']:,} tokens -> {prefix}.bin, {prefix}.idx")
-    return 0
-
-
-class Counter:
-    """Shows documents and tokens while they are made: a live line on a terminal, one line at the end elsewhere."""
-
-    def __init__(self, what: str):
-        self.what, self.live, self.seen = what, sys.stderr.isatty(), (0, 0)
-        self.last = 0.0
-
-    def __call__(self, documents: int, tokens: int) -> None:
-        self.seen = documents, tokens
-        if self.live and time.monotonic() - self.last > 0.1:
-            self.last = time.monotonic()
-            print(
-                f"\rtokenising {self.what}: {documents:,} documents, {tokens:,} tokens",
-                end="",
-                file=sys.stderr,
-            )
-
-    def __enter__(self) -> Counter:
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.seen[0]:
-            start = "\r" if self.live else ""
-            print(
-                f"{start}tokenised {self.what}: {self.seen[0]:,} documents, {self.seen[1]:,} tokens",
-                file=sys.stderr,
-            )
 
 
 def is_indexed(path: str) -> bool:
     """Is this the prefix (or one of the files) of a ``.bin/.idx`` pair?"""
     stem = path[:-4] if path.endswith((".bin", ".idx")) else path
     return Path(stem + ".idx").is_file() or Path(stem + ".bin").is_file()
+
+
+def check_weights(run: Run) -> None:
+    """Finds the weights a run starts from, fetching them where that is needed, and holds their names against the model.
+
+    Raises:
+        UserError: they cannot be had, or are those of another model.
+    """
+    if not run.pretrained:
+        return
+    from longspan.models.huggingface import Names, SafetensorsFolder, check_tensors
+
+    assert run.config.base_model is not None
+    assert run.config.vocab_size is not None
+    source = SafetensorsFolder(model_folder(run.config.base_model))
+    check_tensors(source, Names(run.transformer_config(), run.config.vocab_size))
 
 
 def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
@@ -138,18 +84,29 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
     Raises:
         UserError: a missing or broken source, no tokenizer, or a vocabulary that does not fit.
     """
-    from longspan.data import IndexedDataset, load_tokenizer, prepare_dataset, vocabulary_size
+    from longspan.data import load_tokenizer, prepare_dataset, vocabulary_size
+    from longspan.data.sources import is_text
 
     folder, train_size = config.tokenizer_config, config.tokenizer_train_vocab_size
+    if config.vocab_file is not None and config.merge_file is not None:
+        from longspan.data.gpt2 import gpt2_tokenizer
+
+        folder = str(gpt2_tokenizer(config.vocab_file, config.merge_file, config.dataset_prepared_path))
     if folder is None and train_size is None and config.base_model is not None:
         own = model_folder(config.base_model) if not config.reinit_weights else Path(config.base_model)
         folder = str(own) if (own / "tokenizer.json").is_file() else None
+    if folder is not None:
+        folder = own_tokenizer(config, folder)
     sources = []
-    for source in config.datasets:
+    for source in [*config.datasets, *config.test_datasets]:
         given = source.prepared or source.path
         if source.prepared or is_indexed(given):
-            IndexedDataset(given)
+            check_indexed(source, given)
             sources.append(source.model_copy(update={"prepared": given}))
+            continue
+        if not is_text(source):
+            prefix = prepare_records(config, source, folder, show)
+            sources.append(source.model_copy(update={"prepared": str(prefix)}))
             continue
         if folder is None and train_size is None:
             raise UserError(
@@ -170,6 +127,8 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
         folder = str(tokenizer_folder)  # a tokenizer trained on the first dataset serves the others
         sources.append(source.model_copy(update={"prepared": str(prefix)}))
     vocab = config.vocab_size
+    if config.tokenizer_type == "NullTokenizer" and vocab is not None:
+        vocab += 1  # Megatron-LM's: one more token, which ends a document
     if folder is not None:
         size = vocabulary_size(load_tokenizer(folder))
         if vocab is not None and vocab < size:
@@ -178,15 +137,79 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
                 f"least {size}."
             )
         vocab = vocab or size
+    if vocab is None and config.mock_data:
+        vocab = MOCK_VOCAB_SIZE
     if vocab is None:
         raise UserError(
             "vocab_size: missing. The datasets are tokenised already and there is no tokenizer to ask."
         )
     return config.model_copy(
         update={
-            "datasets": sources,
+            "datasets": sources[: len(config.datasets)],
+            "test_datasets": sources[len(config.datasets) :],
+            # what is resolved is not resolved again
             "tokenizer_config": folder,
             "tokenizer_train_vocab_size": None,
+            "tokenizer_type": None,
+            "vocab_file": None,
+            "merge_file": None,
             "vocab_size": vocab,
         }
     )
+
+
+def check_indexed(source: DatasetConfig, prefix: str) -> None:
+    """Refuses token files that are not there, and those whose type says what they cannot know."""
+    from longspan.data import IndexedDataset, open_masks
+
+    IndexedDataset(prefix)
+    if open_masks(prefix) is None and not source.prepared and source.type != "completion":
+        raise UserError(
+            f"datasets: {source.path} holds tokens, and no masks that say which of them are answers. Give the records (json, "
+            "parquet ...) as path, or leave type out to train on every token."
+        )
+
+
+def prepare_records(config: TrainConfig, source: DatasetConfig, folder: str | None, show: bool) -> Path:
+    """Makes the samples of a dataset of records where that is not done yet; returns their prefix."""
+    from longspan.data.instruct import Recipe
+    from longspan.data.samples import prepare_samples
+
+    if folder is None:
+        raise UserError(
+            f"datasets: {source.path!r} holds records and there is no tokenizer. Give tokenizer_config (a folder with "
+            "tokenizer.json), or a base_model that has one; a tokenizer is trained on text alone."
+        )
+    recipe = Recipe.make(
+        source, folder, config.train_on_inputs, config.chat_template, config.chat_template_jinja
+    )
+    with Counter(source.path, "samples") if show else nullcontext() as counter:
+        return prepare_samples(recipe, config.dataset_prepared_path, config.dataset_num_proc, counter)
+
+
+def own_tokenizer(config: TrainConfig, folder: str) -> str:
+    """The tokenizer's folder, with the config's special_tokens and chat_template in it: a copy where they are not."""
+    from longspan.data.chat import find_template, own_template
+    from longspan.data.text import copy_tokenizer, load_tokenizer, special_tokens
+
+    chosen = config.special_tokens or {}
+    tokenizer, now = load_tokenizer(folder), special_tokens(folder)
+    missing = [token for token in chosen.values() if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise UserError(
+            f"special_tokens: {', '.join(map(repr, missing))}: not in the vocabulary of {folder}. Add tokens to the tokenizer "
+            "and to base_model first, with transformers."
+        )
+    path = Path(folder)
+    template = None
+    if config.chat_template is not None or config.chat_template_jinja is not None:
+        template = find_template(
+            config.chat_template,
+            config.chat_template_jinja,
+            path if path.is_dir() else path.parent,
+            now | chosen,
+            [],
+        ).text
+        if template == own_template(path if path.is_dir() else path.parent):
+            template = None
+    return str(copy_tokenizer(path, chosen, template, Path(config.dataset_prepared_path)))

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longspan.cli.environment import without_effect
 from longspan.cli.launch import HELP, OPTIONS, Launch, choose_device, read_launch, start, under_torchrun
 from longspan.cli.options import key_help, read_config, take_options
-from longspan.cli.prepare import prepare_config
+from longspan.cli.prepare import check_weights, prepare_config
+from longspan.config.data_rules import PATHS, read_blend
 from longspan.config.load import Reading, to_yaml
 from longspan.config.resolve import Run, resolve
 from longspan.config.schema import TrainConfig
@@ -95,7 +97,8 @@ def checked(reading: Reading, launch: Launch, announce: str = "") -> tuple[Run, 
         }
     )
     final_run = resolve(final, resolved.world_size)
-    notes = ["without effect here:", *(f"  {note}" for note in reading.notes)] if reading.notes else []
+    found = [*reading.notes, *without_effect(os.environ, device, joined=under_torchrun())]
+    notes = ["without effect here:", *(f"  {note}" for note in found)] if found else []
     if (notes or announce) and os.environ.get("RANK", "0") == "0":
         print("\n".join([announce, *notes] if announce else notes), file=sys.stderr)
     if final.attention_backend != "auto":
@@ -118,18 +121,39 @@ def check_backend(run: Run, device: str) -> None:
 
 def missing_sources(config) -> list[str]:
     """Datasets that are not there, found before anything is tokenised or started."""
-    from longspan.data import find_sources
+    from longspan.data.sources import check_source
 
     problems = []
-    for source in config.datasets:
+    for name in PATHS:
+        try:
+            for member in read_blend(name, values) if (values := getattr(config, name)) else []:
+                problems += [f"{name}: {problem}" for problem in missing_files(member.path)]
+        except UserError:  # the blend itself is wrong: the rules between keys say so
+            continue
+    for source in [*config.datasets, *config.test_datasets]:
         stem = source.path[:-4] if source.path.endswith((".bin", ".idx")) else source.path
         if source.prepared or any(Path(stem + suffix).exists() for suffix in (".bin", ".idx")):
             continue
         try:
-            find_sources(source.path)
+            check_source(source)
         except UserError as error:
             problems += [f"datasets: {problem}" for problem in error.problems]
     return problems
+
+
+def missing_files(prefix: str) -> list[str]:
+    """What is not there of a .bin/.idx pair."""
+    from longspan.data.indexed import bin_and_idx, missing_file
+
+    missing = next((path for path in reversed(bin_and_idx(prefix)) if not path.is_file()), None)
+    if missing is None:
+        return []
+    if Path(prefix).is_file():  # it has neither ending, or its own half would be there
+        return [
+            f"{prefix} is no .bin/.idx pair. Make one: longspan prepare --input {prefix} --output-prefix PREFIX, or train on "
+            "it by datasets."
+        ]
+    return [missing_file(missing)]
 
 
 WRITTEN_BY = "# written by longspan"
@@ -229,6 +253,7 @@ def prepared(resolved: Run, show: bool) -> TrainConfig:
     config = prepare_config(resolved.config, show=show)
     checked = resolve(config, resolved.world_size)
     check_data(checked)
+    check_weights(checked)
     resume = resume_point(checked)
     if resume is None and config.resume is not None:
         if show and config.resume != "auto":

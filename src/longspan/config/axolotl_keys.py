@@ -136,6 +136,10 @@ KEYS: dict[str, Foreign] = {
     "sample_packing_sequentially": refused("Packs are made in a seeded random order."),
     "group_by_length": refused("sample_packing keeps padding small."),
     "push_dataset_to_hub": refused(_HUB),
+    "eot_tokens": no_effect(
+        "Where a turn ends is read from the template; its end token counts with the answer."
+    ),
+    "chat_template_kwargs": refused("Put them in the template: chat_template_jinja."),
     "default_system_message": refused("Put a system message in the conversations, or in the template."),
     # batch, schedule, optimizer
     "eval_batch_size": no_effect("Evaluation takes micro_batch_size; the loss is the same at any size."),

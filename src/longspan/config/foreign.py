@@ -68,3 +68,8 @@ def becomes(keys: Callable[[Any], dict[str, Any]], why: str, values: int = 1) ->
 def choice(choices: dict[Any, dict[str, Any]], why: str, values: int = 1) -> Foreign:
     """As :func:`becomes`, by a table of values."""
     return becomes(lambda value: choices[value], why, values)
+
+
+def refuses(fate: Foreign) -> bool:
+    """Is a name refused, unless its value asks for nothing?"""
+    return fate.accepts is not None

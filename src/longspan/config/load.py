@@ -11,8 +11,11 @@ import yaml
 from pydantic import ValidationError
 
 from longspan.config.axolotl_keys import KEYS
+from longspan.config.dataset_keys import LISTS, read_datasets
 from longspan.config.foreign import MANY
+from longspan.config.keys.data import InstructionType
 from longspan.config.megatron_flags import FLAGS
+from longspan.config.rope import rope_type, with_original_length
 from longspan.config.schema import DatasetConfig, Key, TrainConfig, keys, names
 from longspan.errors import UserError, did_you_mean
 
@@ -211,8 +214,11 @@ def _no_bool(text: str) -> bool:
 
 def _value(k: Key, text: str) -> Any:
     """A value as YAML reads it; the text itself for a key that holds text."""
-    if k.annotation is str or set(getattr(k.annotation, "__args__", ())) == {str, type(None)}:
+    members = set(getattr(k.annotation, "__args__", ()))
+    if k.annotation is str or members == {str, type(None)}:
         return text
+    if members == {list[str], type(None)} and not text.startswith("["):
+        return text  # a path may look like a number or a date
     return _yaml(text)
 
 
@@ -266,6 +272,11 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, Any] | None =
             bad.add(name)
     merged.update(overrides or {})
     merged = {name: value for name, value in merged.items() if value is not None}
+    for name in set(LISTS) & merged.keys():
+        merged[name], problems, notes = read_datasets(name, merged[name])
+        found.problems += problems
+        found.notes += notes
+        bad |= {name} if problems else set()
     problems, config = found.problems, None
     while True:
         try:
@@ -300,9 +311,13 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
     for e in error.errors():
         place = ".".join(map(str, e["loc"]))
         top = str(e["loc"][0])
-        if e["type"] == "extra_forbidden" and top == "datasets":
+        if top in LISTS:  # which member of a union it is, is nothing to the user
+            place = ".".join(str(part) for part in e["loc"] if part != "InstructionType")
+            if isinstance(values[top], list) and str(e["loc"][-1]).startswith("literal["):
+                continue
+        if e["type"] == "extra_forbidden" and top in LISTS:
             name = str(e["loc"][-1])
-            lines[place] = f"{place}: unknown key.{did_you_mean(name, DatasetConfig.model_fields)}"
+            lines[place] = f"{place}: unknown key.{did_you_mean(name, InstructionType.model_fields)}"
             continue
         if e["type"] == "missing":
             lines[place] = f"{place}: missing."
@@ -315,7 +330,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
             if isinstance(e["loc"][1], str)
             else e["input"]
         )
-        base = top if top != "datasets" else place
+        base = top if top not in LISTS else place
         hint = ""
         if e["type"] == "literal_error" and isinstance(found, str):
             choices = (
@@ -348,13 +363,29 @@ def load_config(path: str | Path, arguments: Sequence[str] = ()) -> TrainConfig:
     return reading.config
 
 
-def architecture_config(values: Mapping[str, Any]) -> TrainConfig:
+def architecture_config(values: Mapping[str, Any], sequence_len: int | None = None) -> TrainConfig:
     """A config of an architecture alone, for commands that do not train.
+
+    Args:
+        values: as ``architecture.architecture_of`` gives them.
+        sequence_len: None takes the longest the model is made for.
 
     Raises:
         UserError: with all problems found.
     """
-    reading = make_config({**values, "learning_rate": 0, "datasets": [{"path": "none"}]})
+    length = (
+        sequence_len
+        or values.get("max_position_embeddings")
+        or TrainConfig.model_fields["sequence_len"].default
+    )
+    most, scaling = values.get("max_position_embeddings"), values.get("rope_scaling")
+    values = dict(values)
+    if scaling:
+        values["rope_scaling"] = with_original_length(scaling, most)
+    if most and values.get("position_embedding_type", "rope") == "rope" and rope_type(scaling) != "dynamic":
+        values["max_position_embeddings"] = max(most, length)
+    none = {"learning_rate": 0, "datasets": [{"path": "none"}], "sample_packing": False}
+    reading = make_config({**values, "sequence_len": length, **none})
     if reading.config is None or reading.problems:
         raise UserError(reading.problems)
     return reading.config

@@ -150,6 +150,12 @@ def lora_problems(config: TrainConfig) -> list[Problem]:
     elif config.reinit_weights:
         text = "adapter: lora with reinit_weights: true would leave random weights as they are. Drop one of the two."
         found.append((("adapter", "reinit_weights"), text))
+    if config.position_embedding_type == "learned_absolute":
+        text = (
+            "adapter: lora on a GPT-2: its query, key and value lie in one layer (c_attn), which adapters here do not reach. "
+            "Train all weights, or take a Llama, Mistral or Qwen."
+        )
+        found.append((("adapter", "base_model"), text))
     if config.lora_r is None:
         found.append((("lora_r",), "lora_r: missing. adapter: lora needs the rank, e.g. lora_r: 16."))
     if config.lora_dropout:

@@ -61,6 +61,9 @@ FLAGS: dict[str, Foreign] = {
     "--rope-scaling-factor": refused(
         "Say the whole: --rope-scaling '{rope_type: llama3, factor: ..., ...}'."
     ),
+    "--rotary-seq-len-interpolation-factor": becomes(
+        lambda n: {"rope_scaling": {"rope_type": "linear", "factor": float(n)}}, "A number above 0."
+    ),
     "--make-vocab-size-divisible-by": no_effect(
         "The vocabulary is padded to a multiple of 128, at every layout."
     ),
@@ -179,7 +182,23 @@ FLAGS: dict[str, Foreign] = {
         lambda n: {"activation_offloading": bool(int(n) > 0)},
         "All layers offload what backward needs, or none.",
     ),
+    "--fine-grained-activation-offloading": becomes(
+        lambda _: {"activation_offloading": True}, "It takes no value.", values=0
+    ),
+    "--offload-modules": refused(
+        "--fine-grained-activation-offloading moves what whole layers keep; with --recompute-granularity selective that is less.",
+        values=MANY,
+    ),
+    "--min-offloaded-tensor-size": no_effect("Tensors below 64 KiB stay on the device."),
     "--optimizer-cpu-offload": becomes(lambda _: {"offload_params": True}, "It takes no value.", values=0),
+    "--optimizer-offload-fraction": refused(
+        "--optimizer-cpu-offload moves all of the optimizer, and weights and gradients with it.",
+        unless=(1.0, None),
+    ),
+    "--use-torch-optimizer-for-cpu-offload": no_effect("The optimizer is PyTorch's, always.", values=0),
+    "--overlap-cpu-optimizer-d2h-h2d": no_effect("FSDP2 copies while the device computes.", values=0),
+    "--no-pin-cpu-grads": no_effect("Offloaded gradients are pinned on CUDA.", values=0),
+    "--no-pin-cpu-params": no_effect("Offloaded weights are pinned on CUDA.", values=0),
     "--empty-unused-memory-level": no_effect("PyTorch's allocator keeps what it has."),
     "--cross-entropy-loss-fusion": no_effect(
         "The loss is fused with the output layer, in chunks, always.", values=0

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from longspan.config.rope import rope_problems
 from longspan.errors import did_you_mean
 
 VOCAB_MULTIPLE = 128
@@ -19,12 +20,8 @@ VOCAB_MULTIPLE = 128
 #: names activation_func takes
 ACTIVATIONS = ("silu", "gelu", "relu")
 
-#: rope_scaling types and the fields each needs
-ROPE_SCALING_FIELDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+#: how a model knows positions
+POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
 
 #: the label of a token that has no target
 IGNORE_INDEX = -100
@@ -93,7 +90,9 @@ class TransformerConfig(ModelParallelConfig):
     Sizes are numbers of features, heads or layers. ``num_query_groups`` is the number of
     key/value heads (GQA); None means as many as query heads. ``kv_channels`` is the size of
     a head; None means hidden_size / num_attention_heads. ``activation_func`` is a name
-    (``"gelu"``, ``"silu"``) or a callable. ``cp_comm_type`` and ``sliding_window`` (tokens a
+    (``"gelu"``, ``"silu"``) or a callable. ``max_position_embeddings`` is the number of rows of a
+    learned table of positions (None: GPTModel's max_sequence_length) and where ``dynamic``
+    scaling of rotary embeddings begins. ``cp_comm_type`` and ``sliding_window`` (tokens a
     query sees, itself included; None is no limit) hold for all layers, or are a list cycled
     over the layers.
     """
@@ -110,9 +109,12 @@ class TransformerConfig(ModelParallelConfig):
     gated_linear_unit: bool = False
     activation_func: str | Callable = "gelu"
     add_bias_linear: bool = True
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     position_embedding_type: str = "rope"
+    max_position_embeddings: int | None = None
     rotary_base: float = 10000.0
     rope_scaling: Mapping[str, Any] | None = None
     share_embeddings_and_output_weights: bool = False
@@ -133,7 +135,7 @@ class TransformerConfig(ModelParallelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        optional = ("num_query_groups", "kv_channels", "ffn_hidden_size")
+        optional = ("num_query_groups", "kv_channels", "ffn_hidden_size", "max_position_embeddings")
         for name in ("num_layers", "hidden_size", "num_attention_heads", *optional):
             size = getattr(self, name)
             if size is not None and size < 1:
@@ -225,9 +227,9 @@ def architecture_problems(c: Any) -> list[tuple[tuple[str, ...], str]]:
         f"normalization {c.normalization!r}: RMSNorm or LayerNorm.",
     )
     rule(
-        c.position_embedding_type in ("rope", "none"),
+        c.position_embedding_type in POSITION_EMBEDDINGS,
         ("position_embedding_type",),
-        f"position_embedding_type {c.position_embedding_type!r}: rope or none.",
+        f"position_embedding_type {c.position_embedding_type!r}: one of {', '.join(POSITION_EMBEDDINGS)}.",
     )
     for name in ("attention_dropout", "hidden_dropout"):
         rule(
@@ -271,26 +273,13 @@ def architecture_problems(c: Any) -> list[tuple[tuple[str, ...], str]]:
         ("activation_func",),
         f"activation_func {c.activation_func!r}: one of {', '.join(ACTIVATIONS)}, or a callable.",
     )
-    if c.rope_scaling:
-        kind = c.rope_scaling.get("rope_type", c.rope_scaling.get("type"))
-        needs = ROPE_SCALING_FIELDS.get(kind) if isinstance(kind, str) else None
-        rule(
-            needs is not None,
-            ("rope_scaling",),
-            f"rope_scaling type {kind!r}: one of {', '.join(ROPE_SCALING_FIELDS)}.",
-        )
-        missing = [field for field in needs or () if field not in c.rope_scaling]
-        rule(not missing, ("rope_scaling",), f"rope_scaling of type {kind}: {', '.join(missing)} missing.")
-        numbers = {field: c.rope_scaling[field] for field in needs or () if field in c.rope_scaling}
-        wrong = [f"{k} {v!r}" for k, v in numbers.items() if not _positive(v)]
-        rule(not wrong, ("rope_scaling",), f"rope_scaling: {', '.join(wrong)}: a number above 0.")
-        if kind == "llama3" and not missing and not wrong:
-            low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
-            rule(
-                high > low,
-                ("rope_scaling",),
-                f"rope_scaling: high_freq_factor {high} must be larger than low_freq_factor {low}.",
-            )
+    rule(
+        not c.rope_scaling or c.position_embedding_type == "rope",
+        ("rope_scaling", "position_embedding_type"),
+        f"rope_scaling has no effect with position_embedding_type {c.position_embedding_type}. Leave one out.",
+    )
+    if c.position_embedding_type == "rope":
+        found += [(("rope_scaling",), message) for message in rope_problems(c)]
     return found
 
 
@@ -346,12 +335,6 @@ def hierarchy_proposal(cp: int, heads: int | None = None) -> list[int]:
     good = [d for d in range(1, cp + 1) if cp % d == 0 and (heads is None or heads % d == 0)]
     inner = min(good, key=lambda d: (abs(math.log(d * d / cp)), d))
     return [inner, cp // inner]
-
-
-def _positive(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-    )
 
 
 def normal_comm_type(name: str) -> str:

@@ -16,15 +16,19 @@ from typing import Any
 from pydantic import ValidationError
 
 from longspan.config.architecture import architecture_of
+from longspan.config.data_rules import data_problems
+from longspan.config.hugging_face import FIELDS, PIECES, export_problem
 from longspan.config.lora import Lora, lora_of, lora_problems
+from longspan.config.memory_rules import memory_problems
 from longspan.config.model import (
     TransformerConfig,
     architecture_problems,
 )
 from longspan.config.parallel import MeshSizes
+from longspan.config.rope import rope_type, with_original_length
 from longspan.config.schedule import schedule_problems
 from longspan.config.schema import TrainConfig
-from longspan.errors import UserError
+from longspan.errors import UserError, did_you_mean
 
 Problem = tuple[tuple[str, ...], str]
 
@@ -68,6 +72,11 @@ class Run:
         return TransformerConfig(params_dtype=params_dtype, **_architecture(self.config), **self._parallel())
 
     @property
+    def mlp_tiles(self) -> int | None:
+        """Tiles of the MLP: 1 without ``tiled_mlp``; None: from the number of tokens, as they come."""
+        return self.config.tiled_mlp_num_shards if self.config.tiled_mlp else 1
+
+    @property
     def windows(self) -> list[int | None]:
         """The sliding windows of the layers, one a layer."""
         model = self.transformer_config()
@@ -95,8 +104,17 @@ class Run:
         )
 
 
+def architecture(config: TrainConfig) -> dict[str, Any]:
+    """What a Hugging Face config.json says of the model, by our keys (``config.hugging_face.FIELDS``)."""
+    model = TransformerConfig(**_architecture(config))
+    return {name: getattr(config, name) for name in FIELDS} | {
+        name: getattr(model, name) for name in FIELDS if hasattr(model, name)
+    }
+
+
 def _architecture(config: TrainConfig) -> dict:
     """Keys of TransformerConfig."""
+    learned = config.position_embedding_type == "learned_absolute"
     return dict(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -110,6 +128,9 @@ def _architecture(config: TrainConfig) -> dict:
         gated_linear_unit=config.gated_linear_unit,
         activation_func=config.activation_func,
         add_bias_linear=config.add_bias_linear,
+        add_qkv_bias=config.add_qkv_bias,
+        qk_layernorm=config.qk_layernorm,
+        max_position_embeddings=config.max_position_embeddings or (config.sequence_len if learned else None),
         position_embedding_type=config.position_embedding_type,
         attention_dropout=config.attention_dropout,
         hidden_dropout=config.hidden_dropout,
@@ -155,8 +176,10 @@ def resolve(
         try:
             # what the file says itself wins over base_model, key by key
             given = {k for k in config.model_fields_set if getattr(config, k) is not None}
-            base = {k: v for k, v in architecture_of(config.base_model).items() if k not in given}
+            whole = architecture_of(config.base_model)
+            base = {k: v for k, v in whole.items() if k not in given}
             config = TrainConfig.model_validate(config.model_dump(exclude_unset=True) | base)
+            config = _longer(config, whole, given)
         except ValidationError as error:
             for e in error.errors():
                 found.append(
@@ -173,18 +196,62 @@ def resolve(
     micro, accumulation, total = _batch(config, sizes.dp, found)
     sequence_parallel = sizes.tp > 1 if config.sequence_parallel is None else config.sequence_parallel
     _required(config, found)
+    found += data_problems(config)
     _not_yet(config, found)
     _hybrid(config, found)
     _exclusive(config, found)
+    _positions(config, found)
     found += lora_problems(config)
+    found += memory_problems(config)
     found += schedule_problems(config)
     if None not in (config.num_layers, config.hidden_size, config.num_attention_heads):
-        found += _model_problems(config)
+        wrong = _model_problems(config)
+        found += wrong
+        if config.export_hf and not wrong and (problem := export_problem(architecture(config))):
+            found.append((("export_hf", *PIECES), f"export_hf: {problem} Set export_hf: false."))
     messages = list(earlier) + [text for fields, text in found if not bad.intersection(fields)]
     if messages:
         raise UserError(messages)
     return Run(
         config, sizes, micro, accumulation, total, sequence_parallel and sizes.tp > 1, _recompute(config)
+    )
+
+
+def _longer(config: TrainConfig, base: dict[str, Any], given: set[str]) -> TrainConfig:
+    """A model that trains on longer sequences than base_model was made for: what follows from base_model's own length."""
+    length, scaling = base.get("max_position_embeddings"), config.rope_scaling
+    if config.position_embedding_type != "rope":
+        return config
+    changes: dict[str, Any] = {}
+    if scaling:
+        changes["rope_scaling"] = with_original_length(scaling, length)
+    if length is not None and "max_position_embeddings" not in given and rope_type(scaling) != "dynamic":
+        changes["max_position_embeddings"] = max(length, config.sequence_len)
+    return config.model_copy(update=changes)
+
+
+def _positions(config: TrainConfig, found: list[Problem]) -> None:
+    """The sequence against the positions the model knows."""
+    most, length = config.max_position_embeddings, config.sequence_len
+    if most is None or length <= most:
+        return
+    fields = ("sequence_len", "max_position_embeddings")
+    if config.position_embedding_type == "rope" and rope_type(config.rope_scaling) == "dynamic":
+        if config.sample_packing or config.hybrid_context_parallel:
+            text = (
+                f"rope_scaling of type dynamic with sequence_len {length} beyond max_position_embeddings {most}: its frequencies "
+                "follow the length of what is computed, and packed documents have many. Use yarn or linear, or set "
+                "sample_packing: false, so that every sequence has sequence_len tokens."
+            )
+            found.append((("rope_scaling", *fields), text))
+        return
+    what = "has a learned row for" if config.position_embedding_type == "learned_absolute" else "is made for"
+    found.append(
+        (
+            fields,
+            f"sequence_len {length} is larger than max_position_embeddings {most}, the positions the model {what}. "
+            "Shorten the sequence, or raise max_position_embeddings (of a model that starts from random weights).",
+        )
     )
 
 
@@ -259,40 +326,6 @@ def _required(config: TrainConfig, found: list[Problem]) -> None:
         found.append((tuple(missing), text))
     if config.learning_rate is None:
         found.append((("learning_rate",), "learning_rate: missing. A number such as 3e-4."))
-    if not (config.datasets or config.data_path or config.train_data_path or config.mock_data):
-        found.append(
-            (
-                ("datasets",),
-                "datasets: missing. A list such as 'datasets: [{path: my_texts}]'; or data_path: [PREFIX] of .bin/.idx files; or "
-                "mock_data: true, to try a layout without data.",
-            )
-        )
-
-
-#: keys whose part of the house is not built yet, with their value that asks for nothing
-NOT_YET: dict[str, Any] = {
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
-    "data_path": None,
-    "train_data_path": None,
-    "valid_data_path": None,
-    "test_data_path": None,
-    "split": None,
-    "mock_data": False,
-    "tokenizer_type": None,
-    "vocab_file": None,
-    "merge_file": None,
-    "train_on_inputs": False,
-    "chat_template": None,
-    "chat_template_jinja": None,
-    "test_datasets": [],
-    "special_tokens": None,
-    "dataset_num_proc": None,
-    "activation_offloading": False,
-    "offload_params": False,
-    "tiled_mlp": False,
-    "tiled_mlp_num_shards": None,
-}
 
 
 def _not_yet(config: TrainConfig, found: list[Problem]) -> None:
@@ -301,13 +334,6 @@ def _not_yet(config: TrainConfig, found: list[Problem]) -> None:
             found.append(
                 ((name,), f"{name} {getattr(config, name)}: {what} parallelism is not supported yet. Use 1.")
             )
-    for name, off in NOT_YET.items():
-        if getattr(config, name) != off:
-            found.append(((name,), f"{name} {getattr(config, name)}: not supported yet. Leave it {off!r}."))
-    if config.gradient_checkpointing == "offload":
-        found.append(
-            (("gradient_checkpointing",), "gradient_checkpointing offload: not supported yet. Use full.")
-        )
 
 
 def _hybrid(config: TrainConfig, found: list[Problem]) -> None:
@@ -343,22 +369,14 @@ def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
                 f"val_set_size {config.val_set_size}: below 1 it is a share of the documents, from 1 on a whole number of them.",
             )
         )
-    if config.tokenizer_config is not None and config.tokenizer_train_vocab_size is not None:
+    if config.test_datasets and config.val_set_size > 0:
         found.append(
             (
-                ("tokenizer_config", "tokenizer_train_vocab_size"),
-                "tokenizer_config and tokenizer_train_vocab_size are both given. Load a tokenizer or train one.",
+                ("test_datasets", "val_set_size"),
+                f"test_datasets and val_set_size {config.val_set_size} are both given. Evaluate on one of them.",
             )
         )
-    windows = config.sliding_window if isinstance(config.sliding_window, list) else []
-    if config.export_hf and len({w for w in windows if w is not None}) > 1:
-        found.append(
-            (
-                ("export_hf", "sliding_window"),
-                f"sliding_window {windows}: a model whose layers have windows of different sizes cannot be exported (Ministral "
-                "has one size, in some of its layers). Set export_hf: false, or give one size.",
-            )
-        )
+    _templates(config, found)
     if config.reinit_weights and config.base_model is None:
         found.append(
             (("reinit_weights",), "reinit_weights: true without base_model has no effect. Leave it out.")
@@ -388,6 +406,31 @@ def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
                 "sequence_parallel: true with tensor_parallel_size 1 has no effect. Leave it out, or cut over more ranks.",
             )
         )
+
+
+#: names of special tokens, as tokenizer_config.json has them
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+def _templates(config: TrainConfig, found: list[Problem]) -> None:
+    given: list[tuple[str, Any]] = [
+        ("", config),
+        *((f"datasets.{i}.", d) for i, d in enumerate(config.datasets)),
+    ]
+    given += [(f"test_datasets.{i}.", d) for i, d in enumerate(config.test_datasets)]
+    for place, where in given:
+        name, jinja = where.chat_template, where.chat_template_jinja
+        key = place.split(".")[0] or "chat_template"
+        if name == "jinja" and jinja is None:
+            text = f"{place}chat_template: jinja needs chat_template_jinja: the template, or its file."
+            found.append(((key, "chat_template_jinja"), text))
+        elif name not in (None, "jinja") and jinja is not None:
+            text = f"{place}chat_template {name!r} and chat_template_jinja are both given. Keep one."
+            found.append(((key, "chat_template_jinja"), text))
+    for name in config.special_tokens or {}:
+        if name not in SPECIAL_TOKENS:
+            text = f"special_tokens.{name}: unknown. The names are {', '.join(SPECIAL_TOKENS)}.{did_you_mean(name, SPECIAL_TOKENS)}"
+            found.append((("special_tokens",), text))
 
 
 def _model_problems(config: TrainConfig) -> list[Problem]:

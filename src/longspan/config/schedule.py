@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from longspan.config.data_rules import has_validation
 from longspan.config.schema import TrainConfig
 
 if TYPE_CHECKING:
@@ -77,8 +78,7 @@ def evaluation_limit(run: Run) -> int | None:
 
 def evaluates(config: TrainConfig) -> bool:
     """Is anything held out to evaluate on?"""
-    held_out = config.val_set_size > 0 or config.test_datasets or config.valid_data_path
-    return bool(held_out or config.data_path or config.mock_data) and config.eval_iters != 0
+    return has_validation(config) and config.eval_iters != 0
 
 
 def schedule_problems(config: TrainConfig) -> list[tuple[tuple[str, ...], str]]:
@@ -101,10 +101,14 @@ def _problems(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             yield (name,), f"{name} {value}: from 1 on a whole number of steps, below 1 a share of them."
     for name in ("eval_steps", "evals_per_epoch"):
         if getattr(config, name) is not None and not evaluates(config) and config.eval_iters != 0:
-            yield (
-                (name, "val_set_size"),
-                f"{name} is given but val_set_size is 0. Hold documents out, e.g. val_set_size: 0.02.",
+            by_split = config.data_path or config.train_data_path or config.mock_data
+            what = "nothing is held out" if by_split else "val_set_size is 0"
+            remedy = (
+                "split 99,1,0, or valid_data_path beside train_data_path"
+                if by_split
+                else "val_set_size: 0.02, or give test_datasets"
             )
+            yield (name, "val_set_size"), f"{name} is given but {what}. Hold documents out, e.g. {remedy}."
     if config.min_lr is not None:
         if config.cosine_min_lr_ratio:
             yield (

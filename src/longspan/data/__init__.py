@@ -2,8 +2,13 @@
 
 - `indexed`: Megatron's token files, read and written.
 - `text`: documents from files, tokenizers, and the cached way from one to the other.
+- `sources`: records from files, folders and the hub.
+- `instruct`, `chat`, `templates`: from a record to a sample, and which of its tokens are learned.
+- `samples`: samples in token files, with files of masks beside them.
 - `packing`: which tokens make a row, with shifted labels; `Batch`.
-- `loader`: which rows a rank trains on at which step.
+- `loader`: which rows a rank trains on at which step; `blend`: several datasets by weights.
+- `splits`: from a config to its datasets; `mock`: made-up ones.
+- `preprocess`, `merge`, `gpt2`: what `longspan prepare` and `longspan merge` are made of.
 
 Names are imported when they are first used: checking that a file is there must not wait for torch.
 """
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
     from longspan.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
     from longspan.data.loader import Prefetcher, TokenDataset
     from longspan.data.packing import Batch, Packs, Row, Stream, make_batch, plan_packs, plan_stream
+    from longspan.data.samples import open_masks, prepare_samples
     from longspan.data.text import (
         eod_id,
         find_sources,
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "indexed": ("IndexedDataset", "IndexedDatasetWriter", "best_dtype"),
     "loader": ("Prefetcher", "TokenDataset"),
+    "samples": ("open_masks", "prepare_samples"),
     "packing": ("Batch", "Packs", "Row", "Stream", "make_batch", "plan_packs", "plan_stream"),
     "text": (
         "eod_id",
@@ -60,9 +67,11 @@ __all__ = [
     "iter_documents",
     "load_tokenizer",
     "make_batch",
+    "open_masks",
     "plan_packs",
     "plan_stream",
     "prepare_dataset",
+    "prepare_samples",
     "tokenize_to_indexed",
     "train_tokenizer",
     "vocabulary_size",

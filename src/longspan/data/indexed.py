@@ -25,7 +25,7 @@ import os
 import struct
 import uuid
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,7 @@ class IndexedDataset:
         self.bin_path, self.idx_path = bin_and_idx(prefix)
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
-                raise UserError(_missing(path))
+                raise UserError(missing_file(path))
         self._read_index()
         self._open_tokens()
 
@@ -130,6 +130,17 @@ class IndexedDataset:
         if len(parts) == 1:
             return parts[0].astype(np.int64)
         return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64, copy=False)
+
+    def pieces(self, most: int) -> Iterator[np.ndarray]:
+        """The bytes of all sequences in their order, at most `most` at a time where they lie one after another."""
+        sizes = self._lengths.astype(np.int64) * self.dtype.itemsize
+        if np.array_equal(self._pointers, np.cumsum(sizes) - sizes):
+            spans = [(0, int(sizes.sum()))]
+        else:
+            spans = [(int(p), int(p) + int(n)) for p, n in zip(self._pointers, sizes)]
+        for begin, end in spans:
+            for at in range(begin, end, most):
+                yield self._bytes[at : min(at + most, end)]
 
     def _sequence(self, sequence: int, low: int, high: int) -> np.ndarray:
         """A view of tokens ``[low, high)`` of a sequence, in the file's type."""
@@ -281,6 +292,17 @@ class IndexedDatasetWriter:
         self._documents.append(len(self._lengths))
         self.num_tokens += len(values)
 
+    def add_file(self, other: IndexedDataset) -> None:
+        """Appends all documents of another file of this token type, with their sequences; tokens are copied in pieces."""
+        if other.dtype != self.dtype:
+            raise ValueError(f"{other.dtype} tokens into a file of {self.dtype}")
+        for piece in other.pieces(1 << 24):
+            self._file.write(piece)
+        before = len(self._lengths)
+        self._lengths.frombytes(other._lengths.astype(np.int64).tobytes())
+        self._documents.frombytes((other._documents[1:] + before).astype(np.int64).tobytes())
+        self.num_tokens += other.num_tokens
+
     def __exit__(self, kind, value, traceback) -> None:
         try:
             if kind is None:
@@ -317,7 +339,7 @@ def _short(path: Path, expected: int, found: int) -> str:
     return f"{path}: cut short: {expected} bytes expected, {found} found. Copy it or write it again."
 
 
-def _missing(path: Path) -> str:
+def missing_file(path: Path) -> str:
     """The message for a missing file, with the near ones of its folder."""
     prefix = path.stem
     message = f"{path}: no such file. A dataset is a prefix with a .bin and an .idx file."

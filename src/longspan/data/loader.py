@@ -12,7 +12,7 @@ data-parallel rank r takes the places ``(m * dp_size + r) * micro_batch_size + j
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -20,7 +20,16 @@ from typing import Any
 import numpy as np
 
 from longspan.data.indexed import IndexedDataset
-from longspan.data.packing import Batch, Row, empty_row, make_batch, plan_packs, plan_stream
+from longspan.data.packing import (
+    IGNORE_INDEX,
+    Batch,
+    Row,
+    empty_row,
+    make_batch,
+    plan_packs,
+    plan_rows,
+    plan_stream,
+)
 from longspan.errors import UserError
 
 # Seeds are sequences [seed, purpose, ...]: no two purposes share their numbers. Zero is no
@@ -36,9 +45,15 @@ class TokenDataset:
         sequence_len: tokens of a sample.
         seed: of the held-out documents, the packs and the order; 0 or more.
         sample_packing: rows of whole documents (see `packing`); else one stream.
-        split: "train" or "validation".
+        split: "train", "validation", or "whole": all documents, in their own order.
         val_set_size: documents held out for validation: a part of all below 1 (at least one
             document), else a number of documents.
+        masks: for each file of samples, what counts in the loss (`samples.open_masks`); None for a
+            file of documents. A sample is never cut: without packing each has a row of its own.
+        excess_length_strategy: of samples longer than a row: "drop", "truncate" or "raise".
+
+    Attributes:
+        num_excess: samples of this split that were dropped or truncated.
 
     Raises:
         UserError: a split without documents, or a value out of range.
@@ -52,8 +67,10 @@ class TokenDataset:
         sample_packing: bool = True,
         split: str = "train",
         val_set_size: float = 0.0,
+        masks: Sequence[IndexedDataset | None] = (),
+        excess_length_strategy: str = "drop",
     ):
-        if split not in ("train", "validation"):
+        if split not in ("train", "validation", "whole"):
             raise UserError(f"split {split!r} is neither 'train' nor 'validation'.")
         if seed < 0:
             raise UserError(f"seed is {seed}; it must be 0 or more.")
@@ -65,8 +82,10 @@ class TokenDataset:
         # First document of each file in the common numbering.
         self._first = np.concatenate([[0], np.cumsum([len(d) for d in self.datasets])]).astype(np.int64)
         lengths = np.concatenate([np.empty(0, np.int64), *(d.document_lengths for d in self.datasets)])
+        self.masks = list(masks) or [None] * len(self.datasets)
+        self.has_samples = any(mask is not None for mask in self.masks)
         training, validation = _split(np.flatnonzero(lengths), val_set_size, seed)
-        self.documents = training if split == "train" else validation
+        self.documents = validation if split == "validation" else training
         """int64 ``[d]``: the numbers of this split's documents, ascending; empty ones are left out."""
         if not len(self.documents):
             raise UserError(
@@ -76,8 +95,12 @@ class TokenDataset:
                 else "The dataset has no document with a token in it."
             )
         lengths = lengths[self.documents]
+        self.num_excess = 0
+        if self.has_samples:
+            lengths = self._fit(lengths, excess_length_strategy)
         self.num_tokens = int(lengths.sum())
-        self._plan = (plan_packs if sample_packing else plan_stream)(lengths, sequence_len, seed)
+        plan = plan_packs if sample_packing else plan_rows if self.has_samples else plan_stream
+        self._plan = plan(lengths, sequence_len, seed)
         # Two: a global batch may reach over the end of an epoch.
         self.order = lru_cache(maxsize=2)(self._order)
 
@@ -95,7 +118,10 @@ class TokenDataset:
             return empty_row(self.sequence_len)
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        return self._plan.row(index, self._read)
+        row = self._plan.row(index, self._read)
+        if self.has_samples:
+            self._hide_prompts(index, row)
+        return row
 
     def boundaries(self, index: int) -> list[int]:
         """Where the documents of sample `index` begin, ending with its last token; padding left out. Reads nothing."""
@@ -109,14 +135,55 @@ class TokenDataset:
         """Tokens of the longest run that attends to itself: a document or its longest piece, a row without packing."""
         return self._plan.longest
 
-    def _read(self, document: int, start: int, stop: int) -> np.ndarray:
+    def _place(self, document: int) -> tuple[int, int]:
+        """(file, number in it) of this split's `document`."""
         number = int(self.documents[document])
         at = int(np.searchsorted(self._first, number, side="right")) - 1
-        return self.datasets[at].read(number - int(self._first[at]), start, stop)
+        return at, number - int(self._first[at])
+
+    def _read(self, document: int, start: int, stop: int) -> np.ndarray:
+        at, number = self._place(document)
+        return self.datasets[at].read(number, start, stop)
+
+    def _fit(self, lengths: np.ndarray, strategy: str) -> np.ndarray:
+        """The documents' lengths where no sample is longer than a row; drops from `documents` what has no place."""
+        files = np.searchsorted(self._first, self.documents, side="right") - 1
+        excess = np.array([mask is not None for mask in self.masks])[files] & (lengths > self.sequence_len)
+        self.num_excess = int(excess.sum())
+        if not self.num_excess:
+            return lengths
+        if strategy == "raise":
+            at, number = self._place(int(np.argmax(excess)))
+            raise UserError(
+                f"{self.datasets[at].bin_path}: sample {number} has {int(lengths[np.argmax(excess)])} tokens, sequence_len is "
+                f"{self.sequence_len} ({self.num_excess} samples are longer). Raise sequence_len, or say excess_length_strategy: drop "
+                "or truncate."
+            )
+        if strategy == "truncate":
+            return np.where(excess, self.sequence_len, lengths)
+        self.documents, lengths = self.documents[~excess], lengths[~excess]
+        if not len(lengths):
+            raise UserError(
+                f"every one of the {self.num_excess} {self.split} samples is longer than sequence_len {self.sequence_len}, and "
+                "dropped. Raise sequence_len, or say excess_length_strategy: truncate."
+            )
+        return lengths
+
+    def _hide_prompts(self, index: int, row: Row) -> None:
+        """Takes the labels off tokens that are not to be learned."""
+        begin = 0
+        for document, start, stop in self._plan.pieces(index):
+            at, number = self._place(document)
+            mask = self.masks[at]
+            if mask is not None:
+                # a label is the next token, so its mask is the next token's
+                learned = mask.read(number, start + 1, min(stop + 1, int(self._plan.lengths[document])))
+                row.labels[begin : begin + len(learned)][learned == 0] = IGNORE_INDEX
+            begin += stop - start
 
     def _order(self, epoch: int) -> np.ndarray:
         """int64 ``[samples]``: the order of an epoch; files' own for validation. (Called as `order`.)"""
-        if self.split == "validation":
+        if self.split != "train":
             order = np.arange(len(self))
         else:
             generator = np.random.Generator(np.random.PCG64([self.seed, ORDER, epoch]))

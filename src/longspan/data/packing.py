@@ -1,12 +1,13 @@
 """From documents to rows of tokens: which tokens make a sample, and its labels.
 
-Two plans, both made from the documents' lengths alone, so that any rank can make them
+Three plans, all made from the documents' lengths alone, so that any rank can make them
 without reading a token and without talking to another:
 
 - `plan_packs`: sample packing. A row holds whole documents (or pieces of those longer
   than a row); each attends only to itself.
 - `plan_stream`: no packing. All documents in a row are one stream, cut every sequence_len
   tokens; a row is one sequence, whatever documents it reaches across.
+- `plan_rows`: no packing, for samples. A row holds one sample (or piece of a document).
 
 Labels are shifted here, before anything is sharded: the label of a token is the token
 after it, even where that one lies in another piece of the same document. Where there is no
@@ -191,18 +192,23 @@ def plan_packs(lengths: Sequence[int] | np.ndarray, sequence_len: int, seed: int
         seed: of the order. The result depends on these three alone.
     """
     lengths = _checked(lengths, sequence_len)
-    counts = -(-lengths // sequence_len)
-    documents = np.repeat(np.arange(len(lengths)), counts)
-    number = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = number * sequence_len
-    stops = np.minimum(starts + sequence_len, lengths[documents])
-
+    documents, starts, stops = _pieces(lengths, sequence_len)
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(documents))
     pack_of = _best_fit((stops - starts)[order].tolist(), sequence_len)
     # Stable, so pieces keep their random order inside a pack.
     grouped = order[np.argsort(pack_of, kind="stable")]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(pack_of))]).astype(np.int64)
     return Packs(sequence_len, lengths, documents[grouped], starts[grouped], stops[grouped], offsets)
+
+
+def plan_rows(lengths: Sequence[int] | np.ndarray, sequence_len: int, seed: int) -> Packs:
+    """One document a row, or one piece of those longer than a row, in the documents' order.
+
+    Args: as in `plan_packs`; the seed is not used.
+    """
+    lengths = _checked(lengths, sequence_len)
+    pieces = _pieces(lengths, sequence_len)
+    return Packs(sequence_len, lengths, *pieces, np.arange(len(pieces[0]) + 1))
 
 
 def plan_stream(lengths: Sequence[int] | np.ndarray, sequence_len: int, seed: int) -> Stream:
@@ -243,6 +249,15 @@ def _checked(lengths: Sequence[int] | np.ndarray, sequence_len: int) -> np.ndarr
     if len(lengths) and lengths.min() < 0:
         raise ValueError(f"a document of {lengths.min()} tokens")
     return lengths
+
+
+def _pieces(lengths: np.ndarray, sequence_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(document, start, stop) ``[p]`` of all documents, cut every `sequence_len` tokens."""
+    counts = -(-lengths // sequence_len)
+    documents = np.repeat(np.arange(len(lengths)), counts)
+    number = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = number * sequence_len
+    return documents, starts, np.minimum(starts + sequence_len, lengths[documents])
 
 
 def _best_fit(sizes: list[int], capacity: int) -> np.ndarray:

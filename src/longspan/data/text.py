@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +101,7 @@ def iter_documents(path: str | Path, field: str = "text") -> Iterator[str]:
     """
     for source in find_sources(path):
         if source.suffix.lower() in LINES:
-            texts = (_text_of(record, field, where) for where, record in _records(source))
+            texts = (text_of(record, field, where) for where, record in json_records(source))
         else:
             texts = iter([source.read_bytes().decode("utf-8-sig", errors="replace")])
         yield from (text for text in texts if text)
@@ -178,19 +178,36 @@ def eod_id(tokenizer: Tokenizer, folder: str | Path | None) -> int | None:
     It is eos_token of ``tokenizer_config.json`` in `folder` (or beside the ``tokenizer.json``
     given), else the first of the usual names that the vocabulary has.
     """
-    names = list(END_TOKENS)
-    if folder is not None:
-        folder = Path(folder).expanduser()
-        file = (folder if folder.is_dir() else folder.parent) / "tokenizer_config.json"
-        if file.is_file():
-            try:
-                token = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"{file}: not a JSON object ({error}). Put it right or remove it.") from error
-            token = token.get("content") if isinstance(token, dict) else token
-            names = [token, *names] if isinstance(token, str) else names
+    own = special_tokens(folder).get("eos_token") if folder is not None else None
+    names = list(END_TOKENS) if own is None else [own, *END_TOKENS]
     numbers = (tokenizer.token_to_id(name) for name in names)
     return next((number for number in numbers if number is not None), None)
+
+
+def begin_ids(tokenizer: Tokenizer, folder: str | Path | None) -> list[int]:
+    """The tokens a sample begins with: what the tokenizer's post-processor puts in front, if anything.
+
+    Where that is one token, and ``tokenizer_config.json`` in `folder` names another bos_token, it is that one.
+    """
+    alone = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    begin = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)
+    named = tokenizer.token_to_id(special_tokens(folder).get("bos_token", "")) if folder is not None else None
+    return [named] if begin == 1 and named is not None else whole[:begin]
+
+
+def special_tokens(folder: str | Path) -> dict[str, str]:
+    """bos_token, eos_token and the others that the settings of a tokenizer's folder name."""
+    folder = Path(folder).expanduser()
+    file = (folder if folder.is_dir() else folder.parent) / "tokenizer_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).items()
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file}: not a JSON object ({error}). Put it right or remove it.") from error
+    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in found if k.endswith("_token")}
+    return {k: v for k, v in texts.items() if isinstance(v, str)}
 
 
 def tokenize_to_indexed(
@@ -201,11 +218,12 @@ def tokenize_to_indexed(
     vocab_size: int,
     progress: Progress | None = None,
     batch: int = 256,
+    begin: Sequence[int] = (),
 ) -> dict[str, int]:
     """Tokenises documents, on all cores, into ``prefix.bin`` and ``prefix.idx``.
 
-    No special tokens are added but `eod` at the end of each document. Documents without a
-    token are left out.
+    No special tokens are added but `begin` and `eod` at the two ends of each document. Documents
+    without a token are left out.
 
     Args:
         vocab_size: decides the type on disk; at least the tokenizer's.
@@ -223,7 +241,8 @@ def tokenize_to_indexed(
             for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
                 if not encoding.ids:
                     continue
-                tokens = np.array(encoding.ids if eod is None else [*encoding.ids, eod], dtype=np.int64)
+                ids = [*begin, *encoding.ids]
+                tokens = np.array(ids if eod is None else [*ids, eod], dtype=np.int64)
                 if tokens.max() >= vocab_size:
                     raise UserError(
                         f"the tokenizer gave token {tokens.max()}, but the vocabulary size is {vocab_size}; "
@@ -284,7 +303,10 @@ def prepare_dataset(
     tokenizer = load_tokenizer(tokenizer_folder)
     vocab_size = vocabulary_size(tokenizer)
     end = eod_id(tokenizer, tokenizer_folder)
-    tokenize_to_indexed(iter_documents(path, field), tokenizer, prefix, end, vocab_size, progress)
+    begin = begin_ids(tokenizer, tokenizer_folder)
+    tokenize_to_indexed(
+        iter_documents(path, field), tokenizer, prefix, end, vocab_size, progress, begin=begin
+    )
     return prefix, tokenizer_folder
 
 
@@ -298,7 +320,7 @@ def _near(path: Path) -> str:
     return did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
 
 
-def _records(source: Path) -> Iterator[tuple[str, object]]:
+def json_records(source: Path) -> Iterator[tuple[str, object]]:
     """(where, JSON value) of a file of JSON lines, or of one JSON list."""
     with source.open("rb") as file:
         start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -321,7 +343,7 @@ def _parse(text: str, where: str):
         raise UserError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
 
 
-def _text_of(record: object, field: str, where: str) -> str:
+def text_of(record: object, field: str, where: str) -> str:
     if not isinstance(record, dict):
         raise UserError(f"{where}: a JSON {type(record).__name__}, not an object with a field {field!r}.")
     if field not in record:
@@ -367,6 +389,38 @@ def _tokenizer_file(path: str | Path) -> Path:
     )
 
 
+def copy_tokenizer(path: Path, tokens: Mapping[str, str], template: str | None, cache_dir: Path) -> Path:
+    """A tokenizer with other special tokens and another chat template; `path` itself where it has them.
+
+    Args:
+        path: a ``tokenizer.json`` or its folder.
+        tokens: name of each special token to change (bos_token ...) -> a token of the vocabulary.
+        template: jinja; None keeps what there is.
+        cache_dir: the copy is a folder in it.
+    """
+    file = _tokenizer_file(path)
+    own = file.with_name("chat_template.jinja")
+    has = template is None or (own.is_file() and own.read_text(encoding="utf-8") == template)
+    if has and tokens.items() <= special_tokens(file.parent).items():
+        return path
+    settings = file.with_name("tokenizer_config.json")
+    changed = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    changed |= tokens
+    if template is not None:
+        changed.pop("chat_template", None)
+    digest = hashlib.blake2b(digest_size=6)
+    digest.update(file.read_bytes())
+    digest.update(json.dumps([changed, template], sort_keys=True).encode())
+    folder = cache_dir.expanduser() / f"tokenizer-{digest.hexdigest()}"
+    if not (folder / "tokenizer.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "tokenizer_config.json", json.dumps(changed, indent=2) + "\n")
+        if template is not None or own.is_file():
+            _write(folder / "chat_template.jinja", template or own.read_text(encoding="utf-8"))
+        _write(folder / "tokenizer.json", file.read_text(encoding="utf-8"))  # last: it says that all is there
+    return folder
+
+
 def _copy_tokenizer(file: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
@@ -399,6 +453,8 @@ def _fingerprint(
         digest.update(tokenizer.read_bytes())
         settings = tokenizer.with_name("tokenizer_config.json")  # it names the end-of-document token
         digest.update(settings.read_bytes() if settings.is_file() else b"")
+        if begin := begin_ids(load_tokenizer(tokenizer), tokenizer.parent):
+            digest.update(json.dumps(["begin", begin]).encode())
     return digest.hexdigest()
 
 

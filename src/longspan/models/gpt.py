@@ -8,12 +8,15 @@ their sizes and contains no collective: linear layers bring their mappings, atte
 exchange. What travels beside the activations: the layout (or Megatron's packed_seq_params),
 and the rotary table made from it once a forward pass.
 
-Pre-norm, RMSNorm or LayerNorm, rotary embeddings, gated or plain MLP, grouped key/value
-heads, tied or untied embeddings: Llama's architecture with Megatron's names.
+Pre-norm, RMSNorm or LayerNorm, rotary or learned positions or none, gated or plain MLP, grouped
+key/value heads, normalised heads, biases of all linear layers or of query, key and value, tied or
+untied embeddings: Llama, Mistral, Qwen2 and 3, and GPT-2, with Megatron's names.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -21,45 +24,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longspan.config.model import AttnMaskType, TransformerConfig, padded_vocab_size
+from longspan.config.model import AttnMaskType, TransformerConfig
 from longspan.context_parallel import DotProductAttention, PackedSeqParams, SequenceLayout
 from longspan.context_parallel.checks import check_packed
 from longspan.mesh.installed import process_groups
 from longspan.mesh.mesh import ProcessGroupCollection
-from longspan.models.lean import gated_linear, rms_norm
-from longspan.models.rotary import apply_rotary, frequencies, rotary_table
-from longspan.tensor_parallel.cross_entropy import linear_cross_entropy
-from longspan.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    TensorParallelModule,
-    VocabParallelEmbedding,
-    local,
-)
-from longspan.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from longspan.models.embedding import Embedding, OutputLayer
+from longspan.models.lean import gated_linear
+from longspan.models.norm import Norm
+from longspan.models.offload import Offload
+from longspan.models.rotary import apply_rotary, at_length, attention_factor, frequencies, rotary_table
+from longspan.models.tiled import tiled
+from longspan.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, local
 
 RotaryTable = tuple[Tensor, Tensor]
-
-
-class Norm(TensorParallelModule):
-    """RMSNorm or LayerNorm over the hidden dim of [.., h]."""
-
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection):
-        super().__init__(config, pg_collection.tp_mesh)
-        size = config.hidden_size
-        self.epsilon, self.zero_centered = config.layernorm_epsilon, config.layernorm_zero_centered_gamma
-        self.weight = self._parameter("weight", (size,), None, 0.0 if self.zero_centered else None)
-        self.bias = (
-            self._parameter("bias", (size,), None, 0.0) if config.normalization == "LayerNorm" else None
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.replicated(self.weight)
-        if self.zero_centered:
-            weight = weight + 1
-        if self.bias is None:
-            return rms_norm(x, weight, self.epsilon)
-        return F.layer_norm(x, weight.shape, weight, self.replicated(self.bias), self.epsilon)
 
 
 def _residual_std(config: TransformerConfig) -> float:
@@ -74,25 +52,32 @@ def project_together(x: Tensor, *layers: ColumnParallelLinear) -> list[Tensor]:
 
 
 class SelfAttention(nn.Module):
-    """Projections to heads, rotary embedding, core attention, projection back."""
+    """Projections to heads, norms of heads, rotary embedding, core attention, projection back."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection):
         super().__init__()
         self.head_dim = d = config.kv_channels
         heads, groups, h = config.num_attention_heads, config.num_query_groups, config.hidden_size
-        kwargs = {"bias": config.add_bias_linear, "tp_group": pg_collection.tp_mesh}
+        bias, tp = config.add_bias_linear, pg_collection.tp_mesh
+        kwargs = {"bias": bias or config.add_qkv_bias, "tp_group": tp}
         self.linear_q = ColumnParallelLinear(h, heads * d, config, **kwargs)
         self.linear_k = ColumnParallelLinear(h, groups * d, config, **kwargs)
         self.linear_v = ColumnParallelLinear(h, groups * d, config, **kwargs)
+        self.q_layernorm = Norm(config, pg_collection, heads=True) if config.qk_layernorm else None
+        self.k_layernorm = Norm(config, pg_collection, heads=True) if config.qk_layernorm else None
         self.core_attention = DotProductAttention(
             config, layer_number, AttnMaskType.causal, pg_collection=pg_collection
         )
-        self.linear_proj = RowParallelLinear(heads * d, h, config, init_std=_residual_std(config), **kwargs)
+        self.linear_proj = RowParallelLinear(
+            heads * d, h, config, bias=bias, init_std=_residual_std(config), tp_group=tp
+        )
 
     def heads(self, x: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, h] -> query [s, b, n, d], key and value [s, b, m, d] of this rank's heads."""
         projected = project_together(x, self.linear_q, self.linear_k, self.linear_v)
         q, k, v = (y.view(*y.shape[:2], -1, self.head_dim) for y in projected)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         return q, k, v
@@ -103,7 +88,14 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """h -> ffn -> h; gated: down(act(gate(x)) * up(x))."""
+    """h -> ffn -> h; gated: down(act(gate(x)) * up(x)).
+
+    Attributes:
+        tiles: runs of tokens that go through one after another, in forward and backward, so that activations
+            [t, ffn] exist for one of them only (``models/tiled.py``); None: tokens / hidden size, rounded up.
+            The input is gathered and the output summed over tensor parallel ranks once, around all tiles: as
+            much travels as without them.
+    """
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection):
         super().__init__()
@@ -116,16 +108,26 @@ class MLP(nn.Module):
         )
         self.linear_up = ColumnParallelLinear(h, ffn, config, **kwargs)
         self.linear_down = RowParallelLinear(ffn, h, config, init_std=_residual_std(config), **kwargs)
+        self.tiles: int | None = 1
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.linear_up.enter(x)
+        tiles = self.tiles or -(-x.shape[0] * x.shape[1] // x.shape[2])
+        if tiles == 1:
+            return self.linear_down.leave(self._product(x))
+        y = tiled(self._product, x.flatten(0, 1), list(self.parameters()), tiles)
+        return self.linear_down.leave(y.view(*x.shape[:2], -1))
+
+    def _product(self, x: Tensor) -> Tensor:
+        """[.., h] as every rank has it -> this rank's part of the sum [.., h]; each token by itself."""
         if self.linear_gate is None:
-            return self.linear_down(self.activation(self.linear_up(x)))
-        gate, up = project_together(x, self.linear_gate, self.linear_up)
-        down = self.linear_down
+            hidden = self.activation(self.linear_up.project(x))
+            return self.linear_down.project(hidden)
+        gate, up, down = self.linear_gate.project(x), self.linear_up.project(x), self.linear_down
         y = gated_linear(gate, up, local(down.weight), self.activation)
         if down.lora is not None:
             y = y + down.lora.expand(gated_linear(gate, up, down.lora.reducing(), self.activation))
-        return down.leave(y)
+        return y
 
 
 class TransformerLayer(nn.Module):
@@ -134,6 +136,7 @@ class TransformerLayer(nn.Module):
     Attributes:
         recompute: ``"none"``; ``"full"`` keeps only the layer's input; ``"selective"`` keeps that
             and what attention needs (q, k, v, out), so attention and its exchange run once.
+        offload: where what is kept goes to the CPU's memory; None keeps it on the device.
     """
 
     def __init__(
@@ -149,6 +152,7 @@ class TransformerLayer(nn.Module):
                 f"num_moe_experts={config.num_moe_experts}: experts are not supported yet. Leave it None."
             )
         self.config, self.recompute = config, "none"
+        self.offload: Offload | None = None
         self.input_layernorm = Norm(config, groups)
         self.self_attention = SelfAttention(config, layer_number, groups)
         self.pre_mlp_layernorm = Norm(config, groups)
@@ -180,15 +184,24 @@ class TransformerLayer(nn.Module):
     ) -> tuple[Tensor, None]:
         _refuse_mask(attention_mask)
         if layout is None:
-            layout, packed_seq_params = layout_of(self, hidden_states, packed_seq_params)
+            layout, packed_seq_params = layout_of(self, *_rows(self, hidden_states), packed_seq_params)
         if rotary is None:
             rotary = rotary_of(self, layout, hidden_states, packed_seq_params)
         args = (hidden_states, rotary, packed_seq_params, layout)
-        if not torch.is_grad_enabled() or self.recompute == "none":
+        if not torch.is_grad_enabled():
             return self._whole(*args), None
-        if self.recompute == "full":
-            return _recomputed(self._whole, *args), None
-        return self._whole(*args, around=_recomputed), None
+        with self._offloading(rotary):
+            if self.recompute == "none":
+                return self._whole(*args), None
+            if self.recompute == "full":
+                return _recomputed(self._whole, *args), None
+            return self._whole(*args, around=_recomputed), None
+
+    def _offloading(self, rotary: RotaryTable | None) -> contextlib.AbstractContextManager:
+        """Around a forward pass: moves what is kept, but for weights and what all layers share."""
+        if self.offload is None:
+            return contextlib.nullcontext()
+        return self.offload.layer([*(local(p.detach()) for p in self.parameters()), *(rotary or ())])
 
 
 def _recomputed(part: Callable, *args):
@@ -203,17 +216,28 @@ def _refuse_mask(attention_mask: Tensor | None) -> None:
         )
 
 
+def _rows(layer: TransformerLayer, hidden: Tensor) -> tuple[int, int]:
+    """This rank's rows of the sequence and the batch of [s, b, h]; sequence parallelism has cut the rows."""
+    linear = layer.self_attention.linear_q
+    return hidden.shape[0] * (linear.tp_size if layer.config.sequence_parallel else 1), hidden.shape[1]
+
+
 def layout_of(
-    layer: TransformerLayer, hidden: Tensor, packed_seq_params: PackedSeqParams | None
+    layer: TransformerLayer, rows: int, batch: int, packed_seq_params: PackedSeqParams | None
 ) -> tuple[SequenceLayout, PackedSeqParams | None]:
     """The layout Megatron-style callers mean when they give none, and what it leaves of the parameters."""
-    attention = layer.self_attention
-    rows = hidden.shape[0] * (attention.linear_q.tp_size if layer.config.sequence_parallel else 1)
-    if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" and hidden.shape[1] != 1:
-        raise ValueError(f"packed documents (thd) come as one row: [t, 1, h], not {tuple(hidden.shape)}.")
-    check_packed(packed_seq_params, hidden.shape[1], None)
-    layout = attention.core_attention.default_layout(rows, packed_seq_params)
+    if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" and batch != 1:
+        raise ValueError(f"packed documents (thd) come as one row: [t, 1, h], not {rows} rows of {batch}.")
+    check_packed(packed_seq_params, batch, None)
+    layout = layer.self_attention.core_attention.default_layout(rows, packed_seq_params)
     return layout, packed_seq_params and packed_seq_params.group_only()
+
+
+def positions_of(
+    layer: TransformerLayer, layout: SequenceLayout, packed_seq_params: PackedSeqParams | None
+) -> Tensor:
+    """The places of this rank's rows in their documents [s]."""
+    return layout.document_positions(layer.self_attention.core_attention.rank_of_call(packed_seq_params))
 
 
 def rotary_of(
@@ -228,10 +252,10 @@ def rotary_of(
     if config.position_embedding_type != "rope":
         return None
     if position_ids is None:
-        rank = layer.self_attention.core_attention.rank_of_call(packed_seq_params)
-        position_ids = layout.document_positions(rank)
+        position_ids = positions_of(layer, layout, packed_seq_params)
     freqs = frequencies(config.kv_channels, config.rotary_base, config.rope_scaling)
-    return rotary_table(position_ids, freqs.to(like.device), like.dtype)
+    scale = attention_factor(config.rope_scaling)
+    return rotary_table(position_ids, freqs.to(like.device), like.dtype, scale)
 
 
 class TransformerBlock(nn.Module):
@@ -263,7 +287,7 @@ class TransformerBlock(nn.Module):
         _refuse_mask(attention_mask)
         first = self.layers[0]
         if layout is None:
-            layout, packed_seq_params = layout_of(first, hidden_states, packed_seq_params)
+            layout, packed_seq_params = layout_of(first, *_rows(first, hidden_states), packed_seq_params)
         rotary = rotary_of(first, layout, hidden_states, packed_seq_params, position_ids)
         for layer in self.layers:
             hidden_states, _ = layer(
@@ -274,70 +298,14 @@ class TransformerBlock(nn.Module):
         return hidden_states, None
 
 
-class Embedding(nn.Module):
-    """Token ids [b, s] -> [s, b, h] (with sequence parallelism [s/tp, b, h])."""
-
-    def __init__(self, config: TransformerConfig, vocab_size: int, pg_collection: ProcessGroupCollection):
-        super().__init__()
-        self.word_embeddings = VocabParallelEmbedding(
-            padded_vocab_size(vocab_size),
-            config.hidden_size,
-            config,
-            reduce_scatter_embeddings=config.sequence_parallel,
-            tp_group=pg_collection.tp_mesh,
-        )
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        out = self.word_embeddings(input_ids)
-        if not self.word_embeddings.reduce_scatter_embeddings:
-            out = out.transpose(0, 1).contiguous()
-        return out
-
-
-class OutputLayer(ColumnParallelLinear):
-    """Hidden states -> logits, or each token's loss without ever holding all logits.
-
-    The vocabulary is padded to a multiple of 128; padding takes no part in the loss, and
-    its logits are -inf where a rank's columns hold them.
-    """
-
-    def __init__(self, config: TransformerConfig, vocab_size: int, pg_collection: ProcessGroupCollection):
-        super().__init__(
-            config.hidden_size,
-            padded_vocab_size(vocab_size),
-            config,
-            bias=False,
-            tp_group=pg_collection.tp_mesh,
-        )
-        self.vocab_size = vocab_size
-
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, parallel_output: bool = True) -> Tensor:
-        x = self.enter(hidden)
-        if labels is not None:
-            loss = linear_cross_entropy(
-                x.reshape(-1, x.shape[-1]),
-                local(self.weight),
-                labels.t().reshape(-1),
-                vocab_size=self.vocab_size,
-                group=self.tp_group,
-            )
-            return loss.view(x.shape[:2]).t()
-        logits = self.project(x).transpose(0, 1)
-        if self.tp_size == 1:
-            return logits[..., : self.vocab_size]
-        if not parallel_output:
-            return gather_from_tensor_model_parallel_region(logits, self.tp_group)[..., : self.vocab_size]
-        width = logits.shape[-1]
-        padding = torch.arange(width, device=logits.device) + self.tp_rank * width >= self.vocab_size
-        return logits.masked_fill(padding, float("-inf"))
-
-
 class GPTModel(nn.Module):
     """The language model.
 
     Args:
         vocab_size: real tokens; the tables are padded to a multiple of 128.
-        max_sequence_length: tokens of the whole sequence the model is meant for.
+        max_sequence_length: tokens of the whole sequence the model is meant for; what ``dynamic`` scaling of
+            rotary embeddings is worked out for, and the rows of a learned table of positions where the config
+            names no max_position_embeddings.
         pre_process, post_process: whether this part has the embedding and the output layer.
         parallel_output: logits stay cut over the tensor parallel ranks.
         pg_collection: None takes the installed groups.
@@ -359,9 +327,15 @@ class GPTModel(nn.Module):
             raise ValueError(
                 f"pipeline_model_parallel_size={config.pipeline_model_parallel_size}: pipelines are not supported yet. Use 1."
             )
+        learned = config.position_embedding_type == "learned_absolute"
+        if learned and config.max_position_embeddings is None:
+            config = dataclasses.replace(config, max_position_embeddings=max_sequence_length)
         self.config, self.vocab_size, self.max_sequence_length = config, vocab_size, max_sequence_length
+        #: rows of the table of learned positions
+        self.positions = config.max_position_embeddings if learned else None
+        config = at_length(config, max_sequence_length)
         self.parallel_output = parallel_output
-        self.embedding = Embedding(config, vocab_size, groups) if pre_process else None
+        self.embedding = Embedding(config, vocab_size, groups, self.positions) if pre_process else None
         self.decoder = TransformerBlock(config, pre_process, post_process, groups)
         self.output_layer = OutputLayer(config, vocab_size, groups) if post_process else None
         if config.share_embeddings_and_output_weights:
@@ -401,9 +375,26 @@ class GPTModel(nn.Module):
                 f"a document of {layout.longest_document} tokens: the model is made for max_sequence_length "
                 f"{self.max_sequence_length}. Make it with a larger one, or cut the document."
             )
-        hidden = self.embedding(input_ids) if self.embedding is not None else input_ids
+        hidden = input_ids
+        if self.embedding is not None:
+            first = self.decoder.layers[0]
+            if layout is None:
+                batch, rows = input_ids.shape
+                layout, packed_seq_params = layout_of(first, rows, batch, packed_seq_params)
+            places = position_ids
+            if self.positions is not None and places is None:
+                self._check_positions(layout)
+                places = positions_of(first, layout, packed_seq_params)
+            hidden = self.embedding(input_ids, places)
         hidden, _ = self.decoder(hidden, attention_mask, packed_seq_params, layout, position_ids)
         if self.output_layer is None:
             return hidden
         out = self.output_layer(hidden, labels, self.parallel_output)
         return out if loss_mask is None else out * loss_mask.to(out.dtype)
+
+    def _check_positions(self, layout: SequenceLayout) -> None:
+        if self.positions is not None and layout.longest_document > self.positions:
+            raise ValueError(
+                f"a document of {layout.longest_document} tokens: the table of learned positions has {self.positions} rows "
+                "(max_position_embeddings). Make the model with a larger one, or cut the document."
+            )

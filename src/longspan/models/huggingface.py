@@ -1,14 +1,19 @@
-"""Hugging Face Llama in and out: one table of names, nothing is transposed or fused.
+"""Hugging Face models in and out: one table of names; each rank reads only what it holds.
 
-    ours                                                    Hugging Face
-    embedding.word_embeddings.weight  [v padded, h]         model.embed_tokens.weight  [v, h]
-    decoder.layers.I.input_layernorm.weight                 model.layers.I.input_layernorm.weight
-    decoder.layers.I.self_attention.linear_{q,k,v}.weight   model.layers.I.self_attn.{q,k,v}_proj.weight
-    decoder.layers.I.self_attention.linear_proj.weight      model.layers.I.self_attn.o_proj.weight
-    decoder.layers.I.pre_mlp_layernorm.weight               model.layers.I.post_attention_layernorm.weight
-    decoder.layers.I.mlp.linear_{gate,up,down}.weight       model.layers.I.mlp.{gate,up,down}_proj.weight
-    decoder.final_layernorm.weight                          model.norm.weight
-    output_layer.weight               [v padded, h]         lm_head.weight  [v, h]
+    ours                                                       Llama, Mistral, Qwen
+    embedding.word_embeddings.weight     [v padded, h]         model.embed_tokens.weight  [v, h]
+    decoder.layers.I.input_layernorm                           model.layers.I.input_layernorm
+    decoder.layers.I.self_attention.linear_{q,k,v}             model.layers.I.self_attn.{q,k,v}_proj
+    decoder.layers.I.self_attention.{q,k}_layernorm            model.layers.I.self_attn.{q,k}_norm
+    decoder.layers.I.self_attention.linear_proj                model.layers.I.self_attn.o_proj
+    decoder.layers.I.pre_mlp_layernorm                         model.layers.I.post_attention_layernorm
+    decoder.layers.I.mlp.linear_{gate,up,down}                 model.layers.I.mlp.{gate,up,down}_proj
+    decoder.final_layernorm                                    model.norm
+    output_layer.weight                  [v padded, h]         lm_head.weight  [v, h]
+
+each with .weight and, where the model has it, .bias. A GPT-2 has names of its own, keeps query, key and value in
+one tensor and linear weights the other way round ([input, output]); a norm that keeps its weight minus 1 does so
+here only.
 
 Import reads from safetensors only the rows and columns a rank holds. Export takes the
 vocabulary's padding off and writes one tensor after another.
@@ -21,9 +26,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -31,38 +37,143 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from longspan.config.model import TransformerConfig
 from longspan.errors import UserError
 
 _OUTSIDE = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
+    "embedding.word_embeddings": "model.embed_tokens",
+    "decoder.final_layernorm": "model.norm",
+    "output_layer": "lm_head",
 }
 _INSIDE = {
     "input_layernorm": "input_layernorm",
     "self_attention.linear_q": "self_attn.q_proj",
     "self_attention.linear_k": "self_attn.k_proj",
     "self_attention.linear_v": "self_attn.v_proj",
+    "self_attention.q_layernorm": "self_attn.q_norm",
+    "self_attention.k_layernorm": "self_attn.k_norm",
     "self_attention.linear_proj": "self_attn.o_proj",
     "pre_mlp_layernorm": "post_attention_layernorm",
     "mlp.linear_gate": "mlp.gate_proj",
     "mlp.linear_up": "mlp.up_proj",
     "mlp.linear_down": "mlp.down_proj",
 }
+_GPT2_OUTSIDE = {
+    "embedding.word_embeddings": "transformer.wte",
+    "embedding.position_embeddings": "transformer.wpe",
+    "decoder.final_layernorm": "transformer.ln_f",
+    "output_layer": "lm_head",
+}
+_GPT2_INSIDE = {
+    "input_layernorm": "ln_1",
+    "self_attention.linear_q": "attn.c_attn",
+    "self_attention.linear_k": "attn.c_attn",
+    "self_attention.linear_v": "attn.c_attn",
+    "self_attention.linear_proj": "attn.c_proj",
+    "pre_mlp_layernorm": "ln_2",
+    "mlp.linear_up": "mlp.c_fc",
+    "mlp.linear_down": "mlp.c_proj",
+}
+
 #: parameters whose dim 0 is the vocabulary
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+#: whose dim 0 is positions
+POSITIONS = "embedding.position_embeddings.weight"
 
 SHARD_BYTES = 4 * 2**30
 
 
-def hugging_face_name(name: str) -> str:
-    """Our parameter name -> Hugging Face's."""
-    if name in _OUTSIDE:
-        return _OUTSIDE[name]
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.weight", name)
-    if match is None or match[2] not in _INSIDE:
-        raise ValueError(f"{name} has no counterpart in a Hugging Face Llama.")
-    return f"model.layers.{match[1]}.{_INSIDE[match[2]]}.weight"
+def hugging_face_name(name: str, gpt2: bool = False) -> str:
+    """Our parameter name -> that of a Hugging Face Llama, Mistral or Qwen, or of a GPT-2.
+
+    Raises:
+        ValueError: it has none.
+    """
+    module, kind = name.rsplit(".", 1)
+    outside, inside = (_GPT2_OUTSIDE, _GPT2_INSIDE) if gpt2 else (_OUTSIDE, _INSIDE)
+    if module in outside:
+        return f"{outside[module]}.{kind}"
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", module)
+    if match is None or match[2] not in inside:
+        raise ValueError(f"{name} has no counterpart in a Hugging Face model.")
+    return f"{'transformer.h' if gpt2 else 'model.layers'}.{match[1]}.{inside[match[2]]}.{kind}"
+
+
+class Place(NamedTuple):
+    """Where a parameter lies in Hugging Face's files.
+
+    Attributes:
+        name: of the tensor there.
+        part, parts: it is block ``part`` of ``parts`` equal ones along our dim 0.
+        transposed: dims are the other way round.
+        shift: what the tensor there is larger by.
+    """
+
+    name: str
+    part: int = 0
+    parts: int = 1
+    transposed: bool = False
+    shift: float = 0.0
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where the parameters of one model lie in Hugging Face's files.
+
+    Args:
+        config: of the model.
+        vocab_size: real tokens; tables of ours are padded.
+    """
+
+    config: TransformerConfig
+    vocab_size: int
+
+    @property
+    def gpt2(self) -> bool:
+        return self.config.position_embedding_type == "learned_absolute"
+
+    def place(self, name: str) -> Place:
+        """Our parameter name -> its place.
+
+        Raises:
+            ValueError: it has none.
+        """
+        theirs = hugging_face_name(name, self.gpt2)
+        module, kind = name.rsplit(".", 1)
+        if "layernorm" in module:
+            shifted = kind == "weight" and self.config.layernorm_zero_centered_gamma
+            return Place(theirs, shift=1.0 if shifted else 0.0)
+        if not self.gpt2 or ".linear_" not in module:
+            return Place(theirs)
+        which = module.rsplit(".linear_", 1)[1]
+        part, parts = ("qkv".index(which), 3) if which in ("q", "k", "v") else (0, 1)
+        return Place(theirs, part, parts, transposed=kind == "weight")
+
+    def rows(self, name: str) -> int | None:
+        """Real rows of a table of ours that is padded; None for any other parameter."""
+        if name in VOCABULARY:
+            return self.vocab_size
+        return self.config.max_position_embeddings if name == POSITIONS else None
+
+    def all(self) -> Iterator[str]:
+        """Our names of all parameters of the model; tied ones once."""
+        c = self.config
+        norm = ("weight", "bias") if c.normalization == "LayerNorm" else ("weight",)
+        linear = ("weight", "bias") if c.add_bias_linear else ("weight",)
+        qkv = ("weight", "bias") if c.add_bias_linear or c.add_qkv_bias else ("weight",)
+        inside = {"input_layernorm": norm, "pre_mlp_layernorm": norm, "self_attention.linear_proj": linear}
+        inside |= {f"self_attention.linear_{x}": qkv for x in "qkv"}
+        inside |= {f"self_attention.{x}_layernorm": norm for x in "qk"} if c.qk_layernorm else {}
+        inside |= {f"mlp.linear_{x}": linear for x in ("gate", "up", "down")[not c.gated_linear_unit :]}
+        yield VOCABULARY[0]
+        if self.gpt2:
+            yield POSITIONS
+        for layer in range(c.num_layers):
+            for module, kinds in inside.items():
+                yield from (f"decoder.layers.{layer}.{module}.{kind}" for kind in kinds)
+        yield from (f"decoder.final_layernorm.{kind}" for kind in norm)
+        if not c.share_embeddings_and_output_weights:
+            yield VOCABULARY[1]
 
 
 # --- in -------------------------------------------------------------------------------------
@@ -119,14 +230,57 @@ class SafetensorsFolder:
         return digest.hexdigest()
 
 
-def expected_shape(name: str, shape: Iterable[int], vocab_size: int) -> list[int]:
-    """The shape of a parameter in Hugging Face's files: without the vocabulary's padding."""
-    first, *rest = shape
-    return [vocab_size if name in VOCABULARY else first, *rest]
+#: tensors that files hold beside weights: what is computed from the config anyway
+_COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_FUSED = ("qkv_proj", "gate_up_proj", "query_key_value", "W_pack", "Wqkv")
+_QUANTISED = ("qweight", "qzeros", "weight_scale", "absmax", "quant_state", "weight_packed")
 
 
-def read_part(source: SafetensorsFolder, name: str, shape, ranges, vocab_size: int) -> Tensor:
-    """This rank's part of a parameter; rows of the vocabulary's padding are zero.
+def check_tensors(source: SafetensorsFolder, names: Names) -> None:
+    """Refuses a folder whose tensors are not those of the model, before anything is read.
+
+    Raises:
+        UserError: fused or quantised weights, missing tensors, or some that the model has no place for.
+    """
+    expected = {names.place(name).name for name in names.all()}
+    head, table = (names.place(name).name for name in reversed(VOCABULARY))
+    tied = names.config.share_embeddings_and_output_weights
+    others = [
+        name
+        for name in source.files
+        if name not in expected and not name.endswith(_COMPUTED) and not (tied and name == head)
+    ]
+    where = f"base_model {source.folder}"
+    for words, what in ((_FUSED, "fused"), (_QUANTISED, "quantised")):
+        if named := next((name for name in others if any(word in name for word in words)), None):
+            raise UserError(
+                f"{where}: {named} holds {what} weights; only separate, whole ones are read (q_proj, k_proj, v_proj, gate_proj, "
+                "up_proj). Convert the model, or give the one it was made of."
+            )
+    problems = []
+    if missing := sorted(expected - set(source.files)):
+        problems.append(f"{where}: {_some(missing)} missing from its safetensors, which the config needs.")
+    if others:
+        problems.append(
+            f"{where}: its safetensors hold {_some(sorted(others))}, for which the config has no place."
+        )
+    if problems:
+        problems[-1] += " Leave the architecture to base_model, or set reinit_weights: true."
+        raise UserError(problems)
+    if tied and head in source.files:
+        first = [source.slice(name)[0:8] for name in (head, table)]
+        if not torch.equal(*first):
+            raise UserError(
+                f"{where}: {head} and {table} differ, but tie_word_embeddings is true. Set tie_word_embeddings: false."
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+
+
+def read_part(source: SafetensorsFolder, names: Names, name: str, shape, ranges) -> Tensor:
+    """This rank's part of a parameter; rows of a table's padding are zero.
 
     Args:
         shape: of our whole parameter; ranges: (start, stop) along each dim of it.
@@ -134,16 +288,25 @@ def read_part(source: SafetensorsFolder, name: str, shape, ranges, vocab_size: i
     Raises:
         UserError: the file's tensor has another shape.
     """
-    theirs = hugging_face_name(name)
-    lazy = source.slice(theirs)
-    expected = expected_shape(name, shape, vocab_size)
+    place = names.place(name)
+    lazy = source.slice(place.name)
+    first = names.rows(name) or shape[0]
+    expected = [first * place.parts, *shape[1:]]
+    if place.transposed:
+        expected.reverse()
     if list(lazy.get_shape()) != expected:
         raise UserError(
-            f"base_model {source.folder}: {theirs} has shape {list(lazy.get_shape())}, the config needs {expected}. "
+            f"base_model {source.folder}: {place.name} has shape {list(lazy.get_shape())}, the config needs {expected}. "
             "Leave the architecture to base_model, or set reinit_weights: true."
         )
-    rows = [min(edge, expected[0]) for edge in ranges[0]]
-    part = lazy[rows[0] : rows[1]] if len(ranges) == 1 else lazy[rows[0] : rows[1], slice(*ranges[1])]
+    rows = [place.part * first + min(edge, first) for edge in ranges[0]]
+    index = [slice(*rows), *(slice(*edges) for edges in ranges[1:])]
+    if place.transposed:
+        part = lazy[tuple(reversed(index))].t()
+    else:
+        part = lazy[tuple(index)] if len(index) > 1 else lazy[index[0]]
+    if place.shift:
+        part = part.to(torch.promote_types(part.dtype, torch.float32)) - place.shift
     missing = (ranges[0][1] - ranges[0][0]) - (rows[1] - rows[0])
     return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
 
@@ -167,21 +330,36 @@ class FolderWriter:
 
     Args:
         folder: where the model will be; what is there is replaced at the end.
+        names: where the model's parameters go; None takes tensors by the names they are written under (``keep``).
         dtype: of the written weights; None writes each as it is given.
     """
 
-    def __init__(self, folder: Path, vocab_size: int, dtype: torch.dtype | None):
-        self.folder, self.vocab_size, self.dtype = folder, vocab_size, dtype
+    def __init__(self, folder: Path, names: Names | None, dtype: torch.dtype | None):
+        self.folder, self.names, self.dtype = folder, names, dtype
         self.partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
         self.held: dict[str, Tensor] = {}
+        self.stacks: dict[str, dict[int, Tensor]] = {}  # tensors whose parts have not all come yet
         self.bytes = 0
         self.shards: list[list[str]] = []
 
     def add(self, name: str, whole: Tensor) -> None:
-        """Takes one of our parameters, whole, by our name."""
-        self.keep(hugging_face_name(name), whole[: self.vocab_size] if name in VOCABULARY else whole)
+        """Takes a whole parameter, by our name."""
+        assert self.names is not None
+        place = self.names.place(name)
+        whole = whole[: self.names.rows(name)]
+        if place.shift:
+            whole = whole + place.shift
+        if place.parts > 1:
+            parts = self.stacks.setdefault(place.name, {})
+            parts[place.part] = whole
+            if len(parts) < place.parts:
+                return
+            whole = torch.cat([part for _, part in sorted(self.stacks.pop(place.name).items())])
+        if place.transposed:
+            whole = whole.t()
+        self.keep(place.name, whole)
 
     def keep(self, name: str, whole: Tensor) -> None:
         """Takes a tensor by the name it is written under."""
@@ -203,6 +381,7 @@ class FolderWriter:
 
     def finish(self, config: dict[str, Any], tokenizer: Path | None) -> Path:
         """Writes config and tokenizer beside the weights and gives the folder its name."""
+        assert not self.stacks, f"parts of {', '.join(self.stacks)} are missing"
         self._flush()
         count = len(self.shards)
         weight_map: dict[str, str] = {}
@@ -231,6 +410,8 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
     "generation_config.json",
 )
 
@@ -243,70 +424,3 @@ def copy_tokenizer(source: Path | None, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-
-
-def _kind(model: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """The architecture's name: Mistral where all layers have one sliding window, Ministral where some have it."""
-    given = model.get("sliding_window")
-    windows = given if isinstance(given, list) else [given]
-    sizes = {w for w in windows if w is not None}
-    if len(sizes) > 1:
-        raise UserError(
-            f"sliding_window {given}: windows of different sizes have no Hugging Face architecture to leave as."
-        )
-    if None in windows and sizes:
-        (size,) = sizes
-        kinds = ["full_attention" if w is None else "sliding_attention" for w in windows]
-        return {
-            "architectures": ["MinistralForCausalLM"],
-            "model_type": "ministral",
-            "sliding_window": size,
-            "layer_types": [kinds[i % len(kinds)] for i in range(model["num_layers"])],
-        }
-    if sizes or base.get("model_type") == "mistral":
-        return {
-            "architectures": ["MistralForCausalLM"],
-            "model_type": "mistral",
-            "sliding_window": next(iter(sizes), None),
-        }
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-
-
-def hugging_face_config(
-    model: dict[str, Any], dtype: torch.dtype, base: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """The ``config.json`` of a Llama, or with sliding windows of a Mistral or Ministral.
-
-    Args:
-        model: num_layers, hidden_size, num_attention_heads, num_query_groups, kv_channels, ffn_hidden_size, vocab_size,
-            tie_word_embeddings, layernorm_epsilon, rotary_base, rope_scaling, init_method_std, sliding_window, sequence_len.
-        base: a config.json to start from; its other fields are kept.
-    """
-    base = {k: v for k, v in (base or {}).items() if k not in ("sliding_window", "layer_types")}  # see _kind
-    # transformers 5 reads rope_parameters, 4 reads the other two; both are written
-    rope = {k: v for k, v in (model["rope_scaling"] or {}).items() if k != "type"}
-    rope.setdefault("rope_type", (model["rope_scaling"] or {}).get("type", "default"))
-    return (
-        base
-        | _kind(model, base)
-        | {
-            "num_hidden_layers": model["num_layers"],
-            "hidden_size": model["hidden_size"],
-            "num_attention_heads": model["num_attention_heads"],
-            "num_key_value_heads": model["num_query_groups"],
-            "head_dim": model["kv_channels"],
-            "intermediate_size": model["ffn_hidden_size"],
-            "vocab_size": model["vocab_size"],
-            "tie_word_embeddings": model["tie_word_embeddings"],
-            "rms_norm_eps": model["layernorm_epsilon"],
-            "rope_theta": model["rotary_base"],
-            "rope_scaling": model["rope_scaling"],
-            "rope_parameters": {"rope_theta": model["rotary_base"], **rope},
-            "max_position_embeddings": max(base.get("max_position_embeddings", 0), model["sequence_len"]),
-            "initializer_range": model["init_method_std"],
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "torch_dtype": str(dtype).removeprefix("torch."),
-        }
-    )

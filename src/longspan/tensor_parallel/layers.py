@@ -43,7 +43,7 @@ class TensorParallelModule(nn.Module):
 
     A subclass makes its parameters with :meth:`_parameter`. ``initial_std`` records, for
     each of them, the standard deviation of its initial values; 0 stands for zeros and None
-    for ones. ``longspan.models.gpt.init_weights`` reads it for models made on ``meta``.
+    for ones. ``longspan.parallelize.init_weights`` reads it for models made on ``meta``.
 
     Attributes:
         uniform: initial values come from a uniform distribution of that deviation, not a normal one.
@@ -114,9 +114,12 @@ class TensorParallelModule(nn.Module):
             columns = ranges[1] if len(shape) > 1 else None
             data.copy_(draw_rows(seed, "", shape, std, ranges[0], columns, self.dtype, self.uniform))
 
-    def replicated(self, parameter: Tensor) -> Tensor:
-        """A copied parameter, ready for compute: under sequence parallelism its gradient is summed over tp."""
-        return self.summed(parameter) if self.sequence_parallel else local(parameter)
+    def replicated(self, parameter: Tensor, over_heads: bool = False) -> Tensor:
+        """A copied parameter, ready for compute: where each rank computes a part, its gradient is summed over tp.
+
+        The parts are rows of the sequence under sequence parallelism, and heads with ``over_heads``.
+        """
+        return self.summed(parameter) if self.sequence_parallel or over_heads else local(parameter)
 
     def summed(self, parameter: Tensor) -> Tensor:
         """A copied parameter whose use differs from rank to rank: its gradient is summed over tp.
@@ -232,8 +235,12 @@ class RowParallelLinear(TensorParallelModule):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         if not self.input_is_parallel:
             x = mappings.scatter_to_tensor_model_parallel_region(x, self.tp_group)
+        return self.leave(self.project(x))
+
+    def project(self, x: Tensor) -> Tensor:
+        """This rank's part of the product, for :meth:`leave` to sum."""
         y = linear(x, local(self.weight))
-        return self.leave(y if self.lora is None else y + self.lora(x))
+        return y if self.lora is None else y + self.lora(x)
 
     def leave(self, y: Tensor) -> Any:
         """The output of the layer from this rank's product: the sum over the group, and the bias."""
@@ -272,17 +279,21 @@ class VocabParallelEmbedding(TensorParallelModule):
         )
 
     def forward(self, ids: Tensor) -> Tensor:
+        return self.leave(self.look_up(ids))
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """This rank's part of the sum over the group: the rows it holds, zeros for the others' [b, s, h]."""
         weight = local(self.weight)
         if self.tp_size == 1:
-            out = F.embedding(ids, weight)
-        else:
-            rows = self.num_embeddings // self.tp_size
-            shifted = ids - self.tp_rank * rows
-            mine = (shifted >= 0) & (shifted < rows)
-            elsewhere = (
-                (ids >= 0) & (ids < self.num_embeddings) & ~mine
-            )  # ids of no rank fail here as at tp 1
-            out = F.embedding(shifted.masked_fill(elsewhere, 0), weight) * mine.unsqueeze(-1)
+            return F.embedding(ids, weight)
+        rows = self.num_embeddings // self.tp_size
+        shifted = ids - self.tp_rank * rows
+        mine = (shifted >= 0) & (shifted < rows)
+        elsewhere = (ids >= 0) & (ids < self.num_embeddings) & ~mine  # ids of no rank fail here as at tp 1
+        return F.embedding(shifted.masked_fill(elsewhere, 0), weight) * mine.unsqueeze(-1)
+
+    def leave(self, out: Tensor) -> Tensor:
+        """The sum over the group of what :meth:`look_up` found (of several tables, if they were added)."""
         if self.reduce_scatter_embeddings:
             return mappings.reduce_scatter_to_sequence_parallel_region(
                 out.transpose(0, 1).contiguous(), self.tp_group

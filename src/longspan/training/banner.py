@@ -6,19 +6,21 @@ from pathlib import Path
 
 import torch
 
+from longspan.config.memory_rules import memory_lines
 from longspan.config.resolve import Run
 from longspan.context_parallel import SequenceLayout
 from longspan.context_parallel.kernels import select_kernel
 
 
-def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: int, steps: int, warmup: int, device: torch.device,
-           local_rows: int, output: Path) -> str:  # fmt: skip
+def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: int, tested: int, steps: int, warmup: int,
+           device: torch.device, local_rows: int, filling: str, output: Path) -> str:  # fmt: skip
     """The lines rank 0 prints before the first step.
 
     Args:
         parameters: of the whole model, vocabulary padding included; trained: those that change.
-        samples, held_out: sequences an epoch, and of an evaluation.
+        samples, held_out, tested: sequences an epoch, of an evaluation, and of the test at the end.
         local_rows: tokens of a sequence on one rank, padding included.
+        filling: what a sequence is made of.
     """
     c, sizes = run.config, run.sizes
     dtype = torch.bfloat16 if c.bf16 is True else getattr(torch, c.params_dtype)
@@ -55,15 +57,17 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
             else f"{local_rows:,} on each of {sizes.cp} context parallel ranks ({layout}, {moves})"
         )
         + f"; sequence parallelism {on[run.sequence_parallel]}; "
-        + ("documents packed and kept apart" if c.sample_packing else "one stream of documents"),
+        + filling,
         "attention": f"{kernel.name} on {device.type}, {str(dtype).removeprefix('torch.')} ({reason})",
-        "precision": f"compute {str(dtype).removeprefix('torch.')}, weights and optimizer {c.params_dtype}; "
-        f"recompute {run.recompute}"
+        "precision": f"compute {str(dtype).removeprefix('torch.')}, weights and optimizer {c.params_dtype}"
+        + ("; TensorFloat-32" if c.tf32 is True and device.type == "cuda" else "")
         + ("; frozen weights bfloat16" if run.lora is not None and c.bf16 is True else ""),
+        "memory": "; ".join(memory_lines(c, run.recompute, device.type)),
         "steps": f"{steps} ({epochs:.2f} epochs of {samples} sequences), {warmup} of warm-up, "
         f"{c.lr_scheduler} from {c.learning_rate:g}",
         "loss": "mean over all valid tokens of the global batch, at every layout"
-        + (f"; {held_out} sequences held out" if held_out else ""),
+        + (f"; {held_out} sequences held out" if held_out else "")
+        + (f", {tested} for the test at the end" if tested else ""),
         "output": f"{output}: metrics.jsonl, config.yaml"
         + (", tensorboard/" if c.use_tensorboard else "")
         + (", checkpoints/" if c.save_last or c.save_steps else ""),

@@ -120,10 +120,10 @@ def check_fits(path: Path, now: dict[str, Any], weights_only: bool) -> dict[str,
     """
     then = describe(path)
     problems = [
-        f"resume: {path.name} is a checkpoint of another model: {name} was {then['model'].get(name)!r}, the config says "
+        f"resume: {path.name} is a checkpoint of another model: {name} was {then['model'][name]!r}, the config says "
         f"{value!r}. Give the model's own value, or start without resume."
         for name, value in now["model"].items()
-        if then["model"].get(name) != value
+        if then["model"].get(name, value) != value  # an older checkpoint does not name all
     ]
     problems += adapter_problems(path.name, then.get("adapter"), now["adapter"])
     if not weights_only:

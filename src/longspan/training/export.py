@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from longspan.config.architecture import model_file
-from longspan.config.resolve import Run
-from longspan.models.huggingface import FolderWriter, hugging_face_config, whole_parameters
+from longspan.config.architecture import model_config
+from longspan.config.hugging_face import hugging_face_config
+from longspan.config.resolve import Run, architecture
+from longspan.models.huggingface import FolderWriter, Names, whole_parameters
 from longspan.training.adapters import export_adapters
-from longspan.training.loop import MODEL_KEYS, Trainer
-
-EXTRA_FIELDS = (
-    "vocab_size",
-    "tie_word_embeddings",
-    "layernorm_epsilon",
-    "rotary_base",
-    "rope_scaling",
-    "sliding_window",
-    "init_method_std",
-    "sequence_len",
-)
-
-
-def architecture(run: Run) -> dict[str, Any]:
-    """The fields ``hugging_face_config`` takes."""
-    model = run.transformer_config()
-    return {name: getattr(model, name) for name in MODEL_KEYS} | {
-        name: getattr(run.config, name) for name in EXTRA_FIELDS
-    }
+from longspan.training.loop import Trainer
 
 
 def export_dtype(run: Run, base: dict[str, Any] | None) -> torch.dtype:
@@ -51,18 +32,18 @@ def export(trainer: Trainer, folder: Path) -> None:
     if run.lora is not None:
         export_adapters(trainer.model, run, folder)
         return
-    base = None
-    if run.config.base_model is not None:
-        base = json.loads(model_file(run.config.base_model, "config.json").read_text(encoding="utf-8"))
+    base = None if run.config.base_model is None else model_config(run.config.base_model)[0]
     dtype = export_dtype(run, base)
     assert run.config.vocab_size is not None
-    writer = FolderWriter(folder, run.config.vocab_size, dtype) if dist.get_rank() == 0 else None
+    names = Names(trainer.model.config, run.config.vocab_size)
+    writer = FolderWriter(folder, names, dtype) if dist.get_rank() == 0 else None
     for name, whole in whole_parameters(trainer.model):
         if writer is not None:
             writer.add(name, whole)
     if writer is not None:
         tokenizer = run.config.tokenizer_config
+        name = str(dtype).removeprefix("torch.")
         writer.finish(
-            hugging_face_config(architecture(run), dtype, base), Path(tokenizer) if tokenizer else None
+            hugging_face_config(architecture(run.config), name, base), Path(tokenizer) if tokenizer else None
         )
     dist.barrier()

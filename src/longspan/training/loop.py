@@ -24,10 +24,13 @@ from torch import Tensor
 
 from longspan import __version__
 from longspan.config.architecture import model_folder
+from longspan.config.hugging_face import PIECES
 from longspan.config.resolve import Run
 from longspan.config.schedule import interval, learning_rate, training_steps, warmup_steps
 from longspan.context_parallel import SequenceLayout
-from longspan.data import IndexedDataset, Prefetcher, TokenDataset
+from longspan.data import Prefetcher, TokenDataset
+from longspan.data.blend import BlendedDataset
+from longspan.data.splits import named_files, open_parts
 from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
@@ -42,22 +45,10 @@ from longspan.training.progress import Progress
 from longspan.training.sharding import HybridSharder, LocalBatch, Sharder
 
 
-def open_datasets(run: Run) -> tuple[TokenDataset, TokenDataset | None]:
-    """The training set and the held-out set (None without one) of a prepared config."""
-    config = run.config
-    sources = [IndexedDataset(source.prepared or source.path) for source in config.datasets]
-
-    def split(name: str) -> TokenDataset:
-        return TokenDataset(
-            sources,
-            config.sequence_len,
-            config.seed,
-            sample_packing=config.sample_packing,
-            split=name,
-            val_set_size=config.val_set_size,
-        )
-
-    return split("train"), split("validation") if config.val_set_size > 0 and config.eval_iters != 0 else None
+def open_datasets(run: Run) -> tuple[TokenDataset, TokenDataset | None, TokenDataset | None]:
+    """The training set, the held-out set and the test set of a prepared config; None for one there is not."""
+    train, valid, test = open_parts(run.config)
+    return (train, None, None) if run.config.eval_iters == 0 else (train, valid, test)
 
 
 #: what must be the same for weights to fit
@@ -68,6 +59,7 @@ MODEL_KEYS = (
     "num_query_groups",
     "kv_channels",
     "ffn_hidden_size",
+    *PIECES,
 )
 #: what must be the same for a run to go on as if it had not stopped
 SETTINGS = (
@@ -82,6 +74,9 @@ SETTINGS = (
 )
 
 
+#: what must be the same too where samples are trained on
+SAMPLE_SETTINGS = ("train_on_inputs", "excess_length_strategy")
+
 #: how many tokens are looked at before a run; the rest are as they come
 SCANNED_TOKENS = 1 << 28
 
@@ -92,8 +87,13 @@ def check_data(run: Run) -> TokenDataset:
     Raises:
         UserError: no document on one side of the split, no token with a next one, or a token beyond the vocabulary.
     """
-    train, valid = open_datasets(run)
-    sources = [IndexedDataset(source.prepared or source.path) for source in run.config.datasets]
+    train, *others = open_datasets(run)
+    names, sources = zip(*named_files(run.config))
+    if not any(mask is None or bool(mask.token_range(SCANNED_TOKENS)[1]) for mask in train.masks):
+        raise UserError(
+            "datasets: no token counts in the loss: no sample has an answer to learn. Look at the data, roles_to_train and "
+            "message_field_training."
+        )
     longest = max(int(source.document_lengths.max(initial=0)) for source in sources)
     if longest < 2 and (run.config.sample_packing or train.num_tokens < 2):
         raise UserError(
@@ -102,40 +102,54 @@ def check_data(run: Run) -> TokenDataset:
     if run.config.hybrid_context_parallel:
         ranks, most = run.sizes.dp * run.sizes.cp, run.config.max_seqlen_per_dp_cp_rank
         assert most is not None
-        tokens = max(data.longest_document for data in (train, valid) if data is not None)
+        tokens = max(data.longest_document for data in (train, *others) if data is not None)
         if tokens > ranks * most:
             number = max(range(len(sources)), key=lambda i: int(sources[i].document_lengths.max(initial=0)))
             document = int(sources[number].document_lengths.argmax())
             raise UserError(
-                f"hybrid_context_parallel: document {document} of {run.config.datasets[number].path} makes a sample of "
+                f"hybrid_context_parallel: document {document} of {names[number]} makes a sample of "
                 f"{tokens} tokens, but {ranks} ranks x max_seqlen_per_dp_cp_rank {most} hold {ranks * most}. "
                 "Raise max_seqlen_per_dp_cp_rank, lower sequence_len, or use more ranks."
             )
     vocab, left = run.config.vocab_size, SCANNED_TOKENS
     assert vocab is not None
-    for source, given in zip(sources, run.config.datasets):
+    for source, name in zip(sources, names):
         smallest, largest = source.token_range(left)
         left = max(0, left - source.num_tokens)
         if largest >= vocab or smallest < 0:
             raise UserError(
-                f"datasets: {given.path} holds token {largest if largest >= vocab else smallest}, but vocab_size is {vocab}. "
+                f"datasets: {name} holds token {largest if largest >= vocab else smallest}, but vocab_size is {vocab}. "
                 "It was made with another tokenizer: give that tokenizer (tokenizer_config), or its vocab_size."
             )
     return train
 
 
+def describe_model(run: Run) -> dict:
+    """The part of a checkpoint's description that follows from the config alone."""
+    model, config = run.transformer_config(), run.config
+    learned = model.position_embedding_type == "learned_absolute"
+    return {
+        "model": {name: getattr(model, name) for name in MODEL_KEYS}
+        | {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
+        | ({"max_position_embeddings": model.max_position_embeddings} if learned else {}),
+        "settings": {name: getattr(config, name) for name in SETTINGS},
+        "init_method_std": config.init_method_std,
+        "max_position_embeddings": model.max_position_embeddings,
+    }
+
+
 def describe_run(run: Run, data: TokenDataset) -> dict:
     """The part of a checkpoint's description that follows from the config and the data."""
-    model, config = run.transformer_config(), run.config
-    return {
+    about, config = describe_model(run), run.config
+    weights = data.counts if isinstance(data, BlendedDataset) else None
+    about["settings"] |= {"weights": list(weights) if weights else None, "split": config.split}
+    about["settings"]["training tokens"] = data.num_tokens
+    about["settings"] |= {name: getattr(config, name) for name in SAMPLE_SETTINGS if data.has_samples}
+    return about | {
         "longspan": __version__,
         "torch": torch.__version__,
         "layout": run.sizes.equation(),
         "global_batch_size": run.global_batch_size,
-        "model": {name: getattr(model, name) for name in MODEL_KEYS}
-        | {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings},
-        "settings": {name: getattr(config, name) for name in SETTINGS} | {"training tokens": data.num_tokens},
-        "init_method_std": config.init_method_std,
         "adapter": adapter_description(run),
     }
 
@@ -164,7 +178,7 @@ class Trainer:
     def __init__(self, run: Run, device: torch.device, metrics: Metrics | None = None):
         config = run.config
         self.run, self.device, self.metrics = run, device, metrics or Metrics([])
-        self.train_data, self.valid_data = open_datasets(run)
+        self.train_data, self.valid_data, self.test_data = open_datasets(run)
         self.steps = training_steps(run, len(self.train_data))
         self.warmup = warmup_steps(config, self.steps)
         self.step = self.tokens = 0
@@ -175,6 +189,8 @@ class Trainer:
         self.groups = self.mesh.groups
         if config.hybrid_context_parallel:  # a sample is cut over as many of all these ranks as it needs
             self.groups = dataclasses.replace(self.groups, cp=self.groups.dp_cp, hcp=())
+        if device.type == "cuda":  # for the whole process, as PyTorch has it
+            torch.set_float32_matmul_precision("high" if config.tf32 is True else "highest")
         self.dtype = getattr(torch, config.params_dtype)
         self.compute_dtype = torch.bfloat16 if config.bf16 is True else None
         assert config.vocab_size is not None
@@ -195,6 +211,9 @@ class Trainer:
             compute_dtype=self.compute_dtype,
             recompute=run.recompute,
             reshard_after_forward=config.reshard_after_forward,
+            activation_offloading=config.activation_offloading,
+            mlp_tiles=run.mlp_tiles,
+            offload_params=config.offload_params,
         )
         if run.pretrained:
             load_pretrained(self.model, SafetensorsFolder(model_folder(config.base_model)))
@@ -362,6 +381,8 @@ class Trainer:
         saves.finish()
         assert record is not None
         elapsed = time.perf_counter() - begun
+        if self.test_data is not None and self.step == self.steps and not self.stop_asked:
+            progress.evaluation(self.evaluate(self.test_data, split="test"))
         return self.metrics.write(
             "summary",
             self.step,
@@ -374,14 +395,15 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def evaluate(self) -> dict:
-        """The mean loss over all valid tokens of the held-out set; returns its record."""
-        assert self.valid_data is not None
+    def evaluate(self, data: TokenDataset | None = None, **more: str) -> dict:
+        """The mean loss over all valid tokens of the held-out set, or of ``data``; returns its record, with ``more`` in it."""
+        data = self.valid_data if data is None else data
+        assert data is not None
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, tokens
-        for batch in self.shard.evaluation(self.valid_data):
+        for batch in self.shard.evaluation(data):
             sums[0] += self.losses(batch).sum()
             sums[1] += batch.num_valid
         dist.all_reduce(sums, group=self.groups.dp_cp)
         loss, count = sums.tolist()
-        return self.metrics.write("eval", self.step, loss=loss / max(count, 1), tokens=int(count))
+        return self.metrics.write("eval", self.step, loss=loss / max(count, 1), tokens=int(count), **more)

@@ -1,7 +1,7 @@
 """One record a step, many places it goes to.
 
-``metrics.jsonl`` holds one JSON object a line, ``kind`` in train | eval | summary; TensorBoard
-gets the same numbers. Units: loss in nats a token, step_time in seconds, memory in GiB.
+``metrics.jsonl`` holds one JSON object a line, ``kind`` in train | eval | summary (the test at the end
+is an eval with ``split: test``); TensorBoard gets the same numbers. Units: loss in nats a token, step_time in seconds, memory in GiB.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TensorBoard:
     def write(self, record: dict[str, Any]) -> None:
         for name, value in record.items():
             if name not in ("kind", "step") and isinstance(value, int | float) and math.isfinite(value):
-                self.writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+                self.writer.add_scalar(f"{_group(record)}/{name}", value, record["step"])
 
     def close(self) -> None:
         self.writer.close()
@@ -72,11 +72,16 @@ class Wandb:
         self.run = wandb.init(**names, mode=mode, config=config, dir=str(folder))
 
     def write(self, record: dict[str, Any]) -> None:
-        values = {f"{record['kind']}/{k}": v for k, v in record.items() if k not in ("kind", "step")}
+        values = {f"{_group(record)}/{k}": v for k, v in record.items() if k not in ("kind", "step", "split")}
         self.run.log(values, step=record["step"])
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _group(record: dict[str, Any]) -> str:
+    """What a curve's name starts with: the test at the end is another curve than the evaluations."""
+    return record.get("split", record["kind"])
 
 
 class Metrics:

@@ -40,7 +40,10 @@ class Lines(Progress):
             )
 
     def evaluation(self, record: dict) -> None:
-        self.emit(f"eval at step {record['step']} | loss {record['loss']:.4f} | {record['tokens']:,} tokens")
+        what = record.get("split", "eval")
+        self.emit(
+            f"{what} at step {record['step']} | loss {record['loss']:.4f} | {record['tokens']:,} tokens"
+        )
 
     def saving(self, folder: Path) -> None:
         self.emit(f"saving {folder}")

@@ -129,12 +129,27 @@ def describe(trainer: Trainer, output: Path) -> str:
         trained=trained,
         samples=len(trainer.train_data),
         held_out=len(trainer.valid_data) if trainer.valid_data else 0,
+        tested=len(trainer.test_data) if trainer.test_data else 0,
         steps=trainer.steps,
         warmup=trainer.warmup,
         device=trainer.device,
         local_rows=trainer.shard.local_rows(),
+        filling=filling(trainer),
         output=output,
     )
+
+
+def filling(trainer: Trainer) -> str:
+    """What a sequence is made of, and which samples are missing in it."""
+    data, config = trainer.train_data, trainer.run.config
+    what = "samples and documents" if None in data.masks else "samples"
+    if not data.has_samples:
+        return "documents packed and kept apart" if config.sample_packing else "one stream of documents"
+    text = f"{what} packed and kept apart" if config.sample_packing else "one sample each"
+    if not (excess := data.num_excess):
+        return text
+    done = "dropped" if config.excess_length_strategy == "drop" else "truncated"
+    return f"{text}; {excess:,} of {len(data.documents) + excess * (done == 'dropped'):,} samples were too long and are {done}"
 
 
 def last_lines(summary: dict, trainer: Trainer, output: Path) -> str:

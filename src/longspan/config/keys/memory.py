@@ -30,7 +30,7 @@ class MemoryKeys(BaseModel):
     gradient_checkpointing: bool | Literal["full", "selective", "offload"] = key(
         False,
         "Recompute activations in backward: full (true) keeps a layer's input, selective also what attention needs; "
-        "offload: full, with the inputs kept in the CPU's memory.",
+        "offload: full, with the inputs kept in the CPU's memory (CUDA).",
         flag="--recompute-granularity",
         switches={"--recompute-activations": "selective", "--ckpt-activations": "full"},
     )
@@ -39,10 +39,12 @@ class MemoryKeys(BaseModel):
         "Free a layer's gathered weights after its forward pass.",
         aliases=("fsdp_config.reshard_after_forward",),
     )
-    activation_offloading: bool = key(False, "Keep what backward needs in the CPU's memory (CUDA).")
+    activation_offloading: bool = key(
+        False, "Keep what the layers save for backward in the CPU's memory (CUDA)."
+    )
     offload_params: bool = key(
         False,
-        "Keep weights, gradients and optimizer in the CPU's memory, and update there (FSDP2's offload).",
+        "Keep weights, gradients and optimizer in the CPU's memory, and update there (FSDP2's CPUOffloadPolicy).",
         aliases=("fsdp_config.offload_params",),
     )
     tiled_mlp: bool = key(

@@ -14,7 +14,8 @@ class ModelKeys(BaseModel):
 
     base_model: str | None = key(
         None,
-        "Hugging Face model to start from: a local folder, or a hub id when the hub can be reached (Llama).",
+        "Hugging Face model to start from: a local folder, or a hub id when the hub can be reached (Llama, Mistral, Qwen2, "
+        "Qwen3, GPT-2; docs/models.md).",
         flag="--base-model",
     )
     reinit_weights: bool = key(
@@ -44,7 +45,9 @@ class ModelKeys(BaseModel):
     layernorm_epsilon: float = key(1e-5, "Added to the variance in norms.", flag="--norm-epsilon", gt=0)
     rotary_base: float = key(10000.0, "Base of the rotary frequencies (rope_theta).", gt=0)
     rope_scaling: dict[str, Any] | None = key(
-        None, "Hugging Face's rope_scaling: {rope_type: linear | llama3, factor: ...}."
+        None,
+        "Hugging Face's rope_scaling, for longer context: {rope_type: yarn | linear | dynamic | llama3, factor: ...}; default "
+        "takes that of base_model away.",
     )
     sliding_window: int | list[int | None] | None = key(
         None,
@@ -71,7 +74,7 @@ class ModelKeys(BaseModel):
     )
     add_bias_linear: bool = key(
         False,
-        "Linear layers have biases.",
+        "All linear layers have biases.",
         switches={"--disable-bias-linear": False},
         megatron_default=True,
     )
@@ -85,7 +88,8 @@ class ModelKeys(BaseModel):
     )
     max_position_embeddings: int | None = key(
         None,
-        "The longest sequence the model is made for: the size of the learned table; default: sequence_len.",
+        "The longest sequence the model is made for: the rows of a learned table, and where dynamic rope_scaling begins; "
+        "default: sequence_len, or more where base_model says more.",
         unit="tokens",
         gt=0,
     )

@@ -1,0 +1,185 @@
+"""``longspan validate``: is this config right? Without data, weights, GPU or network."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from longspan.cli.config import number
+from longspan.cli.options import key_help, take_options
+from longspan.config.architecture import architecture_of, is_hub_id
+from longspan.config.data_rules import PATHS, read_blend
+from longspan.config.load import Overrides, Reading, make_config, parse_overrides, read_yaml
+from longspan.config.megatron import parse_megatron_flags
+from longspan.config.resolve import Run, resolve
+from longspan.errors import UserError
+
+USAGE = """\
+usage: longspan validate CONFIG... [--any-key value] [--num-processes N] [--json]
+       longspan validate --megatron FLAGS [--num-processes N] [--json]
+
+Checks configs, or the flags of pretrain_gpt.py, and prints every problem, or a summary: mesh, batch arithmetic, and
+what has no effect here. Starts nothing and reads neither data nor weights; nothing is fetched.
+  --num-processes N  processes over all machines to check against (default: the product of the parallel sizes)
+  --megatron         what follows are Megatron-LM's flags, with its defaults
+  --json             one JSON object: valid, and configs: [{config, valid, problems, mesh, batch, sequence, steps,
+                     model, without_effect, not_checked}]
+Exit code 0: all are valid, 2: not.
+"""
+OPTIONS = {"--json": False, "--num-processes": True, "--megatron": False}
+
+
+def run(arguments: Sequence[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE)
+        print(key_help("--megatron" in arguments))
+        return 0
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's library then looks at what is on this machine alone
+    taken, rest, problems = take_options(arguments, OPTIONS)
+    world = number(taken, "--num-processes", problems)
+    if "--megatron" in taken:
+        reading, _ = parse_megatron_flags(rest, list(OPTIONS))
+        reading.problems[:0] = problems
+        results = [check("flags", reading, world)]
+    else:
+        given = parse_overrides(rest, list(OPTIONS), positionals=1)
+        given.problems[:0] = problems
+        if not given.rest:
+            raise UserError(
+                [*given.problems, "longspan validate needs a config file: longspan validate CONFIG.yaml"]
+            )
+        results = [check(path, read(path, given), world) for path in given.rest]
+    valid = all(result["valid"] for result in results)
+    if "--json" in taken:
+        shown = [{k: v for k, v in result.items() if k != "lines"} for result in results]
+        print(json.dumps({"valid": valid, "configs": shown}, indent=2))
+    else:
+        for result in results:
+            report(result, named=len(results) > 1)
+    return 0 if valid else 2
+
+
+def read(path: str, given: Overrides) -> Reading:
+    """A config file with the options over it; a file that cannot be read is a problem of its own."""
+    try:
+        reading = make_config(read_yaml(path), given.values)
+    except UserError as error:
+        return Reading(None, [*given.problems, *error.problems], set(), [])
+    reading.problems[:0] = given.problems
+    reading.notes += given.notes
+    return reading
+
+
+def check(name: str, reading: Reading, world: int | None) -> dict[str, Any]:
+    """What ``--json`` says of one config."""
+    result: dict[str, Any] = {"config": name, "valid": False, "problems": reading.problems}
+    config, bad, not_checked = reading.config, set(reading.bad), []
+    if config is None:
+        return result
+    if is_elsewhere(config.base_model):
+        try:
+            architecture_of(config.base_model)
+        except UserError:
+            bad.add("base_model")
+            not_checked.append(
+                f"base_model {config.base_model}: its config.json is not on this machine, so the rules about layers and "
+                "heads are not checked"
+            )
+    try:
+        resolved = resolve(config, world, bad_keys=bad, earlier=reading.problems)
+    except UserError as error:
+        return result | {"problems": error.problems, "without_effect": reading.notes}
+    paths = [("datasets", source.path) for source in config.datasets]
+    for name in PATHS:
+        if given := getattr(config, name):
+            paths += [(name, member.path) for member in read_blend(name, given)]
+    not_checked += [f"{name}: {path} is not on this machine" for name, path in paths if not is_here(path)]
+    return (
+        result
+        | summary(resolved, world)
+        | {"valid": True, "without_effect": reading.notes, "not_checked": not_checked}
+    )
+
+
+def is_elsewhere(base_model: str | None) -> bool:
+    """Is this the id of a model on the hub, and no folder?"""
+    return base_model is not None and not Path(base_model).exists() and is_hub_id(base_model)
+
+
+def is_here(path: str) -> bool:
+    return path == "python-stdlib" or any(Path(path + suffix).exists() for suffix in ("", ".bin", ".idx"))
+
+
+def summary(run: Run, world: int | None) -> dict[str, Any]:
+    """Mesh, batch, sequence, steps and model, as numbers and as the lines people read."""
+    config, sizes = run.config, run.sizes
+    tokens = run.global_batch_size * config.sequence_len
+    rows = -(-config.sequence_len // sizes.cp)
+    moves = config.cp_comm_type if isinstance(config.cp_comm_type, str) else "/".join(config.cp_comm_type)
+    axes = {
+        "tp": sizes.tp,
+        "cp": sizes.cp,
+        "dp_shard": sizes.dp_shard,
+        "dp_replicate": sizes.dp_replicate,
+        "pp": sizes.pp,
+    }
+    lines = {
+        "mesh": f"{sizes.equation()} processes"
+        + (
+            " (the product of the parallel sizes; --num-processes N checks against another number)"
+            if world is None
+            else ""
+        ),
+        "batch": f"micro {run.micro_batch_size} x accumulation {run.accumulation} x dp {sizes.dp} = "
+        f"{run.global_batch_size} sequences = {tokens:,} tokens a step",
+        "sequence": f"{config.sequence_len:,} tokens"
+        + (
+            f", {rows:,} on each of {sizes.cp} context parallel ranks before padding ({moves})"
+            if sizes.cp > 1
+            else ""
+        ),
+        "steps": str(config.max_steps)
+        if config.max_steps
+        else f"as many as {config.num_epochs:g} epochs of the data have",
+    }
+    if config.num_layers is not None and config.num_attention_heads is not None:
+        groups = config.num_query_groups or config.num_attention_heads
+        lines["model"] = (
+            f"{config.num_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads ({groups} key/value)"
+        )
+    return {
+        "lines": lines,
+        "mesh": axes | {"processes": sizes.world_size},
+        "batch": {
+            "micro_batch_size": run.micro_batch_size,
+            "gradient_accumulation_steps": run.accumulation,
+            "dp": sizes.dp,
+            "global_batch_size": run.global_batch_size,
+            "tokens": tokens,
+        },
+        "sequence": {"tokens": config.sequence_len, "cp": sizes.cp, "tokens_of_a_rank": rows},
+        "steps": config.max_steps,
+        "model": {
+            name: getattr(config, name)
+            for name in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+        },
+    }
+
+
+def report(result: dict[str, Any], named: bool) -> None:
+    """Prints one config's result for people: problems to stderr, a summary to stdout."""
+    name = f"{result['config']}: " if named else ""
+    if not result["valid"]:
+        for problem in result["problems"]:
+            print(f"longspan: error: {name}{problem}", file=sys.stderr)
+        return
+    print(f"{result['config']}: valid")
+    for row, text in result["lines"].items():
+        print(f"  {row:<9} {text}")
+    for title, texts in (("without effect here", "without_effect"), ("not checked", "not_checked")):
+        for i, text in enumerate(result[texts]):
+            print(f"  {title + ':' if i == 0 else '':<20} {text}")

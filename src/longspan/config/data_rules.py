@@ -1,0 +1,209 @@
+"""What a config says of its data: blends, splits, and which of its keys go together.
+
+Megatron-LM's way to name token files (``data_path``, ``split``) and axolotl's (``datasets``) are two
+doors to one house; a run goes through one of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, NamedTuple
+
+from longspan.errors import UserError
+
+if TYPE_CHECKING:
+    from longspan.config.schema import TrainConfig
+
+Problem = tuple[tuple[str, ...], str]
+
+DEFAULT_SPLIT = "969,30,1"
+"""Megatron-LM's, in parts of a thousand: training, evaluation, test."""
+
+MOCK_VOCAB_SIZE = 32768
+
+PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+class Member(NamedTuple):
+    """One source of a blend; the weight is None where all are taken as they are."""
+
+    path: str
+    weight: Fraction | None
+
+
+def read_blend(name: str, values: Sequence[str]) -> list[Member]:
+    """``[prefix, ...]`` or ``[weight, prefix, weight, prefix, ...]``. Weights are exact: 0.1 is a tenth.
+
+    Args:
+        name: of the key, for messages.
+
+    Raises:
+        UserError: numbers and prefixes do not alternate, a weight is not above 0, or a prefix comes twice.
+    """
+    numbers = [_NUMBER.fullmatch(value) is not None for value in values]
+    found = " ".join(values)
+    if not values or "" in values:
+        raise UserError(f"{name} {found!r}: empty. Give a .bin/.idx prefix.")
+    if any(numbers) and numbers != [True, False] * (len(values) // 2):
+        raise UserError(
+            f"{name} {found!r}: weights and prefixes alternate: weight prefix weight prefix ...; or give prefixes alone, which "
+            "are taken as one. (A prefix that is a number: ./7.)"
+        )
+    if any(numbers):
+        members = [Member(path, Fraction(weight)) for weight, path in zip(values[::2], values[1::2])]
+    else:
+        members = [Member(path, None) for path in values]
+    for member in members:
+        if member.weight is not None and member.weight <= 0:
+            raise UserError(
+                f"{name}: {member.path} has weight {member.weight}; it must be above 0. Leave it out."
+            )
+    paths = [member.path for member in members]
+    for path in dict.fromkeys(p for p in paths if paths.count(p) > 1):
+        raise UserError(
+            f"{name}: {path} is given {paths.count(path)} times. Give it once, with the sum of the weights."
+        )
+    return members
+
+
+def read_split(text: str) -> list[float]:
+    """``"99,1,0"`` -> shares of training, evaluation and test, which add up to 1; missing ones are 0.
+
+    Raises:
+        UserError: not one to three numbers from 0 on, the first above 0.
+    """
+    parts = [part for part in re.split(r"[,/\s]+", text.strip()) if part]
+    rule = "give one to three shares for training, evaluation and test, such as 99,1,0."
+    if not 1 <= len(parts) <= 3 or not all(_NUMBER.fullmatch(part) for part in parts):
+        raise UserError(f"split {text!r}: {rule}")
+    shares = [float(part) for part in parts] + [0.0] * (3 - len(parts))
+    if min(shares) < 0 or shares[0] == 0 or sum(shares) == float("inf"):
+        raise UserError(f"split {text!r}: shares are 0 or more, and training's is above 0: {rule}")
+    return [share / sum(shares) for share in shares]
+
+
+def has_validation(config: TrainConfig) -> bool:
+    """Does the config hold anything out to evaluate on? A wrong split does: it has a message of its own."""
+    if config.data_path or config.mock_data:
+        try:
+            return read_split(config.split or DEFAULT_SPLIT)[1] > 0
+        except UserError:
+            return True
+    return bool(config.val_set_size or config.valid_data_path or config.test_datasets)
+
+
+def data_problems(config: TrainConfig) -> list[Problem]:
+    """The rules between the keys of data and tokenizers."""
+    found: list[Problem] = []
+    doors = [
+        name for name in ("datasets", "data_path", "train_data_path", "mock_data") if getattr(config, name)
+    ]
+    if not doors:
+        text = (
+            "datasets: missing. A list such as 'datasets: [{path: my_texts}]'; or data_path, a .bin/.idx prefix; or mock_data: "
+            "true."
+        )
+        found.append((("datasets",), text))
+    if len(doors) > 1:
+        text = f"{' and '.join(doors)} are given: each says what to train on. Keep one."
+        if doors == ["datasets", "data_path"]:
+            text += " (datasets take .bin/.idx prefixes too, and a weight each.)"
+        found.append((tuple(doors), text))
+    for name in PATHS:
+        if (values := getattr(config, name)) is not None:
+            _collect(found, (name,), lambda name=name, values=values: read_blend(name, values))
+    for name in ("valid_data_path", "test_data_path"):
+        if getattr(config, name) is not None and config.train_data_path is None:
+            text = (
+                f"{name} goes with train_data_path; data_path is cut by split, and datasets by val_set_size. "
+            )
+            found.append(((name, "train_data_path"), text + "Give train_data_path, or leave it out."))
+    if config.split is not None:
+        _collect(found, ("split",), lambda: read_split(config.split or ""))
+        if not config.data_path and not config.mock_data:
+            text = f"split {config.split!r} cuts data_path, which is not given. "
+            other = (
+                "val_set_size cuts datasets" if config.datasets else "valid_data_path is what to evaluate on"
+            )
+            found.append((("split", "data_path"), f"{text}Leave it out: {other}."))
+    if doors and "datasets" not in doors:
+        for name, rule in (
+            ("val_set_size", "split or valid_data_path says what to evaluate on"),
+            ("test_datasets", "split or valid_data_path says what to evaluate on"),
+            ("tokenizer_train_vocab_size", "there is no text to train a tokenizer on"),
+        ):
+            if getattr(config, name):
+                text = f"{name} goes with datasets; here ({doors[0]}) {rule}. Leave it out."
+                found.append(((name, doors[0]), text))
+    _weights(config, found)
+    _tokenizer(config, found)
+    return found
+
+
+def _collect(found: list[Problem], names: tuple[str, ...], read) -> None:
+    try:
+        read()
+    except UserError as error:
+        found.extend((names, problem) for problem in error.problems)
+
+
+def _weights(config: TrainConfig, found: list[Problem]) -> None:
+    without = [source.path for source in config.datasets if source.weight is None]
+    if len(without) == len(config.datasets):
+        return
+    if without:
+        text = f"datasets: {', '.join(without)} without a weight beside others with one. Give each a weight, or none."
+        found.append((("datasets",), text))
+    if config.val_set_size >= 1:
+        text = f"val_set_size {config.val_set_size:g} is a number of documents; with weights give a share, which each dataset holds out."
+        found.append((("val_set_size", "datasets"), text))
+    paths = [source.path for source in config.datasets]
+    for path in dict.fromkeys(p for p in paths if paths.count(p) > 1):
+        text = (
+            f"datasets: {path} is given {paths.count(path)} times. Give it once, with the sum of the weights."
+        )
+        found.append((("datasets",), text))
+
+
+def _tokenizer(config: TrainConfig, found: list[Problem]) -> None:
+    def wrong(names: str, text: str) -> None:
+        found.append((tuple(names.split()), text))
+
+    kind, files = config.tokenizer_type, ("vocab_file", "merge_file")
+    given = [name for name in files if getattr(config, name) is not None]
+    if len(given) == 1:
+        other = files[1 - files.index(given[0])]
+        wrong(
+            "vocab_file merge_file",
+            f"{given[0]} without {other}: a GPT-2 BPE tokenizer is both. Give {other} too.",
+        )
+    others = [n for n in ("tokenizer_config", "tokenizer_train_vocab_size") if getattr(config, n) is not None]
+    if given and others:
+        text = f"{' and '.join(given)} with {others[0]}: which tokenizer is it? Keep one."
+        wrong(f"vocab_file merge_file {others[0]}", text)
+    if len(others) == 2:
+        text = (
+            "tokenizer_config and tokenizer_train_vocab_size are both given. Load a tokenizer or train one."
+        )
+        wrong("tokenizer_config tokenizer_train_vocab_size", text)
+    if kind == "GPT2BPETokenizer" and not given:
+        wrong("tokenizer_type vocab_file", f"tokenizer_type {kind} needs vocab_file and merge_file.")
+    if kind == "HuggingFaceTokenizer":
+        if given:
+            text = f"tokenizer_type {kind} takes tokenizer_config (--tokenizer-model), not {' and '.join(given)}: GPT2BPETokenizer does."
+            wrong("tokenizer_type vocab_file merge_file", text)
+        elif config.tokenizer_config is None and config.base_model is None:
+            text = f"tokenizer_type {kind} needs tokenizer_config (--tokenizer-model): tokenizer.json or its folder."
+            wrong("tokenizer_type tokenizer_config", text)
+    if kind == "NullTokenizer":
+        if given or others:
+            text = f"tokenizer_type {kind} with {', '.join([*given, *others])}: it is no tokenizer at all. Keep one."
+            wrong("tokenizer_type vocab_file merge_file tokenizer_config tokenizer_train_vocab_size", text)
+        if config.vocab_size is None:
+            wrong(
+                "tokenizer_type vocab_size", f"tokenizer_type {kind} needs vocab_size: nothing else says it."
+            )

@@ -1,0 +1,56 @@
+"""Rules between the keys of memory and precision, and what the device makes of them."""
+
+from __future__ import annotations
+
+from longspan.config.schema import TrainConfig
+
+Problem = tuple[tuple[str, ...], str]
+
+
+def memory_problems(config: TrainConfig) -> list[Problem]:
+    """Keys that contradict or repeat each other."""
+    found: list[Problem] = []
+    shards = config.tiled_mlp_num_shards
+    if shards is not None and not config.tiled_mlp:
+        text = (
+            f"tiled_mlp_num_shards {shards} has no effect without tiled_mlp: true. Set it, or leave it out."
+        )
+        found.append((("tiled_mlp_num_shards", "tiled_mlp"), text))
+    if config.gradient_checkpointing == "offload" and config.activation_offloading:
+        text = (
+            "gradient_checkpointing: offload moves what it keeps already; activation_offloading: true adds nothing. Leave "
+            "activation_offloading out, or keep it with gradient_checkpointing: selective or false."
+        )
+        found.append((("gradient_checkpointing", "activation_offloading"), text))
+    if config.tf32 is True and config.params_dtype == "float64":
+        text = (
+            "tf32: true with params_dtype: float64 has no effect: TensorFloat-32 is for float32 products. Use float32, or leave "
+            "tf32 out."
+        )
+        found.append((("tf32", "params_dtype"), text))
+    return found
+
+
+def memory_lines(config: TrainConfig, recompute: str, device_type: str) -> list[str]:
+    """What the keys come to on a device, for the banner.
+
+    On the CPU nothing can be moved to the CPU's memory. That is said, not refused: a config made for GPUs runs there
+    unchanged, with the same numbers.
+    """
+    lines = [f"recompute {recompute}"]
+    if config.tiled_mlp:
+        tiles = config.tiled_mlp_num_shards
+        lines[0] += f"; MLP in {tiles if tiles else 'tokens / hidden_size'} tiles"
+    if device_type != "cpu":
+        moved = {"activations": config.activation_offloading, "weights and optimizer": config.offload_params}
+        lines += [f"{name} in the CPU's memory" for name, on in moved.items() if on]
+        return lines
+    asked = {
+        "gradient_checkpointing: offload (it is full)": config.gradient_checkpointing == "offload",
+        "activation_offloading": config.activation_offloading,
+        "offload_params": config.offload_params,
+        "tf32": config.tf32 is True,
+    }
+    if idle := [name for name, on in asked.items() if on]:
+        lines.append(f"without effect on the CPU: {', '.join(idle)}")
+    return lines

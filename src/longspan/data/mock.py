@@ -1,0 +1,53 @@
+"""Made-up documents: training without data and without a tokenizer, to try a layout or to time one.
+
+There is something to learn at every distance: small token numbers are frequent (about
+1/number), a token is mostly followed by the next number, and a document repeats itself with
+a period of its own, so that a model which looks back far enough knows what comes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+MOCK = 3
+"""The purpose of these random numbers, among those of `loader`."""
+
+
+class MockDocuments:
+    """Documents of `IndexedDataset`'s kind that are computed when they are read.
+
+    Args:
+        sequence_len: documents have from 16 to twice as many tokens, short ones more often.
+        documents: how many there are.
+    """
+
+    def __init__(self, vocab_size: int, sequence_len: int, seed: int, documents: int = 2000):
+        self.vocab_size, self.seed = vocab_size, seed
+        generator = np.random.Generator(np.random.PCG64([seed, MOCK]))
+        low, high = math.log(min(16, 2 * sequence_len)), math.log(2 * sequence_len + 1)
+        self.document_lengths = np.exp(generator.uniform(low, high, documents)).astype(np.int64)
+        """int64 ``[documents]``: tokens of each document."""
+        self.num_tokens = int(self.document_lengths.sum())
+
+    def __len__(self) -> int:
+        """The number of documents."""
+        return len(self.document_lengths)
+
+    def token_range(self, most: int) -> tuple[int, int]:
+        """The smallest and the largest token there can be."""
+        return 0, self.vocab_size - 1
+
+    def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens ``[start, stop)`` of a document, int64; computes no other token of it."""
+        stop = int(self.document_lengths[document]) if stop is None else stop
+        generator = np.random.Generator(np.random.PCG64([self.seed, MOCK, document]))
+        period = int(generator.integers(16, 129))
+        # runs of successive numbers, each from a number drawn with probability ~ 1 / number
+        starts = generator.random(period) < 0.25
+        starts[0] = True
+        begin = np.maximum.accumulate(np.where(starts, np.arange(period), 0))
+        base = (self.vocab_size ** generator.random(period)).astype(np.int64) - 1
+        motif = (base[begin] + np.arange(period) - begin) % self.vocab_size
+        return motif[np.arange(start, stop) % period]

@@ -1,0 +1,170 @@
+"""From what a config names to the datasets it trains on, evaluates on and tests on.
+
+Both doors: ``datasets`` with ``val_set_size`` (documents held out at random), and Megatron-LM's
+``data_path`` with ``split`` (documents in the order of their file, cut into three ranges).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+
+from longspan.config.data_rules import DEFAULT_SPLIT, Member, read_blend, read_split
+from longspan.config.schema import DatasetConfig, TrainConfig
+from longspan.data.blend import BlendedDataset
+from longspan.data.indexed import IndexedDataset
+from longspan.data.loader import TokenDataset
+from longspan.data.mock import MockDocuments
+from longspan.data.samples import open_masks
+from longspan.errors import UserError
+
+PARTS = ("training", "evaluation", "test")
+
+Documents = IndexedDataset | MockDocuments
+
+
+class DocumentRange:
+    """Documents ``[first, last)`` of a file, as a file of their own."""
+
+    def __init__(self, file: Documents, first: int, last: int):
+        self.file, self.first = file, first
+        self.document_lengths = file.document_lengths[first:last]
+
+    def __len__(self) -> int:
+        return len(self.document_lengths)
+
+    def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self.file.read(self.first + document, start, stop)
+
+
+def named_files(config: TrainConfig) -> list[tuple[str, Documents]]:
+    """Everything a prepared config reads from, each file once, with the name it is given by."""
+    if config.mock_data:
+        return [("mock_data", _mock(config))]
+    if config.datasets:
+        sources = [*config.datasets, *config.test_datasets]
+        return [(source.path, IndexedDataset(source.prepared or source.path)) for source in sources]
+    paths = (m.path for name in ("data_path", *_OWN.values()) for m in _members(config, name))
+    return [(path, IndexedDataset(path)) for path in dict.fromkeys(paths)]
+
+
+def open_parts(config: TrainConfig) -> tuple[TokenDataset, TokenDataset | None, TokenDataset | None]:
+    """The training, the evaluation and the test set of a prepared config; None for one there is not.
+
+    Raises:
+        UserError: a file is missing or broken, or a part that was asked for has no document.
+    """
+    if config.datasets:
+        train = _axolotl(config, config.datasets, "train")
+        if config.test_datasets:
+            return train, _axolotl(config, config.test_datasets, "whole"), None
+        return (
+            train,
+            _axolotl(config, config.datasets, "validation") if config.val_set_size > 0 else None,
+            None,
+        )
+    if config.train_data_path is not None:
+        train, valid, test = (
+            _blend(config, part, [(m, IndexedDataset(m.path)) for m in _members(config, name)])
+            for part, name in _OWN.items()
+        )
+    else:
+        train, valid, test = _split(config)
+    assert train is not None
+    return train, valid, test
+
+
+def split_ranges(documents: int, shares: list[float]) -> list[tuple[int, int]]:
+    """The (first, last) document of each part: the sums of the shares, rounded to documents, as Megatron-LM rounds."""
+    ends = [round(sum(shares[:i]) * documents) for i in range(len(shares) + 1)]
+    return list(pairwise(ends))
+
+
+#: part -> the key that names its own files
+_OWN = dict(zip(PARTS, ("train_data_path", "valid_data_path", "test_data_path")))
+
+
+def _mock(config: TrainConfig) -> MockDocuments:
+    assert config.vocab_size is not None
+    return MockDocuments(config.vocab_size, config.sequence_len, config.seed)
+
+
+def _members(config: TrainConfig, name: str) -> list[Member]:
+    values = getattr(config, name)
+    return read_blend(name, values) if values else []
+
+
+def _make(config: TrainConfig, files: list, **split) -> TokenDataset:
+    return TokenDataset(
+        files, config.sequence_len, config.seed, sample_packing=config.sample_packing, **split
+    )
+
+
+def _axolotl(config: TrainConfig, sources: list[DatasetConfig], split: str) -> TokenDataset:
+    prefixes = [source.prepared or source.path for source in sources]
+    files = [(IndexedDataset(prefix), open_masks(prefix)) for prefix in prefixes]
+
+    def make(files: list) -> TokenDataset:
+        return _make(
+            config,
+            [file for file, _ in files],
+            masks=[mask for _, mask in files],
+            split=split,
+            val_set_size=config.val_set_size,
+            excess_length_strategy=config.excess_length_strategy,
+        )
+
+    weights = [None if s.weight is None else Fraction(str(s.weight)) for s in sources]
+    return _mix(files, weights, make, held_out=split != "train")
+
+
+def _split(config: TrainConfig) -> list[TokenDataset | None]:
+    shares = read_split(config.split or DEFAULT_SPLIT)
+    members = [Member("mock_data", None)] if config.mock_data else _members(config, "data_path")
+    files = [_mock(config)] if config.mock_data else [IndexedDataset(m.path) for m in members]
+    ranges = [split_ranges(len(file), shares) for file in files]
+    parts = []
+    for i, part in enumerate(PARTS):
+        cut = [(m, DocumentRange(file, *r[i])) for m, file, r in zip(members, files, ranges)]
+        made = _blend(config, part, cut)
+        if made is None and shares[i] > 0 and (config.split is not None or i == 0):
+            counts = ", ".join(f"{len(file)} of {m.path}" for m, file in zip(members, files))
+            raise UserError(
+                f"split {config.split or DEFAULT_SPLIT!r} leaves no document with a token in it for {part} (documents: {counts}). "
+                f"{'Give training a larger share' if i == 0 else f'Give {part} a larger share, or 0'}, or give more documents."
+            )
+        parts.append(made)
+    return parts
+
+
+def _blend(
+    config: TrainConfig, part: str, files: list[tuple[Member, Documents | DocumentRange]]
+) -> TokenDataset | None:
+    """A part's files mixed. A file without a token is left out of an evaluation, and refused where it has a weight to train by."""
+    full = [(member, file) for member, file in files if file.document_lengths.any()]
+    empty = [member.path for member, file in files if not file.document_lengths.any()]
+    if empty and full and part == "training" and files[0][0].weight is not None:
+        raise UserError(
+            f"{', '.join(empty)}: no document with a token in it for training, but a weight in the blend. Leave it out, or give "
+            "training a larger share of split."
+        )
+    if not full:
+        if part in _OWN and getattr(config, _OWN[part]) is not None:
+            raise UserError(f"{_OWN[part]}: no document with a token in it.")
+        return None
+    weights = [member.weight for member, _ in full]
+    return _mix(
+        [file for _, file in full], weights, lambda some: _make(config, some), held_out=part != "training"
+    )
+
+
+def _mix(
+    files: list, weights: list[Fraction | None], make: Callable[[list], TokenDataset], held_out: bool
+) -> TokenDataset:
+    """One dataset of all files, or, by weights, one of each, blended."""
+    if len(files) == 1 or weights[0] is None:
+        return make(files)
+    return BlendedDataset([make([file]) for file in files], [w for w in weights if w is not None], held_out)

@@ -1,0 +1,98 @@
+"""The two ends of a model: token ids (and learned positions) in, logits or losses out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from longspan.config.model import TransformerConfig, padded_vocab_size
+from longspan.mesh.mesh import ProcessGroupCollection
+from longspan.tensor_parallel.cross_entropy import linear_cross_entropy
+from longspan.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding, local
+from longspan.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+
+
+class Embedding(nn.Module):
+    """Token ids [b, s] -> [s, b, h] (with sequence parallelism [s/tp, b, h]).
+
+    With ``learned_absolute`` positions, a table of one row a position is added. It is cut over
+    tensor parallel ranks as the vocabulary is and padded as it is, so both are one sum.
+
+    Args:
+        positions: rows of the table of learned positions; None for a model that has none.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vocab_size: int,
+        pg_collection: ProcessGroupCollection,
+        positions: int | None = None,
+    ):
+        super().__init__()
+        kwargs = {
+            "reduce_scatter_embeddings": config.sequence_parallel,
+            "tp_group": pg_collection.tp_mesh,
+        }
+        h = config.hidden_size
+        self.word_embeddings = VocabParallelEmbedding(padded_vocab_size(vocab_size), h, config, **kwargs)
+        self.positions = positions
+        self.position_embeddings = (
+            None
+            if positions is None
+            else VocabParallelEmbedding(padded_vocab_size(positions), h, config, **kwargs)
+        )
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """position_ids [s] or [b, s]: each row's place in its document; read with learned positions only."""
+        words = self.word_embeddings
+        found = words.look_up(input_ids)
+        if self.position_embeddings is not None:
+            assert position_ids is not None
+            beyond = (
+                position_ids >= self.positions
+            )  # a row of the padding is none: it fails as at any other size
+            places = position_ids.masked_fill(beyond, self.position_embeddings.num_embeddings)
+            found = found + self.position_embeddings.look_up(places.to(input_ids.device))
+        out = words.leave(found)
+        if not words.reduce_scatter_embeddings:
+            out = out.transpose(0, 1).contiguous()
+        return out
+
+
+class OutputLayer(ColumnParallelLinear):
+    """Hidden states -> logits, or each token's loss without ever holding all logits.
+
+    The vocabulary is padded to a multiple of 128; padding takes no part in the loss, and
+    its logits are -inf where a rank's columns hold them.
+    """
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, pg_collection: ProcessGroupCollection):
+        super().__init__(
+            config.hidden_size,
+            padded_vocab_size(vocab_size),
+            config,
+            bias=False,
+            tp_group=pg_collection.tp_mesh,
+        )
+        self.vocab_size = vocab_size
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, parallel_output: bool = True) -> Tensor:
+        x = self.enter(hidden)
+        if labels is not None:
+            loss = linear_cross_entropy(
+                x.reshape(-1, x.shape[-1]),
+                local(self.weight),
+                labels.t().reshape(-1),
+                vocab_size=self.vocab_size,
+                group=self.tp_group,
+            )
+            return loss.view(x.shape[:2]).t()
+        logits = self.project(x).transpose(0, 1)
+        if self.tp_size == 1:
+            return logits[..., : self.vocab_size]
+        if not parallel_output:
+            return gather_from_tensor_model_parallel_region(logits, self.tp_group)[..., : self.vocab_size]
+        width = logits.shape[-1]
+        padding = torch.arange(width, device=logits.device) + self.tp_rank * width >= self.vocab_size
+        return logits.masked_fill(padding, float("-inf"))

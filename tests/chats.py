@@ -1,0 +1,60 @@
+"""Tokenizers and chats for tests of samples."""
+
+import json
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|end|>", "<|user|>", "<|assistant|>"]
+SPECIAL += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+TEXTS = [
+    "user assistant system [INST] what is the capital of France [/INST] The capital is Paris. Hello there, how are you?",
+    "Below is an instruction that describes a task. ### Instruction: ### Response: two plus two is four  \n\n is",
+]
+
+
+def write_tokenizer(folder, kind="bytes", begin=True, **settings):
+    """A small tokenizer in a Hugging Face folder.
+
+    Args:
+        kind: "bytes" as Llama 3's and Qwen's, "pieces" as Llama 2's and Mistral's.
+        begin: put <s> in front, by the post-processor.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "bytes":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        alphabet = [chr(c) for c in range(33, 127)] + ["▁", "\n"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=SPECIAL, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    processor = [processors.ByteLevel(trim_offsets=True)] if kind == "bytes" else []
+    if begin:
+        processor.append(processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)]))
+    tokenizer.post_processor = processors.Sequence(processor)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    } | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def chat(*contents, system=None):
+    """Messages of user and assistant in turn."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def write_lines(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path

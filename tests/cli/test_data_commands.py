@@ -1,0 +1,135 @@
+"""longspan prepare and longspan merge by Megatron-LM's flags."""
+
+import json
+
+import pytest
+from tokenizers import ByteLevelBPETokenizer
+
+from longspan.cli.main import main
+from longspan.data import IndexedDataset, load_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        records = [{"text": f"the cat {i} of {name}\n" * 5, "title": f"cat {i}"} for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(["the cat"], 300, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer.save_model(".")
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    code = main(list(map(str, arguments)))
+    return code, capsys.readouterr()
+
+
+GPT2 = ("--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", "vocab.json", "--merge-file", "merges.txt")
+
+
+def test_prepare_by_megatrons_flags(folder, capsys):
+    code, said = run(
+        capsys, "prepare", "--input", "*.jsonl", "--output-prefix", "out/p", "--json-keys", "text", "title",
+        "--workers", 2, "--append-eod", "--log-interval", 10, "--partitions", 4, *GPT2,
+    )  # fmt: skip
+    assert code == 0, said.err
+    assert "without effect here: --partitions" in said.err
+    assert "processed 40 documents" in said.err
+    assert "40 documents" in said.out
+    text, title = IndexedDataset("out/p_text_document"), IndexedDataset("out/p_title_document")
+    assert len(text) == len(title) == 40
+    tokenizer = load_tokenizer(next((folder / "out" / "p_tokenizer").iterdir()))
+    end = tokenizer.token_to_id("<|endoftext|>")
+    assert tokenizer.decode(title.read(21)[:-1].tolist()) == "cat 1"
+    assert title.read(21)[-1] == end
+
+
+def test_prepare_numbers(folder, capsys):
+    (folder / "n.jsonl").write_text('{"text": "1 2 3"}\n')
+    null = ("--tokenizer-type", "NullTokenizer", "--vocab-size", 10)
+    assert run(capsys, "prepare", "--input", "n.jsonl", "--output-prefix", "n", *null)[0] == 0
+    assert IndexedDataset("n_text_document").read(0).tolist() == [1, 2, 3, 10]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--inptu", "one.jsonl", "--output-prefix", "x", *GPT2],
+            "--inptu: unknown option. Did you mean --input?",
+        ),
+        (
+            ["--input", "one.jsonl", "--output-prefix", "x", "--json-kyes", "t", *GPT2],
+            "Did you mean --json-keys?",
+        ),
+        (["--input", "one.jsonl", "--output-prefix", "x"], "give one of --tokenizer FOLDER"),
+        (["--input", "one.jsonl", *GPT2], "--output-prefix is missing"),
+        (["--input", "one.jsonl", "--output-prefix", "x", "--vocab-file", "v"], "Give both"),
+        (
+            ["--input", "one.jsonl", "--output-prefix", "x", "--tokenizer", "t", *GPT2],
+            "another tokenizer than the one",
+        ),
+        (
+            ["--input", "one.jsonl", "--output-prefix", "x", "--tokenizer-type", "NullTokenizer"],
+            "needs --vocab-size",
+        ),
+        (
+            ["--input", "one.jsonl", "--output-prefix", "x", "--keep-newlines", *GPT2],
+            "goes with --split-sentences",
+        ),
+        (["--input", "one.jsonl", "--output-prefix", "x", "--workers", "many", *GPT2], "--workers 'many'"),
+        (["--input", "one.jsonl", "--output-prefix", "x", "--json-keys", *GPT2], "--json-keys needs a value"),
+        (
+            ["--input", "one.jsonl", "--output-prefix", "x", "--vocab-size", "9", *GPT2],
+            "smaller than the tokenizer's",
+        ),
+        (
+            ["--input", "one.jsonl", "--output-prefix", "x", "--tokenizer-type", "TikTokenizer"],
+            "is not supported",
+        ),
+    ],
+)
+def test_prepare_refuses(folder, capsys, arguments, message):
+    code, said = run(capsys, "prepare", *arguments)
+    assert code == 2
+    assert message in said.err, said.err
+    assert not list(folder.glob("x_*document*"))
+
+
+def test_merge(folder, capsys):
+    for name in ("one", "two"):
+        args = ("--input", f"{name}.jsonl", "--output-prefix", f"parts/{name}", *GPT2)
+        assert run(capsys, "prepare", *args)[0] == 0
+    code, said = run(capsys, "merge", "--input", "parts", "--output-prefix", "whole")
+    assert code == 0, said.err
+    assert "2 files, 40 documents" in said.out
+    whole, two = IndexedDataset("whole"), IndexedDataset("parts/two_text_document")
+    assert whole.read(39).tolist() == two.read(19).tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--input", "texts", "--output-prefix", "x", "--json-keys", "text", "--split-sentences"],
+            "--json-keys, --split-sentences: that is longspan prepare",
+        ),
+        (["--input", ".", "--output-perfix", "x"], "Did you mean --output-prefix?"),
+        (["--input", "."], "--output-prefix is missing"),
+        (["--input", ".", "--output-prefix", "x"], "no .bin/.idx pair in this folder"),
+        (["--input", ".", "--output-prefix", "x", "--multimodal"], "only tokens are"),
+    ],
+)
+def test_merge_refuses(folder, capsys, arguments, message):
+    code, said = run(capsys, "merge", *arguments)
+    assert code == 2
+    assert message in said.err, said.err
+
+
+def test_merge_does_not_write_among_its_inputs(folder, capsys):
+    assert run(capsys, "prepare", "--input", "one.jsonl", "--output-prefix", "parts/one", *GPT2)[0] == 0
+    code, said = run(capsys, "merge", "--input", "parts", "--output-prefix", "parts/all")
+    assert code == 2
+    assert "lies in --input" in said.err

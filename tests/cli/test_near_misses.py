@@ -1,0 +1,86 @@
+"""A typo gets the right near miss, at both doors."""
+
+import pytest
+
+from longspan.config.load import make_config
+from longspan.config.megatron import parse_megatron_flags
+
+KEYS = {
+    "contxt_parallel_size": "context_parallel_size",
+    "context_paralel_size": "context_parallel_size",
+    "tensor_parallel_sise": "tensor_parallel_size",
+    "tensor_paralel_size": "tensor_parallel_size",
+    "dp_shard_sizes": "dp_shard_size",
+    "dp_replicat_size": "dp_replicate_size",
+    "micro_batchsize": "micro_batch_size",
+    "micro_bath_size": "micro_batch_size",
+    "gradient_acumulation_steps": "gradient_accumulation_steps",
+    "gradient_checkpoint": "gradient_checkpointing",
+    "sequence_lenght": "sequence_len",
+    "seqence_len": "sequence_len",
+    "sample_packin": "sample_packing",
+    "learning_rat": "learning_rate",
+    "learing_rate": "learning_rate",
+    "lr_schedular": "lr_scheduler",
+    "warmup_step": "warmup_steps",
+    "warmup_ration": "warmup_ratio",
+    "max_step": "max_steps",
+    "max_gradnorm": "max_grad_norm",
+    "num_epoch": "num_epochs",
+    "output_dirs": "output_dir",
+    "ouput_dir": "output_dir",
+    "logging_step": "logging_steps",
+    "save_step": "save_steps",
+    "flash_atention": "flash_attention",
+    "optimiser": "optimizer",
+    "basemodel": "base_model",
+    "dataset": "datasets",
+    "fsdp_versoin": "fsdp_version",
+}
+FLAGS = {
+    "--tensor-model-paralel-size": "--tensor-model-parallel-size",
+    "--tensor-model-parallel-sise": "--tensor-model-parallel-size",
+    "--context-paralell-size": "--context-parallel-size",
+    "--context-parallel-siz": "--context-parallel-size",
+    "--pipline-model-parallel-size": "--pipeline-model-parallel-size",
+    "--cp-com-type": "--cp-comm-type",
+    "--hierachical-context-parallel-sizes": "--hierarchical-context-parallel-sizes",
+    "--hybrid-context-paralel": "--hybrid-context-parallel",
+    "--max-seqlen-per-dp-cp-ranks": "--max-seqlen-per-dp-cp-rank",
+    "--sequence-paralel": "--sequence-parallel",
+    "--num-layer": "--num-layers",
+    "--hiden-size": "--hidden-size",
+    "--num-attention-head": "--num-attention-heads",
+    "--ffn-hiden-size": "--ffn-hidden-size",
+    "--seq-lenght": "--seq-length",
+    "--max-positon-embeddings": "--max-position-embeddings",
+    "--micro-batchsize": "--micro-batch-size",
+    "--global-bath-size": "--global-batch-size",
+    "--train-iter": "--train-iters",
+    "--min-lrs": "--min-lr",
+    "--lr-decay-styl": "--lr-decay-style",
+    "--weight-decays": "--weight-decay",
+    "--clip-gradd": "--clip-grad",
+    "--adam-beta3": "--adam-beta2",
+    "--init-methodstd": "--init-method-std",
+    "--recompute-activation": "--recompute-activations",
+    "--save-intervall": "--save-interval",
+    "--log-intervall": "--log-interval",
+    "--tensorboard-dirs": "--tensorboard-dir",
+    "--untie-embedings-and-output-weights": "--untie-embeddings-and-output-weights",
+}
+
+
+def test_there_are_thirty_of_each():
+    assert len(KEYS) == len(FLAGS) == 30
+
+
+@pytest.mark.parametrize(("typo", "right"), KEYS.items())
+def test_keys(typo, right):
+    assert f"{typo}: unknown key. Did you mean {right}?" in make_config({typo: 1}).problems
+
+
+@pytest.mark.parametrize(("typo", "right"), FLAGS.items())
+def test_flags(typo, right):
+    reading, _ = parse_megatron_flags([typo, "2"])
+    assert f"{typo}: unknown option. Did you mean {right}?" in reading.problems

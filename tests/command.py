@@ -1,0 +1,146 @@
+"""``longspan`` commands as a user meets them, without paying two seconds of imports for each.
+
+    done = run("train", "config.yaml", cwd=folder)       returncode, stdout, stderr
+    process = start("train", "config.yaml", cwd=folder)  pid, poll(), wait(); a process group of its own
+
+One server process imports what the commands need and forks once for each: working folder, environment, exit code and
+output are those of a process of its own. Processes that a command starts itself are started as always.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SERVED = "torch.distributed.checkpoint torch.distributed.fsdp longspan.cli.main longspan.training.session"
+
+
+class Command:
+    """A started command; its output is in files until it is read."""
+
+    def __init__(self, arguments, cwd, env):
+        self.folder = tempfile.TemporaryDirectory()
+        self.arguments = list(map(str, arguments))
+        request = {
+            "arguments": self.arguments,
+            "cwd": str(cwd),
+            "env": {**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})},
+            "folder": self.folder.name,
+        }
+        self.pid = _Server.get().fork(request)
+
+    def _file(self, name: str) -> str:
+        path = Path(self.folder.name, name)
+        return path.read_text() if path.exists() else ""
+
+    def poll(self) -> int | None:
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return int(self._file("code") or -signal.SIGKILL)  # one that was killed has left no code
+        return None
+
+    def wait(self, timeout: float = 240.0) -> subprocess.CompletedProcess:
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                os.killpg(self.pid, signal.SIGKILL)
+                raise TimeoutError(f"{self.arguments} ran over {timeout:.0f} s:\n{self.output}")
+            time.sleep(0.01)
+        return subprocess.CompletedProcess(
+            self.arguments, self.poll(), self._file("stdout"), self._file("stderr")
+        )
+
+    @property
+    def output(self) -> str:
+        return self._file("stdout") + self._file("stderr")
+
+
+def start(*arguments, cwd, env=None) -> Command:
+    """Starts ``longspan ARGUMENTS``."""
+    return Command(arguments, cwd, env)
+
+
+def run(*arguments, cwd, env=None, timeout: float = 240.0) -> subprocess.CompletedProcess:
+    """Runs ``longspan ARGUMENTS`` to its end."""
+    return start(*arguments, cwd=cwd, env=env).wait(timeout)
+
+
+class _Server:
+    """The process that forks."""
+
+    one: _Server | None = None
+
+    @classmethod
+    def get(cls) -> _Server:
+        if cls.one is None or cls.one.process.poll() is not None:
+            cls.one = cls()
+        return cls.one
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        atexit.register(self.process.kill)
+
+    def fork(self, request: dict) -> int:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+
+def _serve() -> None:
+    import importlib
+
+    for module in SERVED.split():
+        importlib.import_module(module)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a child: the kernel takes it away
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            _become(json.loads(line))
+        print(pid, flush=True)
+
+
+def _become(request: dict) -> None:
+    """The forked child: a ``longspan`` process."""
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(os.path.join(request["folder"], name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        setattr(sys, name, open(number, "w", buffering=1, closefd=False))  # noqa: SIM115
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    code = 1
+    try:
+        from longspan.cli.main import main
+
+        code = main(request["arguments"])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        Path(request["folder"], "code").write_text(str(code))
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,278 @@
+"""config.json as keys, keys as config.json, and the table of known architectures; no torch, no network."""
+
+import json
+
+import pytest
+
+from longspan.config.architecture import architecture_of, model_folder
+from longspan.config.hugging_face import FIELDS, export_problem, hugging_face_config, keys_of, windows_of
+from longspan.config.known_models import KNOWN_MODELS
+from longspan.config.load import architecture_config, make_config
+from longspan.config.resolve import architecture, resolve
+from longspan.errors import UserError
+
+SHAPE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 100,
+}
+
+
+def read(kind, **fields):
+    return keys_of({"model_type": kind, **SHAPE, **fields}, "config.json")
+
+
+def test_what_transformers_takes_where_a_field_is_missing():
+    assert read("llama")["layernorm_epsilon"] == 1e-6
+    assert read("llama")["rotary_base"] == 10000.0
+    assert read("qwen3")["kv_channels"] == 128
+    assert read("mistral")["sliding_window"] == 4096
+    assert "sliding_window" not in read("qwen2", sliding_window=16)
+    bare = {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}
+    assert "num_query_groups" not in keys_of({"model_type": "llama", **bare}, "x")
+    assert keys_of({"model_type": "mistral", **bare}, "x")["num_query_groups"] == 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        ({"max_window_layers": 3}, [None, None, None, 16]),
+        ({"max_window_layers": 0}, 16),
+        ({"max_window_layers": 28}, None),
+        ({}, None),  # transformers takes 28
+        ({"layer_types": ["sliding_attention", "full_attention"] * 2}, [16, None, 16, None]),
+        ({"use_sliding_window": False, "max_window_layers": 0}, None),
+        ({"sliding_window": None, "max_window_layers": 0}, None),
+    ],
+)
+def test_windows_of_qwen(fields, windows):
+    found = read("qwen2", **({"use_sliding_window": True, "sliding_window": 16} | fields))
+    assert found.get("sliding_window") == windows
+
+
+def test_rotary_fields_in_both_places():
+    assert read("llama", rope_theta=5e5)["rotary_base"] == 5e5
+    nested = read("llama", rope_parameters={"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0})
+    assert nested["rotary_base"] == 5e5
+    assert nested["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert "rope_scaling" not in read("llama", rope_scaling={"type": "default"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "words"),
+    [
+        ("phi3", {}, "model_type 'phi3'; supported: llama, mistral"),
+        ("llama", {"attention_bias": True}, "sets attention_bias: biases of query, key, value and output"),
+        ("llama", {"mlp_bias": True}, "sets mlp_bias: biases of the MLP alone"),
+        ("qwen3", {"attention_bias": True}, "sets attention_bias"),
+        ("llama", {"hidden_act": "gelu_new"}, "hidden_act 'gelu_new'.*gelu is the exact one"),
+        ("gpt2", {}, "activation_function 'gelu_new'"),
+        ("gpt2", {"activation_function": "gelu", "scale_attn_weights": False}, "scales attention"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: its weights are quantised"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ("qwen3", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "hold for all layers"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["linear_attention"] * 4},
+            "layers of type linear_attention",
+        ),
+    ],
+)
+def test_refusals(kind, fields, words):
+    with pytest.raises(UserError, match=words):
+        read(kind, **fields)
+
+
+def model(**changes):
+    """The keys of a model, as an export reads them."""
+    keys = read("llama", head_dim=16)
+    read_ = make_config(
+        keys | {"learning_rate": 0, "datasets": [{"path": "x"}], "sequence_len": 64} | changes
+    )
+    assert not read_.problems, read_.problems
+    return architecture(read_.config)
+
+
+GPT = {
+    "position_embedding_type": "learned_absolute",
+    "max_position_embeddings": 64,
+    "normalization": "LayerNorm",
+    "gated_linear_unit": False,
+    "activation_func": "gelu",
+    "add_bias_linear": True,
+    "num_query_groups": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({}, "llama"),
+        ({"add_bias_linear": True}, "llama"),
+        ({"sliding_window": 8}, "mistral"),
+        ({"sliding_window": [8, None]}, "ministral"),
+        ({"add_qkv_bias": True}, "qwen2"),
+        ({"add_qkv_bias": True, "sliding_window": [None, 8]}, "qwen2"),
+        ({"qk_layernorm": True}, "qwen3"),
+        ({"qk_layernorm": True, "sliding_window": 8}, "qwen3"),
+        (GPT, "gpt2"),
+        (GPT | {"activation_func": "relu"}, "gpt2"),
+    ],
+)
+def test_what_is_written_reads_back_the_same(changes, kind):
+    ours = model(**changes)
+    assert export_problem(ours) is None
+    written = json.loads(json.dumps(hugging_face_config(ours, "float32")))
+    assert written["model_type"] == kind
+    back = architecture(architecture_config(keys_of(written, "x"), ours["sequence_len"]))
+    assert windows_of(back) == windows_of(ours)
+    del back["sliding_window"], ours["sliding_window"]
+    longest = ours.pop("max_position_embeddings"), back.pop("max_position_embeddings")
+    assert longest[1] >= 64
+    for name in ("rotary_base",) if kind == "gpt2" else ():
+        ours.pop(name), back.pop(name)
+    assert back == ours
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"normalization": "LayerNorm"}, r"has normalization LayerNorm \(needs RMSNorm\)"),
+        ({"gated_linear_unit": False}, r"gated_linear_unit false \(needs true\)"),
+        ({"position_embedding_type": "none"}, "position_embedding_type none"),
+        ({"sliding_window": [3, 5]}, "windows of different sizes"),
+        ({"qk_layernorm": True, "add_qkv_bias": True}, "add_qkv_bias with qk_layernorm has no"),
+        ({"add_bias_linear": True, "sliding_window": 8}, "Mistral has no biases"),
+        (GPT | {"num_query_groups": 2}, r"GPT-2, which has no place for num_query_groups 2 \(needs 4\)"),
+        (GPT | {"normalization": "RMSNorm"}, "no place for normalization RMSNorm"),
+    ],
+)
+def test_models_without_an_architecture(changes, words):
+    import re
+
+    problem = export_problem(model(**changes))
+    assert re.search(words, problem), problem
+    values = read("llama") | {"learning_rate": 0, "datasets": [{"path": "x"}], "sequence_len": 64} | changes
+    with pytest.raises(UserError, match="Set export_hf: false"):
+        resolve(make_config(values).config, 1)
+    resolve(make_config(values | {"export_hf": False}).config, 1)
+
+
+# --- the table -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+def test_every_known_model_is_one(name):
+    config = architecture_config(architecture_of(name))
+    fields = architecture(resolve(config, 1).config)
+    assert set(fields) == set(FIELDS)
+    assert fields["hidden_size"] % 64 == 0
+    assert fields["vocab_size"] >= 32000
+    assert export_problem(fields) is None
+
+
+#: parameters in billions, as the models' own pages give them
+SIZES = {
+    "meta-llama/Llama-2-7b-hf": 6.74,
+    "meta-llama/Llama-2-13b-hf": 13.02,
+    "meta-llama/Llama-2-70b-hf": 68.98,
+    "meta-llama/Meta-Llama-3-8B": 8.03,
+    "meta-llama/Llama-3.1-8B-Instruct": 8.03,
+    "meta-llama/Llama-3.1-70B": 70.55,
+    "meta-llama/Llama-3.1-405B": 405.85,
+    "meta-llama/Llama-3.2-1B": 1.24,
+    "meta-llama/Llama-3.2-3B": 3.21,
+    "mistralai/Mistral-7B-v0.1": 7.24,
+    "mistralai/Mistral-7B-v0.3": 7.25,
+    "Qwen/Qwen2.5-0.5B": 0.49,
+    "Qwen/Qwen2.5-1.5B": 1.54,
+    "Qwen/Qwen2.5-3B": 3.09,
+    "Qwen/Qwen2.5-7B": 7.62,
+    "Qwen/Qwen2.5-14B": 14.77,
+    "Qwen/Qwen2.5-32B": 32.76,
+    "Qwen/Qwen2.5-72B-Instruct": 72.71,
+    "Qwen/Qwen3-0.6B": 0.60,
+    "Qwen/Qwen3-1.7B": 1.72,
+    "Qwen/Qwen3-4B": 4.02,
+    "Qwen/Qwen3-8B": 8.19,
+    "Qwen/Qwen3-14B": 14.77,
+    "Qwen/Qwen3-32B": 32.76,
+    "HuggingFaceTB/SmolLM2-135M": 0.135,
+    "HuggingFaceTB/SmolLM2-1.7B": 1.71,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_figures_give_the_published_number_of_parameters(name):
+    a = architecture(resolve(architecture_config(architecture_of(name)), 1).config)
+    h, d, heads, groups = a["hidden_size"], a["kv_channels"], a["num_attention_heads"], a["num_query_groups"]
+    layer = h * d * (2 * heads + 2 * groups) + 3 * h * a["ffn_hidden_size"] + 2 * h
+    layer += d * (heads + 2 * groups) if a["add_qkv_bias"] else 0
+    total = a["num_layers"] * layer + h + a["vocab_size"] * h * (1 if a["tie_word_embeddings"] else 2)
+    assert total / 1e9 == pytest.approx(SIZES[name], abs=0.006 if SIZES[name] < 100 else 0.01)
+
+
+def test_a_folder_of_that_name_comes_before_the_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "meta-llama" / "Llama-3.1-8B"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **SHAPE}))
+    assert architecture_of("meta-llama/Llama-3.1-8B")["hidden_size"] == 64
+
+
+def test_weights_that_cannot_be_had(monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*_, **__):
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(
+        UserError, match=r"hf download Qwen/Qwen3-8B --local-dir Qwen3-8B.*reinit_weights: true"
+    ):
+        model_folder("Qwen/Qwen3-8B")
+    with pytest.raises(UserError, match="hf download some/model"):
+        architecture_of("some/model")
+
+
+# --- positions -------------------------------------------------------------------------------
+
+
+def resolved(**changes):
+    values = read("llama") | {
+        "learning_rate": 0,
+        "datasets": [{"path": "x"}],
+        "max_position_embeddings": None,
+    }
+    made = make_config(values | changes)
+    assert not made.problems, made.problems
+    return resolve(made.config, 1)
+
+
+def test_a_sequence_beyond_the_positions_is_refused():
+    for kind, what in (("rope", "is made for"), ("learned_absolute", "has a learned row for")):
+        with pytest.raises(
+            UserError, match=rf"sequence_len 64 is larger than max_position_embeddings 32.*{what}"
+        ):
+            resolved(
+                sequence_len=64, max_position_embeddings=32, position_embedding_type=kind, export_hf=False
+            )
+    learned = resolved(sequence_len=64, position_embedding_type="learned_absolute", export_hf=False)
+    assert learned.transformer_config().max_position_embeddings == 64
+
+
+def test_a_longer_sequence_than_base_models_is_an_extension():
+    base = {"base_model": "meta-llama/Meta-Llama-3-8B", "learning_rate": 0, "datasets": [{"path": "x"}]}
+    yarn = base | {"sequence_len": 20000, "rope_scaling": {"rope_type": "yarn", "factor": 4}}
+    config = resolve(make_config(yarn).config, 1).config
+    assert config.rope_scaling["original_max_position_embeddings"] == 8192
+    assert config.max_position_embeddings == 20000
+    assert hugging_face_config(architecture(config), "bfloat16")["max_position_embeddings"] == 32768
+    again = resolve(make_config(config.model_dump()).config, 1).config  # as a worker reads the resolved file
+    assert again == config
+    same = resolve(make_config(base | {"sequence_len": 4096}).config, 1).config
+    assert same.max_position_embeddings == 8192
