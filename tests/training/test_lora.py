@@ -184,6 +184,7 @@ LAYOUTS = {
     "tp2": (2, {"tensor_parallel_size": 2}),
     "tp2, no sequence parallelism": (2, {"tensor_parallel_size": 2, "sequence_parallel": False}),
     "cp2": (2, {"context_parallel_size": 2}),
+    "tp2, tiled": (2, {"tensor_parallel_size": 2, "tiled_mlp": True, "tiled_mlp_num_shards": 3}),
     "cp3, recompute": (3, {"context_parallel_size": 3, "gradient_checkpointing": True}),
     "dp_shard2 x cp2": (4, {"dp_shard_size": 2, "context_parallel_size": 2}),
     "dp_replicate2 x dp_shard2": (4, {"dp_replicate_size": 2, "dp_shard_size": 2}),
