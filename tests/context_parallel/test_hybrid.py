@@ -45,7 +45,7 @@ def random_batch(g):
     if max_tokens == 5:  # tiny
         lengths = [g.randint(1, longest) for _ in range(g.randint(1, 6))]
     elif kind < 0.5:  # long-tailed
-        lengths = [int(g.lognormvariate(6, 1.5)) + 1 for _ in range(g.randint(1, 100))]
+        lengths = [int(g.lognormvariate(6, 1.5)) + 1 for _ in range(g.randint(1, 40))]
     elif kind < 0.75:
         lengths = [g.randint(1, longest) for _ in range(g.randint(1, 12))]
     else:  # exactly full

@@ -209,8 +209,8 @@ class Counter:
     def __enter__(self) -> Counter:
         return self
 
-    def __exit__(self, *_) -> None:
-        if self.seen[0]:
+    def __exit__(self, kind=None, *_) -> None:
+        if kind is None and self.seen[0]:
             start = "\r" if self.live else ""
             print(
                 f"{start}tokenised {self.what}: {self.seen[0]:,} documents, {self.seen[1]:,} tokens",

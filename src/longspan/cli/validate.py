@@ -82,7 +82,7 @@ def check(name: str, reading: Reading, world: int | None) -> dict[str, Any]:
         return result
     if is_elsewhere(config.base_model):
         try:
-            architecture_of(config.base_model)
+            architecture_of(config.base_model, network=False)
         except UserError:
             bad.add("base_model")
             not_checked.append(

@@ -12,8 +12,11 @@ from longspan.config.known_models import known_model
 from longspan.errors import UserError
 
 
-def model_file(base_model: str, name: str) -> Path:
+def model_file(base_model: str, name: str, network: bool = True) -> Path:
     """A file of a model: in a local folder, or fetched from the hub for an id such as ``org/name``.
+
+    Args:
+        network: False takes what an earlier run fetched, and asks nobody.
 
     Raises:
         UserError: it is in neither.
@@ -25,7 +28,7 @@ def model_file(base_model: str, name: str) -> Path:
         try:
             from huggingface_hub import hf_hub_download
 
-            return Path(hf_hub_download(base_model, name))
+            return Path(hf_hub_download(base_model, name, local_files_only=not network))
         except Exception as error:  # offline, no such model, no access: the remedy is the same
             raise UserError(_not_fetched(base_model, name, error)) from None
     raise UserError(
@@ -68,7 +71,7 @@ def model_folder(base_model: str) -> Path:
         raise UserError(_not_fetched(base_model, "its weights", error) + remedy) from None
 
 
-def model_config(base_model: str) -> tuple[dict[str, Any], str]:
+def model_config(base_model: str, network: bool = True) -> tuple[dict[str, Any], str]:
     """What a model's ``config.json`` holds, and its name for messages: from a folder, the table, or the hub.
 
     Raises:
@@ -76,7 +79,7 @@ def model_config(base_model: str) -> tuple[dict[str, Any], str]:
     """
     if not Path(base_model).exists() and (known := known_model(base_model)) is not None:
         return known, f"the known architecture of {base_model}"
-    path = model_file(base_model, "config.json")
+    path = model_file(base_model, "config.json", network)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -86,10 +89,13 @@ def model_config(base_model: str) -> tuple[dict[str, Any], str]:
     return data, str(path)
 
 
-def architecture_of(base_model: str) -> dict[str, Any]:
+def architecture_of(base_model: str, network: bool = True) -> dict[str, Any]:
     """The architecture keys of a model; of a known one without its folder and without a network.
+
+    Args:
+        network: as in :func:`model_file`.
 
     Raises:
         UserError: no such folder, no config.json, or a model that is not supported.
     """
-    return keys_of(*model_config(base_model))
+    return keys_of(*model_config(base_model, network))

@@ -79,7 +79,6 @@ FIELDS: dict[str, Foreign] = {
     "temperature": refused("Only text is trained on."),
     "skip": refused("Take a part of the data with split: train[1000:]."),
     "text_column": refused("It is field."),
-    "weight": refused("It is not supported here; blends are data_path: [weight, prefix, ...]."),
     **{
         name: refused("It belongs to the type: type: {field_instruction: ..., format: ...}.")
         for name in (

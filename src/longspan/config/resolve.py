@@ -176,7 +176,8 @@ def resolve(
         try:
             # what the file says itself wins over base_model, key by key
             given = {k for k in config.model_fields_set if getattr(config, k) is not None}
-            whole = architecture_of(config.base_model)
+            # what is known not to be at hand is not asked for again
+            whole = architecture_of(config.base_model, network="base_model" not in bad)
             base = {k: v for k, v in whole.items() if k not in given}
             config = TrainConfig.model_validate(config.model_dump(exclude_unset=True) | base)
             config = _longer(config, whole, given)

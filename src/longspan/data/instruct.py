@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from longspan.config.keys.data import DatasetConfig, InstructionType
 from longspan.data.chat import ChatTemplate, find_template
@@ -187,7 +187,7 @@ class Encoder:
     def _plain(self) -> Tokenizer:
         """The tokenizer with nothing behind it: a post-processor may cut white space off the tokens' places in the text."""
         plain = load_tokenizer(self.recipe.tokenizer)
-        plain.post_processor = None
+        plain.post_processor = processors.Sequence([])
         return plain
 
     @cached_property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import logging
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -40,8 +41,7 @@ def is_text(source: DatasetConfig) -> bool:
         return False
     path = Path(source.path)
     if not path.is_dir():
-        records = path.suffix.lower() in (".parquet", ".csv", ".arrow")
-        return source.path == STDLIB or (path.is_file() and not records)
+        return path.suffix.lower() not in (".parquet", ".csv", ".arrow") and not _on_hub(source)
     if _own_format(path) is not None:
         return False
     try:
@@ -143,6 +143,9 @@ def _library_records(source: DatasetConfig) -> Iterator[tuple[str, dict[str, Any
     _needs("datasets", f"{source.path!r} is read by the Hugging Face library")
     import datasets
 
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # it tells of each retry; one message is ours
     try:
         if _saved(source):
             data = datasets.load_from_disk(source.path)
