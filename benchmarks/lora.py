@@ -2,7 +2,7 @@
 
     python benchmarks/lora.py [--seq 1024] [--bf16] [--pairs 3] [--rank 16]
 
-A Llama of 98M parameters (12 layers, hidden 768, vocabulary 8192), one sequence a step, AdamW, no recomputation;
+A Llama of 36M parameters (8 layers, hidden 512, vocabulary 8192), one sequence a step, AdamW, no recomputation;
 adapters on all linear layers. One process of two threads each, which run by turns; memory is the largest resident
 memory of the process, libraries included.
 """
@@ -30,14 +30,14 @@ from longspan.mesh.mesh import close_distributed, init_distributed
 from longspan.training.adapters import parameter_counts
 from longspan.training.loop import Trainer
 
-VOCAB, STEPS = 8192, 3
+VOCAB, STEPS = 8192, 2
 
 
 def make_model(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 2048}
-    heads = {"num_attention_heads": 12, "num_key_value_heads": 4}
+    sizes = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1408}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes, **heads)).save_pretrained(folder)
 
 

@@ -140,6 +140,15 @@ def fused(cases):
         first = dist.get_rank(group) * (WIDTH // n)
         padding = torch.arange(first, first + WIDTH // n) >= vocab
         assert (w.grad[padding] == 0).all()
+        for weights in (
+            dloss,
+            torch.ones(T, dtype=torch.float64),
+        ):  # a frozen weight leaves the rest as it is
+            one, other = (h.detach().clone().requires_grad_() for _ in range(2))
+            for x, used in ((one, w), (other, w.detach())):
+                loss = linear_cross_entropy(x, used, target, vocab_size=vocab, group=group, chunk=chunk)
+                (loss * weights).sum().backward()
+            assert torch.equal(one.grad, other.grad)
 
 
 @pytest.mark.parametrize("world", WORLDS)

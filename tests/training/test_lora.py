@@ -184,6 +184,7 @@ LAYOUTS = {
     "tp2": (2, {"tensor_parallel_size": 2}),
     "tp2, no sequence parallelism": (2, {"tensor_parallel_size": 2, "sequence_parallel": False}),
     "cp2": (2, {"context_parallel_size": 2}),
+    "tp2, tiled": (2, {"tensor_parallel_size": 2, "tiled_mlp": True, "tiled_mlp_num_shards": 3}),
     "cp3, recompute": (3, {"context_parallel_size": 3, "gradient_checkpointing": True}),
     "dp_shard2 x cp2": (4, {"dp_shard_size": 2, "context_parallel_size": 2}),
     "dp_replicate2 x dp_shard2": (4, {"dp_replicate_size": 2, "dp_shard_size": 2}),
@@ -513,3 +514,45 @@ def skipped(prefix, base):
 
 def test_no_adapter_is_skipped(prefix, base):
     pool.run(1, skipped, prefix, base)
+
+
+def test_generate_reads_adapters(base, adapters, tmp_path):
+    """What the adapters write is what the merged model writes, and not what the base model does."""
+    import shutil
+    import subprocess
+    import sys
+
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    from longspan.cli import convert
+
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(tiny.VOCAB)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    folder = tmp_path / "adapters"
+    shutil.copytree(adapters, folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    convert.run(["--lora", str(folder), "--model", base, "--output", str(tmp_path / "merged")])
+    shutil.copytree(base, tmp_path / "base")
+    tokenizer.save(str(tmp_path / "base" / "tokenizer.json"))
+
+    def written(name):
+        command = [
+            sys.executable,
+            "-m",
+            "longspan",
+            "generate",
+            name,
+            "--prompt",
+            "w5 w6",
+            "--temperature",
+            "0",
+        ]
+        done = subprocess.run(
+            [*command, "--max-new-tokens", "8"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert written("adapters") == written("merged") != written("base")
