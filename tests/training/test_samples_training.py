@@ -285,6 +285,7 @@ def test_a_step_without_a_token_to_learn_gives_no_nan(data, tmp_path):
         "sample_packing": False,
         "weight_decay": 0.0,
     }
+    run_of(data, 1, **changes | {"context_parallel_size": 1})  # one process prepares; the ranks find it made
     assert pool.run(2, nothing_to_learn, data, changes)[0][:4] == (0.0, 0.0, 0, True)
     with pytest.raises(UserError, match="no token counts in the loss"):
         check_data(run_of(data, 1, **changes | {"context_parallel_size": 1}))
