@@ -251,9 +251,10 @@ class Checkpointer:
         dist.all_gather_object(told, trouble)
         found = next((text for text in told if text), None)
         if found:
+            free = shutil.disk_usage(final.parent).free / 2**20  # PyTorch does not say that a disk is full
             if self.first:
                 shutil.rmtree(self._partial(final), ignore_errors=True)
-            raise SaveError(f"cannot write {final}: {found}")
+            raise SaveError(f"cannot write {final}: {found} ({free:,.0f} MiB were free there)")
         return final
 
     def settle(self) -> None:
