@@ -133,3 +133,16 @@ def test_merge_does_not_write_among_its_inputs(folder, capsys):
     code, said = run(capsys, "merge", "--input", "parts", "--output-prefix", "parts/all")
     assert code == 2
     assert "lies in --input" in said.err
+
+
+def test_prepare_by_a_config_of_records_counts_its_samples(folder, capsys):
+    """It once took the unit of its counter for an interval, and ended in a traceback."""
+    records = [{"instruction": "add", "input": f"{i} and {i}", "output": str(2 * i)} for i in range(12)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "config.yaml").write_text(
+        "datasets: [{path: sums.jsonl, type: alpaca}]\nvocab_file: vocab.json\nmerge_file: merges.txt\n"
+        "num_layers: 1\nhidden_size: 8\nnum_attention_heads: 1\nsequence_len: 64\nmax_steps: 1\nlearning_rate: 1e-3\n"
+    )
+    code, said = run(capsys, "prepare", "config.yaml")
+    assert code == 0, said.err
+    assert "tokenised sums.jsonl: 12 samples" in said.err

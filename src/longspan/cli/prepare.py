@@ -183,7 +183,7 @@ def prepare_records(config: TrainConfig, source: DatasetConfig, folder: str | No
     recipe = Recipe.make(
         source, folder, config.train_on_inputs, config.chat_template, config.chat_template_jinja
     )
-    with Counter(source.path, "samples") if show else nullcontext() as counter:
+    with Counter(source.path, units="samples") if show else nullcontext() as counter:
         return prepare_samples(recipe, config.dataset_prepared_path, config.dataset_num_proc, counter)
 
 

@@ -181,11 +181,12 @@ def _write(
 
 
 class Counter:
-    """Shows documents and tokens while they are made: a live line on a terminal, else a line every ``interval``
-    documents (if given) and one at the end."""
+    """Shows documents (or other ``units``) and tokens while they are made: a live line on a terminal, else a line every
+    ``interval`` of them (if given) and one at the end."""
 
-    def __init__(self, what: str, interval: int | None = None):
+    def __init__(self, what: str, interval: int | None = None, units: str = "documents"):
         self.what, self.live, self.seen = what, sys.stderr.isatty() and interval is None, (0, 0)
+        self.units = units
         self.interval, self.shown, self.begun = interval, 0, time.monotonic()
         self.last = 0.0
 
@@ -194,7 +195,7 @@ class Counter:
         if self.live and time.monotonic() - self.last > 0.1:
             self.last = time.monotonic()
             print(
-                f"\rtokenising {self.what}: {documents:,} documents, {tokens:,} tokens",
+                f"\rtokenising {self.what}: {documents:,} {self.units}, {tokens:,} tokens",
                 end="",
                 file=sys.stderr,
             )
@@ -202,7 +203,7 @@ class Counter:
             self.shown = documents // self.interval
             rate = documents / max(time.monotonic() - self.begun, 1e-9)
             print(
-                f"processed {documents:,} documents, {tokens:,} tokens ({rate:,.0f} documents/s)",
+                f"processed {documents:,} {self.units}, {tokens:,} tokens ({rate:,.0f} {self.units}/s)",
                 file=sys.stderr,
             )
 
@@ -213,6 +214,6 @@ class Counter:
         if kind is None and self.seen[0]:
             start = "\r" if self.live else ""
             print(
-                f"{start}tokenised {self.what}: {self.seen[0]:,} documents, {self.seen[1]:,} tokens",
+                f"{start}tokenised {self.what}: {self.seen[0]:,} {self.units}, {self.seen[1]:,} tokens",
                 file=sys.stderr,
             )
