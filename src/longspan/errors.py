@@ -9,6 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+Problem = tuple[tuple[str, ...], str]
+"""What is wrong with a config: the keys it is about, and the message."""
+
 
 class UserError(ValueError):
     """Something the user can put right: a key, a flag, a file, a shape or a layout.

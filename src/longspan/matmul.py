@@ -76,7 +76,8 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x [.., k] @ weight [n, k]^T + bias``, as ``torch.nn.functional.linear``."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() < 2 or not x.numel():
+    plain = x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() < 2 or not x.numel()
+    if plain or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     y = _Linear.apply(x, weight)
     return y if bias is None else y + bias

@@ -116,6 +116,11 @@ def test_all_problems_come_at_once():
         ({"hybrid_context_parallel": True}, 1, "needs max_seqlen_per_dp_cp_rank"),
         ({"max_seqlen_per_dp_cp_rank": 64}, 1, "no effect without hybrid_context_parallel"),
         (
+            {"hierarchical_context_parallel_sizes": [2, 1], "context_parallel_size": 2},
+            2,
+            r"no effect without cp_comm_type: a2a\+p2p",
+        ),
+        (
             {"hybrid_context_parallel": True, "max_seqlen_per_dp_cp_rank": 64, "cp_comm_type": "a2a"},
             1,
             "'a2a' with hybrid_context_parallel: .* Use p2p or all_gather",

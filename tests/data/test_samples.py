@@ -1,5 +1,8 @@
 """Samples in a cache, and rows of them: whole, apart, with the labels of answers alone."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -83,7 +86,7 @@ def test_a_broken_record_leaves_nothing(tmp_path, folder):
     path = write_lines(tmp_path / "a.jsonl", [*RECORDS, {"instruction": "a"}])
     with pytest.raises(UserError, match="line 61: no field 'output'"):
         prepare_samples(recipe(path, folder), tmp_path / "cache")
-    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.name != ".lock"]
     write_lines(path, [])
     with pytest.raises(UserError, match="no record"):
         prepare_samples(recipe(path, folder), tmp_path / "cache")
@@ -116,6 +119,26 @@ def write(prefix, lengths, answers=None, first=1):
                 writer.add_document(np.array([0] * (length - answer) + [1] * answer, dtype=np.uint8))
         masks = open_masks(prefix)
     return IndexedDataset(prefix), masks
+
+
+def test_processes_that_come_at_once_find_what_one_makes(tmp_path, folder, monkeypatch, caplog):
+    """The second once met the first's token files before their masks. Locks of threads are as those of processes."""
+    path = write_lines(tmp_path / "a.jsonl", RECORDS)
+    made, write = [], samples._write_samples
+
+    def slowly(*arguments):
+        made.append(1)
+        time.sleep(0.3)
+        write(*arguments)
+
+    monkeypatch.setattr(samples, "_write_samples", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(
+            pool.map(lambda _: prepare_samples(recipe(path, folder), tmp_path / "cache", 1), range(4))
+        )
+    assert len(set(found)) == 1
+    assert len(made) == 1
+    assert "waiting for it" in caplog.text
 
 
 @pytest.fixture(scope="module")

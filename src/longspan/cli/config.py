@@ -43,6 +43,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     reading = read_config("config", rest, list(OPTIONS), problems)
     world = number(taken, "--num-processes", reading.problems)
+    assert reading.config is not None
     resolved = resolve(reading.config, world, bad_keys=reading.bad, earlier=reading.problems)
     config = resolved.config.model_copy(
         update={

@@ -79,6 +79,7 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
     """A checkpoint's weights -> a Hugging Face folder, tensor by tensor; its adapters -> a folder for PEFT."""
     import torch
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from longspan.config.hugging_face import FIELDS, export_problem, hugging_face_config
     from longspan.config.lora import Lora
@@ -101,6 +102,7 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
 
     def whole(name: str) -> torch.Tensor:
         about = metadata[f"model.{name}"]
+        assert isinstance(about, TensorStorageMetadata), name
         state = {"model": {name: torch.empty(about.size, dtype=about.properties.dtype)}}
         dcp.load(state, checkpoint_id=str(path), no_dist=True)
         return state["model"][name]

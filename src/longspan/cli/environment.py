@@ -10,8 +10,11 @@ from typing import Literal
 #: by which processes know that longspan, not torchrun, has started them
 RUN_ID = "longspan"
 
-SET, ADVISED, LEFT, UNREAD = "set by longspan", "advised", "left alone", "no effect"
 Fate = Literal["set by longspan", "advised", "left alone", "no effect"]
+SET: Fate = "set by longspan"
+ADVISED: Fate = "advised"
+LEFT: Fate = "left alone"
+UNREAD: Fate = "no effect"
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def work(run: Run, device_type: str, trials: int, result: Path) -> int:
     from longspan.training.evaluate import loss_by_position, needles
     from longspan.training.loop import Trainer
 
-    device = enter_world(device_type)
+    device = enter_world(run.config, device_type)
     trainer = Trainer(run, device)
     checkpoint = run.config.resume
     if checkpoint is not None:

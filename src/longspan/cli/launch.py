@@ -93,7 +93,7 @@ def _choose(config: TrainConfig, launch: Launch) -> tuple[str, int]:
     asked = launch.processes
     if under_torchrun():
         asked = int(os.environ["WORLD_SIZE"])
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", asked))
+        local: int | None = int(os.environ.get("LOCAL_WORLD_SIZE", asked))
     else:
         local = asked // launch.machines if asked else None
     if config.device == "cpu":

@@ -27,6 +27,7 @@ from longspan.config.schedule import training_steps
 from longspan.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import JustifyMethod
     from rich.table import Table
 
     from longspan.context_parallel.costs import Costs, LayerKind
@@ -180,7 +181,9 @@ def lengths_of_step(run: Run, step: int) -> list[int]:
     if step >= (steps := training_steps(run, len(data))):
         raise UserError(f"--step {step}: the config trains {steps} steps, so it is from 0 to {steps - 1}.")
     samples = data.global_batch(step, run.global_batch_size)[: run.micro_batch_size]
-    return make_batch([data.row(i) for i in samples], packed=True).cu_seqlens.diff().tolist()
+    pack = make_batch([data.row(i) for i in samples], packed=True)
+    assert pack.cu_seqlens is not None
+    return pack.cu_seqlens.diff().tolist()
 
 
 def make_layout(run: Run, lengths: Sequence[int], name: str) -> SequenceLayout:
@@ -209,7 +212,10 @@ def layer_kinds(run: Run, longest: int) -> list[LayerKind]:
         comm_type, window = model.comm_type_of_layer(layer), model.window_of_layer(layer)
         together = {"a2a": cp, "a2a+p2p": inner}.get(comm_type, 1) if cp > 1 else 1
         found[comm_type, window if window is not None and window < longest else None, together] += 1
-    return [LayerKind(*kind, count=count if len(found) > 1 else 1) for kind, count in found.items()]
+    return [
+        LayerKind(comm_type, window, together, count=count if len(found) > 1 else 1)
+        for (comm_type, window, together), count in found.items()
+    ]
 
 
 # --- the answer ---------------------------------------------------------------------------------
@@ -382,7 +388,7 @@ def table(title: str, columns: dict[str, Callable[[dict], str] | None], lines: l
     shown = {name: text for name, text in columns.items() if text}
     for name in shown:
         gives_way = name in ("tokens", "from")  # on a narrow terminal
-        justify = "left" if gives_way or name == "layout" else "right"
+        justify: JustifyMethod = "left" if gives_way or name == "layout" else "right"
         made.add_column(name, justify=justify, no_wrap=not gives_way, min_width=9 if gives_way else None)
     for line in lines:
         made.add_row(*(text(line) for text in shown.values()))

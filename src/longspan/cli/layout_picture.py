@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -126,7 +127,7 @@ def ribbon(axes: Axes, layout: SequenceLayout) -> None:
     for rank, s in strips(layout):
         axes.broken_barh([(s.start, s.stop - s.start)], (0, 1), color=palette[rank], linewidth=0.3)
         if layout.ranks <= NUMBERED and s.stop - s.start > total * 0.011:
-            look = dict(ha="center", va="center", color=ink_on(palette[rank]), fontsize=9)
+            look: dict[str, Any] = dict(ha="center", va="center", color=ink_on(palette[rank]), fontsize=9)
             axes.text((s.start + s.stop) / 2, 0.5, str(rank), **look)
     for start, stop in zip(bounds, bounds[1:]) if len(bounds) <= BORDERS else [(0, total)]:
         axes.broken_barh([(start, stop - start)], (1.12, 0.5), facecolor=PALE, edgecolor="white", linewidth=1)
@@ -225,7 +226,7 @@ def traffic(axes: Axes, costs: Costs, layers: Sequence[LayerKind]) -> None:
             axes.text(
                 owner, user, text, ha="center", va="center", fontsize=size, color="white" if dark else INK
             )
-        look = dict(x=P - 0.5 + 0.17 * P, ha="right", va="center", fontsize=max(size, 8))
+        look: dict[str, Any] = dict(x=P - 0.5 + 0.17 * P, ha="right", va="center", fontsize=max(size, 8))
         for user in range(P):
             axes.text(y=user, s=short(wire[user].sum(), 1_000_000), **look)
         axes.text(y=-0.5 - 0.035 * P, s="in all", **look)

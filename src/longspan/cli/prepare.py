@@ -44,6 +44,7 @@ def run(arguments: Sequence[str]) -> int:
     if any(argument.partition("=")[0] in FILE_OPTIONS for argument in arguments):
         return prepare_files(arguments)
     reading = read_config("prepare", arguments)
+    assert reading.config is not None
     config = resolve(reading.config, bad_keys=reading.bad, earlier=reading.problems).config
     config = prepare_config(config, show=True)
     for source in [*config.datasets, *config.test_datasets]:

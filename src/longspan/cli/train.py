@@ -202,7 +202,7 @@ def join(resolved: Run, device_type: str) -> int:
     return code
 
 
-def enter_world(device_type: str) -> torch.device:
+def enter_world(config: TrainConfig, device_type: str) -> torch.device:
     """Joins the process group as a launched process that finds its config ready; says where it computes."""
     import torch
 
@@ -210,7 +210,7 @@ def enter_world(device_type: str) -> torch.device:
 
     quiet_logs()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    init_distributed(device_type)
+    init_distributed(device_type, config.ddp_timeout)
     if device_type == "cuda":
         return torch.device(device_type, int(os.environ["LOCAL_RANK"]))
     return torch.device("cpu")

@@ -80,7 +80,7 @@ def check(name: str, reading: Reading, world: int | None) -> dict[str, Any]:
     config, bad, not_checked = reading.config, set(reading.bad), []
     if config is None:
         return result
-    if is_elsewhere(config.base_model):
+    if config.base_model is not None and is_elsewhere(config.base_model):
         try:
             architecture_of(config.base_model, network=False)
         except UserError:

@@ -162,6 +162,7 @@ def measure(run: Run, device, steps: int) -> dict:
     """Losses, gradient norms, evaluation and whole gradients of the first step (with adapters, whose A has none in the
     first step since B starts at zero, of the last). Collective."""
     import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
 
     from longspan.training.loop import Trainer
 
@@ -175,6 +176,7 @@ def measure(run: Run, device, steps: int) -> dict:
             for name, parameter in trainer.model.named_parameters():
                 if not parameter.requires_grad:
                     continue
+                assert isinstance(parameter.grad, DTensor)
                 whole = parameter.grad.full_tensor().cpu().clone()  # clipping works in place
                 if first:
                     result["gradients"][name] = whole
@@ -193,7 +195,7 @@ def work(runs: list[Run], device_type: str, steps: int, result: Path) -> int:
     from longspan.cli.train import enter_world
     from longspan.mesh.mesh import close_distributed
 
-    device = enter_world(device_type)
+    device = enter_world(runs[0].config, device_type)
     measured = [measure(run, device, steps) for run in runs]
     if dist.get_rank() == 0:
         torch.save(measured, result)

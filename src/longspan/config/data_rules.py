@@ -9,14 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from longspan.errors import UserError
+from longspan.errors import Problem, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from longspan.config.schema import TrainConfig
-
-Problem = tuple[tuple[str, ...], str]
 
 DEFAULT_SPLIT = "969,30,1"
 """Megatron-LM's, in parts of a thousand: training, evaluation, test."""
@@ -24,6 +22,9 @@ DEFAULT_SPLIT = "969,30,1"
 MOCK_VOCAB_SIZE = 32768
 
 PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+
+#: names of special tokens, as tokenizer_config.json has them
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -139,7 +140,9 @@ def data_problems(config: TrainConfig) -> list[Problem]:
             if getattr(config, name):
                 text = f"{name} goes with datasets; here ({doors[0]}) {rule}. Leave it out."
                 found.append(((name, doors[0]), text))
+    _held_out(config, found)
     _weights(config, found)
+    _templates(config, found)
     _tokenizer(config, found)
     return found
 
@@ -207,3 +210,41 @@ def _tokenizer(config: TrainConfig, found: list[Problem]) -> None:
             wrong(
                 "tokenizer_type vocab_size", f"tokenizer_type {kind} needs vocab_size: nothing else says it."
             )
+
+
+def _held_out(config: TrainConfig, found: list[Problem]) -> None:
+    if config.val_set_size > 1 and config.val_set_size != int(config.val_set_size):
+        found.append(
+            (
+                ("val_set_size",),
+                f"val_set_size {config.val_set_size}: below 1 it is a share of the documents, from 1 on a whole number of them.",
+            )
+        )
+    if config.test_datasets and config.val_set_size > 0:
+        found.append(
+            (
+                ("test_datasets", "val_set_size"),
+                f"test_datasets and val_set_size {config.val_set_size} are both given. Evaluate on one of them.",
+            )
+        )
+
+
+def _templates(config: TrainConfig, found: list[Problem]) -> None:
+    given: list[tuple[str, Any]] = [
+        ("", config),
+        *((f"datasets.{i}.", d) for i, d in enumerate(config.datasets)),
+    ]
+    given += [(f"test_datasets.{i}.", d) for i, d in enumerate(config.test_datasets)]
+    for place, where in given:
+        name, jinja = where.chat_template, where.chat_template_jinja
+        key = place.split(".")[0] or "chat_template"
+        if name == "jinja" and jinja is None:
+            text = f"{place}chat_template: jinja needs chat_template_jinja: the template, or its file."
+            found.append(((key, "chat_template_jinja"), text))
+        elif name not in (None, "jinja") and jinja is not None:
+            text = f"{place}chat_template {name!r} and chat_template_jinja are both given. Keep one."
+            found.append(((key, "chat_template_jinja"), text))
+    for name in config.special_tokens or {}:
+        if name not in SPECIAL_TOKENS:
+            text = f"special_tokens.{name}: unknown. The names are {', '.join(SPECIAL_TOKENS)}.{did_you_mean(name, SPECIAL_TOKENS)}"
+            found.append((("special_tokens",), text))

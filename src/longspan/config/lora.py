@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.config.schema import TrainConfig
-from longspan.errors import UserError, did_you_mean
+from longspan.errors import Problem, UserError, did_you_mean
 
 #: linear layers of attention and MLP, by Hugging Face's names
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -31,8 +31,6 @@ _FOREIGN = (
     "lora_bias",
     "target_parameters",
 )
-
-Problem = tuple[tuple[str, ...], str]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from longspan.config.schema import TrainConfig
-
-Problem = tuple[tuple[str, ...], str]
+from longspan.errors import Problem
 
 
 def memory_problems(config: TrainConfig) -> list[Problem]:
@@ -28,6 +27,10 @@ def memory_problems(config: TrainConfig) -> list[Problem]:
             "tf32 out."
         )
         found.append((("tf32", "params_dtype"), text))
+    if config.bf16 is True and config.params_dtype == "float64":
+        found.append(
+            (("bf16", "params_dtype"), "bf16: true with params_dtype: float64. Use float32, or bf16: false.")
+        )
     return found
 
 

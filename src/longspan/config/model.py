@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from longspan.config.rope import rope_problems
-from longspan.errors import did_you_mean
+from longspan.errors import Problem, did_you_mean
 
 VOCAB_MULTIPLE = 128
 
@@ -172,7 +172,7 @@ class TransformerConfig(ModelParallelConfig):
         return list(given) if isinstance(given, list | tuple) else [given]
 
 
-def architecture_problems(c: Any) -> list[tuple[tuple[str, ...], str]]:
+def architecture_problems(c: Any) -> list[Problem]:
     """All broken rules of an architecture and its cut, as (fields involved, message).
 
     Args:
@@ -181,7 +181,7 @@ def architecture_problems(c: Any) -> list[tuple[tuple[str, ...], str]]:
     tp, tp_key = c.tensor_model_parallel_size, "tensor_model_parallel_size"
     heads, groups = c.num_attention_heads, c.num_query_groups or c.num_attention_heads
     ffn = c.ffn_hidden_size or 4 * c.hidden_size
-    found: list[tuple[tuple[str, ...], str]] = []
+    found: list[Problem] = []
 
     def rule(holds: bool, fields: tuple[str, ...], message: str) -> None:
         if not holds:
@@ -283,12 +283,12 @@ def architecture_problems(c: Any) -> list[tuple[tuple[str, ...], str]]:
     return found
 
 
-def _head_move_problems(c: Any) -> list[tuple[tuple[str, ...], str]]:
+def _head_move_problems(c: Any) -> list[Problem]:
     """Broken rules of communication types that move heads."""
     cp, sizes = c.context_parallel_size, c.hierarchical_context_parallel_sizes
     given = [c.cp_comm_type] if isinstance(c.cp_comm_type, str) else c.cp_comm_type or []
     types = {normal_comm_type(name) for name in given}
-    found: list[tuple[tuple[str, ...], str]] = []
+    found: list[Problem] = []
     hierarchy = "hierarchical_context_parallel_sizes"
     if sizes and (problem := hierarchy_problem(sizes, cp)):
         return [((hierarchy, "context_parallel_size"), problem)]

@@ -7,7 +7,6 @@ and refuses with all broken rules at once. It needs neither torch nor a process 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -24,13 +23,13 @@ from longspan.config.model import (
     TransformerConfig,
     architecture_problems,
 )
+from longspan.config.output_rules import output_problems
 from longspan.config.parallel import MeshSizes
+from longspan.config.parallel_rules import parallel_problems
 from longspan.config.rope import rope_type, with_original_length
 from longspan.config.schedule import schedule_problems
 from longspan.config.schema import TrainConfig
-from longspan.errors import UserError, did_you_mean
-
-Problem = tuple[tuple[str, ...], str]
+from longspan.errors import Problem, UserError
 
 
 @dataclass(frozen=True)
@@ -198,9 +197,8 @@ def resolve(
     sequence_parallel = sizes.tp > 1 if config.sequence_parallel is None else config.sequence_parallel
     _required(config, found)
     found += data_problems(config)
-    _not_yet(config, found)
-    _hybrid(config, found)
-    _exclusive(config, found)
+    found += parallel_problems(config)
+    found += output_problems(config)
     _positions(config, found)
     found += lora_problems(config)
     found += memory_problems(config)
@@ -321,117 +319,16 @@ def _batch(config: TrainConfig, dp: int, found: list[Problem]) -> tuple[int, int
 
 
 def _required(config: TrainConfig, found: list[Problem]) -> None:
+    if config.reinit_weights and config.base_model is None:
+        found.append(
+            (("reinit_weights",), "reinit_weights: true without base_model has no effect. Leave it out.")
+        )
     missing = [k for k in ("num_layers", "hidden_size", "num_attention_heads") if getattr(config, k) is None]
     if missing:
         text = f"{', '.join(missing)}: missing. Give the architecture, or base_model: a folder that has it."
         found.append((tuple(missing), text))
     if config.learning_rate is None:
         found.append((("learning_rate",), "learning_rate: missing. A number such as 3e-4."))
-
-
-def _not_yet(config: TrainConfig, found: list[Problem]) -> None:
-    for name, what in (("pipeline_parallel_size", "pipeline"), ("expert_parallel_size", "expert")):
-        if getattr(config, name) > 1:
-            found.append(
-                ((name,), f"{name} {getattr(config, name)}: {what} parallelism is not supported yet. Use 1.")
-            )
-
-
-def _hybrid(config: TrainConfig, found: list[Problem]) -> None:
-    key, most = "hybrid_context_parallel", config.max_seqlen_per_dp_cp_rank
-    if not config.hybrid_context_parallel:
-        if most is not None:
-            text = f"max_seqlen_per_dp_cp_rank {most} has no effect without {key}: true. Set it, or leave it out."
-            found.append((("max_seqlen_per_dp_cp_rank", key), text))
-        return
-    if most is None:
-        text = f"{key}: true needs max_seqlen_per_dp_cp_rank, the most tokens a rank holds in a micro-batch."
-        found.append((("max_seqlen_per_dp_cp_rank",), text))
-    types = [config.cp_comm_type] if isinstance(config.cp_comm_type, str) else config.cp_comm_type
-    heads = [name for name in types if name.startswith("a2a")]
-    if heads:
-        found.append(
-            (
-                ("cp_comm_type", key),
-                f"cp_comm_type {heads[0]!r} with {key}: moving heads takes every token to every rank, which is what short "
-                "samples are spared. Use p2p or all_gather.",
-            )
-        )
-    if config.cp_layout != "auto":
-        text = f"cp_layout {config.cp_layout!r} with {key}: each step gets layouts of its own. Leave cp_layout out."
-        found.append((("cp_layout", key), text))
-
-
-def _exclusive(config: TrainConfig, found: list[Problem]) -> None:
-    if config.val_set_size > 1 and config.val_set_size != int(config.val_set_size):
-        found.append(
-            (
-                ("val_set_size",),
-                f"val_set_size {config.val_set_size}: below 1 it is a share of the documents, from 1 on a whole number of them.",
-            )
-        )
-    if config.test_datasets and config.val_set_size > 0:
-        found.append(
-            (
-                ("test_datasets", "val_set_size"),
-                f"test_datasets and val_set_size {config.val_set_size} are both given. Evaluate on one of them.",
-            )
-        )
-    _templates(config, found)
-    if config.reinit_weights and config.base_model is None:
-        found.append(
-            (("reinit_weights",), "reinit_weights: true without base_model has no effect. Leave it out.")
-        )
-    if config.use_wandb and importlib.util.find_spec("wandb") is None:
-        found.append(
-            (
-                ("use_wandb",),
-                "use_wandb: true needs the wandb package, which is not installed. pip install 'longspan[wandb]'.",
-            )
-        )
-    if not config.use_wandb and (config.wandb_project or config.wandb_name):
-        found.append(
-            (
-                ("use_wandb",),
-                "wandb_project and wandb_name have no effect without use_wandb: true. Set it, or leave them out.",
-            )
-        )
-    if config.bf16 is True and config.params_dtype == "float64":
-        found.append(
-            (("bf16", "params_dtype"), "bf16: true with params_dtype: float64. Use float32, or bf16: false.")
-        )
-    if config.sequence_parallel and config.tensor_parallel_size == 1:
-        found.append(
-            (
-                ("sequence_parallel", "tensor_parallel_size"),
-                "sequence_parallel: true with tensor_parallel_size 1 has no effect. Leave it out, or cut over more ranks.",
-            )
-        )
-
-
-#: names of special tokens, as tokenizer_config.json has them
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-
-
-def _templates(config: TrainConfig, found: list[Problem]) -> None:
-    given: list[tuple[str, Any]] = [
-        ("", config),
-        *((f"datasets.{i}.", d) for i, d in enumerate(config.datasets)),
-    ]
-    given += [(f"test_datasets.{i}.", d) for i, d in enumerate(config.test_datasets)]
-    for place, where in given:
-        name, jinja = where.chat_template, where.chat_template_jinja
-        key = place.split(".")[0] or "chat_template"
-        if name == "jinja" and jinja is None:
-            text = f"{place}chat_template: jinja needs chat_template_jinja: the template, or its file."
-            found.append(((key, "chat_template_jinja"), text))
-        elif name not in (None, "jinja") and jinja is not None:
-            text = f"{place}chat_template {name!r} and chat_template_jinja are both given. Keep one."
-            found.append(((key, "chat_template_jinja"), text))
-    for name in config.special_tokens or {}:
-        if name not in SPECIAL_TOKENS:
-            text = f"special_tokens.{name}: unknown. The names are {', '.join(SPECIAL_TOKENS)}.{did_you_mean(name, SPECIAL_TOKENS)}"
-            found.append((("special_tokens",), text))
 
 
 def _model_problems(config: TrainConfig) -> list[Problem]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from longspan.config.data_rules import has_validation
 from longspan.config.schema import TrainConfig
+from longspan.errors import Problem
 
 if TYPE_CHECKING:
     from longspan.config.resolve import Run
@@ -81,12 +82,12 @@ def evaluates(config: TrainConfig) -> bool:
     return has_validation(config) and config.eval_iters != 0
 
 
-def schedule_problems(config: TrainConfig) -> list[tuple[tuple[str, ...], str]]:
+def schedule_problems(config: TrainConfig) -> list[Problem]:
     """All broken rules between these keys, as (keys involved, message)."""
     return list(_problems(config))
 
 
-def _problems(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+def _problems(config: TrainConfig) -> Iterator[Problem]:
     for one, other in (
         ("warmup_steps", "warmup_ratio"),
         ("eval_steps", "evals_per_epoch"),

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from longspan import autocast
 from longspan.config.model import AttnMaskType, TransformerConfig
 from longspan.context_parallel.checks import (
     check_comm_type,
@@ -66,6 +67,7 @@ def _attend(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """q, k, v [s, b, heads, d] -> out [s, b, n, d], lse [b, n, s]. ``group`` None is one rank."""
+    q, k, v = autocast.cast(q, k, v)
     ranks, n, m = _size(group), q.shape[-2], k.shape[-2]
     comm_type = check_comm_type(cp_comm_type, ranks, _levels(hierarchical_groups))
     check_window(window, causal)
@@ -76,11 +78,12 @@ def _attend(
     rank = 0 if group is None else dist.get_rank(group)
     inner, outer = _moves(comm_type, group, hierarchical_groups)
     schedule, together = _plan(layout, rank, comm_type, _size(inner), causal, window)
-    if inner is None:
-        return MoveKeys.apply(q, k, v, schedule, outer, kernel, scale)
-    move = HeadMove.of(inner, layout, together, n, m)
-    out, lse = MoveKeys.apply(*to_heads(q, k, v, move), schedule, outer, kernel, scale)
-    return to_tokens(out, move), lse_to_tokens(lse, move)
+    with autocast.off(q):
+        if inner is None:
+            return MoveKeys.apply(q, k, v, schedule, outer, kernel, scale)
+        move = HeadMove.of(inner, layout, together, n, m)
+        out, lse = MoveKeys.apply(*to_heads(q, k, v, move), schedule, outer, kernel, scale)
+        return to_tokens(out, move), lse_to_tokens(lse, move)
 
 
 def _moves(
@@ -141,7 +144,7 @@ def context_parallel_attention(
             and outer group.
 
     Returns:
-        out in q's shape and dtype, and lse [n, t] or [b, n, s] (natural log, at least float32).
+        out in q's shape and dtype (autocast's, where that is on), and lse [n, t] or [b, n, s] (natural log, at least float32).
         Padding rows are 0 and -inf.
 
     Raises:

@@ -36,7 +36,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document indices
 
-DTYPES = {
+DTYPES: dict[int, np.dtype] = {
     1: np.dtype("u1"),
     2: np.dtype("i1"),
     3: np.dtype("<i2"),
@@ -297,7 +297,7 @@ class IndexedDatasetWriter:
         if other.dtype != self.dtype:
             raise ValueError(f"{other.dtype} tokens into a file of {self.dtype}")
         for piece in other.pieces(1 << 24):
-            self._file.write(piece)
+            self._file.write(piece.data)
         before = len(self._lengths)
         self._lengths.frombytes(other._lengths.astype(np.int64).tobytes())
         self._documents.frombytes((other._documents[1:] + before).astype(np.int64).tobytes())

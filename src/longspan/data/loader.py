@@ -23,6 +23,7 @@ from longspan.data.indexed import IndexedDataset
 from longspan.data.packing import (
     IGNORE_INDEX,
     Batch,
+    Packs,
     Row,
     empty_row,
     make_batch,
@@ -172,6 +173,7 @@ class TokenDataset:
     def _hide_prompts(self, index: int, row: Row) -> None:
         """Takes the labels off tokens that are not to be learned."""
         begin = 0
+        assert isinstance(self._plan, Packs)  # samples are never cut
         for document, start, stop in self._plan.pieces(index):
             at, number = self._place(document)
             mask = self.masks[at]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -151,13 +151,12 @@ def make_encoder(encoding: Encoding) -> Callable[[list[list[Texts]]], Encoded]:
     split = (
         _whole if encoding.language is None else sentence_splitter(encoding.language, encoding.keep_newlines)
     )
-    if encoding.tokenizer is None:
-        encode = partial(_numbers, vocab_size=encoding.vocab_size)
-    else:
-        tokenizer = load_tokenizer(encoding.tokenizer)
+    tokenizer = None if encoding.tokenizer is None else load_tokenizer(encoding.tokenizer)
 
-        def encode(texts: list[str]) -> list[list[int]]:
-            return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode(texts: list[str]) -> list[list[int]]:
+        if tokenizer is None:
+            return _numbers(texts, encoding.vocab_size)
+        return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def run(documents: list[list[Texts]]) -> Encoded:
         pieces = [[[s for text in texts for s in split(text)] for texts in fields] for fields in documents]

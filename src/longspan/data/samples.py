@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from longspan.data.cache import is_whole, only_here
 from longspan.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype, bin_and_idx
 from longspan.data.instruct import Encoder, Recipe, Sample
 from longspan.data.sources import iter_records, stamp
@@ -79,17 +80,25 @@ def prepare_samples(
     name = Path(recipe.source.path).stem or "data"
     prefix = Path(cache_dir).expanduser() / f"{name}-{digest.hexdigest()}" / "samples"
     masked = recipe.source.type != "completion"
-    if _is_whole(prefix, masked):
-        return prefix
+    if not _is_whole(prefix, masked):
+        with only_here(prefix.parent):
+            if not _is_whole(prefix, masked):  # while this process waited
+                _write_samples(recipe, prefix, masked, processes or os.cpu_count() or 1, progress)
+    return prefix
+
+
+def _write_samples(
+    recipe: Recipe, prefix: Path, masked: bool, processes: int, progress: Progress | None
+) -> None:
     vocab_size = vocabulary_size(load_tokenizer(recipe.tokenizer))
     writer = IndexedDatasetWriter(prefix, best_dtype(vocab_size))
     with writer, IndexedDatasetWriter(mask_prefix(prefix), np.uint8) if masked else nullcontext() as masks:
-        for samples in _encoded(recipe, processes or os.cpu_count() or 1):
+        for samples in _encoded(recipe, processes):
             for tokens, mask in samples:
                 if not len(tokens):
                     continue
                 writer.add_document(tokens)
-                if masks is not None:
+                if masks is not None and mask is not None:
                     masks.add_document(mask)
             if progress is not None:
                 progress(writer.num_documents, writer.num_tokens)
@@ -97,12 +106,11 @@ def prepare_samples(
             raise UserError(
                 f"{recipe.source.path}: no record with any text in it. Look at the data, its split and its fields."
             )
-    return prefix
 
 
 def _is_whole(prefix: Path, masked: bool) -> bool:
     try:
-        return len(IndexedDataset(prefix)) > 0 and (open_masks(prefix) is not None) == masked
+        return is_whole(prefix) and (open_masks(prefix) is not None) == masked
     except UserError:
         return False
 

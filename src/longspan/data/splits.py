@@ -6,7 +6,7 @@ Both doors: ``datasets`` with ``val_set_size`` (documents held out at random), a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import pairwise
 
@@ -58,21 +58,20 @@ def open_parts(config: TrainConfig) -> tuple[TokenDataset, TokenDataset | None, 
         UserError: a file is missing or broken, or a part that was asked for has no document.
     """
     if config.datasets:
-        train = _axolotl(config, config.datasets, "train")
+        own, valid = _axolotl(config, config.datasets, "train"), None
         if config.test_datasets:
-            return train, _axolotl(config, config.test_datasets, "whole"), None
-        return (
-            train,
-            _axolotl(config, config.datasets, "validation") if config.val_set_size > 0 else None,
-            None,
-        )
+            valid = _axolotl(config, config.test_datasets, "whole")
+        elif config.val_set_size > 0:
+            valid = _axolotl(config, config.datasets, "validation")
+        return own, valid, None
     if config.train_data_path is not None:
-        train, valid, test = (
+        parts = [
             _blend(config, part, [(m, IndexedDataset(m.path)) for m in _members(config, name)])
             for part, name in _OWN.items()
-        )
+        ]
     else:
-        train, valid, test = _split(config)
+        parts = _split(config)
+    train, valid, test = parts
     assert train is not None
     return train, valid, test
 
@@ -124,7 +123,9 @@ def _axolotl(config: TrainConfig, sources: list[DatasetConfig], split: str) -> T
 def _split(config: TrainConfig) -> list[TokenDataset | None]:
     shares = read_split(config.split or DEFAULT_SPLIT)
     members = [Member("mock_data", None)] if config.mock_data else _members(config, "data_path")
-    files = [_mock(config)] if config.mock_data else [IndexedDataset(m.path) for m in members]
+    files: list[Documents] = (
+        [_mock(config)] if config.mock_data else [IndexedDataset(m.path) for m in members]
+    )
     ranges = [split_ranges(len(file), shares) for file in files]
     parts = []
     for i, part in enumerate(PARTS):
@@ -141,7 +142,7 @@ def _split(config: TrainConfig) -> list[TokenDataset | None]:
 
 
 def _blend(
-    config: TrainConfig, part: str, files: list[tuple[Member, Documents | DocumentRange]]
+    config: TrainConfig, part: str, files: Sequence[tuple[Member, Documents | DocumentRange]]
 ) -> TokenDataset | None:
     """A part's files mixed. A file without a token is left out of an evaluation, and refused where it has a weight to train by."""
     full = [(member, file) for member, file in files if file.document_lengths.any()]

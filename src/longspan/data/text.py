@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from longspan.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
+from longspan.data.cache import is_whole, only_here
+from longspan.data.indexed import IndexedDatasetWriter, best_dtype
 from longspan.errors import UserError, did_you_mean
 
 STDLIB = "python-stdlib"
@@ -101,7 +102,7 @@ def iter_documents(path: str | Path, field: str = "text") -> Iterator[str]:
     """
     for source in find_sources(path):
         if source.suffix.lower() in LINES:
-            texts = (text_of(record, field, where) for where, record in json_records(source))
+            texts: Iterator[str] = (text_of(record, field, where) for where, record in json_records(source))
         else:
             texts = iter([source.read_bytes().decode("utf-8-sig", errors="replace")])
         yield from (text for text in texts if text)
@@ -268,8 +269,8 @@ def prepare_dataset(
     """Tokenises a path once; later calls find the result in the cache.
 
     The files are in ``cache_dir/<name>-<fingerprint>/``. The fingerprint covers the names,
-    sizes and times of the sources, the field and the tokenizer. One process at a time
-    should prepare; two do the same work and leave the same files.
+    sizes and times of the sources, the field and the tokenizer. Where several processes come
+    at once, one prepares and the others wait for it.
 
     Args:
         path: see `find_sources`.
@@ -292,10 +293,28 @@ def prepare_dataset(
     name = STDLIB if str(path) == STDLIB else (root.stem if root.is_file() else root.resolve().name)
     folder = Path(cache_dir).expanduser() / f"{name}-{fingerprint}"
     prefix, tokenizer_folder = folder / "text_document", folder / "tokenizer"
-    if _is_whole(prefix) and (tokenizer_folder / "tokenizer.json").is_file():
-        return prefix, tokenizer_folder
 
+    def is_there() -> bool:
+        return is_whole(prefix) and (tokenizer_folder / "tokenizer.json").is_file()
+
+    if not is_there():
+        with only_here(folder):
+            if not is_there():  # while this process waited
+                _prepare(path, field, prefix, tokenizer_folder, given, train_vocab_size, progress)
+    return prefix, tokenizer_folder
+
+
+def _prepare(
+    path: str | Path,
+    field: str,
+    prefix: Path,
+    tokenizer_folder: Path,
+    given: Path | None,
+    train_vocab_size: int | None,
+    progress: Progress | None,
+) -> None:
     if given is None:
+        assert train_vocab_size is not None
         train_tokenizer(iter_documents(path, field), train_vocab_size, tokenizer_folder)
     else:
         load_tokenizer(given)  # before it is copied
@@ -307,7 +326,6 @@ def prepare_dataset(
     tokenize_to_indexed(
         iter_documents(path, field), tokenizer, prefix, end, vocab_size, progress, begin=begin
     )
-    return prefix, tokenizer_folder
 
 
 def _root(path: str | Path) -> Path:
@@ -405,7 +423,7 @@ def copy_tokenizer(path: Path, tokens: Mapping[str, str], template: str | None, 
         return path
     settings = file.with_name("tokenizer_config.json")
     changed = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    changed |= tokens
+    changed.update(tokens)
     if template is not None:
         changed.pop("chat_template", None)
     digest = hashlib.blake2b(digest_size=6)
@@ -456,10 +474,3 @@ def _fingerprint(
         if begin := begin_ids(load_tokenizer(tokenizer), tokenizer.parent):
             digest.update(json.dumps(["begin", begin]).encode())
     return digest.hexdigest()
-
-
-def _is_whole(prefix: Path) -> bool:
-    try:
-        return len(IndexedDataset(prefix)) > 0
-    except UserError:
-        return False

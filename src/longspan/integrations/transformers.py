@@ -257,21 +257,17 @@ def longspan_attention(
         )
     is_causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
     _check_call(plan, dropout, sliding_window, is_causal, others)
-    if torch.is_autocast_enabled(query.device.type):  # as autocast does for PyTorch's own attention
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (x.to(dtype) for x in (query, key, value))
-    with torch.autocast(query.device.type, enabled=False):
-        out, _ = context_parallel_attention(
-            *(x.permute(2, 0, 1, 3) for x in (query, key, value)),
-            group=plan.setting.group,
-            layout=plan.layout,
-            causal=plan.causal,
-            window=plan.window,
-            softmax_scale=scaling,
-            cp_comm_type=plan.setting.cp_comm_type,
-            deterministic=plan.setting.deterministic,
-            hierarchical_groups=plan.setting.hierarchical_groups,
-        )
+    out, _ = context_parallel_attention(
+        *(x.permute(2, 0, 1, 3) for x in (query, key, value)),
+        group=plan.setting.group,
+        layout=plan.layout,
+        causal=plan.causal,
+        window=plan.window,
+        softmax_scale=scaling,
+        cp_comm_type=plan.setting.cp_comm_type,
+        deterministic=plan.setting.deterministic,
+        hierarchical_groups=plan.setting.hierarchical_groups,
+    )
     return out.transpose(0, 1), None
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan import autocast
 from longspan.matmul import product
 
 
@@ -66,4 +67,6 @@ class _GatedLinear(torch.autograd.Function):
 
 def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """``(activation(gate) * up) @ weight^T``, keeping gate and up only."""
-    return _GatedLinear.apply(gate, up, weight, activation)
+    gate, up, weight = autocast.cast(gate, up, weight)
+    with autocast.off(gate):
+        return _GatedLinear.apply(gate, up, weight, activation)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from longspan import autocast
+
 
 def _slices(tokens: int, tiles: int) -> Iterator[slice]:
     """``tiles`` runs of tokens whose lengths differ by at most one; no empty ones beside the first."""
@@ -31,6 +33,7 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx, function, tiles, x, *parameters):
         ctx.function, ctx.tiles, ctx.parameters = function, tiles, parameters
         ctx.save_for_backward(x)
+        ctx.autocast = autocast.state(x)
         out = None
         for part in _slices(len(x), tiles):
             y = function(x[part])
@@ -47,7 +50,7 @@ class _Tiled(torch.autograd.Function):
         grad_x = torch.empty_like(x) if x_needed else None
         for part in _slices(len(x), ctx.tiles):
             tile = x[part].detach().requires_grad_(x_needed)
-            with torch.enable_grad():
+            with torch.enable_grad(), ctx.autocast():
                 y = ctx.function(tile)
             leaves = [tile, *wanted] if x_needed else wanted
             found = list(torch.autograd.grad(y, leaves, grad[part], allow_unused=True))

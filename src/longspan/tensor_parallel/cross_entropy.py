@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan import autocast
 from longspan.config.model import IGNORE_INDEX
 from longspan.matmul import product
 from longspan.mesh.collectives import all_gather_dim
@@ -237,4 +238,6 @@ def linear_cross_entropy(
     if chunk is None:
         numel = CHUNK_NUMEL_CPU if hidden.device.type == "cpu" else CHUNK_NUMEL
         chunk = max(1, numel // weight.shape[0])
-    return _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, chunk, group)
+    hidden, weight = autocast.cast(hidden, weight)
+    with autocast.off(hidden):
+        return _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, chunk, group)

@@ -29,7 +29,7 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
         device, dtype, model.kv_channels, c.attention_backend, c.deterministic_mode
     )
     tokens = run.global_batch_size * c.sequence_len
-    layout = c.cp_layout
+    layout: str = c.cp_layout
     if layout == "auto":
         plain = SequenceLayout.make(layout, c.sequence_len, sizes.cp, windows=run.windows)
         layout = "balanced where documents are uneven" if c.sample_packing else plain.name

@@ -217,6 +217,7 @@ class Trainer:
             offload_params=config.offload_params,
         )
         if run.pretrained:
+            assert config.base_model is not None
             load_pretrained(self.model, SafetensorsFolder(model_folder(config.base_model)))
         if run.lora is not None:
             fill_adapters(self.model, run)

@@ -11,6 +11,7 @@ from longspan.config.schema import TrainConfig
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW of what is trained; weight decay acts on matrices only, not on norms and biases."""
+    assert config.learning_rate is not None
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},

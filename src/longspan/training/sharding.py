@@ -162,6 +162,7 @@ def _row_multiple(run: Run) -> int:
 def _check_tokens(run: Run, tokens: Tensor, labels: Tensor) -> None:
     """UserError for a token beyond the vocabulary."""
     vocab = run.config.vocab_size
+    assert vocab is not None
     largest, smallest = int(max(tokens.max(), labels.max())), int(tokens.min())
     if largest >= vocab or smallest < 0:
         raise UserError(

@@ -1,0 +1,28 @@
+"""Rules between the keys of what a run writes, and to whom."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from longspan.config.schema import TrainConfig
+from longspan.errors import Problem
+
+
+def output_problems(config: TrainConfig) -> list[Problem]:
+    """Keys of a service that is not asked for, or not installed."""
+    found: list[Problem] = []
+    if config.use_wandb and importlib.util.find_spec("wandb") is None:
+        found.append(
+            (
+                ("use_wandb",),
+                "use_wandb: true needs the wandb package, which is not installed. pip install 'longspan[wandb]'.",
+            )
+        )
+    if not config.use_wandb and (config.wandb_project or config.wandb_name):
+        found.append(
+            (
+                ("use_wandb",),
+                "wandb_project and wandb_name have no effect without use_wandb: true. Set it, or leave them out.",
+            )
+        )
+    return found

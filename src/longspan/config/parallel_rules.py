@@ -1,0 +1,66 @@
+"""Rules between the keys of parallelism, but for the product of the sizes, which is ``resolve``'s arithmetic."""
+
+from __future__ import annotations
+
+from longspan.config.model import normal_comm_type
+from longspan.config.schema import TrainConfig
+from longspan.errors import Problem
+
+
+def parallel_problems(config: TrainConfig) -> list[Problem]:
+    """What is not there yet, and keys that contradict each other or have no effect."""
+    found: list[Problem] = []
+    _not_yet(config, found)
+    _hybrid(config, found)
+    sizes = config.hierarchical_context_parallel_sizes
+    if sizes and "a2a+p2p" not in _types(config):
+        text = (
+            f"hierarchical_context_parallel_sizes {list(sizes)} has no effect without cp_comm_type: a2a+p2p. Set it, or leave "
+            "the sizes out."
+        )
+        found.append((("hierarchical_context_parallel_sizes", "cp_comm_type"), text))
+    if config.sequence_parallel and config.tensor_parallel_size == 1:
+        found.append(
+            (
+                ("sequence_parallel", "tensor_parallel_size"),
+                "sequence_parallel: true with tensor_parallel_size 1 has no effect. Leave it out, or cut over more ranks.",
+            )
+        )
+    return found
+
+
+def _types(config: TrainConfig) -> list[str]:
+    given = [config.cp_comm_type] if isinstance(config.cp_comm_type, str) else config.cp_comm_type
+    return [normal_comm_type(name) for name in given]
+
+
+def _not_yet(config: TrainConfig, found: list[Problem]) -> None:
+    for name, what in (("pipeline_parallel_size", "pipeline"), ("expert_parallel_size", "expert")):
+        if getattr(config, name) > 1:
+            found.append(
+                ((name,), f"{name} {getattr(config, name)}: {what} parallelism is not supported yet. Use 1.")
+            )
+
+
+def _hybrid(config: TrainConfig, found: list[Problem]) -> None:
+    key, most = "hybrid_context_parallel", config.max_seqlen_per_dp_cp_rank
+    if not config.hybrid_context_parallel:
+        if most is not None:
+            text = f"max_seqlen_per_dp_cp_rank {most} has no effect without {key}: true. Set it, or leave it out."
+            found.append((("max_seqlen_per_dp_cp_rank", key), text))
+        return
+    if most is None:
+        text = f"{key}: true needs max_seqlen_per_dp_cp_rank, the most tokens a rank holds in a micro-batch."
+        found.append((("max_seqlen_per_dp_cp_rank",), text))
+    heads = [name for name in _types(config) if name.startswith("a2a")]
+    if heads:
+        found.append(
+            (
+                ("cp_comm_type", key),
+                f"cp_comm_type {heads[0]!r} with {key}: moving heads takes every token to every rank, which is what short "
+                "samples are spared. Use p2p or all_gather.",
+            )
+        )
+    if config.cp_layout != "auto":
+        text = f"cp_layout {config.cp_layout!r} with {key}: each step gets layouts of its own. Leave cp_layout out."
+        found.append((("cp_layout", key), text))
