@@ -1,7 +1,7 @@
 """Attention forward + backward on two cores: longspan as two ranks against its peers.
 
     python benchmarks/attention.py [--seq 8192] [--heads 8] [--kv-heads 8] [--head-dim 64] [--dtype float32] [--pairs 9]
-    python benchmarks/attention.py --packs 20 [--pairs 3]
+    python benchmarks/attention.py --packs 20 [--pairs 3] [--against sdpa]
 
 One causal sequence, or the packs of 16384 tokens in lengths.json, all together. The peers: PyTorch's
 scaled_dot_product_attention on one process with two threads (packs: a loop over the documents, and one call with a
@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from longspan.context_parallel import SequenceLayout, context_parallel_attention
 
+PEERS = ("pytorch", "sdpa", "all_gather", "a2a", "mask")
 LENGTHS = Path(__file__).with_name("lengths.json")
 
 
@@ -106,41 +107,37 @@ def bench(args: argparse.Namespace) -> None:
     else:
         packs = [(0, args.seq)]
         title = f"one causal sequence of {args.seq} tokens"
-    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("cp",))
-    with context_parallel_on_cpu(mesh, *heads_first(make(args, packs[0][-1]))) as shards:
-        ring = pytorch_attention(*shards)
+    name = f"longspan p2p, {ranks} ranks x 1 thread"
+    alone = f"1 process x {ranks} threads"
 
-        def pytorch() -> None:
-            for _ in packs:
-                ring()
+    def against(contestants: dict, warmup: int = 2, packs=packs, title=title) -> None:
+        contestants = {name: (ours(args, packs, "p2p"), 1, True)} | contestants
+        common.report(describe(args, title), common.compare(contestants, args.pairs, warmup=warmup), name)
 
-        name = f"longspan p2p, {ranks} ranks x 1 thread"
-        alone = f"1 process x {ranks} threads"
-        contestants = {
-            name: (ours(args, packs, "p2p"), 1, True),
-            f"PyTorch's context parallel, {ranks} ranks x 1 thread": (pytorch, 1, True),
-        }
-        times = common.compare(contestants, args.pairs, warmup=1 if args.packs else 2)
-        common.report(describe(args, title), times, name)
-    contestants = {
-        name: (ours(args, packs, "p2p"), 1, True),
-        f"SDPA{' a document' if args.packs else ''}, {alone}": (one_process(args, packs), ranks, False),
-        f"longspan all_gather, {ranks} ranks x 1 thread": (ours(args, packs, "all_gather"), 1, True),
-        f"longspan a2a, {ranks} ranks x 1 thread": (ours(args, packs, "a2a"), 1, True),
-    }
-    times = common.compare(contestants, args.pairs)
-    common.report(describe(args, title), times, name)
-    if args.packs:
+    if "pytorch" in args.against:
+        mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("cp",))
+        with context_parallel_on_cpu(mesh, *heads_first(make(args, packs[0][-1]))) as shards:
+            ring = pytorch_attention(*shards)
+
+            def pytorch() -> None:
+                for _ in packs:
+                    ring()
+
+            label = f"PyTorch's context parallel, {ranks} ranks x 1 thread"
+            against({label: (pytorch, 1, True)}, warmup=1 if args.packs else 2)
+    others = {}
+    if "sdpa" in args.against:
+        others[f"SDPA{' a document' if args.packs else ''}, {alone}"] = one_process(args, packs), ranks, False
+    for comm in ("all_gather", "a2a"):
+        if comm in args.against:
+            others[f"longspan {comm}, {ranks} ranks x 1 thread"] = ours(args, packs, comm), 1, True
+    if others:
+        against(others)
+    if args.packs and "mask" in args.against:
         few = packs[:1]
-        contestants = {
-            name: (ours(args, few, "p2p"), 1, True),
-            f"SDPA with a block-diagonal mask, {alone}": (block_diagonal(args, few), ranks, False),
-        }
-        common.report(
-            describe(args, "the first of these packs"),
-            common.compare(contestants, args.pairs, warmup=1),
-            name,
-        )
+        label = f"SDPA with a block-diagonal mask, {alone}"
+        masked = {label: (block_diagonal(args, few), ranks, False)}
+        against(masked, warmup=1, packs=few, title="the first of these packs")
 
 
 def describe(args: argparse.Namespace, title: str) -> str:
@@ -158,5 +155,6 @@ if __name__ == "__main__":
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--against", nargs="+", choices=PEERS, default=PEERS)
     print(common.machine())
     common.run_ranks(2, bench, parser.parse_args())

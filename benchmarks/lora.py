@@ -2,7 +2,7 @@
 
     python benchmarks/lora.py [--seq 1024] [--bf16] [--pairs 3] [--rank 16]
 
-A Llama of 36M parameters (8 layers, hidden 512, vocabulary 8192), one sequence a step, AdamW, no recomputation;
+A Llama of 32M parameters (8 layers, hidden 512, vocabulary 8192), one sequence a step, AdamW, no recomputation;
 adapters on all linear layers. One process of two threads each, which run by turns; memory is the largest resident
 memory of the process, libraries included.
 """

@@ -333,8 +333,8 @@ def steps(prefix, base, more, folder, first, last):
 def test_a_checkpoint_holds_the_adapters_alone_and_goes_on_at_another_layout(prefix, base, tmp_path):
     import torch.distributed.checkpoint as dcp
 
-    whole = pool.run(4, steps, prefix, base, TP2_CP2, str(tmp_path / "a"), 0, 12)[0]
-    head = pool.run(4, steps, prefix, base, TP2_CP2, str(tmp_path / "b"), 0, 8)[0]
+    whole = pool.run(4, steps, prefix, base, TP2_CP2, str(tmp_path / "a"), 0, 6)[0]
+    head = pool.run(4, steps, prefix, base, TP2_CP2, str(tmp_path / "b"), 0, 4)[0]
     at = checkpoint.find(tmp_path / "b")
     names = dcp.FileSystemReader(str(at)).read_metadata().state_dict_metadata
     weights = {name for name in names if name.startswith("model.")}
@@ -342,7 +342,7 @@ def test_a_checkpoint_holds_the_adapters_alone_and_goes_on_at_another_layout(pre
     assert all(is_adapter(name) for name in weights)
     assert all(is_adapter(name) for name in names if name.startswith("optimizer.state."))
     assert checkpoint.describe(at)["adapter"]["base_model"] == base
-    assert head + pool.run(4, steps, prefix, base, TP2_CP2, str(tmp_path / "b"), 8, 12)[0] == whole
+    assert head + pool.run(4, steps, prefix, base, TP2_CP2, str(tmp_path / "b"), 4, 6)[0] == whole
     for world, more in ((3, {"context_parallel_size": 3}), (2, {"dp_shard_size": 2}), (1, {})):
         import shutil
 
@@ -350,7 +350,7 @@ def test_a_checkpoint_holds_the_adapters_alone_and_goes_on_at_another_layout(pre
         folder.mkdir()
         shutil.copytree(at, folder / at.name)
         (folder / "latest").write_text(at.name + "\n")
-        tail = pool.run(world, steps, prefix, base, more, str(folder), 8, 12)[0]
+        tail = pool.run(world, steps, prefix, base, more, str(folder), 4, 6)[0]
         assert head + tail == pytest.approx(whole, rel=1e-9)
 
 

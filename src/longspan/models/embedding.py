@@ -87,7 +87,7 @@ class OutputLayer(ColumnParallelLinear):
                 vocab_size=self.vocab_size,
                 group=self.tp_group,
             )
-            return loss.view(x.shape[:2]).t()
+            return loss.view(x.shape[:2]).t().clone()  # FSDP hooks into what a model returns: no view
         logits = self.project(x).transpose(0, 1)
         if self.tp_size == 1:
             return logits[..., : self.vocab_size]
