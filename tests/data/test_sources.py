@@ -126,7 +126,7 @@ def test_what_is_not_there(tmp_path, monkeypatch):
         read(tmp_path / "train.jsonl", split="train:10")
     with pytest.raises(UserError, match="revision is for datasets of the hub"):
         read(tmp_path / "train.jsonl", revision="main")
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources, "has_package", lambda name: False)
     with pytest.raises(
         UserError, match=r"owner/name.*dataset of the Hugging Face hub, which needs.*longspan\[hf\]"
     ):

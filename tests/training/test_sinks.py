@@ -7,6 +7,7 @@ import types
 import pytest
 
 import tiny
+from longspan.errors import UserError
 from longspan.training.banner import megatron_line
 from longspan.training.metrics import Metrics, Wandb
 from longspan.training.progress import MegatronLines, make_progress
@@ -56,7 +57,8 @@ def wandb(monkeypatch):
 
     module = types.ModuleType("wandb")
     module.init = lambda **options: (told.init.append(options), Run())[1]
-    module.__spec__ = types.SimpleNamespace(name="wandb")
+    module.Error = type("Error", (Exception,), {})
+    module.__spec__ = types.SimpleNamespace(name="wandb", origin="wandb.py")
     monkeypatch.setitem(sys.modules, "wandb", module)
     return told
 
@@ -95,3 +97,18 @@ def test_a_run_that_asks_for_wandb_opens_it_with_its_config(wandb, tmp_path):
     assert wandb.init[0]["project"] == "long"
     assert wandb.init[0]["config"]["wandb_name"] == "first"
     assert wandb.log == [(1, {"train/loss": 1.0})]
+
+
+def test_weights_and_biases_that_refuses_is_a_mistake_told_before_anything_is_moved(
+    wandb, tmp_path, monkeypatch
+):
+    """Without a login it once was a traceback, with the earlier run's files set aside already."""
+
+    def refuse(**_):
+        raise sys.modules["wandb"].Error("No API key configured.")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="No API key configured. .*wandb_mode: offline"):
+        open_sinks(tiny.tiny_run("prefix", 1, use_wandb=True), tmp_path, 0, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -7,7 +7,6 @@ layout of 512 GPUs is shown on a laptop.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ from longspan.cli.config import number
 from longspan.cli.options import key_help, read_config, take_options
 from longspan.cli.prepare import prepare_config
 from longspan.cli.train import missing_sources
+from longspan.config.packages import has_package
 from longspan.config.resolve import Run, resolve
 from longspan.config.schedule import training_steps
 from longspan.errors import UserError
@@ -166,7 +166,7 @@ def read_picture(text: str, problems: list[str]) -> Path:
         problems.append(f"--png {text}: there is no folder {path.parent}. Make it, or choose another.")
     elif not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         problems.append(f"--png {text}: cannot be written. Check its permissions, or choose another.")
-    if importlib.util.find_spec("matplotlib") is None:
+    if not has_package("matplotlib"):
         problems.append("--png needs matplotlib, which is not installed. pip install 'longspan[plot]'.")
     return path
 

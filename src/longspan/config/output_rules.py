@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-
+from longspan.config.packages import has_package
 from longspan.config.schema import TrainConfig
 from longspan.errors import Problem
 
@@ -11,7 +10,7 @@ from longspan.errors import Problem
 def output_problems(config: TrainConfig) -> list[Problem]:
     """Keys of a service that is not asked for, or not installed."""
     found: list[Problem] = []
-    if config.use_wandb and importlib.util.find_spec("wandb") is None:
+    if config.use_wandb and not has_package("wandb"):
         found.append(
             (
                 ("use_wandb",),

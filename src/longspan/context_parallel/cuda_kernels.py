@@ -14,13 +14,13 @@ nothing to the left of the diagonal.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from longspan.config.packages import has_package
 from longspan.context_parallel.calls import Pack
 from longspan.context_parallel.tiles import Mask
 from longspan.errors import UserError
@@ -33,10 +33,10 @@ WINDOWS = {Mask.FULL: (False, -1, -1), Mask.CAUSAL: (True, -1, 0), Mask.ANTI: (F
 
 def why_not(name: str, head_dim: int, deterministic: bool) -> str:
     """Why a CUDA backend cannot be used here; empty where it can."""
-    if name == "flash-attn-2" and not _installed("flash_attn"):
+    if name == "flash-attn-2" and not has_package("flash_attn"):
         return "is not installed (pip install flash-attn)"
     if name == "flash-attn-3":
-        if not _installed("flash_attn_interface"):
+        if not has_package("flash_attn_interface"):
             return "is not installed (it is built from the hopper folder of flash-attention)"
         if torch.cuda.get_device_capability()[0] != 9:
             return "runs on Hopper GPUs only"
@@ -46,10 +46,6 @@ def why_not(name: str, head_dim: int, deterministic: bool) -> str:
         if deterministic:
             return "has no deterministic backward"
     return ""
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 class VarlenKernel:

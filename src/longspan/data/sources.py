@@ -8,7 +8,6 @@ nothing else of longspan needs them.
 from __future__ import annotations
 
 import csv
-import importlib.util
 import logging
 import re
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.config.keys.data import DatasetConfig
+from longspan.config.packages import has_package
 from longspan.data.text import STDLIB, TEXT_SUFFIXES, find_sources, json_records
 from longspan.errors import UserError, did_you_mean
 
@@ -134,7 +134,7 @@ def _saved(source: DatasetConfig) -> bool:
 
 
 def _needs(package: str, what: str) -> None:
-    if importlib.util.find_spec(package) is None:
+    if not has_package(package):
         raise UserError(f"datasets: {what}, which needs the {package} package. {EXTRA}.")
 
 

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from longspan.errors import UserError
+
 
 class Sink(Protocol):
     """Somewhere records go."""
@@ -64,12 +66,22 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases, an optional extra; records become ``train/loss`` and the like."""
+    """Weights & Biases, an optional extra; records become ``train/loss`` and the like.
+
+    Raises:
+        UserError: it does not take the run: nobody is logged in, no such team, no network.
+    """
 
     def __init__(self, names: dict[str, str | None], mode: str, config: dict[str, Any], folder: Path):
         import wandb
 
-        self.run = wandb.init(**names, mode=mode, config=config, dir=str(folder))
+        try:
+            self.run = wandb.init(**names, mode=mode, config=config, dir=str(folder))
+        except wandb.Error as error:
+            raise UserError(
+                f"use_wandb: Weights & Biases does not take the run: {error} (wandb login, or WANDB_API_KEY, logs in; wandb_mode: "
+                "offline keeps the run on this machine, for wandb sync.)"
+            ) from None
 
     def write(self, record: dict[str, Any]) -> None:
         values = {f"{_group(record)}/{k}": v for k, v in record.items() if k not in ("kind", "step", "split")}

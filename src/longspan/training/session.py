@@ -89,6 +89,11 @@ def leave(error: Exception, output: Path) -> NoReturn:
 def open_sinks(run: Run, output: Path, step: int, resumed: Path | None) -> tuple[Metrics, list[str]]:
     """The places records go; going on in the same folder goes on in its files, a new run keeps the old ones aside."""
     path, kept = output / "metrics.jsonl", []
+    wandb: list[Sink] = []
+    if run.config.use_wandb:  # first: where it refuses, nothing has been moved
+        c = run.config
+        names = {"project": c.wandb_project, "name": c.wandb_name, "entity": c.wandb_entity}
+        wandb.append(Wandb(names, c.wandb_mode, c.model_dump(), output))
     if resumed is not None and resumed.resolve().parent.parent == output.resolve() and step:
         keep_until(path, step)
     else:
@@ -98,11 +103,7 @@ def open_sinks(run: Run, output: Path, step: int, resumed: Path | None) -> tuple
     sinks: list[Sink] = [JsonLines(path)]
     if run.config.use_tensorboard:
         sinks.append(TensorBoard(tensorboard_folder(run, output), step + 1))
-    if run.config.use_wandb:
-        c = run.config
-        names = {"project": c.wandb_project, "name": c.wandb_name, "entity": c.wandb_entity}
-        sinks.append(Wandb(names, c.wandb_mode, c.model_dump(), output))
-    return Metrics(sinks), kept
+    return Metrics([*sinks, *wandb]), kept
 
 
 def tensorboard_folder(run: Run, output: Path) -> Path:
