@@ -284,17 +284,21 @@ def test_verify_all_goes_through_every_type_and_layout(folder):
     assert "context_parallel_size is 1" in done.stderr
 
 
-def test_verify_all_of_a_hierarchy_with_three_levels():
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, (2, 4)), ({"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [4, 2]}, (4, 2))],
+)
+def test_verify_all_takes_the_hierarchy_given_or_proposes_one(given, expected):
     from longspan.cli import verify
 
-    run = tiny.tiny_run("prefix", 8, context_parallel_size=8, hierarchical_context_parallel_sizes=[2, 2, 2])
+    run = tiny.tiny_run("prefix", 8, context_parallel_size=8, **given)
     found = verify.variants(run, everything=True)
     sizes = {
         tuple(r.config.hierarchical_context_parallel_sizes or ())
         for r in found
         if r.config.cp_comm_type == "a2a+p2p"
     }
-    assert sizes == {(2, 4)}
+    assert sizes == {expected}
 
 
 def test_eval_gives_one_answer_at_every_layout(folder):

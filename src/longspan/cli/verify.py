@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longspan.cli.config import number
 from longspan.cli.launch import HELP, start, under_torchrun
@@ -23,6 +24,9 @@ from longspan.config.load import to_yaml
 from longspan.config.parallel import MeshSizes
 from longspan.config.resolve import Run, resolve
 from longspan.errors import UserError
+
+if TYPE_CHECKING:
+    from longspan.mesh.mesh import ParallelMesh
 
 USAGE = f"""\
 usage: longspan verify CONFIG [--any-key value] [--steps N] [--dtype float64|float32] [--all] [--json]
@@ -112,8 +116,7 @@ def variants(resolved: Run, everything: bool) -> list[Run]:
         )
     assert config.num_attention_heads is not None
     heads = config.num_attention_heads // resolved.sizes.tp
-    given = config.hierarchical_context_parallel_sizes
-    sizes = given if given and len(given) == 2 else hierarchy_proposal(cp, heads)
+    sizes = config.hierarchical_context_parallel_sizes or hierarchy_proposal(cp, heads)
     runs = []
     for kind in CP_COMM_TYPES:
         if heads % {"a2a": cp, "a2a+p2p": sizes[0]}.get(kind, 1):
@@ -158,7 +161,7 @@ def one_process(resolved: Run) -> Run:
     return alone
 
 
-def measure(run: Run, device, steps: int) -> dict:
+def measure(run: Run, device, steps: int, mesh: ParallelMesh | None = None) -> dict:
     """Losses, gradient norms, evaluation and whole gradients of the first step (with adapters, whose A has none in the
     first step since B starts at zero, of the last). Collective."""
     import torch.distributed as dist
@@ -167,7 +170,7 @@ def measure(run: Run, device, steps: int) -> dict:
     from longspan.training.loop import Trainer
 
     run.config.eval_max_samples = min(run.config.eval_max_samples or EVALUATION_SAMPLES, EVALUATION_SAMPLES)
-    trainer = Trainer(run, device)
+    trainer = Trainer(run, device, mesh=mesh)
     first = dist.get_rank() == 0
     result: dict = {"losses": [], "norms": [], "gradients": {}}
     for step in range(steps):
@@ -193,10 +196,15 @@ def work(runs: list[Run], device_type: str, steps: int, result: Path) -> int:
     import torch.distributed as dist
 
     from longspan.cli.train import enter_world
-    from longspan.mesh.mesh import close_distributed
+    from longspan.mesh.mesh import ParallelMesh, close_distributed
 
     device = enter_world(runs[0].config, device_type)
-    measured = [measure(run, device, steps) for run in runs]
+    meshes: dict[MeshSizes, ParallelMesh] = {}  # groups take threads, so runs that are cut alike share them
+    measured = []
+    for run in runs:
+        if run.sizes not in meshes:
+            meshes[run.sizes] = ParallelMesh.build(run.sizes, device_type)
+        measured.append(measure(run, device, steps, meshes[run.sizes]))
     if dist.get_rank() == 0:
         torch.save(measured, result)
     close_distributed()

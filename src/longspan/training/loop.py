@@ -165,6 +165,7 @@ class Trainer:
         run: the resolved config, with ``vocab_size`` filled in.
         device: where this rank computes.
         metrics: where records go; rank 0 has sinks.
+        mesh: of the run's sizes; None makes one.
     """
 
     run: Run
@@ -175,7 +176,13 @@ class Trainer:
     steps: int  # optimizer steps in all
     tokens: int  # valid tokens trained on so far
 
-    def __init__(self, run: Run, device: torch.device, metrics: Metrics | None = None):
+    def __init__(
+        self,
+        run: Run,
+        device: torch.device,
+        metrics: Metrics | None = None,
+        mesh: ParallelMesh | None = None,
+    ):
         config = run.config
         self.run, self.device, self.metrics = run, device, metrics or Metrics([])
         self.train_data, self.valid_data, self.test_data = open_datasets(run)
@@ -186,7 +193,7 @@ class Trainer:
         self.ran_out = False  # it stopped where exit_interval or exit_duration_in_mins said
         self.begun = time.perf_counter()
 
-        self.mesh = ParallelMesh.build(run.sizes, device.type)
+        self.mesh = mesh or ParallelMesh.build(run.sizes, device.type)
         self.groups = self.mesh.groups
         if config.hybrid_context_parallel:  # a sample is cut over as many of all these ranks as it needs
             self.groups = dataclasses.replace(self.groups, cp=self.groups.dp_cp, hcp=())
