@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longspan.cli.config import number
-from longspan.cli.options import take_options
+from longspan.cli.options import positionals, take_options
 from longspan.config.load import read_yaml
-from longspan.errors import UserError, did_you_mean
+from longspan.errors import UserError
 
 USAGE = """\
 usage: longspan generate MODEL [--prompt TEXT] [--max-new-tokens N] [--temperature T] [--seed S] [--tokenizer FOLDER]
@@ -37,8 +37,7 @@ def run(arguments: Sequence[str]) -> int:
         print(USAGE)
         return 0
     taken, rest, problems = take_options(arguments, OPTIONS)
-    problems += [f"{a}: unknown option.{did_you_mean(a, OPTIONS)}" for a in rest if a.startswith("--")]
-    models = [a for a in rest if not a.startswith("--")]
+    models = positionals(rest, OPTIONS, problems)
     if len(models) != 1:
         problems.append("longspan generate needs one model folder: longspan generate MODEL --prompt TEXT")
     count = number(taken, "--max-new-tokens", problems) or 64

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import longspan
-from longspan.cli.options import take_options
+from longspan.cli.options import positionals, take_options
 from longspan.errors import UserError, did_you_mean
 
 USAGE = """\
@@ -28,8 +28,7 @@ def run(arguments: Sequence[str]) -> int:
         print(USAGE)
         return 0
     taken, rest, problems = take_options(arguments, OPTIONS)
-    problems += [f"{a}: unknown option.{did_you_mean(a, OPTIONS)}" for a in rest if a.startswith("--")]
-    asked = [a for a in rest if not a.startswith("--")]
+    asked = positionals(rest, OPTIONS, problems)
     problems += [f"{a!r}: one example at a time." for a in asked[1:]]
     known = examples()
     names = {name: name for name in known} | {

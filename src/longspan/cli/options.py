@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from longspan.config.load import Reading, make_config, parse_overrides, read_yaml
 from longspan.config.schema import GROUPS, keys
-from longspan.errors import UserError
+from longspan.errors import UserError, did_you_mean
 
 
 def take_options(
@@ -38,6 +38,12 @@ def take_options(
         else:
             problems.append(f"{option} needs a value.")
     return taken, rest, problems
+
+
+def positionals(rest: Sequence[str], options: Iterable[str], problems: list[str]) -> list[str]:
+    """What is no option of what ``take_options`` left; options, which nobody knows, are added to the problems."""
+    problems += [f"{a}: unknown option.{did_you_mean(a, options)}" for a in rest if a.startswith("--")]
+    return [a for a in rest if not a.startswith("--")]
 
 
 def take_lists(

@@ -181,29 +181,25 @@ class FlashAttn(VarlenKernel):
 
             self._forward, self._backward = module._flash_attn_forward, module._flash_attn_backward
 
-    def _lengths(self, pack: Pack) -> dict:
+    def _about(self, pack: Pack, scale: float) -> dict:
+        """What both directions are told, by all releases' names."""
+        causal, left, right = WINDOWS[pack.mask]
         return {
             "cu_seqlens_q": pack.cu_q,
             "cu_seqlens_k": pack.cu_k,
             "max_seqlen_q": pack.max_q,
             "max_seqlen_k": pack.max_k,
+            "dropout_p": 0.0,
+            "softmax_scale": scale,
+            "causal": causal,
+            "is_causal": causal,
+            "window_size_left": left,
+            "window_size_right": right,
+            "window_size": (left, right),
         }
 
     def forward_packed(self, q, k, v, pack, scale):
-        causal, left, right = WINDOWS[pack.mask]
-        out, lse, *_ = _call(
-            self._forward,
-            q=q,
-            k=k,
-            v=v,
-            **self._lengths(pack),
-            dropout_p=0.0,
-            softmax_scale=scale,
-            causal=causal,
-            window_size_left=left,
-            window_size_right=right,
-            window_size=(left, right),
-        )
+        out, lse, *_ = _call(self._forward, q=q, k=k, v=v, **self._about(pack, scale))
         if lse.shape != (q.shape[1], q.shape[0]):
             raise UserError(
                 f"{self.name} returned a log-sum-exp of shape {tuple(lse.shape)}, not [heads, rows] = "
@@ -213,7 +209,6 @@ class FlashAttn(VarlenKernel):
         return out, lse
 
     def backward_packed(self, dout, q, k, v, out, lse, pack, scale):
-        causal, left, right = WINDOWS[pack.mask]
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         _call(
             self._backward,
@@ -226,14 +221,7 @@ class FlashAttn(VarlenKernel):
             dq=dq,
             dk=dk,
             dv=dv,
-            **self._lengths(pack),
-            dropout_p=0.0,
-            softmax_scale=scale,
-            causal=causal,
-            is_causal=causal,
-            window_size_left=left,
-            window_size_right=right,
-            window_size=(left, right),
+            **self._about(pack, scale),
             softcap=0.0,
             alibi_slopes=None,
             deterministic=self.deterministic,
