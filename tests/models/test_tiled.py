@@ -120,6 +120,13 @@ def test_weights_and_small_tensors_stay_and_a_tensor_is_moved_once():
     with offload.layer(list(module.parameters())):
         (x * x).sum()
     assert offload.moved == x.nbytes  # saved twice
+    offload.moved = 0
+    with offload.layer([]):
+        y = (x * x).sum() + (x.view(2, -1) * x.view(2, -1)).sum()  # in another shape
+    assert offload.moved == x.nbytes
+    x.grad = None
+    y.backward()
+    assert torch.equal(x.grad, 4 * x)
     offload = Offload(torch.device("cpu"), minimum=9 * H * 8 + 1)
     with offload.layer(list(module.parameters())):
         (x * x).sum() + (module.up @ x.t()).sum()

@@ -42,6 +42,10 @@ class _Group:
         self.ready: torch.cuda.Event | None = None  # the last copy, there or back
 
 
+#: what autograd keeps instead of a tensor: its group, its number there, its shape
+_Handle = tuple[_Group, int, torch.Size]
+
+
 class Offload:
     """One for all layers of a model; see the module's docstring.
 
@@ -69,18 +73,21 @@ class Offload:
         staying = {t.untyped_storage().data_ptr() for t in stay}
         known: dict[tuple, int] = {}
 
-        def pack(t: Tensor) -> Tensor | tuple[_Group, int]:
+        def pack(t: Tensor) -> Tensor | _Handle:
             if self._stays(t, staying):
                 return t
             assert group.here is not None
+            shape, t = t.shape, t.detach()
+            if t.is_contiguous():  # attention's output is saved by heads, and as one row a token
+                t = t.view(-1)
             # group.here keeps the address from being given anew
             key = (t.data_ptr(), t.shape, t.stride(), t.dtype, t._version)
             if key not in known:
                 known[key] = len(group.here)
-                group.here.append(t.detach())
-                group.host.append(self._to_host(t.detach()))
+                group.here.append(t)
+                group.host.append(self._to_host(t))
                 self.moved += t.nbytes
-            return group, known[key]
+            return group, known[key], shape
 
         with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
             yield
@@ -127,10 +134,10 @@ class Offload:
             group.here = [t.to(self.device, non_blocking=True) for t in group.host]
             group.ready = self.stream.record_event()
 
-    def _unpack(self, saved: Tensor | tuple[_Group, int]) -> Tensor:
+    def _unpack(self, saved: Tensor | _Handle) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        group, index = saved
+        group, index, shape = saved
         if self.asked is None or self.asked() is not group:  # backward comes to this layer
             self.asked = weakref.ref(group)
             if self.stream is not None:
@@ -148,4 +155,4 @@ class Offload:
             assert group.ready is not None
             stream.wait_event(group.ready)
             t.record_stream(stream)
-        return t
+        return t.view(shape)
