@@ -15,7 +15,9 @@ import torch.distributed as dist
 
 from longspan.config.parallel import DEFAULT_ORDER, MeshSizes
 from longspan.mesh.mesh import ParallelMesh, ProcessGroupCollection, init_distributed
+from longspan.mesh.topology import RankGenerator as RankGenerator  # Megatron has it here, too
 from longspan.mesh.topology import data_parallel_size
+from longspan.mesh.topology import hierarchical_groups as hierarchical_groups
 
 _mesh: ParallelMesh | None = None
 _virtual_pipeline_rank: int | None = None

@@ -37,6 +37,7 @@ from longspan.context_parallel.keys import MoveKeys
 from longspan.context_parallel.layout import SequenceLayout
 from longspan.context_parallel.packed import PackedSeqParams
 from longspan.context_parallel.schedule import Schedule
+from longspan.mesh.collectives import join
 from longspan.mesh.installed import process_groups
 from longspan.mesh.mesh import ProcessGroupCollection
 
@@ -78,6 +79,7 @@ def _attend(
     rank = 0 if group is None else dist.get_rank(group)
     inner, outer = _moves(comm_type, group, hierarchical_groups)
     schedule, together = _plan(layout, rank, comm_type, _size(inner), causal, window)
+    join(outer, q.device)
     with autocast.off(q):
         if inner is None:
             return MoveKeys.apply(q, k, v, schedule, outer, kernel, scale)
@@ -219,7 +221,7 @@ class DotProductAttention(nn.Module):
             raise ValueError(
                 f"k_channels {k_channels} and v_channels {v_channels} differ: unequal head sizes (MLA) are not supported yet."
             )
-        self.attn_mask_type = attn_mask_type
+        self.channels, self.attn_mask_type = k_channels, attn_mask_type
         self.softmax_scale = softmax_scale
         self.window = config.window_of_layer(layer_number)
         check_window(self.window, attn_mask_type.is_causal)
@@ -276,6 +278,10 @@ class DotProductAttention(nn.Module):
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if self.channels is not None and query.shape[-1] != self.channels:
+            raise ValueError(
+                f"query has heads of size {query.shape[-1]}, but k_channels is {self.channels}. Leave k_channels out, or give that size."
+            )
         if attention_mask is not None:
             raise ValueError(
                 "attention_mask is not supported: a mask of size s x s is never built. Use attn_mask_type, and "

@@ -11,9 +11,12 @@ Both say which rows they read and write, so the loops over them (``keys``) are t
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -69,6 +72,9 @@ class Pack:
     first: bool
 
     @classmethod
+    @lru_cache(
+        maxsize=64
+    )  # each layer asks for the same, and the boundaries' way to the device stops the CPU
     def single(cls, q_rows: int, k_rows: int, mask: Mask, device: torch.device) -> Pack:
         """One sequence of all rows."""
         cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (q_rows, k_rows))
@@ -128,15 +134,17 @@ def _packs(tiles: Sequence[Tile], device: torch.device) -> list[TileCall | Pack]
 
 
 def _add(packs: dict, kind: tuple[bool, Mask], q: Range, keys: list[Range]) -> None:
-    """Puts a sequence into the first pack of its kind in which no other has its query rows."""
-    number = 0
-    while any(q[0] < other[1] and other[0] < q[1] for other, _ in packs[*kind, number]):
-        number += 1
-    packs[*kind, number].append((q, keys))
+    """Puts a sequence into the first pack of its kind in which no other has its query rows; packs are sorted by them."""
+    for number in itertools.count():
+        held = packs[*kind, number]
+        at = bisect.bisect_left(held, q, key=lambda sequence: sequence[0])
+        before, after = held[at - 1 : at], held[at : at + 1]
+        if all(other[1] <= q[0] for other, _ in before) and all(q[1] <= other[0] for other, _ in after):
+            held.insert(at, (q, keys))
+            return
 
 
 def _pack(held: list[tuple[Range, list[Range]]], mask: Mask, first: bool, device: torch.device) -> Pack:
-    held = sorted(held)
     q_lengths = [stop - start for (start, stop), _ in held]
     k_lengths = [sum(stop - start for start, stop in ranges) for _, ranges in held]
     return Pack(

@@ -40,6 +40,8 @@ def why_not(name: str, head_dim: int, deterministic: bool) -> str:
             return "is not installed (it is built from the hopper folder of flash-attention)"
         if torch.cuda.get_device_capability()[0] != 9:
             return "runs on Hopper GPUs only"
+    if name == "cuda-flash" and torch.cuda.get_device_capability() < (8, 0):
+        return "needs an Ampere GPU or newer"
     if name == "cudnn":
         if head_dim > 128:
             return f"takes head sizes up to 128, not {head_dim}"

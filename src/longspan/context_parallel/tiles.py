@@ -24,6 +24,7 @@ Every shape is square or full, so any backend serves, and no tile computes a pai
 
 from __future__ import annotations
 
+import bisect
 import enum
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -175,10 +176,12 @@ def _band_tiles(mine: Sequence[Segment], window: int) -> tuple[Tile, ...]:
     ]
     tiles = [Tile(_rows(b), _rows(b), Mask.CAUSAL, True) for b in blocks]
     for same in _by_document(blocks).values():
-        for q in same:
-            for k in same:
-                if k.stop <= q.start < k.stop + window - 1:
-                    tiles += _before(q, k, window)
+        order = sorted(range(len(same)), key=lambda i: same[i].start)
+        stops = [same[i].stop for i in order]
+        for q in same:  # with the blocks that end less than window - 1 before it
+            ends = (bisect.bisect_right(stops, q.start - window + 1), bisect.bisect_right(stops, q.start))
+            for i in sorted(order[slice(*ends)]):
+                tiles += _before(q, same[i], window)
     return tuple(tiles)
 
 

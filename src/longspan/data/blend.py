@@ -80,6 +80,10 @@ class BlendedDataset(TokenDataset):
         return member.boundaries(number)
 
     @property
+    def num_documents(self) -> int:
+        return sum(member.num_documents for member in self.members)
+
+    @property
     def longest_document(self) -> int:
         return max(member.longest_document for member in self.members)
 

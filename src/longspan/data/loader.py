@@ -132,6 +132,11 @@ class TokenDataset:
         return [sum(lengths[:i]) for i in range(len(lengths) + 1)]
 
     @property
+    def num_documents(self) -> int:
+        """Of this split, without samples that were dropped."""
+        return len(self.documents)
+
+    @property
     def longest_document(self) -> int:
         """Tokens of the longest run that attends to itself: a document or its longest piece, a row without packing."""
         return self._plan.longest

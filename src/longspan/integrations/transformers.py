@@ -308,7 +308,7 @@ def _check_call(
 
 
 def all_reduce_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Sums the gradients over the ranks, after backward: what a model without FSDP or DDP needs.
+    """Sums the gradients over the ranks, in at least float32, after backward: what a model without FSDP or DDP needs.
 
     A parameter that has a gradient on some ranks only (an expert that got no token) counts as zero on the others.
     """
@@ -326,7 +326,9 @@ def all_reduce_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
         if somewhere:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad, group=group)
+            wide = parameter.grad.to(torch.promote_types(parameter.grad.dtype, torch.float32))
+            dist.all_reduce(wide, group=group)
+            parameter.grad.copy_(wide)  # itself, but for bfloat16
 
 
 def sum_fsdp_gradients(model: nn.Module) -> None:

@@ -20,6 +20,8 @@ A group of one rank costs nothing: every function returns its input.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -76,6 +78,22 @@ def own_part(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
             "Pad it to a multiple, or choose a size that divides it."
         )
     return x.chunk(n, dim)[dist.get_rank(group)].contiguous()
+
+
+_joined: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
+
+
+def join(group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Before the first messages between single ranks of a group: NCCL makes its communicator at first use, which all
+    ranks must share, and later only those with something to send take part in an exchange. Costs nothing after that."""
+    if (
+        group is not None
+        and device.type == "cuda"
+        and group not in _joined
+        and dist.get_world_size(group) > 1
+    ):
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+        _joined.add(group)
 
 
 class _Move(torch.autograd.Function):

@@ -34,5 +34,6 @@ def tensor_parallel_mesh(tp_group: dist.ProcessGroup | DeviceMesh | None) -> Dev
         mesh = process_groups().tp_mesh
         assert mesh is not None
         return mesh
-    device_type = "cuda" if dist.get_backend(tp_group) == "nccl" else "cpu"
+    # "nccl", or "cpu:gloo,cuda:nccl" as init_distributed starts it
+    device_type = "cuda" if "nccl" in str(dist.get_backend(tp_group)) else "cpu"
     return DeviceMesh.from_group(tp_group, device_type)

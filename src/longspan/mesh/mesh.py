@@ -131,11 +131,6 @@ class ParallelMesh:
             hcp=tuple(levels),
             tp_mesh=device_mesh["tp"],
         )
-        if device_type == "cuda":
-            # NCCL makes a communicator at its first use, which all ranks must share; later only those
-            # with something to send take part in an exchange: of keys, in these groups (dp_cp: hybrid)
-            for group in (groups.cp, groups.dp_cp, *groups.hcp):
-                dist.all_reduce(torch.zeros(1, device=device_type), group=group)
         return cls(sizes, groups, device_mesh, dense, expert)
 
     def __str__(self) -> str:

@@ -270,6 +270,16 @@ class TransformerBlock(nn.Module):
     ):
         super().__init__()
         groups = process_groups(pg_collection)
+        for name, what in (
+            ("pipeline", "pipelines"),
+            ("virtual_pipeline", "pipelines"),
+            ("expert", "experts"),
+        ):
+            name += "_model_parallel_size"
+            if (getattr(config, name) or 1) > 1:
+                raise ValueError(
+                    f"{name}={getattr(config, name)}: {what} are not supported yet. Leave it out."
+                )
         self.pre_process = pre_process
         self.layers = nn.ModuleList(
             TransformerLayer(config, number, groups) for number in range(1, config.num_layers + 1)
@@ -323,10 +333,6 @@ class GPTModel(nn.Module):
     ):
         super().__init__()
         groups = process_groups(pg_collection)
-        if config.pipeline_model_parallel_size > 1:
-            raise ValueError(
-                f"pipeline_model_parallel_size={config.pipeline_model_parallel_size}: pipelines are not supported yet. Use 1."
-            )
         learned = config.position_embedding_type == "learned_absolute"
         if learned and config.max_position_embeddings is None:
             config = dataclasses.replace(config, max_position_embeddings=max_sequence_length)

@@ -175,7 +175,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_loss.stride()
         ):  # one number for all tokens: the gradient of a sum
             scale = grad_loss.flatten()[0]
-            grad_hidden = sums[0] * scale.to(hidden.dtype)
+            grad_hidden = torch.empty_like(hidden)
+            for start in range(
+                0, hidden.shape[0], ctx.chunk
+            ):  # the scale, 1 / tokens, is not rounded to bfloat16
+                part = slice(start, start + ctx.chunk)
+                grad_hidden[part] = sums[0][part].to(scale.dtype) * scale
             grad_weight = None if sums[1] is None else sums[1] * scale
         else:
             grad_hidden, grad_weight = _empty_gradients(hidden, weight, ctx.needs_input_grad[1])

@@ -12,6 +12,7 @@ Frozen weights stay out: of a run with adapters a checkpoint holds the adapters 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -157,7 +158,11 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
     # frozen weights are missing there
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     if optimizer is not None:
+        # the moments are the checkpoint's; weight decay, betas and the like are the config's, as the learning rate is
+        own_settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        for group, settings in zip(optimizer.param_groups, own_settings, strict=True):
+            group.update(settings)
     if own in state:
         torch.set_rng_state(state[own])
 
@@ -180,6 +185,7 @@ class Checkpointer:
         # of its own: the writing thread's messages must not meet the training's
         self.group = dist.new_group(backend="gloo") if background else None
         self.pending: tuple[Path, Future] | None = None
+        self.named: Path | None = None  # what was last given its name, on the first rank
         if self.first:  # what a kill left behind
             for leftover in [*folder.glob(".step_*.partial"), *folder.glob(".step_*.removed")]:
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -193,6 +199,7 @@ class Checkpointer:
             SaveError: an earlier save failed, or this one could not start.
         """
         self.finish()
+        self.named = None
         final = self.folder / f"step_{step:08d}"
         partial = self._partial(final)
         trouble = None
@@ -213,7 +220,8 @@ class Checkpointer:
             f"rng.{dist.get_rank()}": torch.get_rng_state(),
         }
         if self.background:
-            # a copy of our own: tensors that are on the CPU already would be written while they change
+            # a copy of our own: tensors that are on the CPU already would be written while they change; DCP copies the
+            # others to the CPU itself before it returns
             future = dcp.async_save(
                 tree_map(_copy, state), checkpoint_id=str(partial), process_group=self.group
             )
@@ -240,7 +248,7 @@ class Checkpointer:
         trouble = None
         try:
             future.result()
-            if self.first and self._partial(final).is_dir():
+            if self.first and self.named != final:
                 self._name(final)
         except (Exception, CheckpointException) as error:
             # DCP's exception (no Exception by its class) holds each failed rank's own
@@ -261,30 +269,39 @@ class Checkpointer:
         """Names a save whose writing has ended; cheap, no communication. ``finish`` reports what went wrong."""
         if self.first and self.pending and self.pending[1].done() and not self.pending[1].exception():
             final = self.pending[0]
-            if self._partial(final).is_dir():
-                self._name(final)
+            if self.named != final:
+                with contextlib.suppress(OSError):  # finish tries again
+                    self._name(final)
 
     def _name(self, final: Path) -> None:
         # DCP's metadata is written last, after all ranks' files: what the first rank sees done is whole
-        shutil.rmtree(final, ignore_errors=True)  # the same step of an earlier run
-        os.rename(self._partial(final), final)
+        if self._partial(final).is_dir():
+            shutil.rmtree(final, ignore_errors=True)  # the same step of an earlier run
+            os.rename(self._partial(final), final)
         write_atomically(self.folder / "latest", final.name + "\n")
-        self._prune()
+        self.named = final
+        self._prune(final)
 
     def _partial(self, final: Path) -> Path:
         return final.with_name(f".{final.name}.partial")
 
-    def _prune(self) -> None:
-        """Removes all but the newest checkpoints; each loses its name before its files."""
+    def _prune(self, newest: Path) -> None:
+        """Removes all but the newest checkpoints; each loses its name before its files.
+
+        Those of later steps stay until this run comes to them: it went on from an earlier one, and may be the worse try.
+        """
         if self.keep is None:
             return
-        for old in sorted(self.folder.glob("step_*"))[: -self.keep]:
+        upto = [path for path in sorted(self.folder.glob("step_*")) if path.name <= newest.name]
+        for old in upto[: -self.keep]:
             gone = old.with_name(f".{old.name}.removed")
             os.rename(old, gone)
             shutil.rmtree(gone, ignore_errors=True)
 
 
 def _copy(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
+        return value
     if isinstance(value, DTensor):
         local = value.to_local().detach().clone()
         return DTensor.from_local(
@@ -295,7 +312,7 @@ def _copy(value: Any) -> Any:
             shape=value.shape,
             stride=value.stride(),
         )
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+    return value.detach().clone()
 
 
 def write_atomically(path: Path, text: str) -> None:

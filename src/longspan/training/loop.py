@@ -189,7 +189,10 @@ class Trainer:
         self.steps = training_steps(run, len(self.train_data))
         self.warmup = warmup_steps(config, self.steps)
         self.step = self.tokens = 0
-        self.stop_asked = False  # set by a signal; all ranks stop at the same step
+        self.signalled = False  # this rank alone was asked to stop; a signal sets it at any moment
+        self.stop_asked = (
+            False  # any was, or it is time to: agreed in each step, so that all ranks stop at the same one
+        )
         self.ran_out = False  # it stopped where exit_interval or exit_duration_in_mins said
         self.begun = time.perf_counter()
 
@@ -308,9 +311,9 @@ class Trainer:
         """Is it time to save and stop before the last step: exit_interval, exit_duration_in_mins?"""
         config = self.run.config
         minutes = (now - self.begun) / 60
-        return (config.exit_interval is not None and self.step % config.exit_interval == 0) or (
-            config.exit_duration_in_mins is not None and minutes >= config.exit_duration_in_mins
-        )
+        due = config.exit_interval is not None and self.step % config.exit_interval == 0
+        due |= config.exit_duration_in_mins is not None and minutes >= config.exit_duration_in_mins
+        return due and self.step < self.steps
 
     def train_step(self, batches: list[LocalBatch]) -> dict:
         """One optimizer step; returns its record."""
@@ -324,7 +327,7 @@ class Trainer:
         norm, rate = self.apply_gradients()
         self.tokens += count
         # one small message: the largest memory of a rank, whether any was asked to stop, and whether it is time to
-        asked = [float(self.stop_asked), float(self.run_out(time.perf_counter()))]
+        asked = [float(self.signalled), float(self.run_out(time.perf_counter()))]
         shared = torch.tensor([peak_memory_gib(self.device), *asked], dtype=torch.float64)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         peak, self.ran_out = shared[0], bool(shared[2])
@@ -352,7 +355,7 @@ class Trainer:
     def train(self, output: Path, progress: Progress, started: Callable[[], None] = lambda: None) -> dict:
         """Runs the steps that are left, evaluating and saving on the way; returns the summary's record.
 
-        A run that is asked to stop (``stop_asked``) finishes its step, saves and returns.
+        A run that is asked to stop (``signalled``) finishes its step, saves and returns.
 
         Args:
             started: called once, after the first step.
@@ -369,7 +372,11 @@ class Trainer:
         save_every = interval(config.save_steps, config.saves_per_epoch, self.steps, an_epoch)
         every = config.logging_steps or min(10, max(1, self.steps // 200))
         for batches in self.steps_ahead():
-            first, record = record is None, self.train_step(batches)
+            try:
+                first, record = record is None, self.train_step(batches)
+            except NotFinite:  # on all ranks at once
+                self._finish(saves, progress)  # the last good checkpoint may be on its way
+                raise
             if first:
                 started()
             last = self.step == self.steps or self.stop_asked
@@ -380,12 +387,7 @@ class Trainer:
                 evaluation = self.evaluate()
                 progress.evaluation(evaluation)
             if (config.save_last and last) or (save_every and self.step % save_every == 0):
-                try:
-                    progress.saving(saves.save(self.step, self.model, self.optimizer, self.description()))
-                except SaveError as error:
-                    if last:
-                        raise
-                    progress.warn(f"{error}. Training goes on; earlier checkpoints are as they were.")
+                self._save(saves, progress, last)
             if self.stop_asked:
                 break
         saves.finish()
@@ -403,6 +405,23 @@ class Trainer:
             tokens_per_second=(self.tokens - tokens) / elapsed,
             peak_memory_gib=record["peak_memory_gib"],
         )
+
+    def _finish(self, saves: Checkpointer, progress: Progress) -> None:
+        """Waits for the save on its way; tells what went wrong with it."""
+        try:
+            saves.finish()
+        except SaveError as error:
+            progress.warn(f"{error}. Earlier checkpoints are as they were.")
+
+    def _save(self, saves: Checkpointer, progress: Progress, last: bool) -> None:
+        """Saves; an earlier failure is told and does not stand in the way."""
+        self._finish(saves, progress)
+        try:
+            progress.saving(saves.save(self.step, self.model, self.optimizer, self.description()))
+        except SaveError as error:
+            if last:
+                raise
+            progress.warn(f"{error}. Training goes on; earlier checkpoints are as they were.")
 
     @torch.no_grad()
     def evaluate(self, data: TokenDataset | None = None, **more: str) -> dict:

@@ -42,7 +42,8 @@ def train(run: Run, device: torch.device) -> int:
             progress = make_progress(trainer.steps, trainer.step, run.global_batch_size if megatron else None)
         # before the first step a signal ends the process at once: there is nothing to save
         summary = trainer.train(output, progress, started=lambda: stop_on_signal(trainer))
-        if config.export_hf and not trainer.stop_asked:
+        exported = config.export_hf and not trainer.stop_asked
+        if exported:
             export(trainer, output / "hf")
     except SaveError as error:
         if first:
@@ -63,7 +64,7 @@ def train(run: Run, device: torch.device) -> int:
         progress.close()
         trainer.metrics.close()
     if first:
-        print(last_lines(summary, trainer, output), flush=True)
+        print(last_lines(summary, trainer, output, exported), flush=True)
     return 1 if trainer.step < trainer.steps and not trainer.ran_out else 0
 
 
@@ -114,7 +115,7 @@ def stop_on_signal(trainer: Trainer) -> None:
     """A first SIGTERM or Ctrl-C asks for a stop at the next step boundary; a second one acts at once."""
 
     def ask(number, _frame):
-        trainer.stop_asked = True
+        trainer.signalled = True
         signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -150,10 +151,10 @@ def filling(trainer: Trainer) -> str:
     if not (excess := data.num_excess):
         return text
     done = "dropped" if config.excess_length_strategy == "drop" else "truncated"
-    return f"{text}; {excess:,} of {len(data.documents) + excess * (done == 'dropped'):,} samples were too long and are {done}"
+    return f"{text}; {excess:,} of {data.num_documents + excess * (done == 'dropped'):,} samples were too long and are {done}"
 
 
-def last_lines(summary: dict, trainer: Trainer, output: Path) -> str:
+def last_lines(summary: dict, trainer: Trainer, output: Path, exported: bool) -> str:
     """What happened, where it is, and what to try next."""
     config = trainer.run.config
     stopped = trainer.step < trainer.steps
@@ -161,7 +162,7 @@ def last_lines(summary: dict, trainer: Trainer, output: Path) -> str:
     if summary["eval_loss"] is not None:
         loss += f", {summary['eval_loss']:.4f} held out"
     where = f"metrics: {output / 'metrics.jsonl'}"
-    if config.export_hf and not stopped:
+    if exported:
         what = (
             "model: {}, for Hugging Face transformers"
             if trainer.run.lora is None
@@ -184,11 +185,7 @@ def last_lines(summary: dict, trainer: Trainer, output: Path) -> str:
                 else [
                     "next: --context-parallel-size 4 cuts each sequence over more ranks and gives the same losses;",
                     f"      longspan verify {output / 'config.yaml'} shows that they are",
-                    *(
-                        [f"      longspan generate {output / 'hf'} lets the model write"]
-                        if config.export_hf
-                        else []
-                    ),
+                    *([f"      longspan generate {output / 'hf'} lets the model write"] if exported else []),
                 ]
             ),
         ]

@@ -1,0 +1,176 @@
+"""Runs that end before their last step, or go on from an earlier one: nothing is lost, and all ranks do the same."""
+
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import pool
+import tiny
+from longspan.data import IndexedDatasetWriter
+from longspan.training import checkpoint, session
+from longspan.training.loop import NotFinite, Trainer
+from longspan.training.metrics import Metrics
+from longspan.training.progress import Progress
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    return tiny.write_data(tmp_path_factory.mktemp("data"))
+
+
+class Records:
+    """A sink that keeps the records."""
+
+    def __init__(self):
+        self.records = []
+
+    def write(self, record):
+        self.records.append(record)
+
+    def close(self):
+        pass
+
+
+def trainer_of(prefix, folder, **changes):
+    run = tiny.tiny_run(prefix, dist.get_world_size(), output_dir=str(folder), **changes)
+    sink = Records()
+    return Trainer(run, CPU, Metrics([sink])), sink.records
+
+
+def names(folder):
+    return sorted(path.name for path in (Path(folder) / "checkpoints").iterdir())
+
+
+class Signal(Progress):
+    """Asks to stop, as a signal's handler does, on one rank between the ranks' agreement and what follows it, or on
+    all while they evaluate."""
+
+    def __init__(self, trainer, when):
+        super().__init__()
+        self.trainer, self.when = trainer, when
+
+    def step(self, record, show):
+        if self.when == "step" and record["step"] == 2 and dist.get_rank() == 1:
+            self.trainer.signalled = True
+
+    def evaluation(self, record):
+        if self.when == "evaluation" and record["step"] == 2:
+            self.trainer.signalled = True
+
+
+def stopped_by_a_signal(prefix, folder, when):
+    trainer, records = trainer_of(prefix, folder, context_parallel_size=2, max_steps=6, eval_steps=2)
+    trainer.train(Path(folder), Signal(trainer, when))
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [2]
+    assert names(folder) == ["latest", "step_00000003"]
+
+
+@pytest.mark.parametrize("when", ["step", "evaluation"])
+def test_a_signal_at_any_moment_stops_all_ranks_at_one_step_with_a_checkpoint(prefix, tmp_path, when):
+    """One rank once left the loop alone while the other waited in an evaluation; and nothing was saved."""
+    pool.run(2, stopped_by_a_signal, prefix, str(tmp_path), when)
+
+
+def goes_on_from_an_earlier_step(prefix, folder):
+    trainer, _ = trainer_of(prefix, folder, max_steps=6, save_steps=2)
+    trainer.train(Path(folder), Progress())
+    assert names(folder) == ["latest", "step_00000002", "step_00000004", "step_00000006"]
+    trainer, _ = trainer_of(prefix, folder, max_steps=6, save_steps=3, save_total_limit=1)
+    trainer.resume(Path(folder) / "checkpoints" / "step_00000002")
+    trainer.steps = 3
+    trainer.train(Path(folder), Progress())
+    assert names(folder) == ["latest", "step_00000003", "step_00000004", "step_00000006"]
+    assert checkpoint.newest(Path(folder) / "checkpoints").name == "step_00000003"
+
+
+def test_what_a_run_has_just_saved_is_not_the_oldest(prefix, tmp_path):
+    """Going on from an earlier step, save_total_limit once removed the new checkpoint and kept the old ones."""
+    pool.run(1, goes_on_from_an_earlier_step, prefix, str(tmp_path))
+
+
+def fails_once(prefix, folder):
+    trainer, _ = trainer_of(prefix, folder, max_steps=4, save_steps=2)
+    whole, calls = checkpoint.dcp.async_save, []
+
+    def async_save(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > 1:
+            return whole(*args, **kwargs)
+        failed = Future()
+        failed.set_exception(OSError("a disk that was full for a moment"))
+        return failed
+
+    checkpoint.dcp.async_save = async_save
+    try:
+        trainer.train(Path(folder), Progress())
+    finally:
+        checkpoint.dcp.async_save = whole
+    assert len(calls) == 2
+    assert names(folder) == ["latest", "step_00000004"]
+
+
+def test_a_save_that_failed_does_not_cost_the_last_one(prefix, tmp_path):
+    pool.run(1, fails_once, prefix, str(tmp_path))
+
+
+def diverges(prefix, folder):
+    trainer, _ = trainer_of(prefix, folder, max_steps=4, save_steps=2)
+    compute = trainer.compute_gradients
+    trainer.compute_gradients = lambda b: (float("nan"), 1) if trainer.step == 2 else compute(b)
+    with pytest.raises(NotFinite):
+        trainer.train(Path(folder), Progress())
+    assert names(folder) == ["latest", "step_00000002"]
+
+
+def test_a_loss_that_is_no_number_leaves_the_checkpoint_on_its_way(prefix, tmp_path):
+    pool.run(1, diverges, prefix, str(tmp_path))
+
+
+def other_settings(prefix, folder):
+    trainer, _ = trainer_of(prefix, folder, max_steps=2, weight_decay=0.0, adam_beta2=0.9)
+    trainer.train(Path(folder), Progress())
+    trainer, _ = trainer_of(prefix, folder, max_steps=4, weight_decay=0.5, adam_beta2=0.99, adam_epsilon=1e-6)
+    trainer.resume(Path(folder) / "checkpoints" / "step_00000002")
+    matrices, vectors = trainer.optimizer.param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.5, 0.0)
+    assert {(*group["betas"], group["eps"]) for group in (matrices, vectors)} == {(0.9, 0.99, 1e-6)}
+    moments = next(iter(trainer.optimizer.state.values()))
+    assert moments["step"].item() == 2
+
+
+def test_weight_decay_and_betas_are_the_configs(prefix, tmp_path):
+    """The checkpoint's once replaced them silently."""
+    pool.run(1, other_settings, prefix, str(tmp_path))
+
+
+def ends_where_it_would_stop(prefix, folder):
+    trainer, records = trainer_of(prefix, folder, max_steps=4, exit_interval=4)
+    trainer.train(Path(folder), Progress())
+    assert not trainer.stop_asked
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [4]
+
+
+def test_an_exit_interval_that_divides_the_last_step_ends_the_run_as_any(prefix, tmp_path):
+    pool.run(1, ends_where_it_would_stop, prefix, str(tmp_path))
+
+
+def blended_with_one_too_long(folder):
+    folder, sources = Path(folder), []
+    for i in range(2):
+        for name, kind in ((f"s{i}", np.uint16), (f"s{i}_mask", np.uint8)):
+            with IndexedDatasetWriter(folder / name, kind) as writer:
+                for length in (10, 20, 30, 200):
+                    writer.add_document(np.ones(length, int))
+        sources.append({"path": str(folder / f"s{i}"), "weight": 1})
+    run = tiny.tiny_run("", 1, datasets=sources, max_steps=1, val_set_size=0, export_hf=False)
+    assert session.filling(Trainer(run, CPU)).endswith("2 of 8 samples were too long and are dropped")
+
+
+def test_blended_samples_of_which_some_are_too_long(tmp_path):
+    pool.run(1, blended_with_one_too_long, str(tmp_path))
