@@ -243,7 +243,7 @@ def curve(prefix, base, steps, more):
 
 @pytest.fixture(scope="module")
 def one_process(prefix, base):
-    return pool.run(1, curve, prefix, base, 20, {})[0]
+    return pool.run(1, curve, prefix, base, 12, {})[0]
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def one_process(prefix, base):
     ids=str,
 )
 def test_training_follows_the_curve_of_one_process(prefix, base, one_process, world, more):
-    got = pool.run(world, curve, prefix, base, 20, more)
+    got = pool.run(world, curve, prefix, base, 12, more)
     assert all(rank == got[0] for rank in got)
     for ours, expected in zip(got[0], one_process):
         assert ours == pytest.approx(expected, rel=1e-9)

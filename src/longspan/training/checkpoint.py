@@ -31,7 +31,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from longspan.errors import UserError, did_you_mean
@@ -302,16 +301,6 @@ class Checkpointer:
 def _copy(value: Any) -> Any:
     if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
         return value
-    if isinstance(value, DTensor):
-        local = value.to_local().detach().clone()
-        return DTensor.from_local(
-            local,
-            value.device_mesh,
-            value.placements,
-            run_check=False,
-            shape=value.shape,
-            stride=value.stride(),
-        )
     return value.detach().clone()
 
 
