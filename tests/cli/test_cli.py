@@ -131,12 +131,50 @@ def test_unknown_keys_and_options_are_refused_together(folder):
         (["--launcher", "torchrn"], "Did you mean torchrun?"),
         (["again.yaml"], "unexpected argument"),
         (["--", "--nproc-per-node", "2"], "add --launcher torchrun"),
+        (["--launcher", "torchrun", "--", "--nonexistflag"], "torchrun does not take it: unrecognized"),
+        (["--launcher", "torchrun", "--", "script.py"], "'script.py' is no option of torchrun"),
+        (["--datasets", "[{path: tiny, split: 'train[:5]'}]"], "split has no effect on token files"),
+        (
+            ["--datasets", "[{path: tiny, field: x, roles_to_train: [y]}]"],
+            "field has no effect on token files",
+        ),
+        (
+            ["--datasets", "[{path: tiny, roles_to_train: [y]}]"],
+            "roles_to_train has no effect without type: chat",
+        ),
+        (
+            ["--tensorboard-dir", "config.yaml", "--use-tensorboard"],
+            "tensorboard_dir config.yaml: cannot write",
+        ),
         (["--attention-backend", "cuda-flash"], "cuda-flash"),
     ],
 )
 def test_each_mistake_is_one_clear_message(folder, arguments, message):
     found = refused(folder, "config.yaml", *arguments)
     assert any(message in problem for problem in found), found
+
+
+def test_torchruns_own_arguments_say_how_many(monkeypatch):
+    """They were once dropped where one process was enough, and not reckoned with elsewhere."""
+    from longspan.cli.launch import launched_world, read_launch
+    from longspan.errors import UserError
+
+    problems = []
+    launch = read_launch({"--launcher": "torchrun"}, ["--nproc_per_node=2", "--nnodes", "3"], problems)
+    assert (launch.processes, launch.machines, problems) == (6, 3, [])
+    read_launch({"--launcher": "torchrun", "--num-processes": "4"}, ["--nproc_per_node=2"], problems)
+    assert problems[0].endswith("--num-processes 4 and torchrun's --nproc-per-node 2 on 1 machines: give one.")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for rank, world, found in (
+        ("x", "2", "RANK=x"),
+        ("5", "2", "from 0 to WORLD_SIZE - 1"),
+        ("0", "2", "MASTER_ADDR"),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", world)
+        with pytest.raises(UserError, match=found):
+            launched_world()
 
 
 def test_missing_and_truncated_data_are_refused(folder):
@@ -312,6 +350,7 @@ def test_eval_gives_one_answer_at_every_layout(folder):
         found.append(json.loads(done.stdout))
     one, cut = found
     assert one["checkpoint"].endswith("step_00000003")
+    assert one["step"] == 3
     assert one["loss"] == pytest.approx(records(folder / "evaluated", "eval")[-1]["loss"], rel=1e-9)
     assert cut["loss"] == pytest.approx(one["loss"], rel=1e-9)
     assert sum(p["tokens"] for p in one["positions"]) == one["tokens"] == cut["tokens"]

@@ -109,3 +109,28 @@ def test_one_key_given_twice_by_two_names_is_refused():
     assert reading.problems == [
         "--learning-rate and --lr are the same key, learning_rate, with two values. Keep one."
     ]
+
+
+def test_warm_up_and_evaluations_by_megatrons_defaults():
+    base = [
+        "--num-layers",
+        "1",
+        "--hidden-size",
+        "8",
+        "--num-attention-heads",
+        "1",
+        "--lr",
+        "1e-3",
+        "--train-iters",
+        "4",
+    ]
+
+    def schedule(*flags):
+        config = parse_megatron_flags([*base, *flags])[0].config
+        return config.warmup_steps, config.eval_steps, config.eval_iters
+
+    assert schedule("--mock-data") == (0, 1000, 100)
+    assert schedule("--mock-data", "--lr-warmup-fraction", "0.1", "--eval-interval", "7") == (None, 7, 100)
+    assert schedule("--mock-data", "--split", "100,0,0") == (0, None, None)
+    assert schedule("--train-data-path", "x") == (0, None, None)
+    assert schedule("--mock-data", "--eval-iters", "0") == (0, None, 0)

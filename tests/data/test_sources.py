@@ -187,3 +187,19 @@ def test_stamps_change_with_the_files(tmp_path):
     write_lines(path, RECORDS[:9])
     assert stamp(source(path)) != before
     json.dumps(before)
+
+
+def test_a_single_file_is_train_as_a_whole(tmp_path):
+    write_lines(tmp_path / "a.jsonl", RECORDS)
+    for more in ({}, {"data_files": "a.jsonl"}):
+        path = tmp_path if more else tmp_path / "a.jsonl"
+        with pytest.raises(UserError, match="split 'test': of single files every record is train"):
+            read(path, split="test", **more)
+
+
+def test_json_that_is_no_utf8_is_refused_by_its_line(tmp_path):
+    from longspan.data.text import iter_documents
+
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": "caf\xe9"}\n')
+    with pytest.raises(UserError, match="line 2: not UTF-8"):
+        list(iter_documents(tmp_path / "a.jsonl"))

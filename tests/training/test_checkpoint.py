@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -119,6 +120,40 @@ def test_weights_alone_and_refusals(prefix, tmp_path):
         checkpoint.find(tmp_path)
     with pytest.raises(UserError, match="there is no checkpoint at"):
         checkpoint.find(tmp_path / "step_00000099")
+
+
+def saved(prefix, folder):
+    trainer = Trainer(tiny.tiny_run(prefix, 1), CPU)
+    saves = Checkpointer(Path(folder))
+    saves.save(1, trainer.model, trainer.optimizer, trainer.description())
+    saves.finish()
+
+
+def test_a_damaged_checkpoint_is_refused_by_the_file(prefix, tmp_path):
+    """A partial copy once was a traceback of torch's on every rank."""
+    pool.run(1, saved, prefix, str(tmp_path))
+    whole = tmp_path / "step_00000001"
+    assert checkpoint.find(whole) == whole
+
+    def cut(path):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    for number, (name, damage) in enumerate(
+        [
+            ("__0_0.distcp", cut),
+            ("__0_0.distcp", Path.unlink),
+            (".metadata", lambda path: path.write_bytes(b"no pickle")),
+            ("longspan.json", lambda path: path.write_text("{}")),
+            ("longspan.json", lambda path: path.write_text("[]")),
+        ]
+    ):
+        copy = tmp_path / f"copy{number}"
+        shutil.copytree(whole, copy)
+        damage(copy / name)
+        with pytest.raises(
+            UserError, match=f"--checkpoint: .* is not a whole checkpoint: {name} missing or damaged"
+        ):
+            checkpoint.find(copy, "--checkpoint")
 
 
 def keeps_two(prefix, folder):

@@ -7,11 +7,14 @@ is made. From a checkpoint the optimizer's state stays behind; from Hugging Face
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from longspan import __version__
 from longspan.cli.options import take_options
+from longspan.cli.train import quiet_logs
+from longspan.config.load import read_yaml
 from longspan.errors import UserError, did_you_mean
 
 USAGE = """\
@@ -59,20 +62,42 @@ def run(arguments: Sequence[str]) -> int:
         ]
     if taken.get("--dtype", "float32") not in DTYPES:
         problems.append(f"--dtype {taken['--dtype']!r}: one of {', '.join(DTYPES)}.")
-    if "--tokenizer" in taken and not Path(taken["--tokenizer"]).exists():
-        problems.append(f"--tokenizer {taken['--tokenizer']} does not exist.")
+    if "--tokenizer" in taken and not holds_tokenizer(Path(taken["--tokenizer"])):
+        problems.append(
+            f"--tokenizer {taken['--tokenizer']}: there is no tokenizer.json. Give it, or its folder."
+        )
     if problems:
         raise UserError(problems)
+    quiet_logs()
     output = Path(taken["--output"])
     tokenizer = Path(taken["--tokenizer"]) if "--tokenizer" in taken else None
     if "--lora" in taken:
         merge_adapters(Path(taken["--lora"]), taken.get("--model"), output, tokenizer, taken.get("--dtype"))
     elif "--checkpoint" in taken:
-        to_hugging_face(Path(taken["--checkpoint"]), output, tokenizer, taken.get("--dtype", "float32"))
+        path = Path(taken["--checkpoint"])
+        tokenizer = tokenizer or tokenizer_of(path)
+        to_hugging_face(path, output, tokenizer, taken.get("--dtype", "float32"))
+        if tokenizer is None:
+            print("no tokenizer: the run names none that is here. Give --tokenizer.", file=sys.stderr)
     else:
         to_checkpoint(taken["--model"], output)
     print(f"wrote {output}")
     return 0
+
+
+def holds_tokenizer(path: Path) -> bool:
+    """Is this a tokenizer.json, or a folder with one?"""
+    return (path.is_file() and path.name == "tokenizer.json") or (path / "tokenizer.json").is_file()
+
+
+def tokenizer_of(path: Path) -> Path | None:
+    """The tokenizer that a checkpoint's run names, or has exported."""
+    from longspan.training.checkpoint import find
+
+    run = find(path, "--checkpoint").parent.parent
+    config = run / "config.yaml"
+    named = read_yaml(config).get("tokenizer_config") if config.is_file() else None
+    return next((p for p in (Path(named or run / "hf"), run / "hf") if holds_tokenizer(p)), None)
 
 
 def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str) -> None:
@@ -89,7 +114,7 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
     from longspan.models.huggingface import FolderWriter, Names
     from longspan.training import checkpoint
 
-    path = checkpoint.find(path)
+    path = checkpoint.find(path, "--checkpoint")
     said = checkpoint.describe(path)
     defaults = {name: TrainConfig.model_fields[name].default for name in FIELDS}
     model = defaults | said["model"] | said["settings"]

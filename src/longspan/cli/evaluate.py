@@ -84,7 +84,7 @@ def weights(resolved: Run, checkpoint: str | None) -> dict:
     data = check_data(resolved)
     check_weights(resolved)
     folder = Path(resolved.config.output_dir) / "checkpoints"
-    path = newest(folder) if checkpoint is None else find(Path(checkpoint))
+    path = newest(folder) if checkpoint is None else find(Path(checkpoint), "--checkpoint")
     if path is None:
         if resolved.pretrained:
             return {"resume": None, "no_load_optim": False, "no_load_rng": False}
@@ -101,6 +101,7 @@ def work(run: Run, device_type: str, trials: int, result: Path) -> int:
 
     from longspan.cli.train import enter_world
     from longspan.mesh.mesh import close_distributed
+    from longspan.training.checkpoint import describe
     from longspan.training.evaluate import loss_by_position, needles
     from longspan.training.loop import Trainer
 
@@ -114,6 +115,7 @@ def work(run: Run, device_type: str, trials: int, result: Path) -> int:
     lengths = [n for n in (whole // 4, whole // 2, whole) if n >= 64]
     found = {
         "checkpoint": checkpoint or str(run.config.base_model),
+        "step": None if checkpoint is None else describe(Path(checkpoint))["step"],
         "layout": run.sizes.equation(),
         "tokens": sum(p["tokens"] for p in positions),
         "positions": positions,

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from longspan.cli.config import number
 from longspan.cli.options import positionals, take_options
-from longspan.config.load import read_yaml
 from longspan.errors import UserError
 
 USAGE = """\
@@ -72,24 +71,14 @@ def exported(path: Path, folder: Path, tokenizer: str | None) -> str:
     Raises:
         UserError: it is not whole, or there is no tokenizer.
     """
-    from longspan.cli.convert import to_hugging_face
+    from longspan.cli.convert import holds_tokenizer, to_hugging_face, tokenizer_of
     from longspan.cli.train import quiet_logs
-    from longspan.training.checkpoint import find
 
-    path = find(path)
-    run = path.parent.parent
-    if tokenizer is None:
-        named = (
-            read_yaml(run / "config.yaml").get("tokenizer_config")
-            if (run / "config.yaml").is_file()
-            else None
-        )
-        folders = [Path(name) for name in (named, run / "hf") if name is not None]
-        found = next((f for f in folders if f.is_file() or (f / "tokenizer.json").is_file()), None)
-        if found is None:
-            raise UserError(f"{path}: its run names no tokenizer that is here. Give --tokenizer FOLDER.")
-    else:
-        found = Path(tokenizer)
+    found = tokenizer_of(path) if tokenizer is None else Path(tokenizer)
+    if found is None:
+        raise UserError(f"{path}: its run names no tokenizer that is here. Give --tokenizer FOLDER.")
+    if not holds_tokenizer(found):
+        raise UserError(f"--tokenizer {found}: there is no tokenizer.json. Give it, or its folder.")
     quiet_logs()
     to_hugging_face(path, folder / "hf", found, "float32")
     return str(folder / "hf")

@@ -68,9 +68,71 @@ def read_launch(taken: dict[str, str], torchrun_arguments: list[str], problems: 
         problems.append(f"--num-processes {processes} does not divide by --num-machines {machines}.")
     if torchrun_arguments and "--launcher" not in taken:
         problems.append("what follows -- is for torchrun: add --launcher torchrun, or leave it out.")
+    elif torchrun_arguments:
+        machines, processes = _counts(torchrun_arguments, machines, processes, problems)
     return Launch(
         processes, machines, rank, taken.get("--main-process-ip", "127.0.0.1"), port, torchrun_arguments
     )
+
+
+def _counts(
+    given: list[str], machines: int, processes: int | None, problems: list[str]
+) -> tuple[int, int | None]:
+    """(machines, processes over all of them) by torchrun's own arguments, beside our options."""
+    import contextlib
+    import io
+
+    from torch.distributed.run import get_args_parser
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = get_args_parser().parse_args([*given, "longspan"])
+    except SystemExit:
+        text = said.getvalue().strip().rsplit("error: ", 1)[-1]
+        problems.append(f"-- {' '.join(given)}: torchrun does not take it: {text}.")
+        return machines, processes
+    if parsed.training_script != "longspan":
+        problems.append(
+            f"-- {' '.join(given)}: {parsed.training_script!r} is no option of torchrun; what runs is longspan."
+        )
+        return machines, processes
+    nodes = str(parsed.nnodes).rsplit(":", 1)[-1]
+    if "--nnodes" in _names(given) and nodes.isdigit():
+        if machines not in (1, int(nodes)):
+            problems.append(f"--num-machines {machines} and torchrun's --nnodes {parsed.nnodes}: give one.")
+        machines = int(nodes)
+    each = str(parsed.nproc_per_node)
+    if "--nproc-per-node" in _names(given) and each.isdigit():
+        if processes not in (None, int(each) * machines):
+            problems.append(
+                f"--num-processes {processes} and torchrun's --nproc-per-node {each} on {machines} machines: give one."
+            )
+        processes = int(each) * machines
+    return machines, processes
+
+
+def _names(given: Sequence[str]) -> set[str]:
+    """The options among torchrun's arguments, which it takes with dashes and with underscores."""
+    return {a.partition("=")[0].replace("_", "-") for a in given if a.startswith("-")}
+
+
+def launched_world() -> int:
+    """The number of processes a launcher started.
+
+    Raises:
+        UserError: its variables are not what a launcher sets, as where one is left over in the environment.
+    """
+    texts = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE")}
+    remedy = "Start with torchrun, or unset RANK and WORLD_SIZE."
+    if not all(text.isdigit() for text in texts.values()) or int(texts["RANK"]) >= int(texts["WORLD_SIZE"]):
+        found = " ".join(f"{name}={text}" for name, text in texts.items())
+        raise UserError(f"{found} in the environment: a rank is from 0 to WORLD_SIZE - 1. {remedy}")
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(
+            f"RANK and WORLD_SIZE are set in the environment, {' and '.join(missing)} not. {remedy}"
+        )
+    return int(texts["WORLD_SIZE"])
 
 
 def choose_device(config: TrainConfig, launch: Launch) -> tuple[str, int]:
@@ -92,7 +154,10 @@ def choose_device(config: TrainConfig, launch: Launch) -> tuple[str, int]:
 def _choose(config: TrainConfig, launch: Launch) -> tuple[str, int]:
     asked = launch.processes
     if under_torchrun():
-        asked = int(os.environ["WORLD_SIZE"])
+        world = launched_world()
+        if asked not in (None, world):
+            raise UserError(f"--num-processes {asked}, but the launcher started {world}. Leave it out.")
+        asked = world
         local: int | None = int(os.environ.get("LOCAL_WORLD_SIZE", asked))
     else:
         local = asked // launch.machines if asked else None
@@ -122,7 +187,7 @@ def start(launch: Launch, processes: int, arguments: Sequence[str], device: str)
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // local))
     command = ["-m", "longspan", *arguments]
     if launch.torchrun_arguments:
-        return _torchrun(launch.torchrun_arguments, command, local)
+        return _torchrun(launch, command, local)
     import logging
 
     # what it says of a failure, we say below
@@ -172,14 +237,29 @@ def _cause(failures: dict) -> tuple[int, Any]:
     return min(failures.items(), key=order)
 
 
-def _torchrun(given: list[str], command: list[str], local: int) -> int:
-    """torchrun with the user's arguments; the number of local processes is ours unless they name it."""
+def _torchrun(launch: Launch, command: list[str], local: int) -> int:
+    """torchrun with the user's arguments; the numbers of processes and machines are ours unless they name them."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    named = any(a.replace("_", "-").startswith("--nproc-per-node") for a in given)
+    given = launch.torchrun_arguments
+    ours: dict[str, object] = {"--nproc-per-node": local}
+    if launch.machines > 1:
+        ours |= {
+            "--nnodes": launch.machines,
+            "--node-rank": launch.machine_rank,
+            "--master-addr": launch.ip,
+            "--master-port": launch.port,
+        }
+    named = _names(given)
+    if named & {
+        "--rdzv-endpoint",
+        "--rdzv-backend",
+        "--standalone",
+    }:  # the machines find each other another way
+        ours = {name: ours[name] for name in ("--nproc-per-node", "--nnodes") if name in ours}
     try:
-        torchrun([*([] if named else [f"--nproc-per-node={local}"]), *given, *command])
+        torchrun([*(f"{k}={v}" for k, v in ours.items() if k not in named), *given, *command])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return 2 if failure.exitcode == 2 else 1

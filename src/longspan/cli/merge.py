@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     if text:
         problems.append(
             f"{', '.join(text)}: that is longspan prepare, which makes .bin/.idx from text: longspan prepare --input "
-            f"{taken.get('--input', 'PATH')} --output-prefix {taken.get('--output-prefix', 'PREFIX')} {' '.join(text)} ... "
+            f"{taken.get('--input', 'PATH')} --output-prefix {taken.get('--output-prefix', 'PREFIX')} {shlex.join(rest)} ... "
             "longspan merge takes .bin/.idx that are there."
         )
     elif "--multimodal" in unknown:

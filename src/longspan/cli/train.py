@@ -15,7 +15,7 @@ from longspan.cli.prepare import check_weights, prepare_config
 from longspan.config.data_rules import PATHS, read_blend
 from longspan.config.load import Reading, to_yaml
 from longspan.config.resolve import Run, resolve
-from longspan.config.schema import TrainConfig
+from longspan.config.schema import DatasetConfig, TrainConfig
 from longspan.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def start_or_join(resolved: Run, launch: Launch, device: str) -> int:
     """Trains in this process where a launcher started it or one is enough; else starts the processes."""
-    if under_torchrun() or (resolved.world_size == 1 and launch.machines == 1):
+    alone = resolved.world_size == 1 and launch.machines == 1 and not launch.torchrun_arguments
+    if under_torchrun() or alone:
         return join(resolved, device)
     config = prepared(resolved, show=True)
     output = Path(config.output_dir)
@@ -132,13 +133,27 @@ def missing_sources(config) -> list[str]:
             continue
     for source in [*config.datasets, *config.test_datasets]:
         stem = source.path[:-4] if source.path.endswith((".bin", ".idx")) else source.path
-        if source.prepared or any(Path(stem + suffix).exists() for suffix in (".bin", ".idx")):
+        if source.prepared:
+            continue
+        if any(Path(stem + suffix).exists() for suffix in (".bin", ".idx")):
+            problems += unused_of_tokens(source)
             continue
         try:
             check_source(source)
         except UserError as error:
             problems += [f"datasets: {problem}" for problem in error.problems]
     return problems
+
+
+def unused_of_tokens(source: DatasetConfig) -> list[str]:
+    """Keys that say which records and texts to read, where there are tokens."""
+    given = [
+        name
+        for name in ("split", "field", "name", "data_files", "ds_type", "revision")
+        if getattr(source, name) != DatasetConfig.model_fields[name].default
+    ]
+    text = "{}: {} has no effect on token files, which are taken whole (val_set_size holds documents out). Leave it out."
+    return [f"datasets: {text.format(source.path, name)}" for name in given]
 
 
 def missing_files(prefix: str) -> list[str]:
@@ -254,6 +269,12 @@ def prepared(resolved: Run, show: bool) -> TrainConfig:
     checked = resolve(config, resolved.world_size)
     check_data(checked)
     check_weights(checked)
+    if config.use_tensorboard and config.tensorboard_dir is not None:
+        try:
+            Path(config.tensorboard_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            text = f"tensorboard_dir {config.tensorboard_dir}: cannot write there ({error.strerror}). Choose another."
+            raise UserError(text) from None
     resume = resume_point(checked)
     if resume is None and config.resume is not None:
         if show and config.resume != "auto":

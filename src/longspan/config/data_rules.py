@@ -143,6 +143,7 @@ def data_problems(config: TrainConfig) -> list[Problem]:
     _held_out(config, found)
     _weights(config, found)
     _templates(config, found)
+    _unused(config, found)
     _tokenizer(config, found)
     return found
 
@@ -227,6 +228,31 @@ def _held_out(config: TrainConfig, found: list[Problem]) -> None:
                 f"test_datasets and val_set_size {config.val_set_size} are both given. Evaluate on one of them.",
             )
         )
+
+
+#: a dataset's keys that only its type reads
+_OF_TYPE = {"completion": ("field",), "chat_template": (
+    "field_messages",
+    "message_property_mappings",
+    "roles",
+    "roles_to_train",
+    "message_field_training",
+    "field_system",
+    "field_tools",
+    "drop_system_message",
+    "chat_template",
+    "chat_template_jinja",
+)}  # fmt: skip
+
+
+def _unused(config: TrainConfig, found: list[Problem]) -> None:
+    for name in ("datasets", "test_datasets"):
+        for number, source in enumerate(getattr(config, name)):
+            for kind, fields in _OF_TYPE.items():
+                for key in fields:
+                    if source.type != kind and getattr(source, key) != type(source).model_fields[key].default:
+                        text = f"{name}.{number}.{key} has no effect without type: {kind}. Set it, or leave {key} out."
+                        found.append(((name,), text))
 
 
 def _templates(config: TrainConfig, found: list[Problem]) -> None:

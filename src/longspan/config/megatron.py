@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from longspan.config.data_rules import DEFAULT_SPLIT, read_split
 from longspan.config.load import Reading, make_config, parse_overrides
 from longspan.config.schema import keys
+from longspan.errors import UserError
 
 
 def parse_megatron_flags(
@@ -36,12 +38,37 @@ def parse_megatron_flags(
 
 
 def megatron_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that nobody gave and whose default at this door is not the YAML door's."""
+    """The keys that nobody gave, in any way, and whose default at this door is not the YAML door's."""
+    idle = {key for key, other in OTHER_WAYS.items() if other in given}
+    if not _evaluates(given):
+        idle |= {"eval_steps", "eval_iters"}
     return {
         k.name: k.default_at_megatron_door
         for k in keys()
-        if k.default_at_megatron_door != k.default and k.name not in given
+        if k.default_at_megatron_door != k.default and k.name not in {*given, *idle}
     }
+
+
+#: keys with a default at this door -> the other way to say the same
+OTHER_WAYS = {
+    "warmup_steps": "warmup_ratio",
+    "eval_steps": "evals_per_epoch",
+    "eval_iters": "eval_max_samples",
+}
+
+
+def _evaluates(given: Mapping[str, Any]) -> bool:
+    """Is there anything to evaluate on, and is it wanted? What is wrong with a value is said elsewhere."""
+    if given.get("eval_iters") == 0:
+        return False
+    if given.get("train_data_path"):
+        return bool(given.get("valid_data_path"))
+    if given.get("datasets"):
+        return bool(given.get("val_set_size") or given.get("test_datasets"))
+    try:
+        return read_split(str(given.get("split") or DEFAULT_SPLIT))[1] > 0
+    except UserError:
+        return False
 
 
 #: values that Megatron-LM calls otherwise

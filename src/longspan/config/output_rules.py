@@ -17,11 +17,11 @@ def output_problems(config: TrainConfig) -> list[Problem]:
                 "use_wandb: true needs the wandb package, which is not installed. pip install 'longspan[wandb]'.",
             )
         )
-    if not config.use_wandb and (config.wandb_project or config.wandb_name):
+    if not config.use_wandb and (config.wandb_project or config.wandb_name or config.wandb_entity):
         found.append(
             (
                 ("use_wandb",),
-                "wandb_project and wandb_name have no effect without use_wandb: true. Set it, or leave them out.",
+                "wandb_project, wandb_name and wandb_entity have no effect without use_wandb: true. Set it, or leave them out.",
             )
         )
     return found

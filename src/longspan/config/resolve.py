@@ -306,13 +306,16 @@ def _batch(config: TrainConfig, dp: int, found: list[Problem]) -> tuple[int, int
         steps = total // (max(1, micro) * dp)
     micro, steps = max(1, micro), max(1, steps)
     if micro * steps * dp != total:
-        unit = (config.micro_batch_size or 1) * dp * (config.gradient_accumulation_steps or 1)
+        unit = (config.micro_batch_size or 1) * dp
         near = max(1, round(total / unit)) * unit
+        both = config.micro_batch_size is not None and config.gradient_accumulation_steps is not None
+        remedy = f"leave gradient_accumulation_steps out, with global_batch_size {near}"
+        remedy = remedy if both else f"e.g. global_batch_size {near}"
         found.append(
             (
                 keys,
                 f"global_batch_size {total}: micro_batch_size {micro} x gradient_accumulation_steps {steps} x dp {dp} "
-                f"= {micro * steps * dp}. The two must be equal; give two of the three, e.g. global_batch_size {near}.",
+                f"= {micro * steps * dp}. The two must be equal; give two of the three: {remedy}.",
             )
         )
     return micro, steps, total

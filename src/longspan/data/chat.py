@@ -152,7 +152,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             reason = str(error) or type(error).__name__
             raise UserError(f"the chat template {self.name} refuses this chat: {reason}.") from None
-        except (TypeError, KeyError, ValueError) as error:
+        except Exception as error:  # a template is a program: it may divide by zero
             raise UserError(f"the chat template {self.name} fails on this chat: {error!r}.") from None
         found = [span for span in spans if span is not None]
         if len(found) < len(spans):

@@ -53,6 +53,10 @@ def is_text(source: DatasetConfig) -> bool:
 def check_source(source: DatasetConfig) -> None:
     """Raises UserError for a source that is not there, before anything is read."""
     if is_text(source):
+        if source.revision is not None:
+            raise UserError(
+                f"{source.path}: revision is for datasets of the hub; these are files. Leave it out."
+            )
         find_sources(source.path)
     elif _on_hub(source):
         _needs(
@@ -186,6 +190,11 @@ def _files(source: DatasetConfig) -> list[Path]:
         which = "name" if source.name is not None else "revision"
         raise UserError(f"{source.path}: {which} is for datasets of the hub; these are files. Leave it out.")
     root = Path(source.path)
+    if found[1] != "train" and (source.data_files is not None or root.is_file()):
+        raise UserError(
+            f"{source.path}: split {source.split!r}: of single files every record is train; give train, a slice such as "
+            "train[:10%], or a folder that has a file for each part."
+        )
     if source.data_files is not None:
         base = root if root.is_dir() else Path()
         given = [source.data_files] if isinstance(source.data_files, str) else source.data_files

@@ -344,14 +344,23 @@ def json_records(source: Path) -> Iterator[tuple[str, object]]:
         start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
         file.seek(0)
         if start.startswith(b"[") and source.suffix.lower() == ".json":
-            text = file.read().decode("utf-8-sig", errors="replace")
+            text = _decoded(file.read(), "utf-8-sig", str(source))
             for number, record in enumerate(_parse(text, str(source)), start=1):
                 yield f"{source}, object {number}", record
             return
         for number, line in enumerate(file, start=1):
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="replace").strip()
+            text = _decoded(line, "utf-8-sig" if number == 1 else "utf-8", f"{source}, line {number}").strip()
             if text:
                 yield f"{source}, line {number}", _parse(text, f"{source}, line {number}")
+
+
+def _decoded(data: bytes, encoding: str, where: str) -> str:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: not UTF-8 (byte {error.start}). JSON is: write the file anew in it."
+        ) from None
 
 
 def _parse(text: str, where: str):

@@ -46,13 +46,16 @@ class SaveError(RuntimeError):
 # --- reading --------------------------------------------------------------------------------
 
 
-def find(path: Path) -> Path:
+def find(path: Path, option: str = "resume") -> Path:
     """The checkpoint a path stands for: itself, or the newest of a run's folder.
 
+    Args:
+        option: what named the path, for messages.
+
     Raises:
-        UserError: nothing there, a half-written one, or one of Megatron-LM.
+        UserError: nothing there, a half-written or damaged one, or one of Megatron-LM.
     """
-    refuse_megatron(path)
+    refuse_megatron(path, option)
     for folder in (path, path / "checkpoints"):
         if (folder / "latest").is_file():
             path = folder / (folder / "latest").read_text(encoding="utf-8").strip()
@@ -61,27 +64,47 @@ def find(path: Path) -> Path:
         siblings = [p.name for p in path.parent.glob("step_*")] if path.parent.is_dir() else []
         near = did_you_mean(path.name, siblings)
         raise UserError(
-            f"resume: there is no checkpoint at {path}.{near} Give a folder step_NNNNNNNN, or a run's."
+            f"{option}: there is no checkpoint at {path}.{near} Give a folder step_NNNNNNNN, or a run's."
         )
-    missing = [name for name in (".metadata", DESCRIPTION) if not (path / name).is_file()]
+    missing = [name for name in (".metadata", DESCRIPTION) if not (path / name).is_file()] or _damaged(path)
     if missing:
         others = sorted(
             p.name for p in path.parent.glob("step_*") if (p / ".metadata").is_file() and p != path
         )
         remedy = f"Use {others[-1]}, which is whole." if others else "There is no other one beside it."
-        raise UserError(f"resume: {path} is not a whole checkpoint: {', '.join(missing)} missing. {remedy}")
+        raise UserError(
+            f"{option}: {path} is not a whole checkpoint: {', '.join(missing)} missing or damaged. {remedy}"
+        )
     return path
+
+
+def _damaged(path: Path) -> list[str]:
+    """Files of a checkpoint that are not there, or not as long as its metadata says."""
+    try:
+        metadata = dcp.FileSystemReader(str(path)).read_metadata()
+        ends: dict[str, int] = {}
+        for part in metadata.storage_data.values():
+            ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    except Exception:  # a pickle that is none can raise anything
+        return [".metadata"]
+    bad = [n for n, end in ends.items() if not (path / n).is_file() or (path / n).stat().st_size < end]
+    try:
+        said = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+        whole = isinstance(said, dict) and {"model", "settings", "global_batch_size", "step"} <= said.keys()
+    except (OSError, ValueError):
+        whole = False
+    return sorted(bad) + ([] if whole else [DESCRIPTION])
 
 
 #: the file Megatron-LM writes beside its checkpoints
 MEGATRON = "latest_checkpointed_iteration.txt"
 
 
-def refuse_megatron(path: Path) -> None:
+def refuse_megatron(path: Path, option: str = "resume") -> None:
     """Refuses a folder of Megatron-LM's checkpoints, with the way round (UserError)."""
     if (path / MEGATRON).is_file() or any(path.glob("iter_*/mp_rank_*")) or any(path.glob("mp_rank_*")):
         raise UserError(
-            f"resume: {path} holds a checkpoint of Megatron-LM, whose format depends on the layout and the version it was "
+            f"{option}: {path} holds a checkpoint of Megatron-LM, whose format depends on the layout and the version it was "
             "written with. Convert it to Hugging Face with Megatron-LM's own tools (Megatron Bridge's export, or "
             "tools/checkpoint/convert.py), then start from it with base_model (--base-model FOLDER)."
         )

@@ -94,6 +94,14 @@ def check_data(run: Run) -> TokenDataset:
             "datasets: no token counts in the loss: no sample has an answer to learn. Look at the data, roles_to_train and "
             "message_field_training."
         )
+    for data in others:
+        if data is not None and not any(
+            m is None or bool(m.token_range(SCANNED_TOKENS)[1]) for m in data.masks
+        ):
+            raise UserError(
+                "test_datasets: no token counts in the loss: no sample has an answer to measure. Look at the data and "
+                "roles_to_train."
+            )
     longest = max(int(source.document_lengths.max(initial=0)) for source in sources)
     if longest < 2 and (run.config.sample_packing or train.num_tokens < 2):
         raise UserError(
@@ -118,7 +126,7 @@ def check_data(run: Run) -> TokenDataset:
         left = max(0, left - source.num_tokens)
         if largest >= vocab or smallest < 0:
             raise UserError(
-                f"datasets: {name} holds token {largest if largest >= vocab else smallest}, but vocab_size is {vocab}. "
+                f"{name} holds token {largest if largest >= vocab else smallest}, but vocab_size is {vocab}. "
                 "It was made with another tokenizer: give that tokenizer (tokenizer_config), or its vocab_size."
             )
     return train
@@ -435,4 +443,6 @@ class Trainer:
             sums[1] += batch.num_valid
         dist.all_reduce(sums, group=self.groups.dp_cp)
         loss, count = sums.tolist()
-        return self.metrics.write("eval", self.step, loss=loss / max(count, 1), tokens=int(count), **more)
+        return self.metrics.write(
+            "eval", self.step, loss=loss / count if count else math.nan, tokens=int(count), **more
+        )

@@ -34,7 +34,9 @@ def train(run: Run, device: torch.device) -> int:
     progress = Progress()
     try:
         if first:
-            notes = [f"  resume     {resumed}, after step {trainer.step}"] if resumed else []
+            how = "its weights alone: steps, schedule and data begin anew (no_load_optim)"
+            how = how if config.no_load_optim else f"after step {trainer.step}"
+            notes = [f"  resume     {resumed}, {how}"] if resumed else []
             trainer.metrics, kept = open_sinks(run, output, trainer.step, resumed)
             notes += [f"  an earlier run's {', '.join(kept)} are kept beside"] if kept else []
             print("\n".join([describe(trainer, output), *notes]), flush=True)

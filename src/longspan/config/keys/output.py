@@ -26,6 +26,7 @@ class OutputKeys(BaseModel):
         "documents are held out.",
         unit="steps or share",
         flag="--eval-interval",
+        megatron_default=1000,
         gt=0,
     )
     eval_max_samples: int | None = key(
@@ -38,6 +39,7 @@ class OutputKeys(BaseModel):
         None,
         "Global batches of an evaluation at most: the other way to say eval_max_samples.",
         unit="batches",
+        megatron_default=100,
         ge=0,
     )
     evals_per_epoch: int | None = key(

@@ -50,6 +50,7 @@ class ScheduleKeys(BaseModel):
         "Steps of linear warm-up; default: 3 % of the steps, at most 100.",
         unit="steps",
         flag="--lr-warmup-iters",
+        megatron_default=0,
         ge=0,
     )
     warmup_ratio: float | None = key(
