@@ -163,7 +163,9 @@ def test_torchruns_own_arguments_say_how_many(monkeypatch):
     launch = read_launch({"--launcher": "torchrun"}, ["--nproc_per_node=2", "--nnodes", "3"], problems)
     assert (launch.processes, launch.machines, problems) == (6, 3, [])
     read_launch({"--launcher": "torchrun", "--num-processes": "4"}, ["--nproc_per_node=2"], problems)
-    assert problems[0].endswith("--num-processes 4 and torchrun's --nproc-per-node 2 on 1 machines: give one.")
+    assert problems[0].endswith(
+        "--num-processes 4 and torchrun's --nproc-per-node 2 on 1 machines: give one."
+    )
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for rank, world, found in (
