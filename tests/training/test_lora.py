@@ -260,7 +260,7 @@ def test_training_follows_the_curve_of_one_process(prefix, base, one_process, wo
     assert all(rank == got[0] for rank in got)
     for ours, expected in zip(got[0], one_process):
         assert ours == pytest.approx(expected, rel=1e-9)
-    assert got[0][2][1] < 0.96 * got[0][2][0]
+    assert got[0][2][1] < 0.97 * got[0][2][0]
 
 
 def test_bf16_holds_frozen_weights_in_bf16_and_computes_the_same(prefix, base):

@@ -252,11 +252,8 @@ def _torchrun(launch: Launch, command: list[str], local: int) -> int:
             "--master-port": launch.port,
         }
     named = _names(given)
-    if named & {
-        "--rdzv-endpoint",
-        "--rdzv-backend",
-        "--standalone",
-    }:  # the machines find each other another way
+    # the machines find each other another way
+    if named & {"--rdzv-endpoint", "--rdzv-backend", "--standalone"}:
         ours = {name: ours[name] for name in ("--nproc-per-node", "--nnodes") if name in ours}
     try:
         torchrun([*(f"{k}={v}" for k, v in ours.items() if k not in named), *given, *command])

@@ -199,7 +199,7 @@ class Trainer:
         self.step = self.tokens = 0
         self.signalled = False  # this rank alone was asked to stop; a signal sets it at any moment
         self.stop_asked = (
-            False  # any was, or it is time to: agreed in each step, so that all ranks stop at the same one
+            False  # some rank was, or it is time to; agreed in each step: all stop at the same one
         )
         self.ran_out = False  # it stopped where exit_interval or exit_duration_in_mins said
         self.begun = time.perf_counter()
