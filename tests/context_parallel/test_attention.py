@@ -82,8 +82,11 @@ def reference(heads, d, cu, causal, window):
 
 
 def hierarchy(inner):
-    """This rank's inner and outer groups; every rank makes all of them once."""
+    """This rank's inner and outer groups; every rank makes all of them once in a world. Those of an earlier one are let
+    go: each group has three threads."""
     made, key = vars(hierarchy).setdefault("made", {}), (dist.group.WORLD, inner)
+    for earlier in [k for k in made if k[0] is not dist.group.WORLD]:
+        del made[earlier]
     if key not in made:
         world = dist.get_world_size()
         groups = hierarchical_groups(range(world), [inner, world // inner])
@@ -124,6 +127,7 @@ def distributed(cases, deterministic_twice=False):
         assert (out[padding] == 0).all()
         assert all((g[padding] == 0).all() for g in grads)
         results.append([whole[0], whole[1].t(), *whole[2:]])
+    vars(hierarchy).pop("made", None)
     return results if dist.get_rank() == 0 else None
 
 
