@@ -6,7 +6,13 @@ import pytest
 
 import tiny
 from longspan.config.load import make_config
-from longspan.config.schedule import evaluation_limit, interval, learning_rate, schedule_problems
+from longspan.config.schedule import (
+    evaluation_limit,
+    interval,
+    learning_rate,
+    schedule_problems,
+    warmup_steps,
+)
 
 
 def config_of(**changes):
@@ -15,22 +21,118 @@ def config_of(**changes):
     return reading.config
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "constant_with_warmup"])
-def test_learning_rate_rises_then_follows_its_shape(kind):
-    config = config_of(lr_scheduler=kind, learning_rate=1.0, cosine_min_lr_ratio=0.1)
-    rates = [learning_rate(config, step, 20, 5) for step in range(1, 21)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    flat = kind.startswith("constant")
-    middle = {"cosine": 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 10 / 15)), "linear": 0.1 + 0.9 / 3}
-    assert rates[14] == pytest.approx(1.0 if flat else middle[kind])
-    assert rates[-1] == pytest.approx(1.0 if flat else 0.1)
+STEPS, WARMUP, PEAK = 20, 5, 1e-3
 
 
-def test_the_end_may_be_a_number_and_come_before_the_last_step():
-    config = config_of(lr_scheduler="cosine", learning_rate=1e-4, min_lr=1e-5, lr_decay_iters=10)
-    rates = [learning_rate(config, step, 20, 0) for step in range(1, 21)]
-    assert rates[9:] == pytest.approx([1e-5] * 11)
-    assert rates[4] == pytest.approx((1e-4 + 1e-5) / 2)
+def rates(steps=STEPS, warmup=None, **changes):
+    """The rates applied in steps 1 to ``steps``."""
+    config = config_of(learning_rate=PEAK, **changes)
+    warmup = warmup_steps(config, steps) if warmup is None else warmup
+    return [learning_rate(config, step, steps, warmup) for step in range(1, steps + 1)]
+
+
+def of_transformers(name, warmup=WARMUP, **more):
+    """The rates that transformers' schedule of this name applies."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    schedule = get_scheduler(name, optimizer, warmup, STEPS, **more)
+    applied = []
+    for _ in range(STEPS):
+        applied.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return applied
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "changes"),
+    [
+        ("cosine", {}, {}),
+        ("linear", {}, {}),
+        ("constant_with_warmup", {}, {}),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1}, {"cosine_min_lr_ratio": 0.1}),
+        ("cosine_with_min_lr", {"min_lr": 2e-4}, {"min_lr": 2e-4}),
+    ],
+)
+@pytest.mark.parametrize("warmup", [0, WARMUP, STEPS, 2 * STEPS])
+def test_applied_rates_are_those_of_transformers(name, theirs, changes, warmup):
+    kind = name.removesuffix("_with_min_lr")
+    expected = of_transformers(name, warmup, **({"scheduler_specific_kwargs": theirs} if theirs else {}))
+    assert rates(lr_scheduler=kind, warmup_steps=warmup, **changes) == pytest.approx(expected, rel=1e-12)
+    assert expected[-1] > 0
+
+
+def test_constant_has_no_warm_up_unless_given():
+    assert rates(lr_scheduler="constant") == of_transformers("constant") == [PEAK] * STEPS
+    given = rates(lr_scheduler="constant", warmup_steps=WARMUP)
+    assert given == pytest.approx(of_transformers("constant_with_warmup"))
+
+
+def of_megatron(style, warmup, decay=STEPS, least=0.0, init=0.0, batch=4):
+    """The rates that Megatron-LM applies: its scheduler counts samples, and is stepped after the optimizer."""
+    applied = []
+    for samples in range(0, STEPS * batch, batch):
+        rising, falling = warmup * batch, decay * batch
+        if rising > 0 and samples <= rising:
+            rate = init + (PEAK - init) * samples / rising
+        elif style == "constant":
+            rate = PEAK
+        elif samples > falling:
+            rate = least
+        else:
+            share = (samples - rising) / (falling - rising)
+            shape = 1.0 - share if style == "linear" else 0.5 * (math.cos(math.pi * share) + 1.0)
+            rate = least + shape * (PEAK - least)
+        applied.append(rate)
+    return applied
+
+
+@pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"warmup": 5},
+        {"warmup": 5, "init": 1e-4},
+        {"warmup": 3, "decay": 10, "least": 1e-5},
+        {"warmup": 0, "decay": 30, "least": 1e-5},
+    ],
+)
+def test_applied_rates_are_those_of_megatron(style, changes):
+    warmup, init = changes.get("warmup", 0), changes.get("init", 0.0)
+    keys = {"warmup_steps": warmup, "lr_warmup_init": init, "min_lr": changes.get("least", 0.0)}
+    if "decay" in changes and style != "constant":
+        keys["lr_decay_iters"] = changes["decay"]
+    expected = of_megatron(style, **({"warmup": 0} | changes))
+    assert rates(lr_scheduler=style, **keys) == pytest.approx(expected, rel=1e-12)
+
+
+def test_values_written_out():
+    assert rates(4, lr_scheduler="linear", warmup_steps=0) == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert rates(4, lr_scheduler="linear", warmup_steps=2) == pytest.approx([0, 5e-4, 1e-3, 5e-4])
+    assert rates(4, lr_scheduler="cosine", warmup_steps=0) == pytest.approx(
+        [1e-3, 0.5e-3 * (1 + 0.5**0.5), 5e-4, 0.5e-3 * (1 - 0.5**0.5)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "expected"),
+    [
+        ({}, 1, 0),  # the only step trains
+        ({}, 2, 1),
+        ({}, 200, 6),
+        ({}, 10000, 100),
+        ({"lr_scheduler": "constant"}, 200, 0),
+        ({"lr_scheduler": "constant_with_warmup"}, 200, 6),
+        ({"warmup_ratio": 0.1}, 25, 3),
+        ({"warmup_ratio": 0.1, "lr_decay_iters": 50}, 25, 5),
+        ({"warmup_steps": 7}, 5, 7),
+    ],
+)
+def test_warm_up_is_given_or_a_share(changes, steps, expected):
+    assert warmup_steps(config_of(**changes), steps) == expected
 
 
 @pytest.mark.parametrize(
@@ -56,6 +158,7 @@ def test_evaluation_takes_so_many_global_batches():
         ({"save_steps": 2, "saves_per_epoch": 1}, "save_steps and saves_per_epoch are both given"),
         ({"eval_iters": 2, "eval_max_samples": 2}, "eval_iters and eval_max_samples are both given"),
         ({"evals_per_epoch": 2, "val_set_size": 0.0}, "evals_per_epoch is given but val_set_size is 0"),
+        ({"lr_warmup_init": 1.0}, "lr_warmup_init 1 is above learning_rate 0.01"),
         ({"lr_scheduler": "constant", "lr_decay_iters": 5}, "lr_decay_iters has no effect"),
     ],
 )

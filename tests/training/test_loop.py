@@ -251,3 +251,128 @@ def test_a_held_out_sample_that_all_ranks_together_cannot_hold_is_refused(tmp_pa
     lengths = [45 if i in valid.documents else 5 for i in range(10)]
     with pytest.raises(UserError, match="makes a sample of 45 tokens, but 2 ranks x .* 20 hold 40"):
         check_data(write("long", lengths))
+
+
+def write_samples(folder, learned, length=10):
+    """Samples of ``length`` tokens, of which those numbered in ``learned`` have an answer in their last four."""
+    with (
+        IndexedDatasetWriter(folder / "samples", np.uint16) as tokens,
+        IndexedDatasetWriter(folder / "samples_mask", np.uint8) as masks,
+    ):
+        for i in range(8):
+            tokens.add_document(np.arange(i, i + length))
+            masks.add_document(np.array([0] * (length - 4) + [i in learned] * 4))
+    return str(folder / "samples")
+
+
+NOTHING_COUNTS = {
+    "val_set_size": 0,
+    "sample_packing": False,
+    "global_batch_size": 2,
+    "max_steps": 4,
+    "weight_decay": 0.5,
+}
+
+
+def steps_without_targets(prefix, changes):
+    """The records of an epoch, and in which steps a weight or the optimizer's state changed."""
+    trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), **NOTHING_COUNTS, **changes), CPU)
+
+    def state():
+        moments = [s[k] for s in trainer.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq", "step")]
+        return [t.full_tensor().clone() if hasattr(t, "full_tensor") else t.clone() for t in
+                (*map(torch.Tensor.detach, trainer.model.parameters()), *moments)]  # fmt: skip
+
+    records, changed = [], []
+    for step in range(4):
+        before = state()
+        records.append(trainer.train_step(trainer.micro_batches(step)))
+        after = state()
+        changed.append(len(before) != len(after) or not all(map(torch.equal, before, after)))
+    assert trainer.step == 4
+    return [{k: r[k] for k in ("loss", "grad_norm", "learning_rate", "tokens")} for r in records], changed
+
+
+def test_a_step_in_which_nothing_counts_changes_nothing_at_any_layout(tmp_path):
+    """It was once recorded as loss 0, and weight decay ate the model."""
+    prefix = write_samples(tmp_path, learned={2})
+    expected, changed = pool.run(1, steps_without_targets, prefix, {})[0]
+    nothing = [r["loss"] is None for r in expected]
+    assert sum(nothing) == 3
+    assert changed == [not empty for empty in nothing]
+    assert [r["grad_norm"] is None for r in expected] == nothing
+    assert expected[-1]["tokens"] == 4
+    # the schedule goes on; the default warm-up is one step, cosine falls over the other three
+    assert [r["learning_rate"] for r in expected] == pytest.approx([0, 0.01, 0.0075, 0.0025])
+    layouts = [
+        (2, {"context_parallel_size": 2}),
+        (2, {"dp_shard_size": 2}),
+        (2, {"context_parallel_size": 2, "hybrid_context_parallel": True, "max_seqlen_per_dp_cp_rank": 50}),
+    ]
+    for world, changes in layouts:
+        for records, moved in pool.run(world, steps_without_targets, prefix, changes):
+            assert moved == changed, changes
+            for got, want in zip(records, expected):
+                for key, value in want.items():
+                    same = got[key] is None if value is None else got[key] == pytest.approx(value, rel=1e-10)
+                    assert same, (changes, key)
+
+
+class Shown(Lines):
+    """Keeps the lines."""
+
+    def __init__(self, steps):
+        super().__init__(steps)
+        self.lines = []
+
+    def emit(self, text):
+        self.lines.append(text)
+
+
+def many_steps_without_targets(prefix, folder):
+    changes = NOTHING_COUNTS | {
+        "global_batch_size": 1,
+        "max_steps": 8,
+        "logging_steps": 1,
+        "save_last": False,
+    }
+    trainer = Trainer(tiny.tiny_run(prefix, 1, **changes), CPU)
+    shown = Shown(8)
+    summary = trainer.train(Path(folder), shown)
+    return shown.lines, summary["loss"]
+
+
+def test_several_steps_without_targets_in_a_row_are_warned_of(tmp_path):
+    lines, loss = pool.run(
+        1, many_steps_without_targets, write_samples(tmp_path, learned={2}), str(tmp_path)
+    )[0]
+    assert sum("| loss none | grad_norm none |" in line for line in lines) == 7
+    assert sum("warning: no token has counted in the loss for 4 steps" in line for line in lines) == 1
+    assert loss > 1, "the summary has the loss of the last step that had one"
+
+
+def test_samples_whose_answers_are_truncated_are_refused(tmp_path):
+    """They once trained at loss 0 to the end, with an export."""
+
+    def run(**changes):
+        return tiny.tiny_run(write_samples(tmp_path, learned=range(8)), 1, val_set_size=0, **changes)
+
+    text = "training data: no token counts in the loss: 8 of 8 samples are longer than sequence_len 6, and what is left"
+    with pytest.raises(UserError, match=text):
+        check_data(run(sequence_len=6, excess_length_strategy="truncate"))
+    check_data(run(sequence_len=7, excess_length_strategy="truncate"))
+    held_out = {"val_set_size": 2, "sequence_len": 6, "excess_length_strategy": "truncate"}
+    with pytest.raises(UserError, match="training data: no token counts"):
+        check_data(tiny.tiny_run(write_samples(tmp_path, learned=range(8)), 1, **held_out))
+    with pytest.raises(UserError, match="no sample has an answer to learn. Look at the data, roles_to_train"):
+        check_data(tiny.tiny_run(write_samples(tmp_path, learned=()), 1, val_set_size=0))
+
+
+def test_evaluation_data_without_a_target_is_refused(tmp_path):
+    run = tiny.tiny_run(write_samples(tmp_path, learned=range(8)), 1, val_set_size=1)
+    _, valid, _ = open_datasets(run)
+    (held_out,) = valid.documents
+    with pytest.raises(UserError, match="evaluation data: no token counts in the loss"):
+        check_data(
+            tiny.tiny_run(write_samples(tmp_path, learned=set(range(8)) - {int(held_out)}), 1, val_set_size=1)
+        )

@@ -162,20 +162,33 @@ def one_process(resolved: Run) -> Run:
 
 
 def measure(run: Run, device, steps: int, mesh: ParallelMesh | None = None) -> dict:
-    """Losses, gradient norms, evaluation and whole gradients of the first step (with adapters, whose A has none in the
-    first step since B starts at zero, of the last). Collective."""
+    """Losses, gradient norms, evaluation and whole gradients of the first step (with LoRA of the last one, because the
+    gradient of A is zero until B has changed). Collective.
+
+    Steps in which no token counts are passed over. Without warm-up each step changes the weights.
+    """
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
+    from longspan.config.schedule import learning_rate
     from longspan.training.loop import Trainer
 
     run.config.eval_max_samples = min(run.config.eval_max_samples or EVALUATION_SAMPLES, EVALUATION_SAMPLES)
     trainer = Trainer(run, device, mesh=mesh)
     first = dist.get_rank() == 0
     result: dict = {"losses": [], "norms": [], "gradients": {}}
-    for step in range(steps):
+    step = 0
+    while len(result["losses"]) < steps:
+        if step == trainer.steps:
+            raise UserError(
+                f"verify: only {len(result['losses'])} of the run's {step} steps have a token that counts in the loss, fewer "
+                f"than the {steps} to compare. Lower --steps, or raise max_steps."
+            )
         loss, _ = trainer.compute_gradients(trainer.micro_batches(step))
-        if step == (steps - 1 if run.lora is not None else 0):
+        step += 1
+        if loss is None:
+            continue
+        if len(result["losses"]) == (steps - 1 if run.lora is not None else 0):
             for name, parameter in trainer.model.named_parameters():
                 if not parameter.requires_grad:
                     continue
@@ -183,9 +196,9 @@ def measure(run: Run, device, steps: int, mesh: ParallelMesh | None = None) -> d
                 whole = parameter.grad.full_tensor().cpu().clone()  # clipping works in place
                 if first:
                     result["gradients"][name] = whole
-        norm, _ = trainer.apply_gradients()
+        rate = learning_rate(run.config, step, trainer.steps, warmup=0)
+        result["norms"].append(trainer.apply_gradients(rate))
         result["losses"].append(loss)
-        result["norms"].append(norm)
     result["evaluation"] = trainer.evaluate()["loss"] if trainer.valid_data is not None else None
     return result
 

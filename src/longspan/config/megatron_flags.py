@@ -148,7 +148,6 @@ FLAGS: dict[str, Foreign] = {
     "--train-samples": refused(_SAMPLES),
     "--lr-decay-samples": refused(_SAMPLES),
     "--lr-warmup-samples": refused(_SAMPLES, unless=(0, None)),
-    "--lr-warmup-init": refused("Warm-up starts at 0.", unless=(0, 0.0, None)),
     "--lr-wsd-decay-style": refused("Schedules are cosine, linear and constant."),
     "--lr-wsd-decay-iters": refused("Schedules are cosine, linear and constant."),
     "--start-weight-decay": refused("--weight-decay is the same in every step."),

@@ -21,12 +21,17 @@ def training_steps(run: Run, samples: int) -> int:
 
 
 def warmup_steps(config: TrainConfig, steps: int) -> int:
-    """Steps of linear warm-up: as given, as a share, or 3 % of the steps, at most 100."""
+    """Steps of linear warm-up: as given, as a share of the course, or by default 3 % of the steps, at most 100.
+
+    The default leaves a step behind the warm-up, and is 0 for ``constant``, as in transformers.
+    """
     if config.warmup_steps is not None:
         return config.warmup_steps
     if config.warmup_ratio is not None:
-        return math.ceil(config.warmup_ratio * steps)
-    return min(math.ceil(0.03 * steps), 100)
+        return math.ceil(config.warmup_ratio * (config.lr_decay_iters or steps))
+    if config.lr_scheduler == "constant":
+        return 0
+    return min(math.ceil(0.03 * steps), 100, steps - 1)
 
 
 def interval(every: float | None, per_epoch: int | None, steps: int, steps_an_epoch: float) -> int | None:
@@ -44,22 +49,24 @@ def interval(every: float | None, per_epoch: int | None, steps: int, steps_an_ep
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int, warmup: int) -> float:
-    """The learning rate of step ``step`` (from 1) of ``steps``.
+    """The learning rate applied in step ``step`` (from 1) of ``steps``.
 
-    Warm-up rises linearly and reaches the peak at step ``warmup``; then cosine or linear
-    decay reaches its end (``min_lr``, or ``cosine_min_lr_ratio`` x peak) at step
-    ``lr_decay_iters`` or at the last one, and stays there; constant stays at the peak.
+    It depends on the steps done before, step - 1, as in Megatron-LM and in transformers: warm-up
+    begins at ``lr_warmup_init`` (0) and has reached the peak after ``warmup`` steps; then cosine or
+    linear decay reaches its end (``min_lr``, or ``cosine_min_lr_ratio`` x peak) after
+    ``lr_decay_iters`` steps, by default all, and stays there; constant stays at the peak. So the
+    last step of a run trains, and only the first one of a warm-up may have a rate of 0.
     """
-    peak, last = config.learning_rate, config.lr_decay_iters or steps
+    peak, last, done = config.learning_rate, config.lr_decay_iters or steps, step - 1
     assert peak is not None
-    if step <= warmup:
-        return peak * step / warmup
+    if done < warmup:
+        return config.lr_warmup_init + (peak - config.lr_warmup_init) * done / warmup
     if config.lr_scheduler.startswith("constant"):
         return peak
-    if last <= warmup:
-        return peak if config.lr_decay_iters is None else _lowest(config, peak) * peak
-    done = min(1.0, (step - warmup) / (last - warmup))
-    shape = 0.5 * (1 + math.cos(math.pi * done)) if config.lr_scheduler == "cosine" else 1 - done
+    if done >= last:
+        return _lowest(config, peak) * peak
+    share = (done - warmup) / (last - warmup)
+    shape = 0.5 * (1 + math.cos(math.pi * share)) if config.lr_scheduler == "cosine" else 1 - share
     low = _lowest(config, peak)
     return peak * (low + (1 - low) * shape)
 
@@ -121,6 +128,12 @@ def _problems(config: TrainConfig) -> Iterator[Problem]:
                 ("min_lr", "learning_rate"),
                 f"min_lr {config.min_lr:g} is above learning_rate {config.learning_rate:g}, the peak. Lower it.",
             )
+    if config.learning_rate is not None and config.lr_warmup_init > config.learning_rate:
+        yield (
+            ("lr_warmup_init", "learning_rate"),
+            f"lr_warmup_init {config.lr_warmup_init:g} is above learning_rate {config.learning_rate:g}, which warm-up rises "
+            "to. Lower it.",
+        )
     if config.lr_decay_iters is not None and config.lr_scheduler.startswith("constant"):
         yield (
             ("lr_decay_iters", "lr_scheduler"),

@@ -83,6 +83,9 @@ class BlendedDataset(TokenDataset):
     def num_documents(self) -> int:
         return sum(member.num_documents for member in self.members)
 
+    def has_targets(self, most: int) -> bool:
+        return any(member.has_targets(most) for member in self.members)
+
     @property
     def longest_document(self) -> int:
         return max(member.longest_document for member in self.members)

@@ -25,6 +25,7 @@ from longspan.data.packing import (
     Batch,
     Packs,
     Row,
+    Stream,
     empty_row,
     make_batch,
     plan_packs,
@@ -140,6 +141,23 @@ class TokenDataset:
     def longest_document(self) -> int:
         """Tokens of the longest run that attends to itself: a document or its longest piece, a row without packing."""
         return self._plan.longest
+
+    def has_targets(self, most: int) -> bool:
+        """Does a token of this split count in the loss, as far as the first ``most`` tokens show?
+
+        A sample's first token is never a label, and what truncation takes off is not learned.
+        """
+        if isinstance(self._plan, Stream):
+            return self.num_tokens > 1
+        for document, length in enumerate(self._plan.lengths.tolist()):
+            at, number = self._place(document)
+            mask = self.masks[at]
+            if length > 1 and (mask is None or mask.read(number, 1, length).any()):
+                return True
+            most -= length
+            if most < 0:
+                return True
+        return False
 
     def _place(self, document: int) -> tuple[int, int]:
         """(file, number in it) of this split's `document`."""

@@ -8,6 +8,7 @@ import torch
 
 from longspan.config.memory_rules import memory_lines
 from longspan.config.resolve import Run
+from longspan.config.schedule import learning_rate
 from longspan.context_parallel import SequenceLayout
 from longspan.context_parallel.kernels import select_kernel
 
@@ -64,7 +65,7 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
         + ("; frozen weights bfloat16" if run.lora is not None and c.bf16 is True else ""),
         "memory": "; ".join(memory_lines(c, run.recompute, device.type)),
         "steps": f"{steps} ({epochs:.2f} epochs of {samples} sequences), {warmup} of warm-up, "
-        f"{c.lr_scheduler} from {c.learning_rate:g}",
+        f"{c.lr_scheduler} from {c.learning_rate:g}{_without_effect(run, steps, warmup)}",
         "loss": "mean over all valid tokens of the global batch, at every layout"
         + (f"; {held_out} sequences held out" if held_out else "")
         + (f", {tested} for the test at the end" if tested else ""),
@@ -74,6 +75,14 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
     }
     width = max(map(len, rows))
     return "\n".join(["longspan", *(f"  {name:<{width}}  {text}" for name, text in rows.items())])
+
+
+def _without_effect(run: Run, steps: int, warmup: int) -> str:
+    """What is odd about a schedule: rates that change nothing, or a peak that is never reached."""
+    if not any(learning_rate(run.config, step, steps, warmup) for step in range(1, min(2, steps) + 1)):
+        why = ": the only step is the first of the warm-up" if warmup and run.config.learning_rate else ""
+        return f"; WARNING: the learning rate is 0 in every step{why}, so this run changes nothing"
+    return f"; all warm-up, which would reach its peak after {warmup} steps" if warmup >= steps else ""
 
 
 def megatron_line(run: Run) -> str:

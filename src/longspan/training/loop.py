@@ -30,7 +30,7 @@ from longspan.config.schedule import interval, learning_rate, training_steps, wa
 from longspan.context_parallel import SequenceLayout
 from longspan.data import Prefetcher, TokenDataset
 from longspan.data.blend import BlendedDataset
-from longspan.data.splits import named_files, open_parts
+from longspan.data.splits import PARTS, named_files, open_parts
 from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
@@ -77,6 +77,9 @@ SETTINGS = (
 #: what must be the same too where samples are trained on
 SAMPLE_SETTINGS = ("train_on_inputs", "excess_length_strategy")
 
+#: steps in a row without a target that are warned of
+IDLE_STEPS = 4
+
 #: how many tokens are looked at before a run; the rest are as they come
 SCANNED_TOKENS = 1 << 28
 
@@ -89,24 +92,9 @@ def check_data(run: Run) -> TokenDataset:
     """
     train, *others = open_datasets(run)
     names, sources = zip(*named_files(run.config))
-    if not any(mask is None or bool(mask.token_range(SCANNED_TOKENS)[1]) for mask in train.masks):
-        raise UserError(
-            "datasets: no token counts in the loss: no sample has an answer to learn. Look at the data, roles_to_train and "
-            "message_field_training."
-        )
-    for data in others:
-        if data is not None and not any(
-            m is None or bool(m.token_range(SCANNED_TOKENS)[1]) for m in data.masks
-        ):
-            raise UserError(
-                "test_datasets: no token counts in the loss: no sample has an answer to measure. Look at the data and "
-                "roles_to_train."
-            )
-    longest = max(int(source.document_lengths.max(initial=0)) for source in sources)
-    if longest < 2 and (run.config.sample_packing or train.num_tokens < 2):
-        raise UserError(
-            "datasets: no document has two tokens, so no token has a next one to learn. Look at the data, or tokenise it again."
-        )
+    for data, name in zip((train, *others), PARTS):
+        if data is not None and not data.has_targets(SCANNED_TOKENS):
+            raise UserError(_nothing_counts(run, data, name))
     if run.config.hybrid_context_parallel:
         ranks, most = run.sizes.dp * run.sizes.cp, run.config.max_seqlen_per_dp_cp_rank
         assert most is not None
@@ -130,6 +118,22 @@ def check_data(run: Run) -> TokenDataset:
                 "It was made with another tokenizer: give that tokenizer (tokenizer_config), or its vocab_size."
             )
     return train
+
+
+def _nothing_counts(run: Run, data: TokenDataset, name: str) -> str:
+    """Why no token of the training, evaluation or test set is a target, and what to do."""
+    text = f"{name} data: no token counts in the loss"
+    if not data.has_samples:
+        return (
+            f"{text}: no document has two tokens, so no token has a next one to learn. Look at the data, or tokenise it "
+            "again."
+        )
+    if data.num_excess and run.config.excess_length_strategy == "truncate":
+        return (
+            f"{text}: {data.num_excess} of {data.num_documents} samples are longer than sequence_len {run.config.sequence_len}, and "
+            "what is left of them after truncation holds no answer. Raise sequence_len, or shorten the prompts."
+        )
+    return f"{text}: no sample has an answer to learn. Look at the data, roles_to_train and message_field_training."
 
 
 def describe_model(run: Run) -> dict:
@@ -180,7 +184,7 @@ class Trainer:
     mesh: ParallelMesh
     model: GPTModel
     optimizer: torch.optim.AdamW
-    step: int  # optimizer steps done
+    step: int  # optimizer steps done, those without a target included
     steps: int  # optimizer steps in all
     tokens: int  # valid tokens trained on so far
 
@@ -285,23 +289,32 @@ class Trainer:
         """This rank's part of the micro-batches of training step ``step`` (from 0)."""
         return self.shard.training(self.train_data, step)
 
-    def compute_gradients(self, batches: list[LocalBatch]) -> tuple[float, int]:
-        """Forward and backward of a global batch. Returns (loss, valid tokens) of all ranks."""
+    def compute_gradients(self, batches: list[LocalBatch]) -> tuple[float | None, int]:
+        """Forward and backward of a global batch. Returns (loss, valid tokens) of all ranks.
+
+        Where no token counts on any rank there is nothing to compute: the loss is None, and no gradient is made.
+        """
         count = torch.tensor(sum(batch.num_valid for batch in batches), dtype=torch.int64)
         dist.all_reduce(count, group=self.groups.dp_cp)
+        if not count:
+            return None, 0
         self.model.train()
         self.optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, batch in enumerate(batches):
             self.model.set_requires_all_reduce(i == len(batches) - 1)  # copies (HSDP) agree once a step
             loss = self.losses(batch).sum()
-            (loss / count.clamp(min=1).item()).backward()
+            (loss / count.item()).backward()
             total += loss.detach()
         dist.all_reduce(total, group=self.groups.dp_cp)
-        return (total / count.clamp(min=1)).item(), int(count)
+        return (total / count).item(), int(count)
 
-    def apply_gradients(self) -> tuple[float, float]:
-        """Clips and updates the weights. Returns (gradient norm before clipping, learning rate)."""
+    def apply_gradients(self, rate: float) -> float:
+        """Clips and updates the weights. Returns the gradient norm before clipping.
+
+        Args:
+            rate: the learning rate.
+        """
         norm = gradient_norm(self.model)
         if not torch.isfinite(norm):
             raise NotFinite(
@@ -309,11 +322,9 @@ class Trainer:
                 "or look at the data of this step."
             )
         clip_gradients(self.model, norm, self.run.config.max_grad_norm)
-        rate = learning_rate(self.run.config, self.step + 1, self.steps, self.warmup)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
-        self.step += 1
-        return norm.item(), rate
+        return norm.item()
 
     def run_out(self, now: float) -> bool:
         """Is it time to save and stop before the last step: exit_interval, exit_duration_in_mins?"""
@@ -324,15 +335,21 @@ class Trainer:
         return due and self.step < self.steps
 
     def train_step(self, batches: list[LocalBatch]) -> dict:
-        """One optimizer step; returns its record."""
+        """One optimizer step; returns its record.
+
+        A step in which no token counts on any rank has loss and gradient norm None. It changes neither weights nor
+        optimizer state (weight decay would act on the weights otherwise); the step number and the schedule go on.
+        """
         start = time.perf_counter()
         loss, count = self.compute_gradients(batches)
-        if not math.isfinite(loss):
+        if loss is not None and not math.isfinite(loss):
             raise NotFinite(
                 f"the loss is {loss} in step {self.step + 1}; the weights were not updated. Lower learning_rate, or look at "
                 "the data of this step."
             )
-        norm, rate = self.apply_gradients()
+        rate = learning_rate(self.run.config, self.step + 1, self.steps, self.warmup)
+        norm = None if loss is None else self.apply_gradients(rate)
+        self.step += 1
         self.tokens += count
         # one small message: the largest memory of a rank, whether any was asked to stop, and whether it is time to
         asked = [float(self.signalled), float(self.run_out(time.perf_counter()))]
@@ -374,7 +391,8 @@ class Trainer:
         config = self.run.config
         saves = Checkpointer(output / "checkpoints", config.save_total_limit, config.async_save)
         begun, tokens = time.perf_counter(), self.tokens
-        record = evaluation = None
+        record = learned = evaluation = None
+        idle = 0  # steps in a row in which nothing counted
         an_epoch = len(self.train_data) / self.run.global_batch_size
         eval_every = interval(config.eval_steps, config.evals_per_epoch, self.steps, an_epoch)
         save_every = interval(config.save_steps, config.saves_per_epoch, self.steps, an_epoch)
@@ -387,6 +405,12 @@ class Trainer:
                 raise
             if first:
                 started()
+            learned, idle = (record, 0) if record["loss"] is not None else (learned, idle + 1)
+            if idle == IDLE_STEPS:
+                progress.warn(
+                    f"no token has counted in the loss for {idle} steps, so they changed nothing. Look at the samples: "
+                    "longspan prepare CONFIG --show 3 prints what is learned."
+                )
             last = self.step == self.steps or self.stop_asked
             progress.step(record, show=last or self.step == 1 or self.step % every == 0)
             saves.settle()
@@ -406,7 +430,7 @@ class Trainer:
         return self.metrics.write(
             "summary",
             self.step,
-            loss=record["loss"],
+            loss=learned["loss"] if learned else None,
             eval_loss=evaluation["loss"] if evaluation else None,
             tokens=self.tokens,
             train_time=elapsed,

@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 
+def loss_text(loss: float | None) -> str:
+    """A step's loss; none where no token counted in it."""
+    return "none" if loss is None else f"{loss:.4f}"
+
+
 class Progress:
     """Silent; what the ranks other than the first use."""
 
@@ -33,8 +38,9 @@ class Lines(Progress):
 
     def step(self, record: dict, show: bool) -> None:
         if show:
+            norm = "none" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
             self.emit(
-                f"step {record['step']}/{self.steps} | loss {record['loss']:.4f} | grad_norm {record['grad_norm']:.3f} | "
+                f"step {record['step']}/{self.steps} | loss {loss_text(record['loss'])} | grad_norm {norm} | "
                 f"lr {record['learning_rate']:.2e} | {record['tokens_per_second']:,.0f} tokens/s | "
                 f"{record['step_time']:.2f} s | {record['peak_memory_gib']:.2f} GiB"
             )
@@ -57,22 +63,26 @@ class MegatronLines(Lines):
 
     def __init__(self, steps: int, global_batch_size: int):
         super().__init__(steps)
-        self.batch, self.seconds, self.since = global_batch_size, 0.0, 0
+        self.batch, self.seconds, self.since, self.skipped = global_batch_size, 0.0, 0, 0
 
     def step(self, record: dict, show: bool) -> None:
         self.seconds, self.since = self.seconds + record["step_time"], self.since + 1
+        self.skipped += record["loss"] is None
         if not show:
             return
-        step = record["step"]
+        step, loss, norm = record["step"], "", ""
+        # Megatron-LM leaves out the loss and the norm of a skipped iteration, too.
+        if record["loss"] is not None:
+            loss, norm = f"lm loss: {record['loss']:.6E} | ", f"grad norm: {record['grad_norm']:.3f} | "
         self.emit(
             f" [{datetime.datetime.now():%Y-%m-%d %H:%M:%S.%f}] iteration {step:8d}/{self.steps:8d} | "
             f"consumed samples: {step * self.batch:12d} | "
             f"elapsed time per iteration (ms): {1000 * self.seconds / self.since:.1f} | "
             f"learning rate: {record['learning_rate']:.6E} | global batch size: {self.batch:5d} | "
-            f"lm loss: {record['loss']:.6E} | loss scale: 1.0 | grad norm: {record['grad_norm']:.3f} | "
-            "number of skipped iterations:   0 | number of nan iterations:   0 |"
+            f"{loss}loss scale: 1.0 | {norm}"
+            f"number of skipped iterations: {self.skipped:3d} | number of nan iterations:   0 |"
         )
-        self.seconds, self.since = 0.0, 0
+        self.seconds, self.since, self.skipped = 0.0, 0, 0
 
     def evaluation(self, record: dict) -> None:
         loss = record["loss"]
@@ -117,7 +127,7 @@ class Bar(Lines):
         self.bar.console.print(text, highlight=False)
 
     def step(self, record: dict, show: bool) -> None:
-        self.bar.update(self.task, completed=record["step"], loss=f"{record['loss']:.4f}")
+        self.bar.update(self.task, completed=record["step"], loss=loss_text(record["loss"]))
         super().step(record, show)
 
     def close(self) -> None:

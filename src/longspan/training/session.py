@@ -20,7 +20,7 @@ from longspan.training.checkpoint import SaveError
 from longspan.training.export import export
 from longspan.training.loop import NotFinite, Trainer
 from longspan.training.metrics import JsonLines, Metrics, Sink, TensorBoard, Wandb, keep_until, set_aside
-from longspan.training.progress import Progress, make_progress
+from longspan.training.progress import Progress, loss_text, make_progress
 
 
 def train(run: Run, device: torch.device) -> int:
@@ -160,7 +160,7 @@ def last_lines(summary: dict, trainer: Trainer, output: Path, exported: bool) ->
     """What happened, where it is, and what to try next."""
     config = trainer.run.config
     stopped = trainer.step < trainer.steps
-    loss = f"loss: {summary['loss']:.4f} in the last step"
+    loss = f"loss: {loss_text(summary['loss'])} in the last step"
     if summary["eval_loss"] is not None:
         loss += f", {summary['eval_loss']:.4f} held out"
     where = f"metrics: {output / 'metrics.jsonl'}"

@@ -47,7 +47,7 @@ class ScheduleKeys(BaseModel):
     )
     warmup_steps: int | None = key(
         None,
-        "Steps of linear warm-up; default: 3 % of the steps, at most 100.",
+        "Steps of linear warm-up; default: 3 % of the steps, at most 100, and none for constant.",
         unit="steps",
         flag="--lr-warmup-iters",
         megatron_default=0,
@@ -55,12 +55,13 @@ class ScheduleKeys(BaseModel):
     )
     warmup_ratio: float | None = key(
         None,
-        "Warm-up as a share of the steps.",
+        "Warm-up as a share of the steps, or of lr_decay_iters where that is given.",
         unit="share",
         flag="--lr-warmup-fraction",
         ge=0,
         le=1,
     )
+    lr_warmup_init: float = key(0.0, "Learning rate of a warm-up's first step.", ge=0)
     cosine_min_lr_ratio: float = key(
         0.0,
         "Learning rate at the end as a share of its peak (cosine and linear).",
