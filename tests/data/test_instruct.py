@@ -381,3 +381,33 @@ def test_templates_cannot_reach_python():
 def test_the_alpaca_prompt():
     assert ALPACA.format.format(instruction="Add", input="two and two") == PROMPT
     assert ALPACA.no_input_format.format(instruction="Add") == PROMPT_ALONE
+
+
+def test_a_null_beside_a_filled_field_of_messages(folders):
+    coder = encoder(folders["bytes"], type="chat_template", chat_template="chatml")
+    turns = chat("Hi", "Hello")
+    expected = coder("here", {"messages": turns})
+    for record in ({"messages": None, "conversations": turns}, {"messages": turns, "conversations": None}):
+        assert coder("here", record)[0].tolist() == expected[0].tolist()
+    with pytest.raises(UserError, match="'messages' holds a NoneType"):
+        coder("here", {"messages": None})
+
+
+def test_half_a_surrogate_pair_in_a_chat_is_a_question_mark(folders):
+    coder = encoder(folders["bytes"], type="chat_template", chat_template="chatml")
+    tokens, mask = coder("here", {"messages": chat("Hi", "Hel?lo")})
+    for messages in (chat("Hi", "Hel\ud800lo"), json.dumps(chat("Hi", "Hel\ud800lo"))):
+        found, found_mask = coder("here", {"messages": messages})
+        assert found.tolist() == tokens.tolist()
+        assert found_mask.tolist() == mask.tolist()
+
+
+def test_a_null_that_says_whether_a_message_counts_is_no_answer_to_that(folders):
+    coder = encoder(
+        folders["bytes"], type="chat_template", chat_template="chatml", message_field_training="train"
+    )
+    messages = [
+        {"role": "user", "content": "Hi", "train": None},
+        {"role": "assistant", "content": "a", "train": None},
+    ]
+    assert learned(coder, coder("here", {"messages": messages})) == ["a<|im_end|>"]

@@ -1,13 +1,16 @@
 """Records from files, folders, and by the Hugging Face library (without a hub)."""
 
 import json
+import os
 
 import pytest
 
-from chats import write_lines
+from chats import write_lines, write_tokenizer
 from longspan.config.keys.data import DatasetConfig
 from longspan.data import sources
-from longspan.data.sources import check_source, is_text, iter_records, stamp
+from longspan.data.instruct import Encoder, Recipe
+from longspan.data.sources import check_source, is_text, iter_records, plain, stamp
+from longspan.data.text import iter_documents
 from longspan.errors import UserError
 
 RECORDS = [{"instruction": f"question {i}", "output": "é\n"} for i in range(10)]
@@ -198,8 +201,161 @@ def test_a_single_file_is_train_as_a_whole(tmp_path):
 
 
 def test_json_that_is_no_utf8_is_refused_by_its_line(tmp_path):
-    from longspan.data.text import iter_documents
-
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": "caf\xe9"}\n')
     with pytest.raises(UserError, match="line 2: not UTF-8"):
         list(iter_documents(tmp_path / "a.jsonl"))
+
+
+#: two calls with different arguments, a schema with a null of its own, and messages that do not name the same fields
+AGENT = [
+    {
+        "messages": [
+            {"role": "user", "content": "Weather and time?", "weight": 2.5},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {"function": {"name": "weather", "arguments": {"city": "Paris", "unit": None}}},
+                    {"function": {"name": "clock", "arguments": {"zone": "CET", "days": [1, None, 3]}}},
+                ],
+            },
+            {"role": "tool", "content": "12", "name": "weather"},
+            {"role": "assistant", "content": "Twelve."},
+        ],
+        "tools": [{"name": "weather", "default": None}, {"name": "clock", "strict": True}],
+        "conversations": None,
+    },
+    {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}],
+        "conversations": None,
+    },
+    {
+        "messages": None,
+        "conversations": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b", "train": True},
+        ],
+    },
+]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "library"])
+def test_a_record_gives_one_sample_from_every_kind_of_file(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist(AGENT)
+    if kind == "parquet":
+        import pyarrow.parquet
+
+        path = tmp_path / "a.parquet"
+        pyarrow.parquet.write_table(table, path)
+    elif kind == "arrow":
+        path = tmp_path / "a.arrow"
+        with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table)
+    else:
+        path = tmp_path / "saved"
+        pytest.importorskip("datasets").Dataset.from_list(AGENT).save_to_disk(path)
+    lines = write_lines(tmp_path / "a.jsonl", AGENT)
+    template = "{% for m in messages %}{{ m | tojson(sort_keys=true) }}\n{% endfor %}{{ tools | tojson(sort_keys=true) }}"
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    values = {"type": "chat_template", "chat_template_jinja": template, "message_field_training": "train"}
+
+    def samples(path):
+        given = source(path, **values)
+        encode = Encoder(Recipe.make(given, folder))
+        return encode.tokenizer, [encode(*record) for record in iter_records(given)]
+
+    tokenizer, of_lines = samples(lines)
+    _, of_table = samples(path)
+    assert len(of_lines) == 3
+    for (tokens, mask), (other, other_mask) in zip(of_lines, of_table, strict=True):
+        assert other.tolist() == tokens.tolist()
+        assert other_mask.tolist() == mask.tolist()
+    calls, tools = tokenizer.decode(of_lines[0][0].tolist()).split("\n")[1::3]
+    assert json.loads(calls)["tool_calls"] == [
+        {"function": {"name": "weather", "arguments": {"city": "Paris"}}},
+        {"function": {"name": "clock", "arguments": {"zone": "CET", "days": [1, None, 3]}}},
+    ]
+    assert json.loads(tools) == [{"name": "weather"}, {"name": "clock", "strict": True}]
+
+
+def test_plain_takes_out_nulls_of_objects_and_half_a_surrogate_pair():
+    assert plain({"a": None, "b": {"c": None}, "d": [None, {"e": None, "f": 0}]}) == {
+        "b": {},
+        "d": [None, {"f": 0}],
+    }
+    assert plain(["x\ud800y", {"\udc00": "😀"}]) == ["x?y", {"?": "😀"}]
+
+
+def test_a_record_nested_too_deeply_is_refused(tmp_path):
+    encode = Encoder(Recipe.make(source("x", type="chat_template"), write_tokenizer(tmp_path, begin=False,
+        chat_template="{% for m in messages %}{{ m.role + m.content }}{% endfor %}")))  # fmt: skip
+    for depth, found in ((90, None), (200, "more than 100 deep")):
+        deep = json.loads("[" * depth + "]" * depth)
+        record = {
+            "messages": [
+                {"role": "user", "content": "a", "more": deep},
+                {"role": "assistant", "content": "b"},
+            ]
+        }
+        if found is None:
+            assert len(encode("here", record)[0])
+            continue
+        with pytest.raises(UserError, match=f"here: .*{found}"):
+            encode("here", record)
+    deep = "[" * 100_000
+    for name in ("messages", "tools"):
+        with pytest.raises(UserError, match="no JSON list"):
+            encode("here", {"messages": [{"role": "user", "content": "a"}], name: deep})
+    (tmp_path / "deep.jsonl").write_text('{"a": ' + deep + "\n")
+    with pytest.raises(UserError, match="line 1: not JSON .nested too deeply"):
+        read(tmp_path / "deep.jsonl")
+
+
+def test_files_of_one_name_size_and_time_in_two_folders_are_two_sources(tmp_path):
+    stamps = []
+    for folder, record in (("one", {"a": 1}), ("two", {"a": 2})):
+        path = write_lines(tmp_path / folder / "a.jsonl", [record])
+        os.utime(path, ns=(1, 1))
+        stamps.append(
+            [
+                stamp(source(path)),
+                stamp(source(path.parent)),
+                stamp(source(path.parent, data_files="a.jsonl")),
+            ]
+        )
+    for first, second in zip(*stamps):
+        assert first != second
+
+
+def test_a_csv_holds_long_fields(tmp_path):
+    text = "word, " * 40_000
+    (tmp_path / "a.csv").write_text(f'instruction,output\n"{text}",b\n')
+    assert read(tmp_path / "a.csv") == [{"instruction": text, "output": "b"}]
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
+def test_a_csv_without_commas_is_refused_by_its_cause(tmp_path, mark, name):
+    (tmp_path / "a.csv").write_text(f"instruction{mark}output\nq{mark}a\n")
+    with pytest.raises(UserError, match=f"a.csv: the first line.* has {name} and no comma"):
+        read(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text(f"text\none{mark}two\n")
+    assert read(tmp_path / "a.csv") == [{"text": f"one{mark}two"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("a.json", {"data": RECORDS}, "line 1: a JSON object that goes on over several lines.*jq -c [.]"),
+        ("a.jsonl", RECORDS[0], "line 1: a JSON object that goes on over several lines"),
+        ("a.jsonl", RECORDS, "line 1: a JSON list that goes on over several lines.*name the file .json"),
+    ],
+)
+def test_pretty_printed_json_is_refused_by_its_cause(tmp_path, name, value, message):
+    (tmp_path / name).write_text(json.dumps(value, indent=2))
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
+    with pytest.raises(UserError, match=message):
+        list(iter_documents(tmp_path / name))
+    (tmp_path / "b.json").write_text(json.dumps(RECORDS, indent=2))
+    assert read(tmp_path / "b.json") == RECORDS

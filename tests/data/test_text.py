@@ -12,11 +12,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from longspan.data import text as text_module
 from longspan.data.indexed import IndexedDataset
 from longspan.data.text import (
+    copy_tokenizer,
     eod_id,
     find_sources,
     iter_documents,
     load_tokenizer,
     prepare_dataset,
+    special_tokens,
     tokenize_to_indexed,
     train_tokenizer,
 )
@@ -187,6 +189,44 @@ def test_eod_id(tmp_path):
         eod_id(tokenizer, tmp_path)
 
 
+def test_special_tokens_of_both_settings_files(tmp_path):
+    config, older = tmp_path / "tokenizer_config.json", tmp_path / "special_tokens_map.json"
+    older.write_text(json.dumps({"eos_token": {"content": "<end>"}, "bos_token": "<s>", "extra": ["x"]}))
+    assert special_tokens(tmp_path) == {"eos_token": "<end>", "bos_token": "<s>"}
+    assert eod_id(word_tokenizer(["?", "</s>", "<end>"]), tmp_path) == 2
+    config.write_text(json.dumps({"eos_token": "</s>", "bos_token": None}))
+    assert special_tokens(tmp_path) == {"eos_token": "<end>", "bos_token": "<s>"}  # as transformers has it
+    config.write_text(json.dumps({"eos_token": "</s>", "added_tokens_decoder": {}}))
+    assert special_tokens(tmp_path / "tokenizer.json") == {"eos_token": "</s>", "bos_token": "<s>"}
+    for file in (config, older):
+        for wrong in ("[]", "{", "[" * 100_000):
+            file.write_text(wrong)
+            with pytest.raises(UserError, match=f"{file.name}: "):
+                special_tokens(tmp_path)
+        file.write_text("{}")
+
+
+def test_special_tokens_agree_with_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    word_tokenizer(["?", "</s>", "<end>", "<s>"]).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<end>", "bos_token": "<s>"}')
+    for decoder in ({}, {"added_tokens_decoder": {"1": {"content": "</s>"}, "3": {"content": "<s>"}}}):
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": "<s>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | decoder))
+        loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert special_tokens(tmp_path) == {"eos_token": loaded.eos_token, "bos_token": loaded.bos_token}
+
+
+def test_a_tokenizers_copy_keeps_the_tokens_of_both_files(tmp_path):
+    given = tmp_path / "given"
+    given.mkdir()
+    word_tokenizer(["?", "</s>", "<end>", "<s>"]).save(str(given / "tokenizer.json"))
+    (given / "special_tokens_map.json").write_text('{"eos_token": "<end>", "bos_token": "<s>"}')
+    assert copy_tokenizer(given, {"eos_token": "<end>"}, None, tmp_path) == given
+    copy = copy_tokenizer(given, {"eos_token": "</s>"}, None, tmp_path)
+    assert special_tokens(copy) == {"eos_token": "</s>", "bos_token": "<s>"}
+
+
 @pytest.mark.parametrize("eod", [None, 3])
 def test_tokenize_to_indexed(tmp_path, eod, monkeypatch):
     monkeypatch.setattr(text_module, "BATCH_CHARACTERS", 6)
@@ -259,6 +299,28 @@ def test_prepare_dataset_with_a_tokenizer(lines, tmp_path):
     prefix, folder = prepare_dataset(path, cache_dir=tmp_path / "c", tokenizer_path=given, field="body")
     assert IndexedDataset(prefix).read(0).tolist() == [1, 2, 3]
     assert sorted(p.name for p in folder.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+
+
+def test_files_of_one_name_size_and_time_are_two_caches(tmp_path):
+    found = []
+    for folder, letter in (("one", "a"), ("two", "b")):
+        path = tmp_path / folder / "x.txt"
+        path.parent.mkdir()
+        path.write_text(letter * 9)
+        os.utime(path, ns=(1, 1))
+        prefix, tokenizer = prepare_dataset(path, cache_dir=tmp_path / "c", train_vocab_size=257)
+        found.append(load_tokenizer(tokenizer).decode(IndexedDataset(prefix).read(0).tolist()))
+    assert found == ["a" * 9, "b" * 9]
+
+
+def test_the_cache_is_new_where_special_tokens_map_changes(lines, tmp_path):
+    given = tmp_path / "given"
+    given.mkdir()
+    word_tokenizer(["?", "a", "<one>", "<two>"]).save(str(given / "tokenizer.json"))
+    for name, number in (("<one>", 2), ("<two>", 3)):
+        (given / "special_tokens_map.json").write_text(json.dumps({"eos_token": name}))
+        prefix, _ = prepare_dataset(lines({"text": "a"}), cache_dir=tmp_path / "c", tokenizer_path=given)
+        assert IndexedDataset(prefix).read(0).tolist() == [1, number]
 
 
 def test_prepare_dataset_refuses(lines, tmp_path):

@@ -30,6 +30,7 @@ import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from longspan.data.templates import TEMPLATES
+from longspan.data.text import read_object
 from longspan.errors import UserError, did_you_mean
 
 # Around what {% generation %} holds, while it is rendered: private characters, which text has not.
@@ -292,10 +293,7 @@ def own_template(folder: Path) -> str | None:
     """The template a tokenizer's folder holds."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    settings = folder / "tokenizer_config.json"
-    if not settings.is_file():
-        return None
-    found = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+    found = read_object(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):  # several, by name
         found = {one.get("name"): one.get("template") for one in found}.get("default")
     return found

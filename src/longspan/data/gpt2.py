@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from longspan.config.json_text import parse_json
 from longspan.data.text import END_OF_TEXT
 from longspan.errors import UserError, did_you_mean
 
@@ -70,7 +71,7 @@ def _read(name: str, path: str | Path) -> str:
 
 def _vocabulary(path: str | Path, text: str) -> dict[str, int]:
     try:
-        vocab = json.loads(text)
+        vocab = parse_json(text)
     except ValueError as error:
         raise UserError(f"vocab_file {path}: not JSON ({error}). Give GPT-2's vocab.json.") from None
     if not isinstance(vocab, dict) or not all(isinstance(number, int) for number in vocab.values()):

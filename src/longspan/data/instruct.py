@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, processors
 
+from longspan.config.json_text import parse_json
 from longspan.config.keys.data import DatasetConfig, InstructionType
 from longspan.data.chat import ChatTemplate, find_template
+from longspan.data.sources import plain
 from longspan.data.text import begin_ids, eod_id, load_tokenizer, special_tokens
 from longspan.errors import UserError, did_you_mean
 
@@ -41,7 +43,7 @@ ROLES = {"human": "user", "gpt": "assistant"} | {
 }
 
 #: changes when the same record would make another sample
-VERSION = 1
+VERSION = 2
 
 Sample = tuple[np.ndarray, np.ndarray | None]
 
@@ -125,6 +127,7 @@ class Encoder:
             UserError: the record is not what the type asks for.
         """
         try:
+            record = {name: plain(value) for name, value in record.items()}
             if self.prompt is not None:
                 return self._instruction(record, self.prompt)
             if self.source.type == "chat_template":
@@ -167,7 +170,7 @@ class Encoder:
         tools = record.get(self.source.field_tools)
         if isinstance(tools, str) and tools.strip():
             try:
-                tools = json.loads(tools)
+                tools = plain(parse_json(tools))
             except ValueError:
                 raise UserError(f"the field {self.source.field_tools!r} is no JSON list of tools.") from None
         text, spans = self.recipe.template.answers(messages, counts, tools or None)
@@ -203,12 +206,12 @@ class Encoder:
         """
         source = self.source
         name = source.field_messages or next(
-            (n for n in ("messages", "conversations") if n in record), "messages"
+            (n for n in ("messages", "conversations") if record.get(n) is not None), "messages"
         )
         given = _field(record, name)
         if isinstance(given, str):
             try:
-                given = json.loads(given)
+                given = plain(parse_json(given))
             except ValueError:
                 raise UserError(f"the field {name!r} holds text that is no JSON list of messages.") from None
         if not isinstance(given, list) or not given:
@@ -249,13 +252,13 @@ class Encoder:
         message = {k: v for k, v in given.items() if v is not None and k not in (role_name, content_name)}
         message |= {new: given[old] for new, old in names.items() if given.get(old) is not None}
         for field in (role_name, content_name):
-            if field not in given:
+            if field not in given and not (field == content_name and message.get("tool_calls")):
                 have = ", ".join(map(repr, given)) or "none"
                 raise UserError(
                     f"{where} has no field {field!r}. Its fields are {have}. Say which is which: message_property_mappings: "
                     "{role: ..., content: ...}."
                 )
-        role, content = given[role_name], given[content_name]
+        role, content = given[role_name], given.get(content_name)
         if not isinstance(role, str) or role not in self._roles:
             raise UserError(
                 f"{where}: the role {role!r} is none of {', '.join(self._roles)}. Say what it is: roles: {{assistant: [{role}]}}."
@@ -287,4 +290,4 @@ def _text(record: Mapping[str, Any], name: str, missing: str | None = None) -> s
     text = _field(record, name)
     if not isinstance(text, str):
         raise UserError(f"the field {name!r} holds a {type(text).__name__}; it must be a string.")
-    return text.encode("utf-8", errors="replace").decode("utf-8")  # half of a surrogate pair is no text
+    return text

@@ -22,14 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from longspan.data.indexed import IndexedDatasetWriter, best_dtype
+from longspan.data.json_lines import json_records, text_of
 from longspan.data.text import (
     BATCH_CHARACTERS,
     LINES,
     Progress,
     find_sources,
-    json_records,
     load_tokenizer,
-    text_of,
 )
 from longspan.errors import UserError
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 import csv
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from longspan.config.keys.data import DatasetConfig
 from longspan.config.packages import has_package
-from longspan.data.text import STDLIB, TEXT_SUFFIXES, find_sources, json_records
+from longspan.data.json_lines import json_records, valid_text
+from longspan.data.text import STDLIB, TEXT_SUFFIXES, find_sources
 from longspan.errors import UserError, did_you_mean
 
 #: suffix of a file -> its kind (ds_type)
@@ -26,6 +27,8 @@ EXTRA = "pip install 'longspan[hf]'"
 
 _SPLIT = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+#: what separates the fields of files that are called CSV and are none
+_NO_COMMAS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 #: words in file names that say which part of the data a file holds
 _PARTS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -68,7 +71,7 @@ def check_source(source: DatasetConfig) -> None:
 
 
 def stamp(source: DatasetConfig) -> list:
-    """What changes when the records do: names, sizes and times of files; the name and revision of a hub's dataset."""
+    """What changes when the records do: paths, sizes and times of files; the name and revision of a hub's dataset."""
     asked = [source.split, source.name, source.data_files, source.ds_type, source.revision]
     if _on_hub(source):
         return [source.path, *asked]
@@ -76,8 +79,35 @@ def stamp(source: DatasetConfig) -> list:
         files = sorted(p for p in Path(source.path).rglob("*") if p.is_file())
     else:
         files = _files(source)
-    stats = [(p.as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return [*asked, *([Path(name).name, size, time] for name, size, time in stats)]
+    return [*asked, *([str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files)]
+
+
+#: how deeply lists and objects may lie in each other in a record
+MAX_DEPTH = 100
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """A value of a record without what only one kind of file can hold.
+
+    Fields of objects that are null are left out, at every depth: Arrow and Parquet give all objects
+    of a column the fields of each of them, and fill those an object has not with null. So null means
+    the same in every kind of file: the field is not there. A null in a list stays. Half of a
+    surrogate pair, which only JSON can hold, is no text and becomes a question mark.
+
+    Raises:
+        UserError: it is nested more deeply than `MAX_DEPTH`.
+    """
+    if depth > MAX_DEPTH:
+        raise UserError(
+            f"lists and objects lie in each other more than {MAX_DEPTH} deep. Flatten the record."
+        )
+    if isinstance(value, str):
+        return valid_text(value)
+    if isinstance(value, Mapping):
+        return {plain(k): plain(v, depth + 1) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [plain(v, depth + 1) for v in value]
+    return value
 
 
 def iter_records(source: DatasetConfig) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -282,8 +312,17 @@ def _json(file: Path):
 
 
 def _csv(file: Path):
+    # Python's own limit, 131,072 characters a field, is less than one long document.
+    csv.field_size_limit(2**31 - 1)
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
+        names = reader.fieldnames or [""]
+        other = next((name for mark, name in _NO_COMMAS.items() if mark in names[0]), None)
+        if len(names) == 1 and other is not None:
+            raise UserError(
+                f"{file}: the first line, {names[0][:60]!r}, has {other} and no comma between its fields. A CSV has commas: "
+                "save it with them, or as JSON lines or Parquet."
+            )
         for record in reader:
             where = f"{file}, line {reader.line_num}"
             if None in record or None in record.values():

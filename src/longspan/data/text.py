@@ -14,12 +14,15 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from longspan.config.json_text import parse_json
 from longspan.data.cache import is_whole, only_here
 from longspan.data.indexed import IndexedDatasetWriter, best_dtype
+from longspan.data.json_lines import json_records, text_of
 from longspan.errors import UserError, did_you_mean
 
 STDLIB = "python-stdlib"
@@ -37,10 +40,11 @@ _SUFFIXES = (
 TEXT_SUFFIXES = frozenset(_SUFFIXES.split())
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules"})
 
+#: the files of a tokenizer's folder that name special tokens
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 # What a tokenizer's folder may hold beside tokenizer.json that an export wants to keep.
 TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+    *SETTINGS,
     "added_tokens.json",
     "chat_template.jinja",
 )
@@ -176,7 +180,7 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 def eod_id(tokenizer: Tokenizer, folder: str | Path | None) -> int | None:
     """The number of the token that ends a document, or None.
 
-    It is eos_token of ``tokenizer_config.json`` in `folder` (or beside the ``tokenizer.json``
+    It is eos_token of the settings (see `special_tokens`) in `folder` (or beside the ``tokenizer.json``
     given), else the first of the usual names that the vocabulary has.
     """
     own = special_tokens(folder).get("eos_token") if folder is not None else None
@@ -188,7 +192,7 @@ def eod_id(tokenizer: Tokenizer, folder: str | Path | None) -> int | None:
 def begin_ids(tokenizer: Tokenizer, folder: str | Path | None) -> list[int]:
     """The tokens a sample begins with: what the tokenizer's post-processor puts in front, if anything.
 
-    Where that is one token, and ``tokenizer_config.json`` in `folder` names another bos_token, it is that one.
+    Where that is one token, and the settings in `folder` name another bos_token, it is that one.
     """
     alone = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a", add_special_tokens=True).ids
@@ -198,17 +202,42 @@ def begin_ids(tokenizer: Tokenizer, folder: str | Path | None) -> list[int]:
 
 
 def special_tokens(folder: str | Path) -> dict[str, str]:
-    """bos_token, eos_token and the others that the settings of a tokenizer's folder name."""
+    """bos_token, eos_token and the others that the settings of a tokenizer's folder name.
+
+    They are those of ``tokenizer_config.json`` and of ``special_tokens_map.json``. Where the two name
+    different ones, the former counts if it has ``added_tokens_decoder``, else the latter, as in transformers.
+
+    Raises:
+        UserError: one of the files is not a JSON object.
+    """
     folder = Path(folder).expanduser()
-    file = (folder if folder.is_dir() else folder.parent) / "tokenizer_config.json"
+    folder = folder if folder.is_dir() else folder.parent
+    config, older = (read_object(folder / name) for name in SETTINGS)
+    if "added_tokens_decoder" in config:
+        return _tokens(older) | _tokens(config)
+    return _tokens(config) | _tokens(older)
+
+
+def _tokens(settings: Mapping[str, object]) -> dict[str, str]:
+    pairs = ((k, v.get("content") if isinstance(v, dict) else v) for k, v in settings.items())
+    return {k: v for k, v in pairs if k.endswith("_token") and isinstance(v, str)}
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a settings file; an empty one where there is no file.
+
+    Raises:
+        UserError: it is none.
+    """
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8")).items()
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file}: not a JSON object ({error}). Put it right or remove it.") from error
-    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in found if k.endswith("_token")}
-    return {k: v for k, v in texts.items() if isinstance(v, str)}
+        found = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not a JSON object ({error}). Put it right or remove it.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: a JSON {type(found).__name__}, not an object. Put it right or remove it.")
+    return found
 
 
 def tokenize_to_indexed(
@@ -268,7 +297,7 @@ def prepare_dataset(
 ) -> tuple[Path, Path]:
     """Tokenises a path once; later calls find the result in the cache.
 
-    The files are in ``cache_dir/<name>-<fingerprint>/``. The fingerprint covers the names,
+    The files are in ``cache_dir/<name>-<fingerprint>/``. The fingerprint covers the paths,
     sizes and times of the sources, the field and the tokenizer. Where several processes come
     at once, one prepares and the others wait for it.
 
@@ -289,7 +318,7 @@ def prepare_dataset(
     given = None if tokenizer_path is None else _tokenizer_file(tokenizer_path)
     root = _root(path)
     sources = find_sources(path)
-    fingerprint = _fingerprint(root, sources, field, given, train_vocab_size)
+    fingerprint = _fingerprint(sources, field, given, train_vocab_size)
     name = STDLIB if str(path) == STDLIB else (root.stem if root.is_file() else root.resolve().name)
     folder = Path(cache_dir).expanduser() / f"{name}-{fingerprint}"
     prefix, tokenizer_folder = folder / "text_document", folder / "tokenizer"
@@ -338,54 +367,6 @@ def _near(path: Path) -> str:
     return did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
 
 
-def json_records(source: Path) -> Iterator[tuple[str, object]]:
-    """(where, JSON value) of a file of JSON lines, or of one JSON list."""
-    with source.open("rb") as file:
-        start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
-        file.seek(0)
-        if start.startswith(b"[") and source.suffix.lower() == ".json":
-            text = _decoded(file.read(), "utf-8-sig", str(source))
-            for number, record in enumerate(_parse(text, str(source)), start=1):
-                yield f"{source}, object {number}", record
-            return
-        for number, line in enumerate(file, start=1):
-            text = _decoded(line, "utf-8-sig" if number == 1 else "utf-8", f"{source}, line {number}").strip()
-            if text:
-                yield f"{source}, line {number}", _parse(text, f"{source}, line {number}")
-
-
-def _decoded(data: bytes, encoding: str, where: str) -> str:
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: not UTF-8 (byte {error.start}). JSON is: write the file anew in it."
-        ) from None
-
-
-def _parse(text: str, where: str):
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from error
-
-
-def text_of(record: object, field: str, where: str) -> str:
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a JSON {type(record).__name__}, not an object with a field {field!r}.")
-    if field not in record:
-        names = ", ".join(map(repr, record)) or "none"
-        raise UserError(f"{where}: no field {field!r}. The fields are {names}.{did_you_mean(field, record)}")
-    text = record[field]
-    if not isinstance(text, str):
-        raise UserError(f"{where}: the field {field!r} holds a {type(text).__name__}; it must be a string.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, written as \ud800: no text at all
-        text = text.encode("utf-8", errors="replace").decode("utf-8")
-    return text
-
-
 def _batches(documents: Iterable[str], batch: int) -> Iterator[list[str]]:
     texts: list[str] = []
     characters = 0
@@ -430,9 +411,10 @@ def copy_tokenizer(path: Path, tokens: Mapping[str, str], template: str | None, 
     has = template is None or (own.is_file() and own.read_text(encoding="utf-8") == template)
     if has and tokens.items() <= special_tokens(file.parent).items():
         return path
-    settings = file.with_name("tokenizer_config.json")
-    changed = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    changed.update(tokens)
+    changed = read_object(file.with_name("tokenizer_config.json"))
+    # The copy has one file of settings: what only special_tokens_map.json names moves into it.
+    held = _tokens(changed)
+    changed |= {k: v for k, v in special_tokens(file.parent).items() if held.get(k) != v} | dict(tokens)
     if template is not None:
         changed.pop("chat_template", None)
     digest = hashlib.blake2b(digest_size=6)
@@ -464,22 +446,22 @@ def _write(path: Path, text: str) -> None:
 
 
 def _fingerprint(
-    root: Path, sources: list[Path], field: str, tokenizer: Path | None, train_vocab_size: int | None
+    sources: list[Path], field: str, tokenizer: Path | None, train_vocab_size: int | None
 ) -> str:
     """12 hexadecimal digits that change with anything that would change the tokens."""
     digest = hashlib.blake2b(digest_size=6)
-    base = root.parent if root.is_file() else root
     for source in sources:
         stat = source.stat()
-        line = [source.relative_to(base).as_posix(), stat.st_size, stat.st_mtime_ns]
+        line = [str(source.resolve()), stat.st_size, stat.st_mtime_ns]
         digest.update(json.dumps(line).encode() + b"\n")
     digest.update(json.dumps(["field", field]).encode() + b"\n")
     if tokenizer is None:
         digest.update(f"train:{train_vocab_size}".encode())
     else:
         digest.update(tokenizer.read_bytes())
-        settings = tokenizer.with_name("tokenizer_config.json")  # it names the end-of-document token
-        digest.update(settings.read_bytes() if settings.is_file() else b"")
+        # They name the end-of-document token, and go into the cache with the tokenizer.
+        for settings in map(tokenizer.with_name, SETTINGS):
+            digest.update(settings.read_bytes() if settings.is_file() else b"")
         if begin := begin_ids(load_tokenizer(tokenizer), tokenizer.parent):
             digest.update(json.dumps(["begin", begin]).encode())
     return digest.hexdigest()
