@@ -18,6 +18,7 @@ from longspan.mesh.mesh import ParallelMesh, ProcessGroupCollection, init_distri
 from longspan.mesh.topology import RankGenerator as RankGenerator  # Megatron has it here, too
 from longspan.mesh.topology import data_parallel_size
 from longspan.mesh.topology import hierarchical_groups as hierarchical_groups
+from longspan.tensor_parallel import random
 
 _mesh: ParallelMesh | None = None
 _virtual_pipeline_rank: int | None = None
@@ -106,9 +107,10 @@ is_initialized = model_parallel_is_initialized
 
 
 def destroy_model_parallel() -> None:
-    """Forgets the installed groups. The default process group stays."""
+    """Forgets the installed groups and ``model_parallel_seed``'s seed. The default process group stays."""
     global _mesh, _virtual_pipeline_rank, _virtual_pipeline_size
     _mesh, _virtual_pipeline_rank, _virtual_pipeline_size = None, None, None
+    random.get_rng_tracker().reset()
 
 
 def get_mesh(check_initialized: bool = True) -> ParallelMesh | None:

@@ -25,15 +25,14 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
 
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models.adapters import is_adapter, open_adapters, peft_name, read_adapter
 from longspan.models.gpt import GPTModel
 from longspan.models.huggingface import Names, SafetensorsFolder, read_part
 from longspan.models.offload import Offload
-from longspan.tensor_parallel.layers import TensorParallelModule
-from longspan.tensor_parallel.random import draw_rows
+from longspan.tensor_parallel.initial import init_weights
+from longspan.tensor_parallel.random import local_ranges
 
 
 def parallelize(
@@ -105,59 +104,6 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # without it gloo is asked for an average
-
-
-def local_ranges(parameter: DTensor) -> list[tuple[int, int]]:
-    """Which part of the whole tensor this rank holds: (start, stop) along each dim.
-
-    Tensor parallelism cuts first, FSDP cuts dim 0 of what is left into even runs (the last
-    ones shorter or empty).
-    """
-    ranges = [(0, size) for size in parameter.shape]
-    names = parameter.device_mesh.mesh_dim_names or ()
-    for axis in sorted(range(len(names)), key=lambda i: names[i] != "tp"):
-        placement = parameter.placements[axis]
-        if placement.is_replicate():
-            continue
-        dim = placement.dim
-        start, stop = ranges[dim]
-        size = parameter.device_mesh.size(axis)
-        rows = -(-(stop - start) // size)
-        first = min(start + parameter.device_mesh.get_local_rank(axis) * rows, stop)
-        ranges[dim] = (first, min(first + rows, stop))
-    assert [stop - start for start, stop in ranges] == list(parameter.to_local().shape)
-    return ranges
-
-
-@torch.no_grad()
-def init_weights(
-    model: nn.Module, seed: int, kind: type[TensorParallelModule] = TensorParallelModule
-) -> None:
-    """Fills every parameter by (seed, name, shape): the same model at every layout (invariant I2).
-
-    Args:
-        kind: fills the parameters of such modules only.
-    """
-    done: set[int] = set()
-    for prefix, module in model.named_modules():
-        if not isinstance(module, kind):
-            continue
-        for short, std in module.initial_std.items():
-            parameter = getattr(module, short)
-            if id(parameter) in done:  # tied
-                continue
-            done.add(id(parameter))
-            held = parameter.to_local()
-            if std is None:
-                held.fill_(1.0)
-            elif std == 0:
-                held.zero_()
-            else:
-                ranges = local_ranges(parameter)
-                shape = tuple(parameter.shape)
-                columns = ranges[1] if len(shape) > 1 else None
-                name = f"{prefix}.{short}"
-                held.copy_(draw_rows(seed, name, shape, std, ranges[0], columns, held.dtype, module.uniform))
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from longspan.config.parallel import MeshSizes
 from longspan.context_parallel import DotProductAttention, PackedSeqParams, SequenceLayout
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
-from longspan.parallelize import gradient_norm, init_weights, parallelize
+from longspan.parallelize import gradient_norm, parallelize
+from longspan.tensor_parallel import init_weights
 
 VOCAB, LENGTH = 300, 53  # the vocabulary is padded to 384, the length divides by nothing
 

@@ -14,6 +14,7 @@ from longspan.context_parallel import PackedSeqParams, SequenceLayout
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
 from longspan.parallelize import parallelize
+from longspan.tensor_parallel.random import local_ranges
 
 VOCAB, LENGTH, POSITIONS = 300, 53, 60  # nothing divides by anything
 DOCUMENTS = (0, 1, 9, 30, LENGTH)
@@ -52,8 +53,6 @@ def disturb(model):
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             whole = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * 0.7 + len(name))
-            from longspan.parallelize import local_ranges
-
             ((start, stop),) = local_ranges(parameter)
             parameter.data.to_local().add_(0.3 * whole[start:stop])
 

@@ -11,7 +11,12 @@ import pool
 from longspan import ModelParallelConfig, parallel_state
 from longspan.config.parallel import MeshSizes
 from longspan.mesh.mesh import ParallelMesh
-from longspan.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from longspan.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    model_parallel_seed,
+)
 
 S, B, IN, OUT = 8, 3, 12, 20  # activations [s, b, h]
 WORLDS = [1, 2, 4]
@@ -207,7 +212,7 @@ def subgroups():
     bare = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
     mesh = ParallelMesh.build(MeshSizes(tp=2, dp_shard=2))
     for group in (bare, mesh.groups.tp, mesh.groups.tp_mesh):
-        torch.manual_seed(3)
+        model_parallel_seed(3, tp_rank=rank % 2)
         layer = RowParallelLinear(IN, OUT, config(), tp_group=group)
         assert layer.weight.to_local().shape == (OUT, IN // 2)
         x = random(S, B, IN, seed=rank // 2)

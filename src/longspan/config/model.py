@@ -172,6 +172,32 @@ class TransformerConfig(ModelParallelConfig):
         return list(given) if isinstance(given, list | tuple) else [given]
 
 
+def unsupported(config: TransformerConfig) -> list[str]:
+    """Fields that ask for what is not there yet, in words; a layer refuses them."""
+    found = []
+    for part, names in {
+        "pipelines": ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
+        "experts": (
+            *(
+                "expert_model_parallel_size",
+                "expert_tensor_parallel_size",
+                "num_moe_experts",
+                "moe_router_topk",
+            ),
+            *("moe_aux_loss_coeff", "moe_ffn_hidden_size", "moe_token_dispatcher_type"),
+        ),
+    }.items():
+        for name in names:
+            value, default = getattr(config, name), type(config).__dataclass_fields__[name].default
+            # A degree of 1 asks for nothing, and no more does an expert's tensor parallel size that is everybody's.
+            harmless = (default, 1) if name.endswith("_size") and "parallel" in name else (default,)
+            if name == "expert_tensor_parallel_size":
+                harmless = (*harmless, config.tensor_model_parallel_size)
+            if value not in harmless:
+                found.append(f"{name}={value}: {part} are not supported yet. Leave it out.")
+    return found
+
+
 def architecture_problems(c: Any) -> list[Problem]:
     """All broken rules of an architecture and its cut, as (fields involved, message).
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longspan.config.model import AttnMaskType, TransformerConfig
+from longspan.config.model import AttnMaskType, TransformerConfig, unsupported
 from longspan.context_parallel import DotProductAttention, PackedSeqParams, SequenceLayout
 from longspan.context_parallel.checks import check_packed
 from longspan.mesh.installed import process_groups
@@ -35,6 +35,7 @@ from longspan.models.norm import Norm
 from longspan.models.offload import Offload
 from longspan.models.rotary import apply_rotary, at_length, attention_factor, frequencies, rotary_table
 from longspan.models.tiled import tiled
+from longspan.tensor_parallel.initial import filled_by_name
 from longspan.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, local
 
 RotaryTable = tuple[Tensor, Tensor]
@@ -133,6 +134,10 @@ class MLP(nn.Module):
 class TransformerLayer(nn.Module):
     """``forward(hidden_states [s, b, h], ...) -> (hidden_states, context)``; context is None in a decoder.
 
+    Args:
+        layer_number: from 1; made by itself, the layer has the initial weights of that layer of a whole model.
+        seed: of the initial weights, as for :class:`GPTModel`.
+
     Attributes:
         recompute: ``"none"``; ``"full"`` keeps only the layer's input; ``"selective"`` keeps that
             and what attention needs (q, k, v, out), so attention and its exchange run once.
@@ -144,19 +149,20 @@ class TransformerLayer(nn.Module):
         config: TransformerConfig,
         layer_number: int = 1,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        seed: int | None = None,
     ):
         super().__init__()
         groups = process_groups(pg_collection)
-        if config.num_moe_experts is not None:
-            raise ValueError(
-                f"num_moe_experts={config.num_moe_experts}: experts are not supported yet. Leave it None."
-            )
+        for message in unsupported(config):
+            raise ValueError(message)
         self.config, self.recompute = config, "none"
         self.offload: Offload | None = None
-        self.input_layernorm = Norm(config, groups)
-        self.self_attention = SelfAttention(config, layer_number, groups)
-        self.pre_mlp_layernorm = Norm(config, groups)
-        self.mlp = MLP(config, groups)
+        with filled_by_name(self, config, groups.tp.size(), seed, f"decoder.layers.{layer_number - 1}"):
+            self.input_layernorm = Norm(config, groups)
+            self.self_attention = SelfAttention(config, layer_number, groups)
+            self.pre_mlp_layernorm = Norm(config, groups)
+            self.mlp = MLP(config, groups)
 
     def _before(self, x: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attention.heads(self.input_layernorm(x), rotary)
@@ -259,7 +265,13 @@ def rotary_of(
 
 
 class TransformerBlock(nn.Module):
-    """All layers (and the final norm with ``post_process``): ``forward(...) -> (hidden_states, None)``."""
+    """All layers (and the final norm with ``post_process``).
+
+    ``forward(hidden_states [s, b, h], ...) -> (hidden_states, context)``; context is None in a decoder.
+
+    Args:
+        seed: of the initial weights, as for :class:`GPTModel`; the names are those of a whole model.
+    """
 
     def __init__(
         self,
@@ -267,24 +279,17 @@ class TransformerBlock(nn.Module):
         pre_process: bool = True,
         post_process: bool = True,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        seed: int | None = None,
     ):
         super().__init__()
         groups = process_groups(pg_collection)
-        for name, what in (
-            ("pipeline", "pipelines"),
-            ("virtual_pipeline", "pipelines"),
-            ("expert", "experts"),
-        ):
-            name += "_model_parallel_size"
-            if (getattr(config, name) or 1) > 1:
-                raise ValueError(
-                    f"{name}={getattr(config, name)}: {what} are not supported yet. Leave it out."
-                )
         self.pre_process = pre_process
-        self.layers = nn.ModuleList(
-            TransformerLayer(config, number, groups) for number in range(1, config.num_layers + 1)
-        )
-        self.final_layernorm = Norm(config, groups) if post_process else None
+        with filled_by_name(self, config, groups.tp.size(), seed, "decoder"):
+            self.layers = nn.ModuleList(
+                TransformerLayer(config, number, groups) for number in range(1, config.num_layers + 1)
+            )
+            self.final_layernorm = Norm(config, groups) if post_process else None
 
     def forward(
         self,
@@ -319,6 +324,13 @@ class GPTModel(nn.Module):
         pre_process, post_process: whether this part has the embedding and the output layer.
         parallel_output: logits stay cut over the tensor parallel ranks.
         pg_collection: None takes the installed groups.
+        seed: of the initial weights, the same on every rank: they follow (seed, name, shape), at every layout those of
+            the trainer. None takes ``tensor_parallel.model_parallel_seed``'s; without that a number of torch's default
+            generator (``torch.manual_seed``), which is refused where other ranks hold copies of the weights.
+            ``config.perform_initialization=False`` and the meta device leave the weights to the caller.
+
+    Every rank's loss is of its own tokens, so gradients are summed over the ranks that hold copies:
+    ``longspan.finalize_model_grads(model)`` after backward.
     """
 
     def __init__(
@@ -330,6 +342,8 @@ class GPTModel(nn.Module):
         post_process: bool = True,
         parallel_output: bool = True,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        seed: int | None = None,
     ):
         super().__init__()
         groups = process_groups(pg_collection)
@@ -341,15 +355,16 @@ class GPTModel(nn.Module):
         self.positions = config.max_position_embeddings if learned else None
         config = at_length(config, max_sequence_length)
         self.parallel_output = parallel_output
-        self.embedding = Embedding(config, vocab_size, groups, self.positions) if pre_process else None
-        self.decoder = TransformerBlock(config, pre_process, post_process, groups)
-        self.output_layer = OutputLayer(config, vocab_size, groups) if post_process else None
-        if config.share_embeddings_and_output_weights:
-            if self.embedding is None or self.output_layer is None:
-                raise ValueError(
-                    "tied embeddings need the embedding and the output layer in one part of the model."
-                )
-            self.output_layer.weight = self.embedding.word_embeddings.weight
+        if config.share_embeddings_and_output_weights and not (pre_process and post_process):
+            raise ValueError(
+                "tied embeddings need the embedding and the output layer in one part of the model."
+            )
+        with filled_by_name(self, config, groups.tp.size(), seed):
+            self.embedding = Embedding(config, vocab_size, groups, self.positions) if pre_process else None
+            self.decoder = TransformerBlock(config, pre_process, post_process, groups)
+            self.output_layer = OutputLayer(config, vocab_size, groups) if post_process else None
+            if config.share_embeddings_and_output_weights:
+                self.output_layer.weight = self.embedding.word_embeddings.weight
 
     def forward(
         self,

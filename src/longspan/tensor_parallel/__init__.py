@@ -5,6 +5,7 @@ a cut vocabulary, random number states.
 """
 
 from longspan.tensor_parallel.cross_entropy import linear_cross_entropy, vocab_parallel_cross_entropy
+from longspan.tensor_parallel.initial import init_weights
 from longspan.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -38,6 +39,7 @@ __all__ = [
     "gather_from_sequence_parallel_region",
     "gather_from_tensor_model_parallel_region",
     "get_rng_tracker",
+    "init_weights",
     "linear_cross_entropy",
     "model_parallel_seed",
     "reduce_from_tensor_model_parallel_region",

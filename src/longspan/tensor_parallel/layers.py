@@ -33,7 +33,7 @@ from longspan.matmul import linear
 from longspan.mesh import collectives
 from longspan.mesh.installed import tensor_parallel_mesh
 from longspan.tensor_parallel import mappings
-from longspan.tensor_parallel.random import draw_rows
+from longspan.tensor_parallel.random import InitialValues, lone_seed
 
 InitMethod = Callable[[Tensor], Any]
 
@@ -41,9 +41,9 @@ InitMethod = Callable[[Tensor], Any]
 class TensorParallelModule(nn.Module):
     """Shared ground: the group, the parameters as DTensors and how they are first filled.
 
-    A subclass makes its parameters with :meth:`_parameter`. ``initial_std`` records, for
-    each of them, the standard deviation of its initial values; 0 stands for zeros and None
-    for ones. ``longspan.parallelize.init_weights`` reads it for models made on ``meta``.
+    A subclass makes its parameters with :meth:`_parameter`. ``initial`` records, for each of
+    them, how it is first filled; ``longspan.tensor_parallel.init_weights`` reads it. A layer that
+    is made by itself fills its parameters at once (see ``random.lone_seed``); one on ``meta`` draws nothing.
 
     Attributes:
         uniform: initial values come from a uniform distribution of that deviation, not a normal one.
@@ -65,7 +65,7 @@ class TensorParallelModule(nn.Module):
             )
         self.dtype = config.params_dtype or (torch.bfloat16 if config.bf16 else torch.float32)
         self.perform_initialization = config.perform_initialization
-        self.initial_std: dict[str, float | None] = {}
+        self.initial: dict[str, InitialValues] = {}
 
     def _parameter(
         self,
@@ -78,7 +78,8 @@ class TensorParallelModule(nn.Module):
         """Makes a parameter of global ``shape``, cut over tensor parallel ranks along ``dim`` (None: copied).
 
         Raises:
-            ValueError: the dim does not divide by the tensor parallel size.
+            ValueError: the dim does not divide by the tensor parallel size, or initial values have no seed
+                where there are copies.
         """
         shape, local = tuple(shape), list(shape)
         if dim is not None:
@@ -88,31 +89,14 @@ class TensorParallelModule(nn.Module):
                     f"tensor parallel size {self.tp_size}. Choose a multiple of it."
                 )
             local[dim] //= self.tp_size
-        ranges = [(0, size) for size in shape]
-        if dim is not None:
-            ranges[dim] = (self.tp_rank * local[dim], (self.tp_rank + 1) * local[dim])
         data = torch.empty(local, dtype=self.dtype)
-        if self.perform_initialization and not data.is_meta:
-            self._fill(data, shape, ranges, std, init_method)
         placement = Replicate() if dim is None else Shard(dim)
-        self.initial_std[name] = std
-        return nn.Parameter(DTensor.from_local(data, self.tp_mesh, [placement], run_check=False))
-
-    def _fill(self, data: Tensor, shape: tuple[int, ...], ranges, std, init_method) -> None:
-        if init_method is not None:
-            # a caller's method sees the whole tensor (its fan-in, say), so that every layout gets the same
-            whole = torch.empty(shape, dtype=self.dtype)
-            init_method(whole)
-            data.copy_(whole[tuple(slice(*r) for r in ranges)])
-        elif std is None:
-            data.fill_(1.0)
-        elif std == 0:
-            data.zero_()
-        else:
-            # one number from the default generator a parameter, whatever the layout
-            seed = int(torch.randint(2**62, (1,)))
-            columns = ranges[1] if len(shape) > 1 else None
-            data.copy_(draw_rows(seed, "", shape, std, ranges[0], columns, self.dtype, self.uniform))
+        parameter = DTensor.from_local(data, self.tp_mesh, [placement], run_check=False)
+        self.initial[name] = initial = InitialValues(std, init_method, self.uniform)
+        if self.perform_initialization and not data.is_meta:
+            seed, prefix = lone_seed(self.tp_size) if initial.random else (0, "")
+            initial.fill(parameter, seed, prefix + name)
+        return nn.Parameter(parameter)
 
     def replicated(self, parameter: Tensor, over_heads: bool = False) -> Tensor:
         """A copied parameter, ready for compute: where each rank computes a part, its gradient is summed over tp.

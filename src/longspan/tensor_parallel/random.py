@@ -3,6 +3,8 @@
 *Initial weights* (invariant I2) depend on (seed, parameter name, shape) alone. A tensor is
 drawn in blocks of rows, each from a generator seeded by a hash of (seed, name, block), so a
 rank draws just the blocks its rows lie in, and nobody ever holds a whole large tensor.
+Outside the trainer the seed is ``model_parallel_seed``'s, or one that a model is given
+(``tensor_parallel.initial``).
 
 *Dropout-like noise* needs two streams under tensor parallelism: one that all tensor
 parallel ranks share (activations they hold alike) and one that differs (activations they
@@ -13,11 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from longspan.mesh.installed import process_groups
 
@@ -74,6 +79,71 @@ def draw_rows(
     return torch.cat(parts)
 
 
+def local_ranges(parameter: DTensor) -> list[tuple[int, int]]:
+    """Which part of the whole tensor this rank holds: (start, stop) along each dim.
+
+    Tensor parallelism cuts first, FSDP cuts dim 0 of what is left into even runs (the last
+    ones shorter or empty).
+    """
+    ranges = [(0, size) for size in parameter.shape]
+    names = parameter.device_mesh.mesh_dim_names or ("tp",)  # the mesh of a bare group has no names
+    for axis in sorted(range(len(names)), key=lambda i: names[i] != "tp"):
+        placement = parameter.placements[axis]
+        if placement.is_replicate():
+            continue
+        dim = placement.dim
+        start, stop = ranges[dim]
+        size = parameter.device_mesh.size(axis)
+        rows = -(-(stop - start) // size)
+        first = min(start + parameter.device_mesh.get_local_rank(axis) * rows, stop)
+        ranges[dim] = (first, min(first + rows, stop))
+    assert [stop - start for start, stop in ranges] == list(parameter.to_local().shape)
+    return ranges
+
+
+@dataclass(frozen=True)
+class InitialValues:
+    """How a parameter is first filled.
+
+    Attributes:
+        std: the standard deviation of its values; 0 stands for zeros and None for ones.
+        method: fills the whole tensor instead.
+        uniform: values come from a uniform distribution of that deviation, not from a normal one.
+    """
+
+    std: float | None
+    method: Callable[[Tensor], Any] | None = None
+    uniform: bool = False
+
+    @property
+    def random(self) -> bool:
+        """Whether a seed decides the values."""
+        return self.method is not None or bool(self.std)
+
+    @torch.no_grad()
+    def fill(self, parameter: DTensor, seed: int, name: str) -> None:
+        """Fills this rank's part of a parameter with its part of the tensor that (seed, name, shape) stand for."""
+        held, shape = parameter.to_local(), tuple(parameter.shape)
+        if not self.random:
+            held.fill_(1.0 if self.std is None else 0.0)
+            return
+        ranges = local_ranges(parameter)
+        if self.method is None:
+            assert self.std is not None
+            columns = ranges[1] if len(shape) > 1 else None
+            part = draw_rows(seed, name, shape, self.std, ranges[0], columns, held.dtype, self.uniform)
+        else:
+            # The method sees the whole tensor (its fan-in, say), so that every layout gets the same.
+            whole, before = torch.empty(shape, dtype=held.dtype, device="cpu"), torch.get_rng_state()
+            torch.default_generator.manual_seed(hash_seed(seed, name))
+            try:
+                self.method(whole)
+            finally:
+                torch.set_rng_state(before)
+            part = whole[tuple(slice(*r) for r in ranges)]
+        held.copy_(part)
+
+
 class RNGStatesTracker:
     """Named generator states; ``fork(name)`` runs a block of code under one of them.
 
@@ -84,10 +154,15 @@ class RNGStatesTracker:
     def __init__(self) -> None:
         self.seeds: dict[str, int] = {}
         self.states: dict[str, dict[str, Tensor]] = {}  # name -> device type -> state
+        #: of initial weights; None until ``model_parallel_seed`` gives it
+        self.initial_seed: int | None = None
+        #: parameters of layers made by themselves that were drawn from it
+        self.lone = 0
 
     def reset(self) -> None:
         self.seeds.clear()
         self.states.clear()
+        self.initial_seed, self.lone = None, 0
 
     def add(self, name: str, seed: int) -> None:
         """Adds a state seeded with ``seed``; the current state of the default generator stays."""
@@ -136,9 +211,14 @@ def get_rng_tracker() -> RNGStatesTracker:
 
 
 def model_parallel_seed(seed: int, tp_rank: int | None = None) -> None:
-    """Seeds the default generator alike on all tensor parallel ranks and the tracker's state apart.
+    """Seeds initial weights, the default generator alike on all tensor parallel ranks, and the tracker's state apart.
+
+    Models and layers made afterwards have the initial weights of this seed, whatever the layout and whatever was drawn
+    from the default generator in between: see ``longspan.tensor_parallel.init_weights`` for their names.
+    ``destroy_model_parallel`` forgets the seed.
 
     Args:
+        seed: the same on every rank.
         tp_rank: None takes the installed tensor parallel rank.
     """
     if tp_rank is None:
@@ -146,3 +226,39 @@ def model_parallel_seed(seed: int, tp_rank: int | None = None) -> None:
     torch.manual_seed(seed)
     _tracker.reset()
     _tracker.add(MODEL_PARALLEL_RNG, hash_seed(seed, "tensor-parallel", tp_rank))
+    _tracker.initial_seed = seed
+
+
+def initial_seed(tp_size: int) -> int:
+    """The seed of initial weights where none is given: ``model_parallel_seed``'s, else a number of the default generator.
+
+    Args:
+        tp_size: ranks that hold parts of the weights; the others of the world hold copies.
+
+    Raises:
+        ValueError: there is no seed, and there are copies: nothing would make them alike.
+    """
+    if _tracker.initial_seed is not None:
+        return _tracker.initial_seed
+    world = dist.get_world_size()
+    if world > tp_size:
+        raise ValueError(
+            f"initial weights without a seed: {world} processes hold {world // tp_size} copies of each weight (data and "
+            "context parallel ranks), which would start different. Call longspan.tensor_parallel.model_parallel_seed(seed) "
+            "with the same seed on every rank first (torch.manual_seed alone cannot be checked), or give a model seed=; "
+            "perform_initialization=False leaves the weights to you."
+        )
+    return int(torch.randint(2**62, (1,), device="cpu"))
+
+
+def lone_seed(tp_size: int) -> tuple[int, str]:
+    """(seed, prefix of the name) of a parameter of a layer that is made by itself and has no place in a model's names.
+
+    With ``model_parallel_seed`` such layers are named by the order in which they are made, as those of an
+    ``nn.Sequential`` are: two of one shape differ, and each is the same on every rank.
+    """
+    seeded, seed = _tracker.initial_seed is not None, initial_seed(tp_size)
+    if not seeded:
+        return seed, ""
+    _tracker.lone += 1
+    return seed, f"{_tracker.lone - 1}."

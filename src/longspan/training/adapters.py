@@ -16,7 +16,8 @@ from longspan.config.resolve import Run
 from longspan.models import GPTModel
 from longspan.models.adapters import is_adapter, write_adapters
 from longspan.models.huggingface import SafetensorsFolder, whole_parameters
-from longspan.parallelize import init_weights, load_adapters
+from longspan.parallelize import load_adapters
+from longspan.tensor_parallel.initial import init_weights
 from longspan.tensor_parallel.lora import Adapter
 
 
