@@ -74,7 +74,9 @@ def run(arguments: Sequence[str]) -> int:
     if "--lora" in taken:
         merge_adapters(Path(taken["--lora"]), taken.get("--model"), output, tokenizer, taken.get("--dtype"))
     elif "--checkpoint" in taken:
-        path = Path(taken["--checkpoint"])
+        from longspan.training.checkpoint import find
+
+        path = find(Path(taken["--checkpoint"]), "--checkpoint")
         tokenizer = tokenizer or tokenizer_of(path)
         to_hugging_face(path, output, tokenizer, taken.get("--dtype", "float32"))
         if tokenizer is None:
@@ -91,19 +93,23 @@ def holds_tokenizer(path: Path) -> bool:
 
 
 def tokenizer_of(path: Path) -> Path | None:
-    """The tokenizer that a checkpoint's run names, or has exported."""
-    from longspan.training.checkpoint import find
-
-    run = find(path, "--checkpoint").parent.parent
+    """The tokenizer that the run of a checkpoint (its own folder) names, or has exported."""
+    run = path.parent.parent
     config = run / "config.yaml"
     named = read_yaml(config).get("tokenizer_config") if config.is_file() else None
     return next((p for p in (Path(named or run / "hf"), run / "hf") if holds_tokenizer(p)), None)
 
 
 def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str) -> None:
-    """A checkpoint's weights -> a Hugging Face folder, tensor by tensor; its adapters -> a folder for PEFT."""
+    """A checkpoint's weights -> a Hugging Face folder, tensor by tensor; its adapters -> a folder for PEFT.
+
+    Args:
+        path: the checkpoint's own folder (``checkpoint.find``).
+
+    Raises:
+        UserError: its files are damaged, or are not those of the model that it describes.
+    """
     import torch
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from longspan.config.hugging_face import FIELDS, export_problem, hugging_face_config
@@ -113,9 +119,9 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
     from longspan.models.adapters import write_adapters
     from longspan.models.huggingface import FolderWriter, Names
     from longspan.training import checkpoint
+    from longspan.training.checkpoint_files import read_tensors
 
-    path = checkpoint.find(path, "--checkpoint")
-    said = checkpoint.describe(path)
+    said = checkpoint.describe(path, "--checkpoint")
     defaults = {name: TrainConfig.model_fields[name].default for name in FIELDS}
     model = defaults | said["model"] | said["settings"]
     model |= {name: said.get(name) for name in ("init_method_std", "max_position_embeddings")}
@@ -123,17 +129,22 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
         raise UserError(f"--checkpoint {path}: {problem}")
     fields = {name: model[name] for name in FIELDS if name in TransformerConfig.__dataclass_fields__}
     config = TransformerConfig(**fields, share_embeddings_and_output_weights=model["tie_word_embeddings"])
-    metadata = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
+    metadata = checkpoint.verify(path, option="--checkpoint")
+    entries = metadata.state_dict_metadata
 
     def whole(name: str) -> torch.Tensor:
-        about = metadata[f"model.{name}"]
-        assert isinstance(about, TensorStorageMetadata), name
+        about = entries.get(f"model.{name}")
+        if not isinstance(about, TensorStorageMetadata):
+            raise UserError(
+                f"--checkpoint {path}: {checkpoint.DESCRIPTION} describes a model with {name}, and there are no such weights. "
+                "Use another checkpoint."
+            )
         state = {"model": {name: torch.empty(about.size, dtype=about.properties.dtype)}}
-        dcp.load(state, checkpoint_id=str(path), no_dist=True)
+        read_tensors(path, state, metadata, "--checkpoint", no_dist=True)
         return state["model"][name]
 
     if (adapter := said.get("adapter")) is not None:
-        names = [name.removeprefix("model.") for name in metadata if name.startswith("model.")]
+        names = [name.removeprefix("model.") for name in entries if name.startswith("model.")]
         weights = {name: whole(name).to(getattr(torch, dtype)) for name in names}
         lora = Lora(adapter["rank"], adapter["alpha"], tuple(adapter["targets"]), adapter["rslora"])
         write_adapters(output, weights, lora.peft_config(adapter["base_model"]), tokenizer)
@@ -186,7 +197,8 @@ def to_checkpoint(model: str, output: Path) -> None:
     from longspan.config.model import padded_vocab_size
     from longspan.config.resolve import resolve
     from longspan.models.huggingface import Names, SafetensorsFolder, check_tensors, read_part
-    from longspan.training.checkpoint import DESCRIPTION
+    from longspan.training.checkpoint import to_text
+    from longspan.training.checkpoint_files import SummingWriter
     from longspan.training.loop import describe_model
 
     values = architecture_of(model)
@@ -223,6 +235,5 @@ def to_checkpoint(model: str, output: Path) -> None:
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    dcp.save({"model": weights}, checkpoint_id=str(partial), no_dist=True)
-    (partial / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
+    dcp.save({"model": weights}, storage_writer=SummingWriter(partial, to_text(description)), no_dist=True)
     os.rename(partial, output)

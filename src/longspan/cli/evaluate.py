@@ -84,7 +84,11 @@ def weights(resolved: Run, checkpoint: str | None) -> dict:
     data = check_data(resolved)
     check_weights(resolved)
     folder = Path(resolved.config.output_dir) / "checkpoints"
-    path = newest(folder) if checkpoint is None else find(Path(checkpoint), "--checkpoint")
+    verify = resolved.config.verify_checkpoint
+    if checkpoint is None:
+        path = newest(folder, verify=verify)
+    else:
+        path = find(Path(checkpoint), "--checkpoint", verify=verify)
     if path is None:
         if resolved.pretrained:
             return {"resume": None, "no_load_optim": False, "no_load_rng": False}

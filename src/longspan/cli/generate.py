@@ -62,7 +62,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def is_checkpoint(path: Path) -> bool:
     """Is this a run's folder, its ``checkpoints``, or one of them?"""
-    return any((path / name).is_file() for name in ("checkpoints/latest", "latest", ".metadata"))
+    if any((path / name).is_file() for name in ("checkpoints/latest", "latest", ".metadata")):
+        return True
+    return any(any(path.glob(f"{folder}step_*/.metadata")) for folder in ("", "checkpoints/"))
 
 
 def exported(path: Path, folder: Path, tokenizer: str | None) -> str:
@@ -73,7 +75,9 @@ def exported(path: Path, folder: Path, tokenizer: str | None) -> str:
     """
     from longspan.cli.convert import holds_tokenizer, to_hugging_face, tokenizer_of
     from longspan.cli.train import quiet_logs
+    from longspan.training.checkpoint import find
 
+    path = find(path, "generate")
     found = tokenizer_of(path) if tokenizer is None else Path(tokenizer)
     if found is None:
         raise UserError(f"{path}: its run names no tokenizer that is here. Give --tokenizer FOLDER.")

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longspan.cli.environment import without_effect
 from longspan.cli.launch import HELP, OPTIONS, Launch, choose_device, read_launch, start, under_torchrun
@@ -231,8 +231,11 @@ def enter_world(config: TrainConfig, device_type: str) -> torch.device:
     return torch.device("cpu")
 
 
-def resume_point(run: Run) -> str | None:
+def resume_point(run: Run, show: bool = True) -> str | None:
     """The checkpoint ``resume`` stands for, checked against the config before anything starts.
+
+    Args:
+        show: print which checkpoint was taken instead of another, and one without checksums.
 
     Raises:
         UserError: there is none, it is not whole, or it is of another model, batch or data.
@@ -245,16 +248,21 @@ def resume_point(run: Run) -> str | None:
             )
         return None
     from longspan.training.checkpoint import check_fits, find, newest, refuse_megatron
+    from longspan.training.checkpoint_folder import to_stderr
     from longspan.training.loop import describe_run, open_datasets
 
     given = Path(config.resume)
+    look: dict[str, Any] = {
+        "verify": config.verify_checkpoint,
+        "say": to_stderr if show else (lambda line: None),
+    }
     if config.resume == "auto":
-        path = newest(Path(config.output_dir) / "checkpoints")
+        path = newest(Path(config.output_dir) / "checkpoints", **look)
     elif config.exit_on_missing_checkpoint or given.name.startswith("step_"):
-        path = find(given)
+        path = find(given, **look)
     else:
         refuse_megatron(given)
-        path = newest(given) or newest(given / "checkpoints")
+        path = newest(given, **look) or newest(given / "checkpoints", **look)
     if path is None:
         return None
     check_fits(path, describe_run(run, open_datasets(run)[0]), weights_only=config.no_load_optim)
@@ -275,7 +283,7 @@ def prepared(resolved: Run, show: bool) -> TrainConfig:
         except OSError as error:
             text = f"tensorboard_dir {config.tensorboard_dir}: cannot write there ({error.strerror}). Choose another."
             raise UserError(text) from None
-    resume = resume_point(checked)
+    resume = resume_point(checked, show)
     if resume is None and config.resume is not None:
         if show and config.resume != "auto":
             print(f"resume: no checkpoint at {config.resume}: the run starts anew", file=sys.stderr)

@@ -1,12 +1,13 @@
 """Checkpoints by torch's distributed checkpoint (DCP): whole or absent, loadable at any layout.
 
-    checkpoints/step_00000100/   .metadata and one .distcp file a rank (DCP), longspan.json
+    checkpoints/step_00000100/   .metadata and one .distcp file a rank (DCP), longspan.json, checksums.json
     checkpoints/latest           one line: the newest name
 
 A checkpoint is written under a hidden name beside and renamed when it is whole, so a kill
 at any moment leaves it whole or absent. Writing goes on in a thread while training does: the
 step waits only for a copy of the state in memory. Weights and optimizer state are DTensors,
-so DCP reshards them to whatever layout loads them; ``longspan.json`` says what was trained.
+so DCP reshards them to whatever layout loads them; ``longspan.json`` says what was trained. ``checkpoint_files`` has the
+files' format, ``checkpoint_folder`` finds a checkpoint, ``description`` compares it with a run.
 Frozen weights stay out: of a run with adapters a checkpoint holds the adapters and names the base model.
 """
 
@@ -25,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -33,10 +35,39 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils._pytree import tree_map
 
-from longspan.errors import UserError, did_you_mean
-from longspan.training.adapters import adapter_problems, trained_state
+from longspan.training.adapters import trained_state
+from longspan.training.checkpoint_files import (
+    DESCRIPTION,
+    METADATA,
+    SummingWriter,
+    cause,
+    read_metadata,
+    read_tensors,
+)
+from longspan.training.checkpoint_folder import (
+    changed,
+    find,
+    newest,
+    not_whole,
+    refuse_megatron,
+    small_files_changed,
+)
+from longspan.training.checksums import CHECKSUMS, Manifest
+from longspan.training.description import check_fits, describe
 
-DESCRIPTION = "longspan.json"
+__all__ = [
+    "DESCRIPTION",
+    "Checkpointer",
+    "SaveError",
+    "check_fits",
+    "describe",
+    "find",
+    "load",
+    "newest",
+    "refuse_megatron",
+    "verify",
+    "write_atomically",
+]
 
 
 class SaveError(RuntimeError):
@@ -46,150 +77,88 @@ class SaveError(RuntimeError):
 # --- reading --------------------------------------------------------------------------------
 
 
-def find(path: Path, option: str = "resume") -> Path:
-    """The checkpoint a path stands for: itself, or the newest of a run's folder.
+def verify(path: Path, checksums: bool = True, option: str = "resume") -> Metadata:
+    """Refuses a checkpoint whose files are not as they were written; collective where there is a process group.
+
+    The ranks share the reading, so that it costs one parallel read of the checkpoint.
 
     Args:
-        option: what named the path, for messages.
-
-    Raises:
-        UserError: nothing there, a half-written or damaged one, or one of Megatron-LM.
-    """
-    refuse_megatron(path, option)
-    for folder in (path, path / "checkpoints"):
-        if (folder / "latest").is_file():
-            path = folder / (folder / "latest").read_text(encoding="utf-8").strip()
-            break
-    if not path.is_dir():
-        siblings = [p.name for p in path.parent.glob("step_*")] if path.parent.is_dir() else []
-        near = did_you_mean(path.name, siblings)
-        raise UserError(
-            f"{option}: there is no checkpoint at {path}.{near} Give a folder step_NNNNNNNN, or a run's."
-        )
-    missing = [name for name in (".metadata", DESCRIPTION) if not (path / name).is_file()] or _damaged(path)
-    if missing:
-        others = sorted(
-            p.name for p in path.parent.glob("step_*") if (p / ".metadata").is_file() and p != path
-        )
-        remedy = f"Use {others[-1]}, which is whole." if others else "There is no other one beside it."
-        raise UserError(
-            f"{option}: {path} is not a whole checkpoint: {', '.join(missing)} missing or damaged. {remedy}"
-        )
-    return path
-
-
-def _damaged(path: Path) -> list[str]:
-    """Files of a checkpoint that are not there, or not as long as its metadata says."""
-    try:
-        metadata = dcp.FileSystemReader(str(path)).read_metadata()
-        ends: dict[str, int] = {}
-        for part in metadata.storage_data.values():
-            ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
-    except Exception:  # a pickle that is none can raise anything
-        return [".metadata"]
-    bad = [n for n, end in ends.items() if not (path / n).is_file() or (path / n).stat().st_size < end]
-    try:
-        said = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
-        whole = isinstance(said, dict) and {"model", "settings", "global_batch_size", "step"} <= said.keys()
-    except (OSError, ValueError):
-        whole = False
-    return sorted(bad) + ([] if whole else [DESCRIPTION])
-
-
-#: the file Megatron-LM writes beside its checkpoints
-MEGATRON = "latest_checkpointed_iteration.txt"
-
-
-def refuse_megatron(path: Path, option: str = "resume") -> None:
-    """Refuses a folder of Megatron-LM's checkpoints, with the way round (UserError)."""
-    if (path / MEGATRON).is_file() or any(path.glob("iter_*/mp_rank_*")) or any(path.glob("mp_rank_*")):
-        raise UserError(
-            f"{option}: {path} holds a checkpoint of Megatron-LM, whose format depends on the layout and the version it was "
-            "written with. Convert it to Hugging Face with Megatron-LM's own tools (Megatron Bridge's export, or "
-            "tools/checkpoint/convert.py), then start from it with base_model (--base-model FOLDER)."
-        )
-
-
-def newest(folder: Path) -> Path | None:
-    """The checkpoint ``latest`` names, or None where none was saved yet."""
-    return find(folder) if (folder / "latest").is_file() else None
-
-
-def describe(path: Path) -> dict[str, Any]:
-    """What ``longspan.json`` says of a checkpoint.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"resume: {path / DESCRIPTION} cannot be read ({error}). Use another checkpoint."
-        ) from None
-
-
-def check_fits(path: Path, now: dict[str, Any], weights_only: bool) -> dict[str, Any]:
-    """Refuses a checkpoint of another model, and (unless only weights are taken) of another batch or data.
-
-    Args:
-        now: what this run would write as its own description.
+        checksums: False looks at DCP's metadata alone (``verify_checkpoint: false``).
+        option: what named the checkpoint, for messages.
 
     Returns:
-        The checkpoint's description.
+        DCP's metadata, for ``read_tensors``.
 
     Raises:
-        UserError: with every difference.
+        UserError: with the files' names, the same on all ranks.
     """
-    then = describe(path)
-    problems = [
-        f"resume: {path.name} is a checkpoint of another model: {name} was {then['model'][name]!r}, the config says "
-        f"{value!r}. Give the model's own value, or start without resume."
-        for name, value in now["model"].items()
-        if then["model"].get(name, value) != value  # an older checkpoint does not name all
-    ]
-    problems += adapter_problems(path.name, then.get("adapter"), now["adapter"])
-    if not weights_only:
-        if then["global_batch_size"] != now["global_batch_size"]:
-            problems.append(
-                f"resume: {path.name} was trained with global_batch_size {then['global_batch_size']}, the config gives "
-                f"{now['global_batch_size']}. A resume keeps the global batch: change micro_batch_size or "
-                "gradient_accumulation_steps, or take only the weights with no_load_optim: true."
+    together = dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    unreadable: dict[str, str] = {}
+    differing: list[str] = []
+    metadata = Metadata({})
+    try:
+        metadata = read_metadata(path)
+        if checksums and (path / CHECKSUMS).is_file():
+            differing = small_files_changed(path, metadata) or Manifest(path).damaged(
+                share=rank, shares=world
             )
-        problems += [
-            f"resume: {path.name} was trained with {name} {then['settings'].get(name)!r}, the config gives {value!r}. Keep it, "
-            "or take only the weights with no_load_optim: true."
-            for name, value in now["settings"].items()
-            if then["settings"].get(name) != value
-        ]
-    if problems:
-        raise UserError(problems)
-    return then
+    except OSError as error:
+        unreadable = {Path(error.filename or path).name: error.strerror or str(error)}
+    except ValueError as error:
+        unreadable = {METADATA: str(error)}
+    found: list = [(unreadable, differing)]
+    if together:
+        found = [None] * world
+        dist.all_gather_object(found, (unreadable, differing))
+    if broken := {name: why for of_rank, _ in found for name, why in of_rank.items()}:
+        raise not_whole(path, broken, option)
+    if names := sorted({name for _, of_rank in found for name in of_rank}):
+        raise changed(path, names, option)
+    return metadata
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, rng: bool) -> None:
-    """Loads weights, optimizer state (unless None) and random number states; collective, from any layout."""
+def load(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    rng: bool,
+    checksums: bool = True,
+) -> None:
+    """Loads weights, optimizer state (unless None) and random number states; collective, from any layout.
+
+    Args:
+        checksums: compare the files with their checksums first.
+
+    Raises:
+        UserError: the files are damaged or hold something else; the same on all ranks.
+    """
+    metadata = verify(path, checksums)
     state: dict[str, Any] = {"model": trained_state(model)}
+    own_optimizer: dict[str, Any] = {}
     if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    written = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
+        own_optimizer = get_optimizer_state_dict(model, optimizer)
+        # without the groups' settings, which older checkpoints hold as pickles: they are the config's
+        state["optimizer"] = {"state": own_optimizer["state"]}
     own = f"rng.{dist.get_rank()}"
-    if rng and own in written:  # at another number of ranks each starts from its seed
+    if rng and own in metadata.state_dict_metadata:  # at another number of ranks each starts from its seed
         state[own] = torch.get_rng_state()
-    dcp.load(state, checkpoint_id=str(path))
+    read_tensors(path, state, metadata)
     # frozen weights are missing there
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     if optimizer is not None:
         # the moments are the checkpoint's; weight decay, betas and the like are the config's, as the learning rate is
-        own_settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        set_optimizer_state_dict(model, optimizer, state["optimizer"])
-        for group, settings in zip(optimizer.param_groups, own_settings, strict=True):
-            group.update(settings)
+        set_optimizer_state_dict(model, optimizer, own_optimizer | state["optimizer"])
     if own in state:
         torch.set_rng_state(state[own])
 
 
 # --- writing --------------------------------------------------------------------------------
+
+
+def to_text(description: dict[str, Any]) -> str:
+    """The text of ``longspan.json``, for a checkpoint that has checksums."""
+    return json.dumps(description | {"checksums": CHECKSUMS}, indent=2)
 
 
 class Checkpointer:
@@ -229,7 +198,6 @@ class Checkpointer:
             try:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-                (partial / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
             except OSError as error:
                 trouble = str(error)
         told = [trouble]
@@ -238,20 +206,20 @@ class Checkpointer:
             raise SaveError(f"cannot write {partial}: {told[0]}")
         state: dict[str, Any] = {
             "model": trained_state(model),
-            "optimizer": get_optimizer_state_dict(model, optimizer),
+            # tensors only: the groups' settings are the config's
+            "optimizer": {"state": get_optimizer_state_dict(model, optimizer)["state"]},
             f"rng.{dist.get_rank()}": torch.get_rng_state(),
         }
+        writer = SummingWriter(partial, to_text(description))
         if self.background:
             # a copy of our own: tensors that are on the CPU already would be written while they change; DCP copies the
             # others to the CPU itself before it returns
-            future = dcp.async_save(
-                tree_map(_copy, state), checkpoint_id=str(partial), process_group=self.group
-            )
+            future = dcp.async_save(tree_map(_copy, state), storage_writer=writer, process_group=self.group)
             self.pending = (final, future)
         else:
             future = Future()
             try:
-                future.set_result(dcp.save(state, checkpoint_id=str(partial)))
+                future.set_result(dcp.save(state, storage_writer=writer))
             except (Exception, CheckpointException) as error:
                 future.set_exception(error)
             self.pending = (final, future)
@@ -273,10 +241,7 @@ class Checkpointer:
             if self.first and self.named != final:
                 self._name(final)
         except (Exception, CheckpointException) as error:
-            # DCP's exception (no Exception by its class) holds each failed rank's own
-            failures = getattr(error, "failures", None) or {0: (error,)}
-            cause = next(iter(failures.values()))[0]
-            trouble = f"{type(cause).__name__}: {cause}"
+            trouble = cause(error)
         told: list = [None] * dist.get_world_size()
         dist.all_gather_object(told, trouble)
         found = next((text for text in told if text), None)

@@ -262,14 +262,20 @@ class Trainer:
         config = self.run.config
         then = check_fits(path, self.description(), weights_only=config.no_load_optim)
         if config.no_load_optim:
-            load(path, self.model, None, rng=not config.no_load_rng)
+            load(path, self.model, None, rng=not config.no_load_rng, checksums=config.verify_checkpoint)
             return
         if then["step"] >= self.steps:
             raise UserError(
                 f"resume: {path.name} has trained {then['step']} steps and the config asks for {self.steps}: there is nothing "
                 "left to do. Raise max_steps (or num_epochs) to go on."
             )
-        load(path, self.model, self.optimizer, rng=not config.no_load_rng)
+        load(
+            path,
+            self.model,
+            self.optimizer,
+            rng=not config.no_load_rng,
+            checksums=config.verify_checkpoint,
+        )
         self.step, self.tokens = then["step"], then["tokens"]
 
     # --- one micro-batch ------------------------------------------------------------------

@@ -78,6 +78,10 @@ class OutputKeys(BaseModel):
         False,
         "Take only the weights of the checkpoint and start at step 0.",
     )
+    verify_checkpoint: bool = key(
+        True,
+        "Compare a checkpoint's files with their checksums before it is used: one read of it, shared by the ranks.",
+    )
     no_load_rng: bool = key(False, "Do not take the checkpoint's random number states.")
     exit_on_missing_checkpoint: bool = key(
         True,

@@ -1,0 +1,215 @@
+"""Which checkpoint a path stands for, and whether it is whole."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from longspan.errors import UserError, did_you_mean
+from longspan.training.checkpoint_files import DESCRIPTION, METADATA, read_metadata
+from longspan.training.checksums import CHECKSUMS, Manifest
+from longspan.training.description import read_description
+
+_STEP = re.compile(r"step_(\d{1,18})")
+#: the file Megatron-LM writes beside its checkpoints
+MEGATRON = "latest_checkpointed_iteration.txt"
+
+Say = Callable[[str], None]
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def find(path: Path, option: str = "resume", *, verify: bool = True, say: Say = to_stderr) -> Path:
+    """The checkpoint a path stands for: itself, or the newest of a run's folder.
+
+    Its small files are checked; ``checkpoint.verify`` checks the large ones.
+
+    Args:
+        option: what named the path, for messages.
+        verify: compare checksums (``verify_checkpoint``).
+        say: takes a line for the user: which checkpoint was taken instead of another, one without checksums.
+
+    Raises:
+        UserError: nothing there, a half-written or damaged one, or one of Megatron-LM.
+    """
+    refuse_megatron(path, option)
+    try:
+        found = None
+        for folder in (path, path / "checkpoints"):
+            found = found or _newest(folder, option, verify, say)
+        if found is None:
+            _must_be_there(path, option)
+            if bad := missing_or_damaged(path, verify):
+                raise not_whole(path, bad, option)
+            found = path
+        if verify:
+            check_small_files(found, option, say)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{option}: {error.filename or path} cannot be read ({reason}). Check its permissions."
+        ) from None
+    return found
+
+
+def newest(folder: Path, *, verify: bool = True, say: Say = to_stderr) -> Path | None:
+    """The newest checkpoint of a folder of them, found as by ``find``; None where none was saved yet."""
+    return find(folder, verify=verify, say=say) if (folder / "latest").is_file() or steps_in(folder) else None
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, whole or not, the newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _newest(folder: Path, option: str, verify: bool, say: Say) -> Path | None:
+    """What ``latest`` names, or the newest whole checkpoint where it names none; None where there is neither."""
+    steps, named = steps_in(folder), None
+    text = _read_latest(folder)
+    if text is None and not steps:
+        return None
+    if text is None:
+        why = f"{folder / 'latest'} is missing"
+    elif _STEP.fullmatch(text):
+        named = folder / text
+        why = "" if named in steps else f"there is no checkpoint at {named}, which {folder / 'latest'} names"
+    else:
+        why = f"{folder / 'latest'} names {text[:60]!r}, which is no checkpoint of that folder"
+    if not steps:
+        raise UserError(
+            f"{option}: {why}, and there is no other one. Remove {folder / 'latest'} to start anew."
+        )
+    if named is not None:
+        # an earlier one of the same try rather than a later one, which an earlier try has left
+        number = _number(named)
+        steps = [p for p in steps if _number(p) <= number] + [p for p in steps if _number(p) > number]
+    failed: UserError | None = None
+    for path in steps:
+        if bad := missing_or_damaged(path, verify):
+            failed = failed or not_whole(path, bad, option)
+            why = why or f"{path} is not whole ({', '.join(bad)} missing or damaged)"
+            continue
+        if why:
+            say(f"longspan: {option}: {why}; taking {path.name}, which is whole")
+        return path
+    assert failed is not None
+    raise failed
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _read_latest(folder: Path) -> str | None:
+    path = folder / "latest"
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return file.read(1000).decode("utf-8", errors="replace").strip()
+
+
+def _must_be_there(path: Path, option: str) -> None:
+    if path.is_dir():
+        return
+    siblings = [p.name for p in path.parent.glob("step_*")] if path.parent.is_dir() else []
+    near = did_you_mean(path.name, siblings)
+    raise UserError(
+        f"{option}: there is no checkpoint at {path}.{near} Give a folder step_NNNNNNNN, or a run's."
+    )
+
+
+def missing_or_damaged(path: Path, verify: bool = True) -> dict[str, str]:
+    """Files of a checkpoint that are not there, are cut short or cannot be understood: it is not whole.
+
+    Returns:
+        Name -> what is wrong with what it holds ("" where it is missing or short).
+
+    Raises:
+        OSError: a file is there and cannot be read.
+    """
+    bad = {name: "" for name in (METADATA, DESCRIPTION) if not (path / name).is_file()}
+    if bad:
+        return bad
+    try:
+        metadata = read_metadata(path)
+    except ValueError as error:
+        return {METADATA: str(error)}
+    ends: dict[str, int] = {}
+    for part in metadata.storage_data.values():
+        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    for name in sorted(ends):
+        if not (path / name).is_file() or (path / name).stat().st_size < ends[name]:
+            bad[name] = ""
+    try:
+        promised = read_description(path).get("checksums") and not (path / CHECKSUMS).is_file()
+    except ValueError as error:
+        return bad | {DESCRIPTION: str(error)}
+    return bad | {CHECKSUMS: ""} if promised and verify else bad
+
+
+def not_whole(path: Path, bad: dict[str, str], option: str) -> UserError:
+    """The refusal of a checkpoint for what ``missing_or_damaged`` has found."""
+    why = "; ".join(dict.fromkeys(reason for reason in bad.values() if reason))
+    return UserError(
+        f"{option}: {path} is not a whole checkpoint: {', '.join(bad)} missing or damaged{why and ': '}{why}. {another(path)}"
+    )
+
+
+def changed(path: Path, bad: list[str], option: str) -> UserError:
+    """The refusal of a checkpoint for files whose checksums differ."""
+    return UserError(
+        f"{option}: {path} is not as it was written: {', '.join(bad)} (by {CHECKSUMS}). A disk or a copy damaged it, or "
+        f"it is of another checkpoint. {another(path)} verify_checkpoint: false trains on with it all the same."
+    )
+
+
+def another(path: Path) -> str:
+    """What to use instead of a checkpoint."""
+    others = [p for p in steps_in(path.parent) if p.name != path.name and (p / METADATA).is_file()]
+    return f"Use {others[0].name}." if others else "There is no other one beside it."
+
+
+def check_small_files(path: Path, option: str, say: Say) -> None:
+    """Compares the description and DCP's metadata with their checksums; a checkpoint that has none is announced.
+
+    Raises:
+        UserError: they differ.
+    """
+    if not (path / CHECKSUMS).is_file():
+        say(
+            f"longspan: {option}: {path} has no {CHECKSUMS} (an older version wrote it): it is read unchecked"
+        )
+        return
+    if bad := small_files_changed(path, read_metadata(path)):
+        raise changed(path, bad, option)
+
+
+def small_files_changed(path: Path, metadata: Metadata) -> list[str]:
+    """Of the files that are read before the tensors, and of those ``checksums.json`` lacks, the names that differ."""
+    try:
+        manifest = Manifest(path)
+    except ValueError:
+        return [CHECKSUMS]
+    used = {part.relative_path for part in metadata.storage_data.values()}
+    if unknown := {METADATA, DESCRIPTION, *used} - manifest.files.keys():
+        return sorted(unknown)
+    return manifest.damaged([METADATA, DESCRIPTION])
+
+
+def refuse_megatron(path: Path, option: str = "resume") -> None:
+    """Refuses a folder of Megatron-LM's checkpoints, with the way round (UserError)."""
+    if (path / MEGATRON).is_file() or any(path.glob("iter_*/mp_rank_*")) or any(path.glob("mp_rank_*")):
+        raise UserError(
+            f"{option}: {path} holds a checkpoint of Megatron-LM, whose format depends on the layout and the version it was "
+            "written with. Convert it to Hugging Face with Megatron-LM's own tools (Megatron Bridge's export, or "
+            "tools/checkpoint/convert.py), then start from it with base_model (--base-model FOLDER)."
+        )

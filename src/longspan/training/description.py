@@ -1,0 +1,175 @@
+"""``longspan.json`` of a checkpoint: what was trained, how far, and whether it fits a run."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from longspan.config.hugging_face import FIELDS
+from longspan.config.schema import TrainConfig
+from longspan.errors import UserError
+from longspan.training.adapters import adapter_problems
+from longspan.training.checkpoint_files import DESCRIPTION
+
+#: no run counts further
+MOST = 1 << 53
+
+
+def describe(path: Path, option: str = "resume") -> dict[str, Any]:
+    """What ``longspan.json`` holds of a checkpoint, each value of the type and range it must have.
+
+    Args:
+        option: what named the checkpoint, for messages.
+
+    Raises:
+        UserError: it cannot be read, or holds what no run writes.
+    """
+    try:
+        found = read_description(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"{option}: {path / DESCRIPTION} cannot be read ({reason}). Use another checkpoint."
+        ) from None
+    if odd := _odd_values(found):
+        raise UserError(
+            f"{option}: {path / DESCRIPTION} holds what no run writes: {'; '.join(odd)}. Use another checkpoint."
+        )
+    return found
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The JSON of ``longspan.json``, with the entries that every checkpoint has.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    text = (path / DESCRIPTION).read_text(encoding="utf-8")
+    try:
+        found = json.loads(text, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    needed = ("model", "settings", "global_batch_size", "step")
+    if not isinstance(found, dict) or any(name not in found for name in needed):
+        raise ValueError(f"it lacks {', '.join(needed)}")
+    return found
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _odd_values(found: dict[str, Any]) -> list[str]:
+    """What is wrong with a description, a text each."""
+    odd = [
+        f"{name} {_short(found[name])}" for name in ("model", "settings") if not isinstance(found[name], dict)
+    ]
+    for name, least in (("step", 0), ("tokens", 0), ("global_batch_size", 1)):
+        value = found.get(name, 0 if name == "tokens" else None)
+        # weights that were converted have no batch
+        if not (_is_count(value, least) or (name == "global_batch_size" and value is None)):
+            odd.append(f"{name} {_short(value)}")
+    if not odd:
+        # the fields of an architecture are keys of a config too, with their types and bounds
+        values = found["model"] | found["settings"]
+        values |= {
+            name: found[name] for name in ("init_method_std", "max_position_embeddings") if name in found
+        }
+        odd += [
+            f"{name} {_short(values[name])}"
+            for name in FIELDS
+            if name in values and not _fits(name, values[name])
+        ]
+    return odd + _odd_adapter(found.get("adapter"))
+
+
+def _odd_adapter(adapter: Any) -> list[str]:
+    if adapter is None:
+        return []
+    if not isinstance(adapter, dict):
+        return [f"adapter {_short(adapter)}"]
+    kinds: dict[str, Any] = {
+        "rank": int,
+        "alpha": (int, float),
+        "targets": list,
+        "rslora": bool,
+        "base_model": str,
+        "base_fingerprint": str,
+    }
+    odd = [name for name, kind in kinds.items() if not isinstance(adapter.get(name), kind)]
+    if "rank" not in odd and not _is_count(adapter["rank"], 1):
+        odd.append("rank")
+    if "targets" not in odd and not all(isinstance(target, str) for target in adapter["targets"]):
+        odd.append("targets")
+    return [f"{name} {_short(adapter.get(name))} of the adapter" for name in odd]
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < MOST
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Is this a value that the config's key of that name can have?"""
+    if value is None:  # not every architecture has every field
+        return True
+    if isinstance(value, int) and abs(value) >= MOST:
+        return False
+    try:
+        _checker(name).validate_json(json.dumps(value), strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
+@functools.cache
+def _checker(name: str) -> TypeAdapter:
+    field = TrainConfig.model_fields[name]
+    kind: Any = Annotated[field.annotation, field]
+    return TypeAdapter(kind)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def check_fits(path: Path, now: dict[str, Any], weights_only: bool) -> dict[str, Any]:
+    """Refuses a checkpoint of another model, and (unless only weights are taken) of another batch or data.
+
+    Args:
+        now: what this run would write as its own description.
+
+    Returns:
+        The checkpoint's description.
+
+    Raises:
+        UserError: with every difference.
+    """
+    then = describe(path)
+    problems = [
+        f"resume: {path.name} is a checkpoint of another model: {name} was {then['model'][name]!r}, the config says "
+        f"{value!r}. Give the model's own value, or start without resume."
+        for name, value in now["model"].items()
+        if then["model"].get(name, value) != value  # an older checkpoint does not name all
+    ]
+    problems += adapter_problems(path.name, then.get("adapter"), now["adapter"])
+    if not weights_only:
+        if then["global_batch_size"] != now["global_batch_size"]:
+            problems.append(
+                f"resume: {path.name} was trained with global_batch_size {then['global_batch_size']}, the config gives "
+                f"{now['global_batch_size']}. A resume keeps the global batch: change micro_batch_size or "
+                "gradient_accumulation_steps, or take only the weights with no_load_optim: true."
+            )
+        problems += [
+            f"resume: {path.name} was trained with {name} {then['settings'].get(name)!r}, the config gives {value!r}. Keep it, "
+            "or take only the weights with no_load_optim: true."
+            for name, value in now["settings"].items()
+            if then["settings"].get(name) != value
+        ]
+    if problems:
+        raise UserError(problems)
+    return then
