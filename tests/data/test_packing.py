@@ -138,7 +138,7 @@ def test_bad_arguments():
 def test_batch_counts_documents_row_by_row():
     packs = plan_packs([3, 6, 4], 6, 0)
     rows = [packs.row(i, read) for i in range(len(packs))]
-    batch = make_batch([*rows, empty_row(6)], packed=True)
+    batch = make_batch([*rows, empty_row(6)], apart=True)
     assert batch.tokens.shape == batch.labels.shape == batch.positions.shape == (len(rows) + 1, 6)
     assert all(
         t.dtype == torch.int64 for t in (batch.tokens, batch.labels, batch.positions, batch.cu_seqlens)
@@ -157,6 +157,6 @@ def test_batch_counts_documents_row_by_row():
 
 
 def test_batch_without_packing_has_no_boundaries():
-    batch = make_batch([empty_row(4), empty_row(4)], packed=False)
+    batch = make_batch([empty_row(4), empty_row(4)], apart=False)
     assert batch.cu_seqlens is None
     assert batch.num_valid == 0

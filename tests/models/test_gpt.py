@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import oracle
 import pool
 from longspan import TransformerConfig
 from longspan.config.parallel import MeshSizes
@@ -251,43 +252,6 @@ def test_packing_that_the_model_would_ignore_is_refused():
 # --- one process against an independent, plain model ----------------------------------------
 
 
-def plain_llama(weights, tokens, cu, config):
-    """The same architecture in plain PyTorch: one document at a time, dense softmax, no cutting anywhere."""
-    d = config.kv_channels
-    freqs = config.rotary_base ** -(torch.arange(0, d, 2, dtype=torch.float64) / d)
-
-    def rms(x, w):
-        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + config.layernorm_epsilon) * w
-
-    def turn(x):  # [n, s, d]
-        angle = torch.arange(x.shape[1])[:, None] * freqs
-        cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
-        half = d // 2
-        return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
-
-    outputs = []
-    for start, stop in zip(cu, cu[1:]):
-        x = weights["embedding.word_embeddings.weight"][tokens[0, start:stop]]
-        for i in range(config.num_layers):
-            w = {k.split(f"layers.{i}.")[1]: v for k, v in weights.items() if f"layers.{i}." in k}
-            y = rms(x, w["input_layernorm.weight"])
-            q, k, v = (
-                (y @ w[f"self_attention.linear_{name}.weight"].T).view(len(y), -1, d).transpose(0, 1)
-                for name in "qkv"
-            )
-            q, k = turn(q), turn(k)
-            k, v = (z.repeat_interleave(q.shape[0] // z.shape[0], 0) for z in (k, v))
-            scores = q @ k.transpose(1, 2) / d**0.5
-            scores = scores.masked_fill(torch.ones(len(y), len(y)).triu(1).bool(), float("-inf"))
-            o = (scores.softmax(-1) @ v).transpose(0, 1).reshape(len(y), -1)
-            x = x + o @ w["self_attention.linear_proj.weight"].T
-            y = rms(x, w["pre_mlp_layernorm.weight"])
-            gate, up = y @ w["mlp.linear_gate.weight"].T, y @ w["mlp.linear_up.weight"].T
-            x = x + (F.silu(gate) * up) @ w["mlp.linear_down.weight"].T
-        outputs.append(rms(x, weights["decoder.final_layernorm.weight"]))
-    return torch.cat(outputs) @ weights["output_layer.weight"].T[:, :VOCAB]
-
-
 def against_plain():
     mesh = ParallelMesh.build(MeshSizes())
     config = transformer_config(MeshSizes())
@@ -300,7 +264,10 @@ def against_plain():
     loss = model(tokens, labels=labels, layout=layout)
     logits = model(tokens, layout=layout)
     weights = {n: p.detach().to_local().clone().requires_grad_() for n, p in model.named_parameters()}
-    expected = plain_llama(weights, tokens, cu, config)
+    document = torch.bucketize(torch.arange(LENGTH), torch.tensor(cu[1:]), right=True)
+    seen = (document[:, None] == document[None, :]).tril()
+    positions = torch.arange(LENGTH) - torch.tensor(cu)[document]
+    expected = oracle.plain_llama(weights, tokens[0], seen, positions, config)[:, :VOCAB]
     torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-12)
     per_token = F.cross_entropy(expected, labels[0], reduction="none", ignore_index=-100)
     torch.testing.assert_close(loss[0], per_token, rtol=0, atol=1e-12)

@@ -67,6 +67,42 @@ def test_equals_cross_entropy(world):
     pool.run(world, cut_logits)
 
 
+def padded_and_smoothed(vocab):
+    """Padding columns (-inf) are no classes: the smoothed loss of the real vocabulary, whatever a rank holds of it."""
+    logits = random(T, WIDTH)
+    logits[:, vocab:] = float("-inf")
+    target, dloss = labels((T,), vocab), random(T, seed=1)
+    real = logits[:, :vocab].clone().requires_grad_()
+    want = plain_cross_entropy(real, target, 0.1)
+    want.backward(dloss)
+    x = own(logits, -1).requires_grad_()
+    loss = vocab_parallel_cross_entropy(x, target, 0.1, dist.group.WORLD)
+    close(loss, want)
+    loss.backward(dloss)
+    close(x.grad, own(F.pad(real.grad, (0, WIDTH - vocab)), -1))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_smoothing_is_over_the_real_vocabulary_at_every_size(world):
+    pool.run(world, padded_and_smoothed, 17)  # of 4 ranks the last holds padding alone
+
+
+def megatron_smoothing(alpha):
+    """Megatron-LM's loss at tp 1, as its source computes it: of the log-probabilities' mean over all columns."""
+    logits, target = random(T, WIDTH), labels((T,), WIDTH, masked=False)
+    logs = logits.log_softmax(-1)
+    mass = alpha * WIDTH / (WIDTH - 1)
+    theirs = (1 - mass) * -logs.gather(1, target[:, None])[:, 0] - mass * logs.mean(-1)
+    ours = vocab_parallel_cross_entropy(logits, target, alpha * WIDTH / (WIDTH - 1), dist.group.WORLD)
+    close(ours, theirs)
+    plain = vocab_parallel_cross_entropy(logits, target, alpha, dist.group.WORLD)
+    assert (plain - theirs).abs().max() > 1e-3
+
+
+def test_the_factor_that_gives_megatrons_smoothing():
+    pool.run(1, megatron_smoothing, 0.1)
+
+
 def edges():
     group = dist.group.WORLD
     # nothing valid: zero and zero gradients, not NaN, even where the incoming gradient is NaN

@@ -21,6 +21,7 @@ from longspan.cli.config import number
 from longspan.cli.options import key_help, read_config, take_options
 from longspan.cli.prepare import prepare_config
 from longspan.cli.train import missing_sources
+from longspan.config.data_rules import keeps_documents_apart
 from longspan.config.packages import has_package
 from longspan.config.resolve import Run, resolve
 from longspan.config.schedule import training_steps
@@ -126,17 +127,17 @@ def read(arguments: Sequence[str]) -> tuple[Run, list[int], Path | None, bool]:
     assert config is not None
     if "--step" in taken and "--lengths" in taken:
         problems.append("--step takes the documents from the data, --lengths gives them. Keep one.")
-    elif "--step" in taken and not config.sample_packing:
+    elif "--step" in taken and not keeps_documents_apart(config):
         problems.append(
             "--step with sample_packing: false: every sequence is one document. Leave --step out."
         )
-    if "--lengths" in taken or not config.sample_packing:
+    if "--lengths" in taken or not keeps_documents_apart(config):
         bad.add("datasets")  # not read, so they need not be there
     elif "datasets" not in bad:
         problems += [f"{text} Or give --lengths, which needs no data." for text in missing_sources(config)]
     run = resolve(config, world, bad_keys=bad, earlier=problems)
     if lengths is None:
-        lengths = lengths_of_step(run, step or 0) if config.sample_packing else [config.sequence_len]
+        lengths = lengths_of_step(run, step or 0) if keeps_documents_apart(config) else [config.sequence_len]
     if sum(lengths) > MOST_TOKENS:
         raise UserError(f"a pack of {sum(lengths):,} tokens: at most {MOST_TOKENS:,}. Give fewer tokens.")
     return run, lengths, picture, "--json" in taken
@@ -181,7 +182,7 @@ def lengths_of_step(run: Run, step: int) -> list[int]:
     if step >= (steps := training_steps(run, len(data))):
         raise UserError(f"--step {step}: the config trains {steps} steps, so it is from 0 to {steps - 1}.")
     samples = data.global_batch(step, run.global_batch_size)[: run.micro_batch_size]
-    pack = make_batch([data.row(i) for i in samples], packed=True)
+    pack = make_batch([data.row(i) for i in samples], apart=True)
     assert pack.cu_seqlens is not None
     return pack.cu_seqlens.diff().tolist()
 
@@ -286,11 +287,11 @@ def notes(run: Run, lengths: list[int], layers: list[LayerKind], costs: Costs) -
         found.append(
             "hybrid_context_parallel is on: training deals the documents of a whole step out over all ranks of dp x cp"
         )
-    rows = run.micro_batch_size if config.sample_packing else 1
+    rows = run.micro_batch_size if keeps_documents_apart(config) else 1
     if sum(lengths) != rows * config.sequence_len:
         text = f"{rows} x {config.sequence_len:,}" if rows > 1 else f"{config.sequence_len:,}"
         found.append(f"the pack has {sum(lengths):,} tokens; the config trains on {text} (sequence_len)")
-    if len(lengths) > 1 and not config.sample_packing:
+    if len(lengths) > 1 and not keeps_documents_apart(config):
         found.append("sample_packing is off: in training these documents are one stream and see each other")
     if any(w is not None and w >= max(lengths) for w in run.windows):
         found.append("a sliding window that no document is longer than is left out: it changes nothing")

@@ -9,7 +9,7 @@ from pathlib import Path
 from longspan.cli.options import read_config
 from longspan.cli.preprocess import FILE_OPTIONS, Counter, prepare_files
 from longspan.config.architecture import model_folder
-from longspan.config.data_rules import MOCK_VOCAB_SIZE
+from longspan.config.data_rules import MOCK_VOCAB_SIZE, STREAM_KEYS, marks_documents
 from longspan.config.resolve import Run, resolve
 from longspan.config.schema import DatasetConfig, TrainConfig
 from longspan.errors import UserError
@@ -140,6 +140,9 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
         vocab = vocab or size
     if vocab is None and config.mock_data:
         vocab = MOCK_VOCAB_SIZE
+    end = config.eod_token_id
+    if end is None and marks_documents(config):
+        end = end_of_document(config, folder)
     if vocab is None:
         raise UserError(
             "vocab_size: missing. The datasets are tokenised already and there is no tokenizer to ask."
@@ -155,8 +158,29 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
             "vocab_file": None,
             "merge_file": None,
             "vocab_size": vocab,
+            "eod_token_id": end,
         }
     )
+
+
+def end_of_document(config: TrainConfig, folder: str | None) -> int:
+    """The token that ends a document, of the tokenizer in ``folder`` or of none (NullTokenizer).
+
+    Raises:
+        UserError: nothing names one.
+    """
+    from longspan.data.text import eod_id, load_tokenizer
+
+    if config.tokenizer_type == "NullTokenizer" and config.vocab_size is not None:
+        return config.vocab_size  # Megatron-LM's: the token behind all others
+    end = eod_id(load_tokenizer(folder), folder) if folder is not None else None
+    if end is None:
+        names = " and ".join(name for name in STREAM_KEYS if getattr(config, name))
+        found = f"the tokenizer in {folder} names none" if folder is not None else "there is no tokenizer"
+        raise UserError(
+            f"{names}: which token ends a document is not known: {found}. Give its number, eod_token_id, or a tokenizer that has one."
+        )
+    return end
 
 
 def check_indexed(source: DatasetConfig, prefix: str) -> None:

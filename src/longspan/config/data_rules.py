@@ -97,6 +97,20 @@ def has_validation(config: TrainConfig) -> bool:
     return bool(config.val_set_size or config.valid_data_path or config.test_datasets)
 
 
+def keeps_documents_apart(config: TrainConfig) -> bool:
+    """Do the documents of a sequence not see each other?"""
+    return config.sample_packing or config.reset_attention_mask
+
+
+#: what an end-of-document token does in the stream
+STREAM_KEYS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
+
+
+def marks_documents(config: TrainConfig) -> bool:
+    """Does an end-of-document token of the stream do anything?"""
+    return any(getattr(config, name) for name in STREAM_KEYS)
+
+
 def data_problems(config: TrainConfig) -> list[Problem]:
     """The rules between the keys of data and tokenizers."""
     found: list[Problem] = []
@@ -141,6 +155,7 @@ def data_problems(config: TrainConfig) -> list[Problem]:
                 text = f"{name} goes with datasets; here ({doors[0]}) {rule}. Leave it out."
                 found.append(((name, doors[0]), text))
     _held_out(config, found)
+    _stream(config, found)
     _weights(config, found)
     _templates(config, found)
     _unused(config, found)
@@ -228,6 +243,30 @@ def _held_out(config: TrainConfig, found: list[Problem]) -> None:
                 f"test_datasets and val_set_size {config.val_set_size} are both given. Evaluate on one of them.",
             )
         )
+
+
+def _stream(config: TrainConfig, found: list[Problem]) -> None:
+    """The keys of the stream of documents, beside what makes no stream."""
+    samples = next((s for s in [*config.datasets, *config.test_datasets] if s.type != "completion"), None)
+    for name in (name for name in STREAM_KEYS if getattr(config, name)):
+        if config.sample_packing:
+            text = (
+                f"{name}: true is for the stream of documents (sample_packing: false). With sample_packing: true documents are kept "
+                "apart, each with its own positions, and nothing is learned across a border. Keep one of the two."
+            )
+            found.append(((name, "sample_packing"), text))
+        elif samples is not None:
+            text = f"{name}: true is for a stream of documents; {samples.path} makes samples, and each has a row of its own. Leave it out."
+            found.append(((name, "datasets"), text))
+    if config.eod_token_id is not None and not marks_documents(config):
+        text = f"eod_token_id {config.eod_token_id} has no effect without {', '.join(STREAM_KEYS[:-1])} or {STREAM_KEYS[-1]}. Leave it out."
+        found.append((("eod_token_id",), text))
+    if None not in (config.eod_token_id, config.vocab_size) and config.tokenizer_type != "NullTokenizer":
+        assert config.eod_token_id is not None
+        assert config.vocab_size is not None
+        if config.eod_token_id >= config.vocab_size:
+            text = f"eod_token_id {config.eod_token_id} is beyond vocab_size {config.vocab_size}: tokens are numbered from 0. Give its number."
+            found.append((("eod_token_id", "vocab_size"), text))
 
 
 #: a dataset's keys that only its type reads

@@ -210,15 +210,6 @@ FLAGS: dict[str, Foreign] = {
     ),
     "--no-create-attention-mask-in-dataloader": no_effect("No mask of size s x s is ever made.", values=0),
     "--create-attention-mask-in-dataloader": refused("No mask of size s x s is ever made.", values=0),
-    "--reset-position-ids": becomes(
-        lambda _: {"sample_packing": True},
-        "Positions begin anew with each document: sample_packing.",
-        values=0,
-    ),
-    "--reset-attention-mask": becomes(
-        lambda _: {"sample_packing": True}, "Documents do not see each other: sample_packing.", values=0
-    ),
-    "--eod-mask-loss": refused("The end of a document is learned as any token is.", values=0),
     "--no-mmap-bin-files": no_effect(_MOCK, values=0),
     "--mmap-bin-files": no_effect(_MOCK, values=0),
     "--data-args-path": refused("Give --data-path, or a YAML with datasets."),

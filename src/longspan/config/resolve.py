@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from longspan.config.architecture import architecture_of
-from longspan.config.data_rules import data_problems
+from longspan.config.data_rules import data_problems, keeps_documents_apart
 from longspan.config.hugging_face import FIELDS, PIECES, export_problem
 from longspan.config.lora import Lora, lora_of, lora_problems
 from longspan.config.memory_rules import memory_problems
@@ -236,11 +236,11 @@ def _positions(config: TrainConfig, found: list[Problem]) -> None:
         return
     fields = ("sequence_len", "max_position_embeddings")
     if config.position_embedding_type == "rope" and rope_type(config.rope_scaling) == "dynamic":
-        if config.sample_packing or config.hybrid_context_parallel:
+        if keeps_documents_apart(config) or config.reset_position_ids or config.hybrid_context_parallel:
             text = (
                 f"rope_scaling of type dynamic with sequence_len {length} beyond max_position_embeddings {most}: its frequencies "
-                "follow the length of what is computed, and packed documents have many. Use yarn or linear, or set "
-                "sample_packing: false, so that every sequence has sequence_len tokens."
+                "follow the length of what is computed, and documents that are kept apart or counted by themselves have many. Use "
+                "yarn or linear, or set sample_packing: false, so that every sequence has sequence_len tokens."
             )
             found.append((("rope_scaling", *fields), text))
         return

@@ -49,6 +49,7 @@ class BlendedDataset(TokenDataset):
             raise ValueError(f"{len(members)} members and {len(weights)} weights")
         self.members = list(members)
         self.sequence_len, self.sample_packing = members[0].sequence_len, members[0].sample_packing
+        self.apart = members[0].apart
         self.seed, self.split = members[0].seed, members[0].split
         self.num_tokens = sum(member.num_tokens for member in members)
         self.masks = [mask for member in members for mask in member.masks]

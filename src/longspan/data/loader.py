@@ -23,6 +23,7 @@ from longspan.data.indexed import IndexedDataset
 from longspan.data.packing import (
     IGNORE_INDEX,
     Batch,
+    EndOfDocument,
     Packs,
     Row,
     Stream,
@@ -53,8 +54,10 @@ class TokenDataset:
         masks: for each file of samples, what counts in the loss (`samples.open_masks`); None for a
             file of documents. A sample is never cut: without packing each has a row of its own.
         excess_length_strategy: of samples longer than a row: "drop", "truncate" or "raise".
+        end_of_document: what the token that ends a document does in the stream; None for nothing.
 
     Attributes:
+        apart: whether the documents of a row do not see each other.
         num_excess: samples of this split that were dropped or truncated.
 
     Raises:
@@ -71,6 +74,7 @@ class TokenDataset:
         val_set_size: float = 0.0,
         masks: Sequence[IndexedDataset | None] = (),
         excess_length_strategy: str = "drop",
+        end_of_document: EndOfDocument | None = None,
     ):
         if split not in ("train", "validation", "whole"):
             raise UserError(f"split {split!r} is neither 'train' nor 'validation'.")
@@ -80,12 +84,20 @@ class TokenDataset:
         self.sequence_len = sequence_len
         self.seed = seed
         self.sample_packing = sample_packing
+        self.end_of_document = end_of_document
+        self.apart = sample_packing or (end_of_document is not None and end_of_document.cuts_attention)
         self.split = split
         # First document of each file in the common numbering.
         self._first = np.concatenate([[0], np.cumsum([len(d) for d in self.datasets])]).astype(np.int64)
         lengths = np.concatenate([np.empty(0, np.int64), *(d.document_lengths for d in self.datasets)])
         self.masks = list(masks) or [None] * len(self.datasets)
         self.has_samples = any(mask is not None for mask in self.masks)
+        if end_of_document is not None and (sample_packing or self.has_samples):
+            raise UserError(
+                "reset_position_ids, reset_attention_mask and eod_mask_loss are for a stream of documents; here "
+                + ("documents are packed and kept apart" if sample_packing else "each row holds one sample")
+                + " already. Leave them out."
+            )
         training, validation = _split(np.flatnonzero(lengths), val_set_size, seed)
         self.documents = validation if split == "validation" else training
         """int64 ``[d]``: the numbers of this split's documents, ascending; empty ones are left out."""
@@ -123,13 +135,21 @@ class TokenDataset:
         row = self._plan.row(index, self._read)
         if self.has_samples:
             self._hide_prompts(index, row)
+        if self.end_of_document is not None:
+            used = sum(stop - start for _, start, stop in self._plan.pieces(index))
+            row = self.end_of_document.apply(row, used)
         return row
 
     def boundaries(self, index: int) -> list[int]:
-        """Where the documents of sample `index` begin, ending with its last token; padding left out. Reads nothing."""
+        """Where the documents of sample `index` begin, ending with its last token; padding left out.
+
+        Reads nothing, but where the stream is cut at its end-of-document tokens.
+        """
         lengths = [stop - start for _, start, stop in self._plan.pieces(index)]
-        if not self.sample_packing:  # one sequence, whatever documents it reaches across
+        if not self.apart:  # one sequence, whatever documents it reaches across
             return [0, sum(lengths)]
+        if not self.sample_packing:
+            return [int(b) for b in self.row(index).boundaries if b <= sum(lengths)]
         return [sum(lengths[:i]) for i in range(len(lengths) + 1)]
 
     @property
@@ -139,7 +159,7 @@ class TokenDataset:
 
     @property
     def longest_document(self) -> int:
-        """Tokens of the longest run that attends to itself: a document or its longest piece, a row without packing."""
+        """Tokens that attend to each other at most: the longest document or piece of one, a row without packing."""
         return self._plan.longest
 
     def has_targets(self, most: int) -> bool:
@@ -265,7 +285,7 @@ class TokenDataset:
         )
 
     def _batch(self, samples: list[int | None] | list[int]) -> Batch:
-        return make_batch([self.row(sample) for sample in samples], self.sample_packing)
+        return make_batch([self.row(sample) for sample in samples], self.apart)
 
 
 class Prefetcher:

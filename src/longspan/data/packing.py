@@ -43,10 +43,11 @@ class Batch:
     Attributes:
         tokens: ``[b, s]``.
         labels: ``[b, s]``, already shifted; `IGNORE_INDEX` where there is no target.
-        positions: ``[b, s]``; with packing they restart at 0 with each document.
+        positions: ``[b, s]``; with packing they restart at 0 with each document, in a stream where
+            its `EndOfDocument` does so.
         cu_seqlens: ``[d + 1]``, where the documents begin among the b*s tokens taken row by
             row, ending with b*s; padding at the end of a row is a document. None where
-            nothing is packed: every row is one sequence.
+            documents are not kept apart: every row is one sequence.
     """
 
     tokens: torch.Tensor
@@ -81,6 +82,39 @@ class Row(NamedTuple):
     labels: np.ndarray
     positions: np.ndarray
     boundaries: np.ndarray
+
+
+class EndOfDocument(NamedTuple):
+    """What the token that ends a document does to a sample of the stream, whose tokens stay as they are.
+
+    The token itself belongs to the document that it ends. (Megatron-LM's reset_position_ids,
+    reset_attention_mask and eod_mask_loss.)
+
+    Attributes:
+        token: its number.
+        resets_positions: positions begin anew at 0 after it.
+        cuts_attention: what comes after it does not see it, nor anything before it.
+        masks_loss: the token after it is not learned.
+    """
+
+    token: int
+    resets_positions: bool
+    cuts_attention: bool
+    masks_loss: bool
+
+    def apply(self, row: Row, used: int) -> Row:
+        """The same tokens with other positions, labels and boundaries; ``used`` counts those that are no padding."""
+        ends = np.flatnonzero(row.tokens[:used] == self.token)
+        size = len(row.tokens)
+        boundaries = np.unique(np.concatenate([[0], ends + 1, [used, size]]))
+        labels, positions = row.labels, row.positions
+        if self.masks_loss:
+            labels = labels.copy()
+            labels[ends] = IGNORE_INDEX
+        if self.resets_positions:
+            begins = boundaries[:-1]
+            positions = np.arange(size) - np.repeat(begins, np.diff(boundaries))
+        return Row(row.tokens, labels, positions, boundaries if self.cuts_attention else row.boundaries)
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,10 +265,10 @@ def empty_row(sequence_len: int) -> Row:
     )
 
 
-def make_batch(rows: Sequence[Row], packed: bool) -> Batch:
-    """Puts rows of one length into a `Batch`; without `packed` it has no cu_seqlens."""
+def make_batch(rows: Sequence[Row], apart: bool) -> Batch:
+    """Puts rows of one length into a `Batch`; where documents are not kept apart it has no cu_seqlens."""
     cu_seqlens = None
-    if packed:
+    if apart:
         size = len(rows[0].tokens)
         begins = [row.boundaries[:-1] + i * size for i, row in enumerate(rows)]
         cu_seqlens = torch.from_numpy(np.concatenate([*begins, [len(rows) * size]]))

@@ -12,12 +12,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from longspan.config.data_rules import DEFAULT_SPLIT, Member, read_blend, read_split
+from longspan.config.data_rules import DEFAULT_SPLIT, Member, marks_documents, read_blend, read_split
 from longspan.config.schema import DatasetConfig, TrainConfig
 from longspan.data.blend import BlendedDataset
 from longspan.data.indexed import IndexedDataset
 from longspan.data.loader import TokenDataset
 from longspan.data.mock import MockDocuments
+from longspan.data.packing import EndOfDocument
 from longspan.data.samples import open_masks
 from longspan.errors import UserError
 
@@ -98,7 +99,21 @@ def _members(config: TrainConfig, name: str) -> list[Member]:
 
 def _make(config: TrainConfig, files: list, **split) -> TokenDataset:
     return TokenDataset(
-        files, config.sequence_len, config.seed, sample_packing=config.sample_packing, **split
+        files,
+        config.sequence_len,
+        config.seed,
+        sample_packing=config.sample_packing,
+        end_of_document=_end_of_document(config),
+        **split,
+    )
+
+
+def _end_of_document(config: TrainConfig) -> EndOfDocument | None:
+    if not marks_documents(config):
+        return None
+    assert config.eod_token_id is not None
+    return EndOfDocument(
+        config.eod_token_id, config.reset_position_ids, config.reset_attention_mask, config.eod_mask_loss
     )
 
 

@@ -125,8 +125,14 @@ def vocab_parallel_cross_entropy(
     Args:
         logits: [..., v/tp], this rank's columns.
         target: [...] ids over the whole vocabulary; the loss is 0 where it is -100.
-        label_smoothing: as in ``torch.nn.functional.cross_entropy`` (mass spread over all
-            classes of all ranks).
+        label_smoothing: alpha, as in ``torch.nn.functional.cross_entropy``: the mass alpha is spread
+            over all K classes of all ranks, the target's included. Padding columns, whose logits
+            are -inf, are no classes. The loss is the same at every tp.
+
+            Megatron-LM's argument of this name means another mass, alpha K / (K - 1), and its K and
+            its mean are those of each rank's own columns, so that its loss depends on tp. At tp 1
+            ``label_smoothing=alpha * K / (K - 1)`` gives its loss; K is the columns it has there,
+            its own padding included.
         group: tensor parallel group; None takes the installed one.
 
     Returns:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from longspan.config.data_rules import keeps_documents_apart
 from longspan.config.memory_rules import memory_lines
 from longspan.config.resolve import Run
 from longspan.config.schedule import learning_rate
@@ -33,7 +34,7 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
     layout: str = c.cp_layout
     if layout == "auto":
         plain = SequenceLayout.make(layout, c.sequence_len, sizes.cp, windows=run.windows)
-        layout = "balanced where documents are uneven" if c.sample_packing else plain.name
+        layout = "balanced where documents are uneven" if keeps_documents_apart(c) else plain.name
     moves = c.cp_comm_type if isinstance(c.cp_comm_type, str) else "/".join(c.cp_comm_type)
     epochs = steps * run.global_batch_size / samples
     on = {True: "on", False: "off"}

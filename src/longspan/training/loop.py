@@ -24,6 +24,7 @@ from torch import Tensor
 
 from longspan import __version__
 from longspan.config.architecture import model_folder
+from longspan.config.data_rules import STREAM_KEYS
 from longspan.config.hugging_face import PIECES
 from longspan.config.resolve import Run
 from longspan.config.schedule import interval, learning_rate, training_steps, warmup_steps
@@ -156,6 +157,8 @@ def describe_run(run: Run, data: TokenDataset) -> dict:
     weights = data.counts if isinstance(data, BlendedDataset) else None
     about["settings"] |= {"weights": list(weights) if weights else None, "split": config.split}
     about["settings"]["training tokens"] = data.num_tokens
+    # null where they are off: checkpoints that do not name them were made without
+    about["settings"] |= {name: getattr(config, name) or None for name in (*STREAM_KEYS, "eod_token_id")}
     about["settings"] |= {name: getattr(config, name) for name in SAMPLE_SETTINGS if data.has_samples}
     return about | {
         "longspan": __version__,
@@ -287,7 +290,8 @@ class Trainer:
     def losses(self, batch: LocalBatch) -> Tensor:
         """The loss of each of this rank's tokens of a micro-batch, [b, rows]; 0 where there is no target."""
         tokens, labels = batch.tokens.to(self.device), batch.labels.to(self.device)
-        return self.model(tokens, labels=labels, layout=batch.layout)
+        positions = None if batch.positions is None else batch.positions.to(self.device)
+        return self.model(tokens, position_ids=positions, labels=labels, layout=batch.layout)
 
     # --- one step -------------------------------------------------------------------------
 

@@ -148,7 +148,11 @@ def filling(trainer: Trainer) -> str:
     data, config = trainer.train_data, trainer.run.config
     what = "samples and documents" if None in data.masks else "samples"
     if not data.has_samples:
-        return "documents packed and kept apart" if config.sample_packing else "one stream of documents"
+        if config.sample_packing:
+            return "documents packed and kept apart"
+        begins = {"positions": config.reset_position_ids, "attention": config.reset_attention_mask}
+        anew = " and ".join(name for name, on in begins.items() if on)
+        return "one stream of documents" + (f", {anew} anew after each end of document" if anew else "")
     text = f"{what} packed and kept apart" if config.sample_packing else "one sample each"
     if not (excess := data.num_excess):
         return text

@@ -26,11 +26,16 @@ from longspan.errors import UserError
 
 
 class LocalBatch(NamedTuple):
-    """One rank's rows of a micro-batch: tokens and labels [b, rows], int64."""
+    """One rank's rows of a micro-batch: tokens, labels and positions [b, rows], int64.
+
+    Attributes:
+        positions: None where each token's position is its place in its document of the layout.
+    """
 
     tokens: Tensor
     labels: Tensor
     layout: SequenceLayout
+    positions: Tensor | None = None
 
     @property
     def num_valid(self) -> int:
@@ -90,17 +95,18 @@ class Sharder:
         return layout
 
     def _cut(self, batch: Batch) -> LocalBatch:
-        tokens, labels = batch.tokens, batch.labels
+        tokens, labels, positions = batch.tokens, batch.labels, batch.positions
         if batch.cu_seqlens is None:
             layout = self._plain(tokens.shape[1])
         else:  # all rows as one pack: its documents are kept apart anyway
-            tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
+            tokens, labels, positions = (x.reshape(1, -1) for x in (tokens, labels, positions))
             layout = self._make_layout(tokens.shape[1], batch.cu_seqlens)
         _check_tokens(self.run, tokens, labels)
         return LocalBatch(
             layout.shard(tokens, self.cp_rank, dim=1),
             layout.shard(labels, self.cp_rank, dim=1, pad_value=IGNORE_INDEX),
             layout,
+            layout.shard(positions, self.cp_rank, dim=1) if _positions_differ(self.run) else None,
         )
 
 
@@ -144,19 +150,28 @@ class HybridSharder:
             self.plan(layout)
             tokens = torch.zeros(1, layout.local_length, dtype=torch.int64)
             labels = torch.full_like(tokens, IGNORE_INDEX)
+            positions = torch.zeros_like(tokens)
             at = 0
             for document, start, stop in sorted(micro_batch[self.rank]):
                 sample, first, _ = documents[document]
                 row = read(sample)
-                for part, held in ((tokens, row.tokens), (labels, row.labels)):
+                for part, held in ((tokens, row.tokens), (labels, row.labels), (positions, row.positions)):
                     part[0, at : at + stop - start] = torch.from_numpy(held[first + start : first + stop])
                 at += stop - start
             _check_tokens(self.run, tokens, labels)
-            yield LocalBatch(tokens, labels, layout)
+            yield LocalBatch(tokens, labels, layout, positions if _positions_differ(self.run) else None)
 
 
 def _row_multiple(run: Run) -> int:
     return run.sizes.tp if run.sequence_parallel else 1
+
+
+def _positions_differ(run: Run) -> bool:
+    """Is a token's position another number than its place among the tokens that attend to each other?
+
+    So it is where only one of the two begins anew at the end of a document.
+    """
+    return run.config.reset_position_ids != run.config.reset_attention_mask
 
 
 def _check_tokens(run: Run, tokens: Tensor, labels: Tensor) -> None:

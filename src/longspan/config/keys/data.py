@@ -158,6 +158,26 @@ class DataKeys(BaseModel):
         "sequence_len tokens, in which documents see each other.",
         megatron_default=False,
     )
+    reset_position_ids: bool = key(
+        False,
+        "With sample_packing: false: positions begin anew after each end-of-document token of the stream; attention stays "
+        "as it is.",
+    )
+    reset_attention_mask: bool = key(
+        False,
+        "With sample_packing: false: attention is cut after each end-of-document token of the stream; positions stay as "
+        "they are.",
+    )
+    eod_mask_loss: bool = key(
+        False,
+        "With sample_packing: false: what follows an end-of-document token in the stream is not learned.",
+    )
+    eod_token_id: int | None = key(
+        None,
+        "The end-of-document token that reset_position_ids, reset_attention_mask and eod_mask_loss look for; default: the "
+        "tokenizer's.",
+        ge=0,
+    )
     val_set_size: float = key(
         0.0,
         "Documents held out for evaluation: a share below 1, a number from 1 on, 0 for none.",

@@ -1,0 +1,50 @@
+"""One-process references in plain PyTorch: nothing is cut, every mask and every position is written out."""
+
+import torch
+import torch.nn.functional as F
+
+
+def plain_llama(weights, tokens, seen, positions, config):
+    """The architecture of Llama, with rotary or learned positions, in dense attention.
+
+    Args:
+        weights: whole tensors by the names of ``GPTModel``.
+        tokens: [s]; seen: bool [s, s], which keys a query sees; positions: [s].
+        config: TransformerConfig or Run.transformer_config().
+
+    Returns:
+        Logits [s, padded vocabulary].
+    """
+    d = config.kv_channels
+    freqs = config.rotary_base ** -(torch.arange(0, d, 2, dtype=torch.float64) / d)
+    angle = positions[:, None] * freqs
+    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+
+    def rms(x, w):
+        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + config.layernorm_epsilon) * w
+
+    def turn(x):  # [n, s, d]
+        if config.position_embedding_type != "rope":
+            return x
+        half = d // 2
+        return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+    x = weights["embedding.word_embeddings.weight"][tokens]
+    if config.position_embedding_type == "learned_absolute":
+        x = x + weights["embedding.position_embeddings.weight"][positions]
+    for i in range(config.num_layers):
+        w = {k.split(f"layers.{i}.")[1]: v for k, v in weights.items() if f"layers.{i}." in k}
+        y = rms(x, w["input_layernorm.weight"])
+        q, k, v = (
+            (y @ w[f"self_attention.linear_{name}.weight"].T).view(len(y), -1, d).transpose(0, 1)
+            for name in "qkv"
+        )
+        q, k = turn(q), turn(k)
+        k, v = (z.repeat_interleave(q.shape[0] // z.shape[0], 0) for z in (k, v))
+        scores = (q @ k.transpose(1, 2) / d**0.5).masked_fill(~seen, float("-inf"))
+        o = (scores.softmax(-1) @ v).transpose(0, 1).reshape(len(y), -1)
+        x = x + o @ w["self_attention.linear_proj.weight"].T
+        y = rms(x, w["pre_mlp_layernorm.weight"])
+        gate, up = y @ w["mlp.linear_gate.weight"].T, y @ w["mlp.linear_up.weight"].T
+        x = x + (F.silu(gate) * up) @ w["mlp.linear_down.weight"].T
+    return rms(x, weights["decoder.final_layernorm.weight"]) @ weights["output_layer.weight"].T
