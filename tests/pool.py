@@ -30,7 +30,8 @@ import warnings
 from multiprocessing.connection import wait
 from pathlib import Path
 
-TIMEOUT_S = 60.0
+#: a machine that does other work needs longer: LONGSPAN_TEST_TIMEOUT gives seconds
+TIMEOUT_S = float(os.environ.get("LONGSPAN_TEST_TIMEOUT", "60"))
 GRACE_S = 3.0
 
 
