@@ -97,6 +97,14 @@ def test_pefts_config_in_and_out(tmp_path):
         ({"target_modules": ["c_attn"]}, "has target_modules c_attn; supported: q_proj"),
         ({"target_modules": "q.*"}, r"has target_modules q\.\*; supported"),
         ({"r": None}, "cannot be read"),
+        ({"r": 0}, "cannot be read"),
+        ({"lora_alpha": float("inf")}, "cannot be read"),
+        ({"target_modules": {"q_proj": 1}}, "cannot be read"),
+        ({"base_model_name_or_path": 7}, "cannot be read"),
+        ({"alora_invocation_tokens": [5]}, r"sets alora_invocation_tokens \[5\], which is not supported"),
+        ({"trainable_token_indices": [5]}, "sets trainable_token_indices"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "sets layer_replication"),
+        ({"use_qalora": True}, "sets use_qalora"),
     ):
         with pytest.raises(UserError, match=message):
             read(**changes)
@@ -105,3 +113,21 @@ def test_pefts_config_in_and_out(tmp_path):
     assert "lora_r there: 8, in the config: 4. Give its own value." in text
     assert "the targets there: ['q_proj', 'v_proj'], in the config: ['q_proj']" in text
     assert len(text.splitlines()) == 2
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "corda", "OLoRA", "loftq", "lora_ga"])
+def test_adapters_that_moved_the_base_weights_are_refused_with_the_remedy(tmp_path, start):
+    data = Lora(8, 16, ("q_proj",)).peft_config("org/model") | {"init_lora_weights": start}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=f"init_lora_weights '{start}'.*path_initial_model_for_weight_conv"):
+        read_peft_config(tmp_path)
+    text = problems(lora_model_dir=str(tmp_path), lora_alpha=16, lora_target_modules=["q_proj"])
+    assert "lora_model_dir: " in text
+    assert f"init_lora_weights '{start}'" in text
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_adapters_beside_unmoved_base_weights_are_read(tmp_path, start):
+    data = Lora(8, 16, ("q_proj",)).peft_config("org/model") | {"init_lora_weights": start}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(data))
+    assert read_peft_config(tmp_path)[0] == Lora(8, 16, ("q_proj",))

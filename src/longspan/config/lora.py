@@ -8,6 +8,7 @@ Needs no torch.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,19 @@ _FOREIGN = (
     "fan_in_fan_out",
     "lora_bias",
     "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
 )
+
+#: ways of PEFT to initialise adapters that subtract them from the base model's weights (or quantise those): what is saved
+#: belongs to weights that are saved nowhere. The first two are names that variants begin with.
+_MOVES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -101,8 +114,12 @@ def read_peft_config(folder: str | Path) -> tuple[Lora, str | None]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         kind, rank, alpha = data["peft_type"], int(data["r"]), float(data["lora_alpha"])
-        targets = data["target_modules"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        targets, base = data["target_modules"], data.get("base_model_name_or_path")
+        if rank < 1 or not math.isfinite(alpha) or not isinstance(base, str | None):
+            raise ValueError(f"r {rank}, lora_alpha {alpha}, base_model_name_or_path {base!r}")
+        if not isinstance(targets, str | list | None):
+            raise TypeError(f"target_modules {targets!r}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}).") from None
     if kind != "LORA":
         raise UserError(f"{path} holds adapters of the kind {kind}; only LORA is supported.")
@@ -110,6 +127,13 @@ def read_peft_config(folder: str | Path) -> tuple[Lora, str | None]:
     foreign += [f"bias {data['bias']!r}"] if data.get("bias", "none") != "none" else []
     if foreign:
         raise UserError(f"{path} sets {', '.join(foreign)}, which is not supported: only plain LoRA is.")
+    start = data.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_MOVES_THE_BASE):
+        raise UserError(
+            f"{path} sets init_lora_weights {start!r}: its adapters belong to base weights that PEFT changed when it made them, "
+            "and beside the base model's own they give nonsense. Let PEFT write them as plain LoRA: "
+            "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=FOLDER_OF_THE_ADAPTERS_BEFORE_TRAINING)."
+        )
     if targets == "all-linear":
         targets = TARGETS
     strange = (
@@ -118,7 +142,7 @@ def read_peft_config(folder: str | Path) -> tuple[Lora, str | None]:
     if strange:
         raise UserError(f"{path} has target_modules {', '.join(strange)}; supported: {', '.join(TARGETS)}.")
     ordered = tuple(name for name in TARGETS if name in targets)
-    return Lora(rank, alpha, ordered, bool(data.get("use_rslora"))), data.get("base_model_name_or_path")
+    return Lora(rank, alpha, ordered, bool(data.get("use_rslora"))), base
 
 
 #: keys that speak of adapters -> their value that asks for nothing
