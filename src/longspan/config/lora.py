@@ -7,11 +7,11 @@ Needs no torch.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from longspan.config.json_text import parse_json
 from longspan.config.schema import TrainConfig
 from longspan.errors import Problem, UserError, did_you_mean
 
@@ -99,7 +99,7 @@ def read_peft_config(folder: str | Path) -> tuple[Lora, str | None]:
             "run with adapter: lora."
         )
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
         kind, rank, alpha = data["peft_type"], int(data["r"]), float(data["lora_alpha"])
         targets = data["target_modules"]
     except (OSError, ValueError, KeyError, TypeError) as error:
