@@ -1,6 +1,7 @@
 """Configs: every accepted spelling, and every mistake in one clear message, all at once."""
 
 import json
+from typing import get_args
 
 import pytest
 import yaml
@@ -328,6 +329,39 @@ def test_a_zero_byte_is_refused(values):
     reading = make_config(values)
     assert reading.bad >= values.keys()
     assert "holds a zero byte" in reading.problems[0]
+
+
+def numeric_keys():
+    for k in keys():
+        members = (k.annotation, *get_args(k.annotation))
+        if int in members or any(get_args(m) == (int,) for m in members):
+            yield k.name, int not in members
+
+
+@pytest.mark.parametrize(("name", "listed"), numeric_keys())
+def test_numbers_beyond_every_machine_are_refused(name, listed):
+    for number in (2**70, -(2**70)):
+        assert any(
+            p.startswith(f"{name}: ") for p in make_config({name: [number] if listed else number}).problems
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("num_layers", 10_000),
+        ("hidden_size", 2**20),
+        ("sequence_len", 2**30),
+        ("sliding_window", 2**30),
+        ("context_parallel_size", 2**20),
+        ("dataset_num_proc", 4096),
+        ("ddp_timeout", 10**9),
+        ("max_steps", 2**40),
+    ],
+)
+def test_the_most_of_a_unit(name, most):
+    assert not make_config({name: most}).problems
+    assert f"must be at most {most:,} " in make_config({name: most + 1}).problems[0]
 
 
 @pytest.mark.parametrize("name", ["datasets", "test_datasets"])

@@ -57,7 +57,9 @@ def limited(function: Callable[..., Any], *arguments: Any) -> Any:
                 break
             except (BrokenPipeError, EOFError, pickle.UnpicklingError):
                 code = process.wait()
-            except BaseException:  # an interrupt: an answer that comes later must not be taken for the next call's
+            except (
+                BaseException
+            ):  # an interrupt: an answer that comes later must not be taken for the next call's
                 process.kill()
                 raise
             # It may have ended, idle, just as this call began.
@@ -78,7 +80,10 @@ def limited(function: Callable[..., Any], *arguments: Any) -> Any:
 class _State:
     """The process beside this one, of which a fork has none."""
 
-    def __init__(self):
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
         self.lock = threading.Lock()
         self.process: subprocess.Popen | None = None
 
@@ -104,7 +109,7 @@ class _State:
 
 _state = _State()
 atexit.register(_state.end)
-os.register_at_fork(after_in_child=_state.__init__)
+os.register_at_fork(after_in_child=_state.reset)
 
 
 def _serve() -> None:

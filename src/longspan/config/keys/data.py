@@ -161,6 +161,7 @@ class DataKeys(BaseModel):
         "Train a byte-level BPE tokenizer of this size on the data, instead of loading one.",
         unit="tokens",
         ge=257,
+        le=1 << 24,
     )
     sequence_len: int = key(4096, "Length of a training sequence.", unit="tokens", flag="--seq-length", gt=0)
     sample_packing: bool = key(
