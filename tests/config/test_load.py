@@ -1,12 +1,13 @@
 """Configs: every accepted spelling, and every mistake in one clear message, all at once."""
 
 import json
+from typing import get_args
 
 import pytest
 import yaml
 
 import tiny
-from longspan.config.load import Overrides, load_config, make_config, parse_overrides, to_yaml
+from longspan.config.load import Overrides, load_config, make_config, parse_overrides, read_yaml, to_yaml
 from longspan.config.resolve import resolve
 from longspan.config.schedule import training_steps, warmup_steps
 from longspan.config.schema import GROUPS, TrainConfig, keys, names
@@ -267,6 +268,112 @@ def test_files_that_are_no_config(tmp_path, text, message):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
         load_config(path)
+
+
+def aliases(first, make, count):
+    """A mapping in which each key's value is made of an alias to the one before."""
+    lines = [f"a0: &a0 {first}", *(f"a{i}: &a{i} {make(f'*a{i - 1}')}" for i in range(1, count))]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (aliases("[x, x]", lambda a: f"[{', '.join([a] * 9)}]", 12), "more than 20,000 values"),
+        (aliases("{x: 1}", lambda a: f"{{<<: [{', '.join([a] * 9)}]}}", 12), "more than 20,000 values"),
+        (f"a: [{'1, ' * 30_000}]", "more than 20,000 values"),
+        (aliases("[x]", lambda a: f"[{a}]", 60), "aliases lead more than 50 deep"),
+        ("a: &a [*a]", r"the alias \*a stands inside what it names"),
+        ("a: " + "[" * 100_000, "more than 50 deep"),
+        ("a: " + "{a: " * 100_000, "more than 50 deep"),
+        ("a: " + "9" * 100_000, "a number of 100000 characters"),
+        ("a: " + ":".join(["1"] * 100_000), "a number of 199999 characters"),
+        ("# more\n" * 200_000, "has 1,400,000 bytes; a config file has 1,048,576 at most"),
+    ],
+)
+def test_a_file_has_limits(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(path)
+
+
+def test_aliases_and_merges_within_the_limits_are_read(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("a: &a {x: 1, y: [1, 2]}\nb: {<<: *a, x: 2}\nc: [*a, *a]\n")
+    own = {"x": 1, "y": [1, 2]}
+    assert read_yaml(path) == {"a": own, "b": {"x": 2, "y": [1, 2]}, "c": [own, own]}
+
+
+def test_a_value_beyond_the_limits_on_the_command_line_is_refused_as_text():
+    values = parse_overrides(["--layer-types", "[" * 1000, "--max-steps", "9" * 1000]).values
+    assert set(map(type, values.values())) <= {str, list}
+
+
+def test_thousands_of_unknown_keys_are_told_of():
+    problems = make_config({f"learning_rat{i}": 1 for i in range(5000)}).problems
+    assert len([p for p in problems if "unknown key" in p]) == 5000
+    assert "Did you mean learning_rate" in problems[0]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"output_dir": "a\0b"},
+        {"datasets": [{"path": "a\0b"}]},
+        {"datasets": [{"path": "a", "roles": {"user\0": ["x"]}}]},
+        {"data_path": ["1", "a\0"]},
+    ],
+)
+def test_a_zero_byte_is_refused(values):
+    reading = make_config(values)
+    assert reading.bad >= values.keys()
+    assert "holds a zero byte" in reading.problems[0]
+
+
+def numeric_keys():
+    for k in keys():
+        members = (k.annotation, *get_args(k.annotation))
+        if int in members or any(get_args(m) == (int,) for m in members):
+            yield k.name, int not in members
+
+
+@pytest.mark.parametrize(("name", "listed"), numeric_keys())
+def test_numbers_beyond_every_machine_are_refused(name, listed):
+    for number in (2**70, -(2**70)):
+        assert any(
+            p.startswith(f"{name}: ") for p in make_config({name: [number] if listed else number}).problems
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("num_layers", 10_000),
+        ("hidden_size", 2**20),
+        ("sequence_len", 2**30),
+        ("sliding_window", 2**30),
+        ("context_parallel_size", 2**20),
+        ("dataset_num_proc", 4096),
+        ("ddp_timeout", 10**9),
+        ("max_steps", 2**40),
+    ],
+)
+def test_the_most_of_a_unit(name, most):
+    assert not make_config({name: most}).problems
+    assert f"must be at most {most:,} " in make_config({name: most + 1}).problems[0]
+
+
+@pytest.mark.parametrize("name", ["datasets", "test_datasets"])
+def test_an_empty_path_is_not_the_current_folder(name):
+    for wrong in (
+        {"path": ""},
+        {"path": " "},
+        {"path": "x", "data_files": ""},
+        {"path": "x", "data_files": ["a", ""]},
+    ):
+        assert any("must not be empty" in p for p in make_config({name: [wrong]}).problems)
+    assert not make_config({name: [{"path": ".", "data_files": ["a"]}]}).problems
 
 
 def test_a_missing_file_names_the_near_one(tmp_path):

@@ -63,11 +63,6 @@ def test_reads_every_range_across_sequences(files):
             assert data.read(0, start, stop).tolist() == whole[start:stop]
 
 
-def test_reads_sequences_in_any_place_of_the_file(files):
-    data = IndexedDataset(files(index_bytes([2, 1], [8, 0], [0, 2])))
-    assert data.read(0).tolist() == [65535, 10, 5]
-
-
 def test_reading_outside_is_an_error(files):
     data = IndexedDataset(files())
     for document in (-1, 3):
@@ -107,9 +102,24 @@ def test_every_integer_type_both_ways(files, tmp_path, code, dtype):
         (INDEX[:-1], TOKENS, f"{len(INDEX)} bytes expected, {len(INDEX) - 1} found"),
         (INDEX, TOKENS[:-3], "12 bytes expected, 9 found"),
         (INDEX, b"", "12 bytes expected, 0 found"),
-        (index_bytes([2, 3, 1], [0, 4, 12], [0, 3]), TOKENS, "bytes 12 to 14"),
-        (index_bytes([2, 3, 1], [-2, 4, 10], [0, 3]), TOKENS, "bytes -2 to 2"),
-        (index_bytes([6], [2**63 - 1], [0, 1]), TOKENS, "do not belong together"),
+        (INDEX, TOKENS + b"\0\0", "14 bytes, but corpus.idx describes 12: 6 tokens of uint16"),
+        (index_bytes([2, 3, 1], [0, 4, 12], [0, 3]), TOKENS, "sequence 2 starts at byte 12, .*end at 10"),
+        (index_bytes([2, 3, 1], [-2, 4, 10], [0, 3]), TOKENS, "sequence 0 starts at byte -2"),
+        (index_bytes([2, 3, 1], [0, 10, 4], [0, 3]), TOKENS, "sequence 1 starts at byte 10"),
+        (index_bytes([6], [2**63 - 1], [0, 1]), TOKENS, "starts at byte 9223372036854775807"),
+        # the type byte of another width: seen by the places, and where there is one sequence by the size
+        (
+            index_bytes([2, 3, 1], [0, 4, 10], [0, 2, 2, 3], code=4),
+            TOKENS,
+            "sequence 1 starts at byte 4, .*int32",
+        ),
+        (index_bytes([3], [0], [0, 1], code=4), TOKENS[:6], "12 bytes expected, 6 found"),
+        (index_bytes([6], [0], [0, 1], code=1), TOKENS, "12 bytes, but corpus.idx describes 6"),
+        # lengths of other data
+        (index_bytes([2, 3], [0, 4], [0, 2]), TOKENS, "12 bytes, but corpus.idx describes 10"),
+        (index_bytes([3, 2, 1], [0, 4, 10], [0, 3]), TOKENS, "sequence 1 starts at byte 4, .*end at 6"),
+        (INDEX + bytes(2), TOKENS, "2 bytes behind the"),
+        (INDEX + bytes(4), TOKENS, "one a sequence"),
         (index_bytes([2, -3], [0, 4], [0, 2]), TOKENS, "-3 tokens"),
         (index_bytes([2, 3, 1], [0, 4, 10], [1, 3]), TOKENS, "start with 1"),
         (index_bytes([2, 3, 1], [0, 4, 10], []), TOKENS, "start with nothing"),
@@ -124,8 +134,8 @@ def test_every_fault_is_found_when_opened(files, index, tokens, message):
     assert "corpus." in str(error.value)
 
 
-def test_index_may_have_more_after_it(files):
-    assert len(IndexedDataset(files(INDEX + bytes(3)))) == 3  # Megatron's multimodal modes
+def test_modes_of_a_multimodal_index_may_follow(files):
+    assert len(IndexedDataset(files(INDEX + bytes(3)))) == 3
 
 
 def test_missing_files_name_the_near_ones(files, tmp_path):

@@ -89,6 +89,14 @@ def test_find_sources_refuses(corpus, tmp_path):
         find_sources(tmp_path / "x.parquet")
 
 
+def test_an_empty_path_is_not_the_current_folder(corpus, monkeypatch):
+    monkeypatch.chdir(corpus)
+    assert find_sources(".")
+    for path in ("", " "):
+        with pytest.raises(UserError, match="an empty path"):
+            find_sources(path)
+
+
 def test_documents_are_files(corpus, tmp_path):
     assert list(iter_documents(corpus)) == [DOCUMENTS[1], DOCUMENTS[0], DOCUMENTS[2]]
     broken = tmp_path / "broken.txt"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from longspan.config.hugging_face import keys_of
+from longspan.config.json_text import parse_json
 from longspan.config.known_models import known_model
 from longspan.errors import UserError
 
@@ -81,7 +81,7 @@ def model_config(base_model: str, network: bool = True) -> tuple[dict[str, Any],
         return known, f"the known architecture of {base_model}"
     path = model_file(base_model, "config.json", network)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"base_model: {path} is not valid JSON ({error}).") from None
     if not isinstance(data, dict):

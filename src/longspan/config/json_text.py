@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
+
+from longspan.errors import UserError
 
 
 def parse_json(text: str) -> Any:
@@ -16,3 +19,20 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a settings file; an empty one where there is no file.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        found = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not a JSON object ({error}). Put it right or remove it.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: a JSON {type(found).__name__}, not an object. Put it right or remove it.")
+    return found

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from longspan.config.axolotl_keys import KEYS
+from longspan.config.bounded_yaml import MAX_BYTES, BoundedLoader
 from longspan.config.dataset_keys import LISTS, read_datasets
 from longspan.config.foreign import MANY
 from longspan.config.keys.data import InstructionType
@@ -19,6 +20,8 @@ from longspan.config.rope import rope_type, with_original_length
 from longspan.config.schema import DatasetConfig, Key, TrainConfig, keys, names
 from longspan.errors import UserError, did_you_mean
 
+#: problems after which an unknown key gets no near name any more
+MAX_NEAR = 50
 #: names of Megatron-LM and axolotl that are no keys here -> their fate
 FOREIGN = KEYS | {flag.removeprefix("--").replace("-", "_"): fate for flag, fate in FLAGS.items()}
 
@@ -34,6 +37,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         found = "is a folder" if path.is_dir() else "does not exist"
         siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise UserError(f"config file {path} {found}.{did_you_mean(path.name, siblings)}")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(
+            f"{path} has {path.stat().st_size:,} bytes; a config file has {MAX_BYTES:,} at most. Is it the config?"
+        )
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
     except UnicodeDecodeError:
@@ -49,7 +56,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(BoundedLoader):
     """YAML's safe loader that refuses a key given twice, of which the first would be lost."""
 
     def construct_mapping(self, node, deep=False):
@@ -224,7 +231,7 @@ def _value(k: Key, text: str) -> Any:
 
 def _yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=BoundedLoader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
@@ -256,8 +263,9 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         if name is None and spelling in FOREIGN:
             _foreign(spelling, value, found)
         elif name is None:
-            known = [*table, *FOREIGN]
-            found.problems.append(f"{spelling}: unknown key.{did_you_mean(spelling, known)}")
+            # Looking for the near name takes milliseconds, which a file of thousands of wrong keys would add up.
+            near = did_you_mean(spelling, [*table, *FOREIGN]) if len(found.problems) < MAX_NEAR else ""
+            found.problems.append(f"{spelling}: unknown key.{near}")
         elif name in merged and merged[name] != value:
             found.problems.append(
                 f"{spelling} and {spelled[name]} are the same key with two values, {value!r} and {merged[name]!r}. "
@@ -272,6 +280,9 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, Any] | None =
             bad.add(name)
     merged.update(overrides or {})
     merged = {name: value for name, value in merged.items() if value is not None}
+    for name in [name for name, value in merged.items() if _has_zero(value)]:
+        found.problems.append(f"{name}: {str(merged.pop(name))[:60]!r} holds a zero byte (\\0). Take it out.")
+        bad.add(name)
     for name in set(LISTS) & merged.keys():
         merged[name], problems, notes = read_datasets(name, merged[name])
         found.problems += problems
@@ -290,6 +301,15 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, Any] | None =
                 break
             merged = {name: value for name, value in merged.items() if name not in wrong}
     return Reading(config, problems, bad, found.notes)
+
+
+def _has_zero(value: Any) -> bool:
+    """Whether there is a zero byte in a text, which the system takes in no path."""
+    if isinstance(value, Mapping):
+        return any(map(_has_zero, value)) or any(map(_has_zero, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_zero, value))
+    return isinstance(value, str) and "\0" in value
 
 
 #: mappings whose members are keys of their own here: fsdp_config: {offload_params: true}

@@ -7,12 +7,12 @@ Needs no torch.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from longspan.config.json_text import parse_json
 from longspan.config.schema import TrainConfig
 from longspan.errors import Problem, UserError, did_you_mean
 
@@ -112,7 +112,7 @@ def read_peft_config(folder: str | Path) -> tuple[Lora, str | None]:
             "run with adapter: lora."
         )
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
         kind, rank, alpha = data["peft_type"], int(data["r"]), float(data["lora_alpha"])
         targets, base = data["target_modules"], data.get("base_model_name_or_path")
         if rank < 1 or not math.isfinite(alpha) or not isinstance(base, str | None):

@@ -16,7 +16,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from longspan.config.keys.data import DataKeys, DatasetConfig
-from longspan.config.keys.declare import UNSET
+from longspan.config.keys.declare import LARGEST, LARGEST_INTEGER, UNSET
 from longspan.config.keys.memory import MemoryKeys
 from longspan.config.keys.model import ModelKeys
 from longspan.config.keys.optimizer import OptimizerKeys
@@ -51,6 +51,19 @@ class TrainConfig(OutputKeys, MemoryKeys, OptimizerKeys, ScheduleKeys, ParallelK
         kinds = (annotation, *get_args(annotation))
         if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
             raise ValueError("must be a number, not true or false")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_beyond_reason(cls, value: Any, info: ValidationInfo) -> Any:
+        extra = cls.model_fields[info.field_name or ""].json_schema_extra
+        unit = extra.get("unit") if isinstance(extra, dict) else None
+        most = LARGEST.get(unit, LARGEST_INTEGER)  # type: ignore[arg-type]
+        for number in value if isinstance(value, list) else [value]:
+            if (isinstance(number, int) and abs(number) > most) or (
+                isinstance(number, float) and unit in LARGEST and number > most
+            ):
+                raise ValueError(f"must be at most {most:,}" + (f" {unit}" if unit else ""))
         return value
 
     @field_validator(

@@ -18,7 +18,7 @@ that comes after that belongs to nobody. A chat for which none of this holds is 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,12 +29,17 @@ import jinja2.ext
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from longspan.config.json_text import read_object
+from longspan.data.limited import LimitError, limited
 from longspan.data.templates import TEMPLATES
-from longspan.data.text import read_object
 from longspan.errors import UserError, did_you_mean
 
 # Around what {% generation %} holds, while it is rendered: private characters, which text has not.
 _OPEN, _CLOSE = "\ue0a1\ue0b2\ue0c3", "\ue0c3\ue0b2\ue0a1"
+
+_BUNDLED = frozenset(TEMPLATES.values())
+#: characters of a template; the longest of known models have a tenth of it
+MAX_TEMPLATE = 200_000
 
 Span = tuple[int, int]
 Message = Mapping[str, Any]
@@ -76,6 +81,30 @@ def _compiled(text: str) -> jinja2.Template:
     return environment.from_string(text)
 
 
+def _check(text: str) -> None:
+    _compiled(text)
+
+
+def _render(text: str, names: Mapping[str, Any]) -> str:
+    return _compiled(text).render(names)
+
+
+def _within_limits(function: Callable[..., Any], text: str, *more: Any) -> Any:
+    """Calls a function of a template's text: in limits of time and memory, unless the template is one of this package.
+
+    Raises:
+        jinja2.TemplateError: a limit was passed, or what the function itself raises.
+    """
+    if text in _BUNDLED:
+        return function(text, *more)
+    try:
+        return limited(function, text, *more)
+    except LimitError as error:
+        raise jinja2.TemplateError(
+            f"{error}, where milliseconds are usual; look for a loop without an end"
+        ) from None
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A chat template.
@@ -94,10 +123,16 @@ class ChatTemplate:
 
     def check(self) -> None:
         """UserError for what is no jinja."""
+        if len(self.text) > MAX_TEMPLATE:
+            raise UserError(
+                f"chat template {self.name}: {len(self.text):,} characters; a template has {MAX_TEMPLATE:,} at most."
+            )
         try:
-            _compiled(self.text)
+            _within_limits(_check, self.text)
         except jinja2.TemplateError as error:
             raise UserError(f"chat template {self.name}: not a jinja template: {error}.") from None
+        except Exception as error:  # nested more deeply than Python reads, for one
+            raise UserError(f"chat template {self.name}: cannot be compiled: {error!r}.") from None
 
     def render(
         self, messages: Sequence[Message], tools: Any = None, prompt: bool = False
@@ -110,13 +145,14 @@ class ChatTemplate:
         Raises:
             jinja2.TemplateError: the template does not take this chat.
         """
-        found = _compiled(self.text).render(
-            messages=messages,
-            tools=tools,
-            documents=None,
-            add_generation_prompt=prompt,
+        names = {
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": prompt,
             **self.special_tokens,
-        )
+        }
+        found = _within_limits(_render, self.text, names)
         parts = found.split(_OPEN)
         text, spans = parts[0], []
         for part in parts[1:]:

@@ -13,7 +13,9 @@
     8 D     the sequence each document starts with, int64: starts with 0, ends with S
 
 so there are D - 1 documents, and a document is one or more whole sequences. (Megatron's
-multimodal files have a byte for each sequence after that; it is not read.)
+multimodal files have a byte for each sequence after that, its mode; it is not read.) The
+sequences lie one after another, without a gap, and fill ``.bin``: so a wrong token type, or a
+``.bin`` of other data, does not pass.
 
 Everything that can be wrong with a pair of files is found when it is opened, not at
 step 40,000, and is a `UserError` that names the file.
@@ -132,15 +134,9 @@ class IndexedDataset:
         return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64, copy=False)
 
     def pieces(self, most: int) -> Iterator[np.ndarray]:
-        """The bytes of all sequences in their order, at most `most` at a time where they lie one after another."""
-        sizes = self._lengths.astype(np.int64) * self.dtype.itemsize
-        if np.array_equal(self._pointers, np.cumsum(sizes) - sizes):
-            spans = [(0, int(sizes.sum()))]
-        else:
-            spans = [(int(p), int(p) + int(n)) for p, n in zip(self._pointers, sizes)]
-        for begin, end in spans:
-            for at in range(begin, end, most):
-                yield self._bytes[at : min(at + most, end)]
+        """The bytes of all sequences in their order, at most `most` at a time."""
+        for at in range(0, len(self._bytes), most):
+            yield self._bytes[at : at + most]
 
     def _sequence(self, sequence: int, low: int, high: int) -> np.ndarray:
         """A view of tokens ``[low, high)`` of a sequence, in the file's type."""
@@ -175,6 +171,11 @@ class IndexedDataset:
         expected = HEADER.size + 12 * sequences + 8 * indices
         if found < expected:
             raise UserError(_short(path, expected, found))
+        if found not in (expected, expected + sequences):
+            raise UserError(
+                f"{path}: {found - expected} bytes behind the {expected} that its numbers of sequences ({sequences}) and "
+                f"documents ask for; there may be none, or one a sequence (Megatron's modes). {_DAMAGED}"
+            )
 
         raw = np.memmap(path, dtype=np.uint8, mode="r")
         lengths_end = HEADER.size + 4 * sequences
@@ -201,23 +202,27 @@ class IndexedDataset:
                 "sequences; the file is damaged."
             )
         tokens_before = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
+        size = self.dtype.itemsize
+        if np.any(wrong := self._pointers != tokens_before[:-1] * size):
+            at = int(np.argmax(wrong))
+            raise UserError(
+                f"{path}: sequence {at} starts at byte {int(self._pointers[at])}, but the sequences before it end at "
+                f"{int(tokens_before[at]) * size}: {int(tokens_before[at])} tokens of {size} bytes ({self.dtype}). The lengths, "
+                f"the places or the token type are wrong. {_DAMAGED}"
+            )
         self.num_tokens = int(tokens_before[-1])
         self.document_lengths = np.diff(tokens_before[documents])
         """int64 ``[documents]``: tokens of each document."""
 
     def _open_tokens(self) -> None:
         found = self.bin_path.stat().st_size
-        size = self.dtype.itemsize
-        ends = self._pointers + self._lengths.astype(np.int64) * size
-        outside = (self._pointers < 0) | (self._pointers > found) | (ends > found)
-        if np.any(outside):
-            expected = self.num_tokens * size
-            if found < expected:
-                raise UserError(_short(self.bin_path, expected, found))
-            at = int(np.argmax(outside))
+        expected = self.num_tokens * self.dtype.itemsize
+        if found < expected:
+            raise UserError(_short(self.bin_path, expected, found))
+        if found > expected:
             raise UserError(
-                f"{self.idx_path}: sequence {at} lies at bytes {int(self._pointers[at])} to {int(ends[at])}, "
-                f"out of {self.bin_path.name}, which has {found}. The two files do not belong together."
+                f"{self.bin_path}: {found} bytes, but {self.idx_path.name} describes {expected}: {self.num_tokens} tokens of "
+                f"{self.dtype}. The two files do not belong together, or one is damaged. Copy both or write them again."
             )
         # An empty file cannot be mapped.
         self._bytes = np.memmap(self.bin_path, np.uint8, "r") if found else np.empty(0, np.uint8)
@@ -333,6 +338,9 @@ class IndexedDatasetWriter:
 def _sync(file) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+_DAMAGED = "The file is damaged: copy it or write it again."
 
 
 def _short(path: Path, expected: int, found: int) -> str:

@@ -14,12 +14,11 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from longspan.config.json_text import parse_json
+from longspan.config.json_text import read_object
 from longspan.data.cache import is_whole, only_here
 from longspan.data.indexed import IndexedDatasetWriter, best_dtype
 from longspan.data.json_lines import json_records, text_of
@@ -68,6 +67,8 @@ def find_sources(path: str | Path, suffixes: Collection[str] = TEXT_SUFFIXES) ->
     Raises:
         UserError: there is no such file, it is not text, or the folder has none of them.
     """
+    if not str(path).strip():
+        raise UserError("an empty path: give a file or a folder; . is the current folder.")
     root = _root(path)
     if root.is_file():
         with root.open("rb") as file:
@@ -221,23 +222,6 @@ def special_tokens(folder: str | Path) -> dict[str, str]:
 def _tokens(settings: Mapping[str, object]) -> dict[str, str]:
     pairs = ((k, v.get("content") if isinstance(v, dict) else v) for k, v in settings.items())
     return {k: v for k, v in pairs if k.endswith("_token") and isinstance(v, str)}
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a settings file; an empty one where there is no file.
-
-    Raises:
-        UserError: it is none.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        found = parse_json(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not a JSON object ({error}). Put it right or remove it.") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: a JSON {type(found).__name__}, not an object. Put it right or remove it.")
-    return found
 
 
 def tokenize_to_indexed(

@@ -124,7 +124,18 @@ class DatasetConfig(BaseModel):
     @field_validator("path")
     @classmethod
     def _path(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must not be empty; . is the current folder")
         return os.path.expanduser(value)
+
+    @field_validator("data_files")
+    @classmethod
+    def _data_files(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value is not None and not all(
+            file.strip() for file in ([value] if isinstance(value, str) else value)
+        ):
+            raise ValueError("must not be empty")
+        return value
 
     prepared: str | None = Field(
         None, description="The .bin/.idx prefix this source was tokenised to; filled in by longspan."
@@ -150,6 +161,7 @@ class DataKeys(BaseModel):
         "Train a byte-level BPE tokenizer of this size on the data, instead of loading one.",
         unit="tokens",
         ge=257,
+        le=1 << 24,
     )
     sequence_len: int = key(4096, "Length of a training sequence.", unit="tokens", flag="--seq-length", gt=0)
     sample_packing: bool = key(

@@ -9,6 +9,23 @@ from pydantic import Field
 
 UNSET: Any = object()
 
+#: unit -> the most of it that a key may ask for: beyond every machine and model, below what keeps this program busy
+#: for hours or overflows the integers of its libraries
+LARGEST: dict[str | None, int] = {
+    "layers": 10_000,
+    "features": 1 << 20,
+    "heads": 1 << 16,
+    "tokens": 1 << 30,
+    "ranks": 1 << 20,
+    "processes": 4096,
+    "sequences": 1 << 24,
+    "micro-batches": 1 << 24,
+    "steps": 1 << 40,
+    "seconds": 10**9,
+}
+#: of every other key, and of no unit: what a 64-bit integer holds
+LARGEST_INTEGER = (1 << 63) - 1
+
 
 def key(
     default: Any,

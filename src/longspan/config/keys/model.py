@@ -41,6 +41,7 @@ class ModelKeys(BaseModel):
         "Tokens of the vocabulary, before padding to a multiple of 128; default: the tokenizer's.",
         unit="tokens",
         gt=0,
+        le=1 << 24,
     )
     layernorm_epsilon: float = key(1e-5, "Added to the variance in norms.", flag="--norm-epsilon", gt=0)
     rotary_base: float = key(10000.0, "Base of the rotary frequencies (rope_theta).", gt=0)

@@ -1,0 +1,145 @@
+"""Calls within limits of time and memory, for programs that others wrote: the templates of chats.
+
+A template may loop for ever or ask for a string of a terabyte, by accident or on purpose, and Python
+cannot interrupt all of that from within: a thread gets no signals, and one operation may take hours.
+So the call runs in a process beside this one, to which the system itself holds the limits. The
+process is started at the first call and is used for all that follow, one at a time; a call costs the
+way there and back, some 50 microseconds. The process ends with this one, or after `IDLE_S` without a call.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pickle
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+#: seconds of computing a call may take; waiting for a busy processor does not count
+TIME_S = 2.0
+#: bytes of memory its process may have
+MEMORY = 2 << 30
+#: seconds without a call after which the process ends
+IDLE_S = 30.0
+
+
+class LimitError(Exception):
+    """A call took more time or memory than it may."""
+
+
+def limited(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns or raises; from any thread and any process.
+
+    Args:
+        function: of a module, found by its name.
+        arguments: they and the result travel by pickle.
+
+    Raises:
+        LimitError: a limit was passed.
+    """
+    request = pickle.dumps((TIME_S, function, arguments))
+    with _state.lock:
+        while True:
+            process = _state.running()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                process.stdin.write(request)
+                process.stdin.flush()
+                result, error = pickle.load(process.stdout)
+                break
+            except (BrokenPipeError, EOFError, pickle.UnpicklingError):
+                code = process.wait()
+            except (
+                BaseException
+            ):  # an interrupt: an answer that comes later must not be taken for the next call's
+                process.kill()
+                raise
+            # It may have ended, idle, just as this call began.
+            if code != 0:
+                what = (
+                    f"more than {TIME_S:g} seconds of computing"
+                    if code == -signal.SIGPROF
+                    else f"its process ({code})"
+                )
+                raise LimitError(f"it took {what}")
+    if isinstance(error, MemoryError):
+        raise LimitError(f"it took more than {MEMORY >> 30} GiB of memory")
+    if error is not None:
+        raise error
+    return result
+
+
+class _State:
+    """The process beside this one, of which a fork has none."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen | None = None
+
+    def running(self) -> subprocess.Popen:
+        if self.process is None or self.process.poll() is not None:
+            command = [sys.executable, "-P", "-c", f"from {__name__} import _serve; _serve()"]
+            places = os.pathsep.join(path for path in sys.path if path)
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": places},
+            )
+        return self.process
+
+    def end(self) -> None:
+        if self.process is not None and self.process.stdin is not None:
+            with suppress(OSError):
+                self.process.stdin.close()
+            self.process.wait()
+
+
+_state = _State()
+atexit.register(_state.end)
+os.register_at_fork(after_in_child=_state.reset)
+
+
+def _serve() -> None:
+    """The loop of the process: seconds, a function and its arguments in, (result, exception) out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the caller's, which then ends this one
+    with suppress(OSError, ValueError):  # where the system has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    requests, replies = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr
+    while select.select([requests], [], [], IDLE_S)[0]:
+        try:
+            seconds, function, arguments = pickle.load(requests)
+        except EOFError:
+            return
+        # The signal's default is to end the process, which the system does in the middle of anything.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        replies.write(_reply(function, arguments))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        replies.flush()
+
+
+def _reply(function: Callable[..., Any], arguments: tuple) -> bytes:
+    try:
+        return pickle.dumps((function(*arguments), None))
+    except MemoryError:
+        return pickle.dumps((None, MemoryError()))
+    except Exception as error:
+        try:
+            reply = pickle.dumps((None, error))
+            pickle.loads(reply)
+        except Exception:  # an exception that cannot travel
+            return pickle.dumps((None, RuntimeError(repr(error))))
+        return reply
