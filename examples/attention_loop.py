@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from longspan import finalize_model_grads, parallel_state
 from longspan.context_parallel import SequenceLayout, context_parallel_attention
 
 HEADS, SIZE, VOCAB, BOUNDARIES = 4, 16, 256, (0, 300, 500, 1024)
@@ -33,11 +34,12 @@ class Block(nn.Module):
 
 
 def main():
-    group, rank = dist.group.WORLD, dist.get_rank()
+    parallel_state.initialize_model_parallel(context_parallel_size=dist.get_world_size())
+    group, rank = parallel_state.get_context_parallel_group(), dist.get_rank()
     torch.manual_seed(0)  # the same weights and the same tokens on every rank
     embed, block, head = nn.Embedding(VOCAB, HEADS * SIZE), Block(), nn.Linear(HEADS * SIZE, VOCAB)
-    parameters = [p for module in (embed, block, head) for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+    model = nn.ModuleList([embed, block, head])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     tokens = torch.randint(VOCAB, (BOUNDARIES[-1],)).sort().values  # something to learn
     targets = tokens.roll(-1)
     targets[[stop - 1 for stop in BOUNDARIES[1:]]] = -100  # a document's last token has no next one
@@ -51,8 +53,7 @@ def main():
         logits = head(block(embed(mine), group, layout))
         loss = nn.functional.cross_entropy(logits, wanted, reduction="sum") / (targets != -100).sum()
         loss.backward()  # this rank's share of the mean: shares and gradients are summed
-        for p in parameters:
-            dist.all_reduce(p.grad)
+        finalize_model_grads(model)
         optimizer.step()
         optimizer.zero_grad()
         dist.all_reduce(shown := loss.detach())

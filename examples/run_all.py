@@ -34,6 +34,8 @@ SCRIPTS = (
     Script("recall.py", processes=1),  # it makes its data and runs recall.yaml
     Script("finetune.py", processes=1),  # it makes its base model and runs finetune.yaml
     Script("attention_loop.py"),
+    Script("gpt_loop.py", options=("--tp", "2")),
+    Script("gpt_loop.py"),
     Script("transformers_loop.py", packages=("transformers",)),
     Script("transformers_loop.py", options=("--fsdp",), packages=("transformers",)),
     Script("transformers_trainer.py", packages=("transformers", "accelerate")),

@@ -11,6 +11,7 @@ _NAMES = {
     "TransformerConfig": "longspan.config.model",
     "TrainConfig": "longspan.config.schema",
     "UserError": "longspan.errors",
+    "finalize_model_grads": "longspan.gradients",
 }
 
 __all__ = [*_NAMES, "__version__"]

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.config.parallel import DEFAULT_ORDER, MeshSizes
+from longspan.errors import did_you_mean
 from longspan.mesh.mesh import ParallelMesh, ProcessGroupCollection, init_distributed
 from longspan.mesh.topology import RankGenerator as RankGenerator  # Megatron has it here, too
 from longspan.mesh.topology import data_parallel_size
@@ -149,6 +150,10 @@ def _global_ranks(name: str, check_initialized: bool) -> list[int] | None:
     return dist.get_process_group_ranks(group) if group is not None else None
 
 
+def _first(ranks: list[int] | None) -> int | None:
+    return ranks[0] if ranks else None
+
+
 # --- tensor -------------------------------------------------------------------------------
 
 
@@ -170,8 +175,7 @@ def get_tensor_model_parallel_global_ranks(check_initialized: bool = True):
 
 def get_tensor_model_parallel_src_rank(check_initialized: bool = True):
     """The first global rank of this rank's tensor parallel group."""
-    ranks = _global_ranks("tp", check_initialized)
-    return ranks[0] if ranks else None
+    return _first(_global_ranks("tp", check_initialized))
 
 
 def get_tensor_and_context_parallel_group(check_initialized: bool = True):
@@ -184,6 +188,30 @@ def get_tensor_and_context_parallel_world_size(check_initialized: bool = True):
 
 def get_tensor_and_context_parallel_rank(check_initialized: bool = True):
     return _rank("tp_cp", check_initialized)
+
+
+def get_model_parallel_group(check_initialized: bool = True):
+    """Ranks that hold one copy of the model: tensor and pipeline parallel ones together."""
+    return _group("tp_pp", check_initialized)
+
+
+def get_model_parallel_src_rank(check_initialized: bool = True):
+    """The first global rank of this rank's model parallel group."""
+    return _first(_global_ranks("tp_pp", check_initialized))
+
+
+def get_tensor_and_data_parallel_group(check_initialized: bool = True, with_context_parallel: bool = False):
+    return _group("tp_dp_cp" if with_context_parallel else "tp_dp", check_initialized)
+
+
+def get_amax_reduction_group(
+    with_context_parallel: bool = False, tp_only_amax_red: bool = False, check_initialized: bool = True
+):
+    """Ranks that see parts of one activation, and of other samples' too without ``tp_only_amax_red``."""
+    name = "tp" if tp_only_amax_red else "tp_dp"
+    return _group(
+        {"tp": "tp_cp", "tp_dp": "tp_dp_cp"}[name] if with_context_parallel else name, check_initialized
+    )
 
 
 # --- context ------------------------------------------------------------------------------
@@ -239,6 +267,11 @@ def get_data_parallel_global_ranks(with_context_parallel: bool = False, check_in
     return _global_ranks("dp_cp" if with_context_parallel else "dp", check_initialized)
 
 
+def get_data_parallel_src_rank(with_context_parallel: bool = False, check_initialized: bool = True):
+    """The first global rank of this rank's data parallel group."""
+    return _first(get_data_parallel_global_ranks(with_context_parallel, check_initialized))
+
+
 # --- pipeline -----------------------------------------------------------------------------
 
 
@@ -259,8 +292,7 @@ def get_pipeline_model_parallel_global_ranks(check_initialized: bool = True):
 
 
 def get_pipeline_model_parallel_first_rank(check_initialized: bool = True):
-    ranks = _global_ranks("pp", check_initialized)
-    return ranks[0] if ranks else None
+    return _first(_global_ranks("pp", check_initialized))
 
 
 def get_pipeline_model_parallel_last_rank(check_initialized: bool = True):
@@ -325,6 +357,11 @@ def get_expert_model_parallel_rank(check_initialized: bool = True):
     return _rank("ep", check_initialized)
 
 
+def get_expert_model_parallel_src_rank(check_initialized: bool = True):
+    """The first global rank of this rank's expert parallel group."""
+    return _first(_global_ranks("ep", check_initialized))
+
+
 def get_expert_tensor_parallel_group(check_initialized: bool = True):
     return _group("etp", check_initialized)
 
@@ -353,9 +390,98 @@ def get_expert_tensor_and_model_parallel_group(check_initialized: bool = True):
     return _group("tp_ep", check_initialized)
 
 
+def get_expert_tensor_and_model_parallel_world_size(check_initialized: bool = True):
+    return _size("tp_ep", check_initialized)
+
+
+def get_expert_tensor_and_model_parallel_rank(check_initialized: bool = True):
+    return _rank("tp_ep", check_initialized)
+
+
 # --- world --------------------------------------------------------------------------------
 
 
 def is_rank_0() -> bool:
     """Is this global rank 0? True without torch.distributed too: then there is only one process."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def get_all_ranks(check_initialized: bool = True):
+    """This rank's places on tp, dp, cp, pp and ep, joined by underscores: a name for a file of its own."""
+    ranks = [_rank(name, check_initialized) for name in ("tp", "dp", "cp", "pp", "ep")]
+    return None if None in ranks else "_".join(map(str, ranks))
+
+
+# --- what Megatron has and this module has not --------------------------------------------
+
+_FIXED = "sizes and ranks are those of the groups; call destroy_model_parallel() and initialize_model_parallel(...) for others"
+_GLOO = "there are no second groups over gloo. The default process group serves both kinds of tensors (backend cpu:gloo,cuda:nccl): {}"
+_ENDS = "pipelines are not supported yet, and without them embedding and output layer are on every rank: nothing is shared between stages"
+_PARTIAL = "there is no distributed optimizer in parts. FSDP2 shards over dp_shard x cp and copies over dp_replicate: get_mesh().device_mesh"
+_BUFFER = "PyTorch's allocator keeps memory for reuse; leave the call out"
+
+#: what to use instead, by name
+_INSTEAD = {
+    "get_data_parallel_group_gloo": _GLOO.format("get_data_parallel_group()"),
+    "get_expert_data_parallel_group_gloo": _GLOO.format("get_expert_data_parallel_group()"),
+    "get_data_modulo_expert_parallel_group": "get_expert_data_parallel_group()",
+    "get_expert_tensor_model_pipeline_parallel_group": "get_expert_tensor_and_model_parallel_group(); pipelines are not "
+    "supported yet",
+    "get_hybrid_data_context_parallel_groups": "no groups are made for hybrid context parallelism: a sample's layout spans "
+    "get_data_parallel_group(with_context_parallel=True). See longspan.context_parallel.hybrid",
+    "get_embedding_group": _ENDS,
+    "get_position_embedding_group": _ENDS,
+    "is_rank_in_embedding_group": _ENDS,
+    "is_rank_in_position_embedding_group": _ENDS,
+    "get_pipeline_model_parallel_split_rank": _ENDS,
+    "get_intra_distributed_optimizer_instance_group": _PARTIAL,
+    "get_inter_distributed_optimizer_instance_group": _PARTIAL,
+    "has_separate_all_gather_group": _PARTIAL,
+    "get_global_memory_buffer": _BUFFER,
+    "get_global_symmetric_memory_buffer": _BUFFER,
+    "destroy_global_memory_buffer": _BUFFER,
+    "destroy_global_symmetric_memory_buffer": _BUFFER,
+    "is_unitialized": "not model_parallel_is_initialized()",
+    "get_nccl_options": "NCCL reads its settings from the environment and NCCL_CONF_FILE",
+    "overwrite_nccl_comm_cfgs": "NCCL reads its settings from the environment and NCCL_CONF_FILE",
+    "update_pg_timeout": "initialize_model_parallel(distributed_timeout_minutes=...)",
+    "create_group": "torch.distributed.new_group(ranks)",
+    "create_hierarchical_groups": "hierarchical_groups(ranks, sizes), which gives the ranks of each level",
+    "generate_masked_orthogonal_rank_groups": "RankGenerator(...).get_ranks(token)",
+    "default_embedding_ranks": _ENDS,
+    "default_position_embedding_ranks": _ENDS,
+    "set_virtual_pipeline_model_parallel_world_size": _FIXED,
+    **{
+        f"set_{axis}_{what}": _FIXED
+        for axis in (
+            *("tensor_model_parallel", "pipeline_model_parallel", "data_parallel"),
+            *("expert_model_parallel", "expert_tensor_parallel"),
+        )
+        for what in ("world_size", "rank")
+    },
+    "_CONTEXT_PARALLEL_GROUP": "get_context_parallel_group()",
+    "_CONTEXT_PARALLEL_GLOBAL_RANKS": "get_context_parallel_global_ranks()",
+    "_HIERARCHICAL_CONTEXT_PARALLEL_GROUPS": "get_hierarchical_context_parallel_groups()",
+    "_DATA_PARALLEL_GROUP": "get_data_parallel_group()",
+    "_DATA_PARALLEL_GROUP_WITH_CP": "get_data_parallel_group(with_context_parallel=True)",
+    "_DATA_PARALLEL_GLOBAL_RANKS": "get_data_parallel_global_ranks()",
+    "_DATA_PARALLEL_GLOBAL_RANKS_WITH_CP": "get_data_parallel_global_ranks(with_context_parallel=True)",
+    "_MODEL_PARALLEL_GROUP": "get_model_parallel_group()",
+    "_TENSOR_MODEL_PARALLEL_GROUP": "get_tensor_model_parallel_group()",
+    "_TENSOR_AND_CONTEXT_PARALLEL_GROUP": "get_tensor_and_context_parallel_group()",
+    "_TENSOR_AND_DATA_PARALLEL_GROUP": "get_tensor_and_data_parallel_group()",
+    "_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP": "get_tensor_and_data_parallel_group(with_context_parallel=True)",
+    "_PIPELINE_MODEL_PARALLEL_GROUP": "get_pipeline_model_parallel_group()",
+    "_EXPERT_MODEL_PARALLEL_GROUP": "get_expert_model_parallel_group()",
+    "_EXPERT_DATA_PARALLEL_GROUP": "get_expert_data_parallel_group()",
+    "_EXPERT_TENSOR_PARALLEL_GROUP": "get_expert_tensor_parallel_group()",
+    "_EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "get_expert_tensor_and_model_parallel_group()",
+}
+
+
+def __getattr__(name: str):
+    """A name of Megatron's that is not here answers with what to use."""
+    if name in _INSTEAD:
+        raise AttributeError(f"longspan.parallel_state has no {name}. Instead: {_INSTEAD[name]}.")
+    known = [known for known in globals() if not known.startswith("_")]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{did_you_mean(name, known)}")

@@ -1,6 +1,8 @@
 """TransformerConfig: Megatron's fields and defaults, what is derived, and what is refused with which words."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -140,6 +142,36 @@ def test_sizes_are_at_least_one(name):
 def test_a_misspelt_field_is_refused():
     with pytest.raises(TypeError, match="num_heads"):
         make(num_heads=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("moe_router_pre_softmax", "experts"),
+        ("moe_grouped_gemm", "experts"),
+        ("moe_layer_freq", "experts"),
+        ("pipeline_dtype", "pipelines"),
+        ("num_layers_in_first_pipeline_stage", "pipelines"),
+        ("account_for_loss_in_pipeline_split", "pipelines"),
+        ("mtp_num_layers", r"several predicted tokens \(MTP\)"),
+        ("kv_lora_rank", r"compressed keys and values \(MLA\)"),
+        ("mamba_state_dim", "state-space"),
+        ("layer_types", "state-space"),
+        ("fp8_recipe", "8-bit"),
+    ],
+)
+def test_fields_of_what_is_not_there_yet_are_refused_by_that_reason(name, what):
+    with pytest.raises(ValueError, match=rf"^{name}: {what}.* are not supported yet"):
+        make(**{name: 1})
+    with pytest.raises(ValueError, match="are not supported yet"):
+        ModelParallelConfig(**{name: 1})
+
+
+def test_a_config_can_be_copied_and_pickled():
+    config = make(num_query_groups=4)
+    assert (
+        copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == dataclasses.replace(config) == config
+    )
 
 
 def test_hierarchical_sizes():

@@ -82,3 +82,35 @@ def test_zigzag_slices_of_a_batch():
         get_batch_on_this_cp_rank({"tokens": torch.zeros(1, 6)}, 2, 0)
     with pytest.raises(ValueError, match="from 0 to 1"):
         get_batch_on_this_cp_rank(batch, 2, 2)
+
+
+def test_what_describes_a_batch_is_not_cut():
+    """cu_seqlens and its kin, 1-D or [1, n], and single numbers stay; at every size of the group."""
+    described = {
+        "cu_seqlens": torch.tensor([[0, 3, 8]]),
+        "cu_seqlens_padded": torch.tensor([0, 4, 8]),
+        "max_seqlen": torch.tensor([5]),
+        "max_seqlen_q": 5,
+        "local_cp_size": torch.tensor([[2]]),
+        "count": torch.tensor(8),
+    }
+    tokens = torch.arange(8).view(1, 8)
+    for cp, expected in ((1, tokens.tolist()), (2, [[0, 1, 6, 7]])):
+        cut = get_batch_on_this_cp_rank({"tokens": tokens, "labels": tokens + 1} | described, cp, 0)
+        assert list(cut) == ["tokens", "labels", *described]
+        assert cut["tokens"].tolist() == expected
+        assert (cut["labels"] - 1).tolist() == expected
+        assert all(cut[name] is described[name] for name in described)
+    with pytest.raises(ValueError, match=r"batch\['weights'\] has shape \(3,\)"):
+        get_batch_on_this_cp_rank({"tokens": tokens, "weights": torch.zeros(3)}, 2, 0)
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_tensors_of_different_lengths_are_refused(cp):
+    batch = {
+        "tokens": torch.zeros(1, 8),
+        "labels": torch.zeros(1, 4),
+        "attention_mask": torch.zeros(1, 1, 8, 8),
+    }
+    with pytest.raises(ValueError, match="tokens 8, labels 4, attention_mask 8 tokens a row"):
+        get_batch_on_this_cp_rank(batch, cp, 0)

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ GROUPS = {  # getter's stem -> axes inside the group
     "data_parallel": ("dp",),
     "pipeline_model_parallel": ("pp",),
     "tensor_and_context_parallel": ("tp", "cp"),
+    "tensor_and_data_parallel": ("tp", "dp"),
+    "model_parallel": ("tp", "pp"),
 }
 EXPERT_GROUPS = {
     "expert_model_parallel": ("ep",),
@@ -30,6 +33,12 @@ EXPERT_GROUPS = {
     "expert_data_parallel": ("dp",),
     "expert_tensor_and_model_parallel": ("tp", "ep"),
 }
+
+
+AXES = (
+    *("tensor_model_parallel", "data_parallel", "context_parallel", "pipeline_model_parallel"),
+    "expert_model_parallel",
+)
 
 
 def expected_ranks(sizes, order, axes):
@@ -69,7 +78,12 @@ def check_groups(getters, sizes, order):
             ("prev_rank", ranks[ranks.index(rank) - 1]),
         ):
             getter = getattr(parallel_state, f"get_{stem}_{suffix}", None)
-            assert getter is not None or suffix not in ("world_size", "rank") or "_and_" in stem
+            assert (
+                getter is not None
+                or suffix not in ("world_size", "rank")
+                or "_and_" in stem
+                or stem == "model_parallel"
+            )
             if getter is not None:
                 assert getter() == value, (stem, suffix)
 
@@ -98,6 +112,23 @@ def check_layout(tp, cp, pp, ep=1, etp=None, order="tp-cp-ep-dp-pp", replicate=1
     assert dist.get_process_group_ranks(group) == ranks
     assert parallel_state.get_data_parallel_world_size(with_context_parallel=True) == len(ranks)
     assert parallel_state.get_data_parallel_rank(with_context_parallel=True) == ranks.index(dist.get_rank())
+
+    assert parallel_state.get_data_parallel_src_rank(with_context_parallel=True) == ranks[0]
+    every = expected_ranks(dense, names, ("tp", "dp", "cp"))
+    for group in (
+        parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_amax_reduction_group(with_context_parallel=True),
+    ):
+        assert dist.get_process_group_ranks(group) == every
+    for flags, axes in (
+        ((False, False), ("tp", "dp")),
+        ((False, True), ("tp",)),
+        ((True, True), ("tp", "cp")),
+    ):
+        group = parallel_state.get_amax_reduction_group(*flags)
+        assert dist.get_process_group_ranks(group) == expected_ranks(dense, names, axes)
+    places = [getattr(parallel_state, f"get_{axis}_rank")() for axis in AXES]
+    assert parallel_state.get_all_ranks() == "_".join(map(str, places))
 
     stage = parallel_state.get_pipeline_model_parallel_rank()
     assert parallel_state.is_pipeline_first_stage() == (stage == 0)
@@ -262,6 +293,60 @@ def test_getters_before_initialisation():
                 getter()
     assert not parallel_state.model_parallel_is_initialized()
     assert parallel_state.is_rank_0()
+
+
+#: every public name of Megatron-LM's parallel_state that scripts call: here, or answered with what to use
+MEGATRON = """
+initialize_model_parallel is_initialized is_unitialized model_parallel_is_initialized destroy_model_parallel
+get_model_parallel_group get_model_parallel_src_rank get_nccl_options update_pg_timeout create_group
+create_hierarchical_groups generate_masked_orthogonal_rank_groups RankGenerator
+default_embedding_ranks default_position_embedding_ranks overwrite_nccl_comm_cfgs
+get_tensor_model_parallel_group get_tensor_model_parallel_world_size get_tensor_model_parallel_rank
+get_tensor_model_parallel_src_rank set_tensor_model_parallel_world_size set_tensor_model_parallel_rank
+get_pipeline_model_parallel_group get_pipeline_model_parallel_world_size get_pipeline_model_parallel_rank
+get_pipeline_model_parallel_first_rank get_pipeline_model_parallel_last_rank get_pipeline_model_parallel_next_rank
+get_pipeline_model_parallel_prev_rank set_pipeline_model_parallel_world_size set_pipeline_model_parallel_rank
+get_virtual_pipeline_model_parallel_rank set_virtual_pipeline_model_parallel_rank
+get_virtual_pipeline_model_parallel_world_size set_virtual_pipeline_model_parallel_world_size
+is_pipeline_first_stage is_pipeline_last_stage get_pipeline_model_parallel_split_rank
+get_data_parallel_group get_data_parallel_group_gloo get_data_parallel_world_size get_data_parallel_rank
+get_data_parallel_src_rank set_data_parallel_rank has_separate_all_gather_group
+get_context_parallel_group get_context_parallel_global_ranks get_context_parallel_world_size get_context_parallel_rank
+get_hierarchical_context_parallel_groups get_hybrid_data_context_parallel_groups
+get_embedding_group get_position_embedding_group is_rank_in_embedding_group is_rank_in_position_embedding_group
+get_amax_reduction_group get_tensor_and_data_parallel_group get_tensor_and_context_parallel_group
+get_tensor_and_context_parallel_world_size get_tensor_and_context_parallel_rank
+get_expert_model_parallel_group get_expert_model_parallel_src_rank get_expert_model_parallel_world_size
+get_expert_model_parallel_rank set_expert_model_parallel_world_size set_expert_model_parallel_rank
+get_expert_tensor_parallel_group get_expert_tensor_parallel_world_size get_expert_tensor_parallel_rank
+set_expert_tensor_parallel_world_size set_expert_tensor_parallel_rank
+get_expert_tensor_and_model_parallel_group get_expert_tensor_and_model_parallel_world_size
+get_expert_tensor_and_model_parallel_rank get_expert_tensor_model_pipeline_parallel_group
+get_expert_data_parallel_group get_expert_data_parallel_group_gloo get_expert_data_parallel_rank
+get_expert_data_parallel_world_size get_data_modulo_expert_parallel_group
+get_intra_distributed_optimizer_instance_group get_inter_distributed_optimizer_instance_group
+get_global_memory_buffer get_global_symmetric_memory_buffer destroy_global_memory_buffer
+destroy_global_symmetric_memory_buffer get_all_ranks
+_CONTEXT_PARALLEL_GROUP _DATA_PARALLEL_GROUP_WITH_CP _MODEL_PARALLEL_GROUP
+"""
+
+
+@pytest.mark.parametrize("name", MEGATRON.split())
+def test_every_name_of_megatrons_is_here_or_answers_with_what_to_use(name):
+    if name in vars(parallel_state):
+        return
+    with pytest.raises(AttributeError, match=rf"has no {name}\. Instead: \w+") as error:
+        getattr(parallel_state, name)
+    for getter in re.findall(
+        r"\b(get_\w+|initialize_model_parallel|destroy_model_parallel)\(", str(error.value)
+    ):
+        assert callable(getattr(parallel_state, getter))
+
+
+def test_a_misspelt_getter_is_told_the_nearest():
+    with pytest.raises(AttributeError, match="Did you mean get_context_parallel_rank"):
+        parallel_state.get_contxt_parallel_rank  # noqa: B018
+    assert not hasattr(parallel_state, "get_embedding_group")
 
 
 # --- processes of their own: no pool, no init_process_group ---------------------------------

@@ -7,11 +7,17 @@ import torch.nn.functional as F
 
 import oracle
 import pool
-from longspan import TransformerConfig
+from longspan import TransformerConfig, parallel_state
 from longspan.config.parallel import MeshSizes
-from longspan.context_parallel import DotProductAttention, PackedSeqParams, SequenceLayout
+from longspan.context_parallel import (
+    DotProductAttention,
+    PackedSeqParams,
+    SequenceLayout,
+    get_batch_on_this_cp_rank,
+)
 from longspan.mesh.mesh import ParallelMesh
-from longspan.models import GPTModel
+from longspan.models import GPTModel, TransformerBlock, TransformerLayer
+from longspan.models.embedding import _out_of_padding
 from longspan.parallelize import gradient_norm, parallelize
 from longspan.tensor_parallel import init_weights
 
@@ -281,3 +287,140 @@ def against_plain():
 
 def test_one_process_equals_a_plain_model():
     pool.run(1, against_plain)
+
+
+# --- input that nobody has cut, and what is not there yet ---------------------------------------
+
+
+def uncut():
+    """Every rank hands in whole sequences, or some whole tensors: refused before anything is sent."""
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
+    config = transformer_config(MeshSizes(cp=2), num_layers=1)
+    model = GPTModel(config, VOCAB, 16, seed=1)
+    tokens = torch.arange(16).view(1, 16)
+    whole = {"input_ids": tokens, "labels": tokens, "position_ids": tokens, "loss_mask": torch.ones(1, 16)}
+    own = get_batch_on_this_cp_rank(whole)
+    rank = dist.get_rank()
+    cu = torch.tensor([0, 8, 16])
+    thd = PackedSeqParams("thd", cu, cu)
+    sbhd = PackedSeqParams("sbhd", torch.tensor([0, 16]), max_seqlen_q=16)
+    zigzag = SequenceLayout.zigzag(16, 2)
+    hidden = torch.zeros(16, 1, 32, dtype=torch.float64)
+    decoder, layer, attention = model.decoder, model.decoder.layers[0], model.decoder.layers[0].self_attention
+    heads = torch.zeros(16, 4, 8, dtype=torch.float64)
+    for message, call in (
+        (
+            r"16 rows on each of 2 .*sequence of 32 tokens.*max_sequence_length 16.*get_batch_on_this_cp_rank",
+            lambda: model(**whole),
+        ),
+        (r"input_ids has 16 rows.*holds 8 a rank.*not cut yet", lambda: model(tokens, packed_seq_params=thd)),
+        (r"2 .*ranks has 16 rows.*at most 16.*was not cut", lambda: model(tokens, packed_seq_params=sbhd)),
+        (r"input_ids has 16 rows.*holds 8 a rank.*not cut yet", lambda: model(tokens, layout=zigzag)),
+        ("made for 3 ranks", lambda: model(tokens, layout=SequenceLayout.zigzag(48, 3))),
+        (r"input_ids has 9 rows.*holds 8 a rank\. Cut", lambda: model(tokens[:, :9], layout=zigzag)),
+        (r"hidden_states has 16 rows.*not cut yet", lambda: decoder(hidden, layout=zigzag)),
+        (r"hidden_states has 16 rows.*not cut yet", lambda: layer(hidden, packed_seq_params=thd)),
+        (
+            r"query has 16 rows.*not cut yet",
+            lambda: attention.core_attention(heads, heads[:, :2], heads[:, :2], packed_seq_params=thd),
+        ),
+        *(
+            (
+                rf"{name} has shape \(1, 16\) beside 8 rows.*Cut it as the tokens",
+                lambda name=name: model(**(own | {name: whole[name]})),
+            )
+            for name in ("labels", "position_ids", "loss_mask")
+        ),
+        (r"labels has shape \(1, 7\) beside 8 rows", lambda: model(**(own | {"labels": tokens[:, :7]}))),
+        (r"input_ids holds 300: the vocabulary has 300", lambda: model(own["input_ids"] * 0 + VOCAB)),
+        (r"input_ids holds -1", lambda: model(own["input_ids"] * 0 - 1)),
+        (r"labels holds 383", lambda: model(own["input_ids"], labels=own["labels"] * 0 + 383)),
+        (r"labels holds -1", lambda: model(own["input_ids"], labels=own["labels"] * 0 - 1)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    # what was cut is served, one row of positions for all included
+    expected = model(own["input_ids"], labels=own["labels"])
+    assert torch.equal(model(**own), expected)
+    assert torch.equal(model(**(own | {"position_ids": own["position_ids"][0]})), expected)
+    assert torch.equal(model(own["input_ids"], labels=own["labels"], layout=zigzag), expected)
+    assert torch.equal(model(own["input_ids"], labels=own["labels"], packed_seq_params=sbhd), expected)
+    per_document = SequenceLayout.per_document_zigzag((0, 8, 16), 2)
+    assert model(per_document.shard(tokens, rank, dim=1), packed_seq_params=thd).isfinite().all()
+    alone = PackedSeqParams(local_cp_size=1)  # this call is not cut
+    assert model(tokens, packed_seq_params=alone).shape[1] == 16
+
+
+def test_input_that_nobody_has_cut_is_refused():
+    pool.run(2, uncut)
+
+
+def beyond_one_process():
+    parallel_state.initialize_model_parallel()
+    model = GPTModel(transformer_config(MeshSizes(), num_layers=1), VOCAB, 8, seed=1)
+    with pytest.raises(ValueError, match=r"9 tokens: the model is made for max_sequence_length 8\. Make"):
+        model(torch.zeros(1, 9, dtype=torch.int64))
+    assert model(torch.full((2, 8), VOCAB - 1)).shape == (2, 8, VOCAB)
+
+
+def test_a_sequence_beyond_the_model_is_refused():
+    pool.run(1, beyond_one_process)
+
+
+def padding_ids_at_tp2():
+    """An id of the vocabulary's padding lies in the last rank's rows: all ranks refuse it."""
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    model = GPTModel(transformer_config(MeshSizes(tp=2), num_layers=1), VOCAB, 8, seed=1)
+    with pytest.raises(ValueError, match="input_ids holds 383"):
+        model(torch.full((1, 8), 383))
+    words = model.embedding.word_embeddings
+    ids = torch.tensor([[0, VOCAB - 1, VOCAB, 383]])
+    # what a GPU's kernel is given: no row for ids of the padding
+    assert _out_of_padding(ids, VOCAB, words).tolist() == [[0, VOCAB - 1, 384, 384]]
+
+
+def test_ids_of_the_vocabularys_padding_are_refused():
+    pool.run(2, padding_ids_at_tp2)
+
+
+def not_there_yet():
+    parallel_state.initialize_model_parallel()
+    for name, value, what in (
+        ("pipeline_model_parallel_size", 2, "pipelines"),
+        ("virtual_pipeline_model_parallel_size", 2, "pipelines"),
+        ("expert_model_parallel_size", 2, "experts"),
+        ("expert_tensor_parallel_size", 2, "experts"),
+        ("num_moe_experts", 8, "experts"),
+        ("moe_router_topk", 1, "experts"),
+        ("moe_aux_loss_coeff", 0.01, "experts"),
+        ("moe_ffn_hidden_size", 8, "experts"),
+        ("moe_token_dispatcher_type", "alltoall", "experts"),
+    ):
+        config = transformer_config(MeshSizes(), **{name: value})
+        for make in (
+            TransformerLayer,
+            TransformerBlock,
+            lambda config: GPTModel(config, VOCAB, LENGTH),
+        ):
+            with pytest.raises(ValueError, match=rf"{name}={value}: {what} are not supported yet"):
+                make(config)
+    for name in ("virtual_pipeline_model_parallel_size", "expert_tensor_parallel_size"):
+        TransformerLayer(transformer_config(MeshSizes(), **{name: 1}))  # asks for nothing
+
+
+def test_a_layer_refuses_what_a_block_refuses():
+    pool.run(1, not_there_yet)
+
+
+def what_forward_returns():
+    parallel_state.initialize_model_parallel()
+    config = transformer_config(MeshSizes())
+    x = torch.zeros(4, 1, 32, dtype=torch.float64)
+    for module in (TransformerLayer(config), TransformerBlock(config)):
+        out, context = module(x)
+        assert out.shape == x.shape
+        assert context is None
+
+
+def test_a_block_returns_hidden_states_and_context():
+    pool.run(1, what_forward_returns)

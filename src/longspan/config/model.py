@@ -47,9 +47,49 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
+#: fields of Megatron-LM's configs that stand for what is not there yet, by the beginnings of their names
+NOT_YET = {
+    "experts": ("moe_", "expert_"),
+    "pipelines": (
+        *(
+            "pipeline_",
+            "num_layers_in_first_pipeline_stage",
+            "num_layers_in_last_pipeline_stage",
+            "account_for_",
+        ),
+        *(
+            "microbatch_group_size_per_vp_stage",
+            "overlap_p2p_comm",
+            "batch_p2p_",
+            "deallocate_pipeline_outputs",
+        ),
+        *("variable_seq_lengths", "first_pipeline_num_layers", "last_pipeline_num_layers"),
+    ),
+    "several predicted tokens (MTP)": ("mtp_",),
+    "compressed keys and values (MLA)": (
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_head_dim",
+        "qk_pos_emb_head_dim",
+        "v_head_dim",
+    ),
+    "state-space and linear attention layers": (
+        *("mamba_", "linear_", "is_hybrid_model", "hybrid_override_pattern", "layer_types", "ssm_cp_type"),
+        "experimental_attention_variant",
+    ),
+    "8-bit and 4-bit numbers": ("fp8", "fp4"),
+    "layers that differ in size": ("heterogeneous_",),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelParallelConfig:
-    """How a model is cut. Sizes are numbers of ranks."""
+    """How a model is cut. Sizes are numbers of ranks.
+
+    Raises:
+        ValueError: a field of Megatron-LM's that stands for what is not there yet, or values that break a rule.
+        TypeError: a field that nobody has.
+    """
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
@@ -63,6 +103,13 @@ class ModelParallelConfig:
     params_dtype: Any = None  # torch.dtype; None is float32
     bf16: bool = False
     init_method_std: float = 0.02
+
+    def __new__(cls, *args: Any, **fields: Any) -> ModelParallelConfig:
+        for name in fields.keys() - cls.__dataclass_fields__.keys():
+            for part, beginnings in NOT_YET.items():
+                if name.startswith(beginnings):
+                    raise ValueError(f"{name}: {part} are not supported yet. Leave it out.")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name in (

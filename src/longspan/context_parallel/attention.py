@@ -27,7 +27,9 @@ from longspan.context_parallel.checks import (
     check_heads_of,
     check_packed,
     check_padded_rows,
+    check_rows,
     check_shapes,
+    check_uncut,
     check_window,
     group_of_call,
 )
@@ -252,7 +254,14 @@ class DotProductAttention(nn.Module):
             return SequenceLayout.per_document_zigzag(
                 padded if cu is None else cu, ranks, cu_seqlens_padded=cu if padded is None else padded
             )
+        check_uncut(packed_seq_params, rows, ranks)
         return _zigzag(rows * ranks, ranks)
+
+    def check_rows(
+        self, what: str, rows: int, layout: SequenceLayout, packed_seq_params: PackedSeqParams | None = None
+    ) -> None:
+        """ValueError where ``rows`` are not this rank's part of the layout; for callers that send something before."""
+        check_rows(what, rows, layout, _size(group_of_call(packed_seq_params, self.cp_group)))
 
     def plan(self, layout: SequenceLayout) -> None:
         """Computes ahead what ``forward`` needs of a layout: a loader's thread keeps it off the step's path."""

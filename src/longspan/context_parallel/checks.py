@@ -71,16 +71,11 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, ranks:
         )
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"query has a batch of {q.shape[1]}, key of {k.shape[1]}: they must be equal.")
-    if layout.ranks != ranks:
+    check_rows("query", q.shape[0], layout, ranks)
+    if k.shape[0] != q.shape[0] or v.shape[0] != q.shape[0]:
         raise ValueError(
-            f"the layout is made for {layout.ranks} ranks, the context parallel group has {ranks}. "
-            "Make the layout with the group's size."
-        )
-    if q.shape[0] != layout.local_length or k.shape[0] != q.shape[0] or v.shape[0] != q.shape[0]:
-        raise ValueError(
-            f"query, key and value have {q.shape[0]}, {k.shape[0]} and {v.shape[0]} rows; the {layout.name} layout "
-            f"of {layout.total} tokens over {ranks} ranks holds {layout.local_length} a rank. Shard all three with "
-            "layout.shard(tensor, rank). Cross-attention is not supported yet."
+            f"query, key and value have {q.shape[0]}, {k.shape[0]} and {v.shape[0]} rows; the three are alike. "
+            "Cross-attention is not supported yet."
         )
     if k.shape[1:] != v.shape[1:] or q.shape[-1] != k.shape[-1]:
         raise ValueError(
@@ -91,6 +86,36 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, ranks:
         raise ValueError(
             f"{q.shape[-2]} query heads do not divide by {k.shape[-2]} key/value heads: each key/value head "
             "serves the same number of query heads."
+        )
+
+
+def check_rows(what: str, rows: int, layout: SequenceLayout, ranks: int) -> None:
+    """Refuses rows that are not one rank's part of the layout: a whole sequence that nobody has cut, above all."""
+    if layout.ranks != ranks:
+        raise ValueError(
+            f"the layout is made for {layout.ranks} ranks, the context parallel group has {ranks}. "
+            "Make the layout with the group's size."
+        )
+    if rows != layout.local_length:
+        whole = rows in (layout.total, layout.padded_total)
+        raise ValueError(
+            f"{what} has {rows} rows; the {layout.name} layout of {layout.total} tokens over {ranks} ranks holds "
+            f"{layout.local_length} a rank. {'These are all of them, not cut yet. ' if whole else ''}"
+            "Cut every tensor with layout.shard(tensor, rank)."
+        )
+
+
+def check_uncut(params: PackedSeqParams | None, rows: int, ranks: int) -> None:
+    """Refuses rows of a batch (``sbhd``) that are as long on one rank as ``packed_seq_params`` gives for all ranks."""
+    if ranks == 1 or params is None or params.qkv_format != "sbhd":
+        return
+    edges = [x for x in (params.cu_seqlens_q, params.cu_seqlens_q_padded) if x is not None]
+    lengths = [int(x.diff().max()) for x in edges if len(x) > 1]
+    longest = max([*lengths, params.max_seqlen_q or 0])
+    if 0 < longest <= rows:
+        raise ValueError(
+            f"each of {ranks} context parallel ranks has {rows} rows, together {rows * ranks}, but packed_seq_params gives "
+            f"sequences of at most {longest}. The sequence was not cut: get_batch_on_this_cp_rank does it."
         )
 
 

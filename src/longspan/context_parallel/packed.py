@@ -16,6 +16,9 @@ from torch import Tensor
 from longspan.context_parallel.layout import SequenceLayout
 from longspan.mesh.installed import process_groups
 
+#: beginnings of the names of a batch's entries that describe it and are no tokens
+METADATA = ("cu_seqlens", "cu_seq_lens", "max_seqlen", "max_length", "local_cp_size")
+
 
 @dataclass
 class PackedSeqParams:
@@ -141,12 +144,17 @@ def get_batch_on_this_cp_rank(
 ) -> dict[str, Any]:
     """[b, s, ..] tensors -> [b, s / cp, ..]: this rank's zigzag slices of a batch.
 
+    The sequence is cut as one, whatever documents ``cu_seqlens`` names: a layout for it is
+    ``SequenceLayout.zigzag(s, cp, cu_seqlens=...)``. For ``thd``, whose documents are cut one by one, use
+    ``SequenceLayout.per_document_zigzag(cu_seqlens, cp).shard``.
+
     Args:
-        batch: tensors (None stays None); a 4-D ``attention_mask`` [b, 1, s, s] is cut along its queries.
+        batch: tensors (None stays None); a 4-D ``attention_mask`` [b, 1, s, s] is cut along its queries. What describes
+            the batch (``cu_seqlens``, ``max_seqlen``, ``local_cp_size`` and their kin, and single numbers) stays as it is.
         cp_size, cp_rank: None takes the installed context parallel group's.
 
     Raises:
-        ValueError: s does not divide by 2 x cp_size.
+        ValueError: s does not divide by 2 x cp_size, or two tensors are of different lengths.
     """
     if cp_size is None or cp_rank is None:
         group = process_groups().cp
@@ -154,24 +162,33 @@ def get_batch_on_this_cp_rank(
         cp_rank = dist.get_rank(group) if cp_rank is None else cp_rank
     if not 0 <= cp_rank < cp_size:
         raise ValueError(f"cp_rank {cp_rank} of cp_size {cp_size}: from 0 to {cp_size - 1}.")
+    dims = {
+        name: 2 if name == "attention_mask" and value.dim() == 4 else 1
+        for name, value in batch.items()
+        if isinstance(value, Tensor) and value.dim() > 0 and not name.startswith(METADATA)
+    }
+    for name, dim in dims.items():
+        if batch[name].dim() <= dim:
+            raise ValueError(
+                f"batch[{name!r}] has shape {tuple(batch[name].shape)}: a batch holds tensors [b, s, ..]."
+            )
+    lengths = {name: batch[name].shape[dim] for name, dim in dims.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            "the tensors of a batch have different lengths: "
+            + ", ".join(f"{name} {length}" for name, length in lengths.items())
+            + " tokens a row. Give the whole sequence of each (labels are shifted, not shortened, before the cut)."
+        )
     if cp_size == 1:
         return batch
-    cut = {}
-    for name, value in batch.items():
-        if not isinstance(value, Tensor):
-            cut[name] = value
-            continue
-        dim = 2 if name == "attention_mask" and value.dim() == 4 else 1
-        if value.dim() <= dim:
-            raise ValueError(
-                f"batch[{name!r}] has shape {tuple(value.shape)}: a batch holds tensors [b, s, ..]."
-            )
-        length = value.shape[dim]
+    cut = dict(batch)
+    for name, dim in dims.items():
+        length = lengths[name]
         if length % (2 * cp_size):
             raise ValueError(
                 f"batch[{name!r}] has {length} tokens a row, which does not divide by 2 x cp_size = {2 * cp_size}. Pad it to "
                 f"{-(-length // (2 * cp_size)) * 2 * cp_size}, or use SequenceLayout.zigzag(total, ranks).shard, which takes "
                 "any length."
             )
-        cut[name] = SequenceLayout.zigzag(length, cp_size).shard(value, cp_rank, dim=dim)
+        cut[name] = SequenceLayout.zigzag(length, cp_size).shard(batch[name], cp_rank, dim=dim)
     return cut

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -34,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from longspan.context_parallel import SequenceLayout, context_parallel_attention
 from longspan.context_parallel.checks import check_comm_type
 from longspan.errors import UserError
+from longspan.gradients import sum_gradients
 from longspan.integrations.batches import ShardedBatch, shard_batch
 from longspan.integrations.model_checks import check_config
 
@@ -318,17 +318,7 @@ def all_reduce_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
             "all_reduce_gradients: the parameters are sharded, and FSDP has reduced their gradients already. Call "
             "sum_fsdp_gradients(model) once after fully_shard instead."
         )
-    if not parameters:
-        return
-    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32).to(parameters[0].device)
-    dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
-    for parameter, somewhere in zip(parameters, used.tolist()):
-        if somewhere:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            wide = parameter.grad.to(torch.promote_types(parameter.grad.dtype, torch.float32))
-            dist.all_reduce(wide, group=group)
-            parameter.grad.copy_(wide)  # itself, but for bfloat16
+    sum_gradients(parameters, group)
 
 
 def sum_fsdp_gradients(model: nn.Module) -> None:

@@ -42,6 +42,9 @@ class ProcessGroupCollection:
     etp: dist.ProcessGroup
     edp: dist.ProcessGroup
     tp_ep: dist.ProcessGroup
+    tp_pp: dist.ProcessGroup
+    tp_dp: dist.ProcessGroup
+    tp_dp_cp: dist.ProcessGroup
     hcp: tuple[dist.ProcessGroup, ...] = ()
     #: 1-D DeviceMesh of ``tp``: where tensor parallel weights live as DTensors.
     tp_mesh: DeviceMesh | None = None
@@ -117,8 +120,17 @@ class ParallelMesh:
             for level in range(len(sizes.hierarchical_cp)):
                 levels.append(group_of([ranks for groups in nested for ranks in groups[level]]))
 
+        tp = device_mesh.get_group("tp")
+
+        def for_users(axes: str) -> dist.ProcessGroup:
+            """A group that nothing here uses: tp or the default group where its ranks are the same."""
+            ranks = dense.get_ranks(axes)
+            if ranks == dense.get_ranks("tp"):
+                return tp
+            return dist.group.WORLD if ranks == [list(range(world))] else group_of(ranks)
+
         groups = ProcessGroupCollection(
-            tp=device_mesh.get_group("tp"),
+            tp=tp,
             cp=group_of(dense.get_ranks("cp")),
             dp=group_of(dense.get_ranks("dp")),
             dp_cp=group_of(dense.get_ranks("dp-cp")),
@@ -128,6 +140,9 @@ class ParallelMesh:
             etp=group_of(expert.get_ranks("tp")),
             edp=group_of(expert.get_ranks("dp")),
             tp_ep=group_of(expert.get_ranks("tp-ep")),
+            tp_pp=for_users("tp-pp"),
+            tp_dp=for_users("tp-dp"),
+            tp_dp_cp=for_users("tp-dp-cp"),
             hcp=tuple(levels),
             tp_mesh=device_mesh["tp"],
         )

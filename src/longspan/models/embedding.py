@@ -5,11 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from longspan.config.model import TransformerConfig, padded_vocab_size
+from longspan.config.model import IGNORE_INDEX, TransformerConfig, padded_vocab_size
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.tensor_parallel.cross_entropy import linear_cross_entropy
 from longspan.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding, local
 from longspan.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+
+
+def check_ids(name: str, ids: Tensor, size: int, what: str, but: int | None = None) -> None:
+    """ValueError for an id outside 0 .. size - 1 (or ``but``) among ids on the CPU.
+
+    A GPU's are left to the kernel that looks them up and fails: looking at them here would wait for it.
+    """
+    if ids.device.type != "cpu":
+        return
+    wrong = (ids < 0) | (ids >= size)
+    if but is not None:
+        wrong &= ids != but
+    if wrong.any():
+        raise ValueError(
+            f"{name} holds {int(ids[wrong][0])}: {what} has {size} entries, from 0 to {size - 1}."
+        )
 
 
 class Embedding(nn.Module):
@@ -35,6 +51,7 @@ class Embedding(nn.Module):
             "tp_group": pg_collection.tp_mesh,
         }
         h = config.hidden_size
+        self.vocab_size = vocab_size
         self.word_embeddings = VocabParallelEmbedding(padded_vocab_size(vocab_size), h, config, **kwargs)
         self.positions = positions
         self.position_embeddings = (
@@ -45,19 +62,24 @@ class Embedding(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """position_ids [s] or [b, s]: each row's place in its document; read with learned positions only."""
+        check_ids("input_ids", input_ids, self.vocab_size, "the vocabulary")
         words = self.word_embeddings
-        found = words.look_up(input_ids)
+        found = words.look_up(_out_of_padding(input_ids, self.vocab_size, words))
         if self.position_embeddings is not None:
             assert position_ids is not None
-            beyond = (
-                position_ids >= self.positions
-            )  # a row of the padding is none: it fails as at any other size
-            places = position_ids.masked_fill(beyond, self.position_embeddings.num_embeddings)
+            assert self.positions is not None
+            check_ids("position_ids", position_ids, self.positions, "the table of learned positions")
+            places = _out_of_padding(position_ids, self.positions, self.position_embeddings)
             found = found + self.position_embeddings.look_up(places.to(input_ids.device))
         out = words.leave(found)
         if not words.reduce_scatter_embeddings:
             out = out.transpose(0, 1).contiguous()
         return out
+
+
+def _out_of_padding(ids: Tensor, size: int, table: VocabParallelEmbedding) -> Tensor:
+    """Ids of rows that are padding become ids of no row, so that a GPU's kernel fails on them as on any other such id."""
+    return ids.masked_fill(ids >= size, table.num_embeddings)
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -78,6 +100,8 @@ class OutputLayer(ColumnParallelLinear):
         self.vocab_size = vocab_size
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, parallel_output: bool = True) -> Tensor:
+        if labels is not None:
+            check_ids("labels", labels, self.vocab_size, "the vocabulary", but=IGNORE_INDEX)
         x = self.enter(hidden)
         if labels is not None:
             loss = linear_cross_entropy(

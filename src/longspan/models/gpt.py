@@ -191,6 +191,8 @@ class TransformerLayer(nn.Module):
         _refuse_mask(attention_mask)
         if layout is None:
             layout, packed_seq_params = layout_of(self, *_rows(self, hidden_states), packed_seq_params)
+        rows, _ = _rows(self, hidden_states)
+        self.self_attention.core_attention.check_rows("hidden_states", rows, layout, packed_seq_params)
         if rotary is None:
             rotary = rotary_of(self, layout, hidden_states, packed_seq_params)
         args = (hidden_states, rotary, packed_seq_params, layout)
@@ -219,6 +221,17 @@ def _refuse_mask(attention_mask: Tensor | None) -> None:
         raise ValueError(
             "attention_mask is not supported: a mask of size s x s is never built. Give packed_seq_params or a "
             "layout with cu_seqlens to keep documents apart."
+        )
+
+
+def _check_beside(name: str, tensor: Tensor | None, batch: int, rows: int, broadcast: bool = False) -> None:
+    """Refuses a tensor that is not [batch, rows] (or one row for all, where it may be broadcast)."""
+    fits = [(batch, rows), *([(1, rows), (rows,)] if broadcast else [])]
+    if tensor is not None and tuple(tensor.shape) not in fits:
+        cut = tensor.dim() > 0 and tensor.shape[-1] > rows
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} beside {rows} rows of a batch of {batch}: it is [b, s] as input_ids is. "
+            + ("Cut it as the tokens were cut (get_batch_on_this_cp_rank, or layout.shard)." if cut else "")
         )
 
 
@@ -381,27 +394,42 @@ class GPTModel(nn.Module):
         Args:
             input_ids: [b, s], this rank's rows (for a part without embedding: hidden states [s, b, h]).
             position_ids: [b, s]; None takes the places in their documents from the layout.
-            labels: [b, s], already shifted; -100 where there is no target.
+            labels: [b, s], this rank's rows, already shifted; -100 where there is no target.
             loss_mask: [b, s]; the loss is 0 where it is 0.
             layout: who holds which tokens; None means zigzag, as Megatron's callers do.
 
         Returns:
             Logits [b, s, v/tp] (whole vocabulary with parallel_output=False), loss [b, s] in
             nats, or hidden states [s, b, h] without post_process.
+
+        Raises:
+            ValueError: tensors that are not this rank's rows (a sequence that nobody has cut), documents that are too long,
+                or ids that are no tokens. (On a GPU the kernel fails on such ids: looking at them would wait for it.)
         """
         if loss_mask is not None and labels is None:
             raise ValueError("loss_mask without labels has no effect. Give labels too, or leave it out.")
-        if layout is not None and layout.longest_document > self.max_sequence_length:
+        first, given = self.decoder.layers[0], layout is not None
+        batch, rows = input_ids.shape if self.embedding is not None else _rows(first, input_ids)[::-1]
+        if layout is None:
+            layout, packed_seq_params = layout_of(first, rows, batch, packed_seq_params)
+        first.self_attention.core_attention.check_rows("input_ids", rows, layout, packed_seq_params)
+        _check_beside("position_ids", position_ids, batch, rows, broadcast=True)
+        _check_beside("labels", labels, batch, rows)
+        _check_beside("loss_mask", loss_mask, batch, rows, broadcast=True)
+        if not given and layout.longest_document == rows * layout.ranks > self.max_sequence_length:
+            cut = " Cut it first (get_batch_on_this_cp_rank), or make" if layout.ranks > 1 else " Make"
+            raise ValueError(
+                f"input_ids has {rows} rows on each of {layout.ranks} context parallel ranks, a sequence of "
+                f"{layout.total} tokens: the model is made for max_sequence_length {self.max_sequence_length}."
+                f"{cut} the model with a larger one."
+            )
+        if layout.longest_document > self.max_sequence_length:
             raise ValueError(
                 f"a document of {layout.longest_document} tokens: the model is made for max_sequence_length "
                 f"{self.max_sequence_length}. Make it with a larger one, or cut the document."
             )
         hidden = input_ids
         if self.embedding is not None:
-            first = self.decoder.layers[0]
-            if layout is None:
-                batch, rows = input_ids.shape
-                layout, packed_seq_params = layout_of(first, rows, batch, packed_seq_params)
             places = position_ids
             if self.positions is not None and places is None:
                 self._check_positions(layout)

@@ -91,7 +91,7 @@ def local_ranges(parameter: DTensor) -> list[tuple[int, int]]:
         placement = parameter.placements[axis]
         if placement.is_replicate():
             continue
-        dim = placement.dim
+        dim = placement.dim  # type: ignore[attr-defined]  # of Shard, and of _StridedShard, which is none
         start, stop = ranges[dim]
         size = parameter.device_mesh.size(axis)
         rows = -(-(stop - start) // size)

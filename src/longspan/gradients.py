@@ -1,0 +1,95 @@
+"""Gradients of a model in your own loop: summed over the ranks that see different tokens.
+
+FSDP2 does this by itself in the trainer (``parallelize``); a model without it needs one call after backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from longspan.mesh.installed import process_groups
+from longspan.mesh.mesh import ProcessGroupCollection
+
+
+@torch.no_grad()
+def finalize_model_grads(
+    model: nn.Module | Iterable[nn.Module],
+    num_tokens: Tensor | int | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+) -> None:
+    """Sums a model's gradients over the axes they are partial over: data and context parallel ranks.
+
+    Call it on every rank after the last backward of a step, before the gradient norm, clipping and the optimizer.
+    Gradients are summed, never averaged, in at least float32. Over tensor parallel ranks nothing is left to sum, with
+    sequence parallelism or without: the layers do it in backward.
+
+    What is summed is decided by the loss. Each rank's is of its own tokens, and either
+
+    - each rank divides the *sum* of its losses by the number of valid tokens of the whole step, over all micro-batches and
+      all data and context parallel ranks (the sum of ``(labels != -100)`` over ``pg_collection.dp_cp``); or
+    - each rank's loss is a plain sum and ``num_tokens`` is given (Megatron's ``calculate_per_token_loss``): the gradients
+      are then divided here, by its sum over those ranks.
+
+    Both give the gradient of the mean over all valid tokens, whatever the layout. A rank's own *mean* would be wrong: ranks
+    have different numbers of valid tokens. (Megatron's other convention, a mean a micro-batch divided by the number of
+    micro-batches and averaged over data parallel ranks, weights tokens unevenly for that reason.)
+
+    Args:
+        model: a module without FSDP2 or DDP, or several; a parameter that they share is summed once. One that has a
+            gradient on other ranks only (this one ran no backward) counts as zero. Frozen ones are left alone.
+        num_tokens: valid tokens of this rank in the step; None where the losses are divided already. Where there is none
+            on any rank, gradients stay as they are.
+        pg_collection: None takes the installed groups.
+
+    Raises:
+        ValueError: the model's gradients are reduced by FSDP2 or DDP already.
+    """
+    group = process_groups(pg_collection).dp_cp
+    modules = [model] if isinstance(model, nn.Module) else list(model)
+    parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
+    for part in (part for module in modules for part in module.modules()):
+        if isinstance(part, FSDPModule | nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"finalize_model_grads: {type(part).__name__} reduces gradients in backward already; to sum them again would "
+                "count them twice. Leave the call out. Models of longspan.parallelize sum; a fully_shard of your own averages, "
+                "unless set_gradient_divide_factor(1.0) and set_force_sum_reduction_for_comms(True) are called, and DDP "
+                "averages always."
+            )
+    scale = None
+    if num_tokens is not None:
+        total = torch.as_tensor(num_tokens).detach().clone().to(torch.float64)
+        if parameters:
+            total = total.to(parameters[0].device)
+        dist.all_reduce(total, group=group)
+        scale = 1 / total.clamp(min=1)
+    sum_gradients([p for p in parameters if p.requires_grad], group, scale)
+
+
+@torch.no_grad()
+def sum_gradients(
+    parameters: Collection[nn.Parameter], group: dist.ProcessGroup, scale: Tensor | None = None
+) -> None:
+    """Sums the gradients over the ranks of a group, in at least float32, and multiplies them by ``scale``.
+
+    A parameter that has a gradient on some ranks only counts as zero on the others; one that has none anywhere keeps none.
+    """
+    if not parameters:
+        return
+    device = next(iter(parameters)).device
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32).to(device)
+    dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
+    for parameter, somewhere in zip(parameters, used.tolist()):
+        if not somewhere:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        held = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        wide = held.to(torch.promote_types(held.dtype, torch.float32)).contiguous()
+        dist.all_reduce(wide, group=group)
+        held.copy_(wide if scale is None else wide * scale)  # itself, but for lower precision
