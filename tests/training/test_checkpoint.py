@@ -18,6 +18,7 @@ import tiny
 from longspan.errors import UserError
 from longspan.training import checkpoint
 from longspan.training.checkpoint import Checkpointer, SaveError
+from longspan.training.checkpoint_files import SummingWriter
 from longspan.training.loop import Trainer
 from longspan.training.metrics import keep_until
 
@@ -171,13 +172,11 @@ def fails_and_recovers(prefix, folder):
     saves = Checkpointer(Path(folder))
     saves.save(1, trainer.model, trainer.optimizer, trainer.description())
     saves.finish()
-    import torch.distributed.checkpoint.filesystem as filesystem
-
-    whole, filesystem.FileSystemWriter.write_data = filesystem.FileSystemWriter.write_data, _no_space
+    whole, SummingWriter.write_data = SummingWriter.write_data, _no_space
     saves.save(2, trainer.model, trainer.optimizer, trainer.description())
     with pytest.raises(SaveError, match="cannot write .*step_00000002.*No space left"):
         saves.finish()
-    filesystem.FileSystemWriter.write_data = whole
+    SummingWriter.write_data = whole
     assert checkpoint.find(Path(folder)).name == "step_00000001"
     dist.barrier()
     saves.save(3, trainer.model, trainer.optimizer, trainer.description())

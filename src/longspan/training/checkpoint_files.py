@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem, _FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -117,6 +117,7 @@ def read_metadata(path: Path) -> Metadata:
 def _checked(raw: Any, folder: Path) -> Metadata:
     entries, storage = _is(raw, "Metadata").fields("state_dict_metadata", "storage_data")
     parts: dict[MetadataIndex, _StorageInfo] = {}
+    places: dict[str, str] = {}  # looking where a link leads takes time: once for each file
     for key, value in storage.items():
         name, offset = _is(key, "MetadataIndex").fields("fqn", "offset")
         place, start, length, transforms = _is(value, "_StorageInfo").fields(
@@ -125,7 +126,9 @@ def _checked(raw: Any, folder: Path) -> Metadata:
         if transforms:
             raise ValueError("its tensors are compressed, which longspan does not write")
         index = MetadataIndex(_text(name), None if offset is None else _sizes(offset))
-        parts[index] = _StorageInfo(_inside(place, folder), _count(start), _count(length))
+        if place not in places:
+            places[place] = _inside(place, folder)
+        parts[index] = _StorageInfo(places[place], _count(start), _count(length))
     about: dict[str, Any] = {_text(name): _entry(name, entry, parts) for name, entry in entries.items()}
     return Metadata(about, planner_data=None, storage_data=parts, storage_meta=StorageMeta())
 
@@ -279,8 +282,10 @@ class _RankChecksums:
     files: dict[str, dict[str, Any]]
 
 
-class SummingWriter(dcp.FileSystemWriter):
+class SummingWriter(_FileSystemWriter):
     """DCP's writer with checksums: the first rank writes the description and ``checksums.json`` last.
+
+    The public ``FileSystemWriter`` would bring a stager of its own, which copies tensors on the CPU once more.
 
     Args:
         description: the text of ``longspan.json``.
