@@ -64,12 +64,13 @@ class MegatronLines(Lines):
         if not show:
             return
         step = record["step"]
+        weights = f"params norm: {record['params_norm']:.3f} | " if "params_norm" in record else ""
         self.emit(
             f" [{datetime.datetime.now():%Y-%m-%d %H:%M:%S.%f}] iteration {step:8d}/{self.steps:8d} | "
             f"consumed samples: {step * self.batch:12d} | "
             f"elapsed time per iteration (ms): {1000 * self.seconds / self.since:.1f} | "
             f"learning rate: {record['learning_rate']:.6E} | global batch size: {self.batch:5d} | "
-            f"lm loss: {record['loss']:.6E} | loss scale: 1.0 | grad norm: {record['grad_norm']:.3f} | "
+            f"lm loss: {record['loss']:.6E} | loss scale: 1.0 | grad norm: {record['grad_norm']:.3f} | {weights}"
             "number of skipped iterations:   0 | number of nan iterations:   0 |"
         )
         self.seconds, self.since = 0.0, 0
