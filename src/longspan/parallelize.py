@@ -13,6 +13,7 @@ global mean already (invariant I1).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models.adapters import is_adapter, open_adapters, peft_name, read_adapter
@@ -137,21 +139,30 @@ def gradient_norm(model: nn.Module) -> torch.Tensor:
     A rank counts the squares of what it holds, divided by the number of ranks that hold the
     same (copies over dp_replicate; norm weights over tp).
     """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients, "no parameter has a gradient"
+    return _norm(gradients)
+
+
+@torch.no_grad()
+def parameter_norm(model: nn.Module) -> torch.Tensor:
+    """The norm of all weights, counted as :func:`gradient_norm` counts; tied ones count once."""
+    return _norm(list(model.parameters()))
+
+
+def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     total = None
     world = dist.get_world_size()
-    for parameter in model.parameters():
-        grad = parameter.grad
-        if grad is None:
-            continue
-        held = grad.to_local()
-        mesh = grad.device_mesh
+    for whole in tensors:
+        assert isinstance(whole, DTensor)
+        held, mesh = whole.to_local(), whole.device_mesh
         shards = 1
-        for axis, placement in enumerate(grad.placements):
+        for axis, placement in enumerate(whole.placements):
             shards *= 1 if placement.is_replicate() else mesh.size(axis)  # _StridedShard is no Shard
         wide = torch.promote_types(held.dtype, torch.float32)
         square = torch.linalg.vector_norm(held, dtype=wide).square() * (shards / world)
         total = square if total is None else total + square
-    assert total is not None, "no parameter has a gradient"
+    assert total is not None
     if world > 1:
         dist.all_reduce(total)
     return total.sqrt()

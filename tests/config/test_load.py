@@ -376,6 +376,77 @@ def test_an_empty_path_is_not_the_current_folder(name):
     assert not make_config({name: [{"path": ".", "data_files": ["a"]}]}).problems
 
 
+LENIENT = """
+wandb_name: 2024-01-01
+wandb_project: 007
+wandb_entity: 2024_01
+wandb_mode: off
+adapter: false
+lora_model_dir: ''
+lora_target_modules: []
+fsdp: []
+fsdp_config: {}
+deepspeed: ''
+plugins: []
+special_tokens: {}
+rope_scaling: false
+chat_template: ''
+resume_from_checkpoint: no
+save_strategy: no
+eval_strategy: no
+max_steps: 1e3
+sequence_len: 1_024
+eval_steps: 5e-2
+learning_rate: 1e-4
+use_wandb: no
+gradient_checkpointing: on
+datasets: [{path: 2024, name: 1:30}]
+"""
+
+
+def test_values_mean_what_they_obviously_do(tmp_path):
+    (tmp_path / "config.yaml").write_text(LENIENT)
+    read = make_config(read_yaml(tmp_path / "config.yaml"))
+    assert read.problems == []
+    config = read.config
+    assert (config.wandb_name, config.wandb_project, config.wandb_entity) == ("2024-01-01", "007", "2024_01")
+    assert config.wandb_mode == "disabled"
+    nothing = "adapter lora_model_dir lora_target_modules special_tokens rope_scaling chat_template resume"
+    assert [getattr(config, name) for name in nothing.split()] == [None] * 7
+    assert (config.save_last, config.eval_iters) == (False, 0)
+    assert (config.max_steps, config.sequence_len) == (1000, 1024)
+    assert (config.eval_steps, config.learning_rate) == (0.05, 1e-4)
+    assert (config.use_wandb, config.gradient_checkpointing) == (False, True)
+    assert (config.datasets[0].path, config.datasets[0].name) == ("2024", "1:30")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_steps: 0100", "max_steps: '0100' is ambiguous: YAML takes it for an octal number"),
+        ("max_steps: 1:30", "max_steps: '1:30' is ambiguous: YAML takes it for a number to the base 60"),
+        ("ddp_timeout: 1:30.5", "ddp_timeout: '1:30.5' is ambiguous"),
+        ("max_steps: 1.5e0", "max_steps: '1.5e0' must be a valid integer"),
+        ("max_steps: yes", "max_steps: True must be a number, not true or false"),
+        ("base_model: ''", "base_model: '' must not be empty"),
+        ("save_strategy: best", "save_strategy: 'best' is not supported"),
+        ("eval_strategy: yes", "eval_strategy: True is not supported"),
+        ("fsdp: [full_shard]", "fsdp: ['full_shard'] is not supported"),
+    ],
+)
+def test_values_of_two_meanings_are_refused(tmp_path, text, message):
+    (tmp_path / "config.yaml").write_text(text)
+    problems = make_config(read_yaml(tmp_path / "config.yaml")).problems
+    assert len(problems) == 1
+    assert problems[0].startswith(message)
+
+
+def test_a_number_of_two_readings_is_refused_as_an_option_too():
+    given = parse_overrides(["--max-steps", "0100", "--wandb-name", "0100", "--seed", "0x10"])
+    assert given.values == {"max_steps": "0100", "wandb_name": "0100", "seed": 16}
+    assert "is ambiguous" in make_config({}, given.values).problems[0]
+
+
 def test_a_missing_file_names_the_near_one(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
     with pytest.raises(UserError, match=r"does not exist. Did you mean config.yaml\?"):

@@ -1,10 +1,19 @@
 """Megatron's flags: generated from the schema, with Megatron's defaults."""
 
+import shlex
+
 import pytest
 
 from longspan.config.load import FOREIGN, option_table
 from longspan.config.megatron import parse_megatron_flags
+from longspan.config.resolve import resolve
 from longspan.config.schema import keys, names
+
+NEEDED = [
+    *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4", "--seq-length", "128"),
+    *("--max-position-embeddings", "128", "--lr", "1e-3", "--train-iters", "10", "--mock-data"),
+    *("--tokenizer-type", "NullTokenizer", "--vocab-size", "500"),
+]
 
 
 def test_flags_become_keys_with_megatrons_defaults():
@@ -134,3 +143,80 @@ def test_warm_up_and_evaluations_by_megatrons_defaults():
     assert schedule("--mock-data", "--split", "100,0,0") == (0, None, None)
     assert schedule("--train-data-path", "x") == (0, None, None)
     assert schedule("--mock-data", "--eval-iters", "0") == (0, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "idle", "expected"),
+    [
+        (
+            "--split 100,0,0 --eval-interval 1000 --eval-iters 10",
+            "eval_steps eval_iters",
+            {"eval_steps": None, "eval_iters": None},
+        ),
+        ("--eval-interval 100 --eval-iters 0", "eval_steps", {"eval_iters": 0}),
+        ("--save-interval 0 --eval-interval 0", "eval_steps save_steps", {"save_steps": None}),
+        ("--sequence-parallel", "sequence_parallel", {"sequence_parallel": False}),
+        (
+            "--lr-decay-style constant --lr-decay-iters 9 --min-lr 1e-5",
+            "lr_decay_iters min_lr",
+            {"min_lr": None, "lr_decay_iters": None},
+        ),
+        ("--lr-warmup-fraction .01 --lr-warmup-iters 0", "warmup_steps", {"warmup_ratio": 0.01}),
+        ("--no-load-optim --no-load-rng", "no_load_optim no_load_rng", {"no_load_optim": False}),
+        ("--hierarchical-context-parallel-sizes 1", "hierarchical_context_parallel_sizes", {}),
+        ("--wandb-exp-name run", "wandb_name", {"wandb_name": None, "use_wandb": False}),
+        ("--wandb-project ''", "wandb_project", {"use_wandb": False}),
+    ],
+)
+def test_leftovers_of_a_launch_script_are_left_out_with_a_line(flags, idle, expected):
+    reading, _ = parse_megatron_flags([*NEEDED, *shlex.split(flags)])
+    assert reading.problems == []
+    assert [note.split(":")[0] for note in reading.notes] == idle.split()
+    resolve(reading.config)
+    assert {name: getattr(reading.config, name) for name in expected} == expected
+
+
+def test_what_a_launch_script_asks_for_is_not_taken_for_a_leftover():
+    flags = "--split 90,10,0 --eval-interval 7 --eval-iters 3 --lr-decay-style cosine --lr-decay-iters 9 --min-lr 1e-5"
+    reading, _ = parse_megatron_flags([*NEEDED, *flags.split(), "--load", "out", "--no-load-optim"])
+    assert (reading.problems, reading.notes) == ([], [])
+    assert (reading.config.eval_steps, reading.config.eval_iters, reading.config.min_lr) == (7, 3, 1e-5)
+    assert reading.config.no_load_optim
+
+
+#: the flags of published launch scripts that are about this kind of model and machine
+SCRIPTS = {
+    "GPT-3": "--attention-backend auto --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --init-method-std 0.006 "
+    "--clip-grad 1.0 --bf16 --lr-decay-style cosine --min-lr 6.0e-6 --lr-warmup-fraction .001 --lr-decay-iters 430000 "
+    "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 1 --split 949,50,1 --log-interval 100 "
+    "--save-interval 10000 --eval-interval 1000 --eval-iters 10 --tensorboard-dir logs --save out",
+    "Llama": "--use-mcore-models --ffn-hidden-size 224 --group-query-attention --num-query-groups 2 --kv-channels 16 "
+    "--position-embedding-type rope --rotary-base 1000000 --rotary-percent 1.0 --attention-dropout 0.0 "
+    "--hidden-dropout 0.0 --swiglu --init-method-std 0.0134 --attention-backend fused --apply-layernorm-1p "
+    "--untie-embeddings-and-output-weights --disable-bias-linear --lr-decay-style cosine --bf16 --grad-reduce-in-bf16 "
+    "--cross-entropy-loss-fusion --calculate-per-token-loss --manual-gc --empty-unused-memory-level 1 "
+    "--fp8-amax-history-len 1024 --fp8-amax-compute-algo max --use-distributed-optimizer --overlap-grad-reduce "
+    "--overlap-param-gather --tensor-model-parallel-size 1 --context-parallel-size 2 --sequence-parallel "
+    "--data-cache-path cache --tiktoken-pattern v2 --split 99,1,0 --no-create-attention-mask-in-dataloader "
+    "--no-mmap-bin-files --num-workers 1 --eval-iters 32 --eval-interval 100 --save-interval 1000 --log-throughput "
+    "--profile --profile-step-start 4 --profile-step-end 6 --ckpt-format torch_dist --distributed-timeout-minutes 60",
+    "Qwen": "--ffn-hidden-size 224 --group-query-attention --num-query-groups 2 --normalization RMSNorm --norm-epsilon 1e-6 "
+    "--swiglu --disable-bias-linear --add-qkv-bias --qk-layernorm --use-rotary-position-embeddings --no-rope-fusion "
+    "--rotary-base 1000000 --rotary-seq-len-interpolation-factor 1 --untie-embeddings-and-output-weights "
+    "--no-load-optim --no-load-rng --log-params-norm --log-num-zeros-in-grad --initial-loss-scale 65536 "
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --transformer-impl transformer_engine "
+    "--no-masked-softmax-fusion --eod-mask-loss --reset-position-ids --reset-attention-mask --split 100,0,0 "
+    "--eval-interval 10000 --eval-iters 10 --dataloader-type cyclic --use-flash-attn --no-save-rng --bf16",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_published_launch_scripts_run(name):
+    reading, _ = parse_megatron_flags([*NEEDED, *SCRIPTS[name].split()])
+    assert reading.problems == []
+    run = resolve(reading.config)
+    if name == "Qwen":
+        assert run.config.reset_position_ids
+        assert not run.config.sample_packing
+        assert run.config.log_params_norm
+        assert run.config.gradient_checkpointing == "full"

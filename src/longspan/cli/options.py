@@ -99,7 +99,14 @@ def read_config(
     reading.notes += given.notes
     if reading.config is None:
         raise UserError(reading.problems)
+    if command in WITHOUT_TRAINING and reading.config.learning_rate is None:
+        rate = {"learning_rate": reading.config.min_lr or 0.0}
+        reading.config = reading.config.model_copy(update=rate)
     return reading
+
+
+#: commands that read a config and need no learning rate of it
+WITHOUT_TRAINING = ("layout", "prepare", "eval")
 
 
 def key_help(megatron: bool = False) -> str:

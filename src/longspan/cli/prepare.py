@@ -85,7 +85,7 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
     Raises:
         UserError: a missing or broken source, no tokenizer, or a vocabulary that does not fit.
     """
-    from longspan.data import load_tokenizer, prepare_dataset, vocabulary_size
+    from longspan.data import prepare_dataset
     from longspan.data.sources import is_text
 
     folder, train_size = config.tokenizer_config, config.tokenizer_train_vocab_size
@@ -131,13 +131,7 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
     if config.tokenizer_type == "NullTokenizer" and vocab is not None:
         vocab += 1  # Megatron-LM's: one more token, which ends a document
     if folder is not None:
-        size = vocabulary_size(load_tokenizer(folder))
-        if vocab is not None and vocab < size:
-            raise UserError(
-                f"vocab_size {vocab} is smaller than the tokenizer's {size} tokens. Leave vocab_size out, or make it at "
-                f"least {size}."
-            )
-        vocab = vocab or size
+        vocab = check_vocabulary(config.model_copy(update={"vocab_size": vocab}), folder)
     if vocab is None and config.mock_data:
         vocab = MOCK_VOCAB_SIZE
     end = config.eod_token_id
@@ -160,6 +154,37 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
             "vocab_size": vocab,
             "eod_token_id": end,
         }
+    )
+
+
+def check_vocabulary(config: TrainConfig, folder: str) -> int:
+    """The size of the vocabulary: what the config and its base_model say, else the tokenizer's.
+
+    Args:
+        folder: of the tokenizer, or its tokenizer.json.
+
+    Raises:
+        UserError: the tokenizer has more tokens than the model.
+    """
+    from longspan.data.text import load_tokenizer, vocabulary_size
+
+    size, vocab = vocabulary_size(load_tokenizer(folder)), config.vocab_size
+    if vocab is None or vocab >= size:
+        return vocab or size
+    if config.base_model is not None and not config.reinit_weights:
+        raise UserError(
+            f"the tokenizer in {folder} has {size} tokens, and base_model {config.base_model} has weights for {vocab}. Give the "
+            "model's own tokenizer (leave tokenizer_config out), or make the model larger first (transformers' "
+            f"resize_token_embeddings({size}))."
+        )
+    if config.base_model is not None:
+        raise UserError(
+            f"the tokenizer in {folder} has {size} tokens, and the model {vocab} (vocab_size, which base_model gives where the "
+            f"config does not). Set vocab_size to {size} or more."
+        )
+    raise UserError(
+        f"vocab_size {vocab} is smaller than the tokenizer's {size} tokens. Leave vocab_size out, or make it at "
+        f"least {size}."
     )
 
 

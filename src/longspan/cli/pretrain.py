@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ from longspan.cli.launch import HELP, OPTIONS, read_launch
 from longspan.cli.options import key_help, take_options
 from longspan.cli.train import checked, start_or_join
 from longspan.config.megatron import parse_megatron_flags
+from longspan.config.megatron_messages import as_flag, by_flags
 from longspan.config.schema import keys
 from longspan.errors import UserError
 
@@ -32,31 +32,19 @@ def run(arguments: Sequence[str]) -> int:
     launch = read_launch(options, [], problems)
     reading, defaults = parse_megatron_flags(rest, list(OPTIONS))
     reading.problems[:0] = problems
-    if reading.config is None:
-        raise UserError(reading.problems)
+    reading.notes = [by_flags(note) for note in reading.notes]
     try:
+        if reading.config is None:
+            raise UserError(reading.problems)
         return start_or_join(*checked(reading, launch, announce=announcement(defaults)))
     except UserError as error:
-        raise UserError([by_flags(problem) for problem in error.problems]) from None
+        raise UserError([by_flags(problem, defaults) for problem in error.problems]) from None
 
 
 def announcement(defaults: dict[str, object]) -> str:
     """Says which defaults are Megatron-LM's, and that dropout is not."""
-    taken = ", ".join(f"{name} {_shown(value)}" for name, value in defaults.items())
+    taken = ", ".join(as_flag(k, defaults[k.name]) for k in keys() if k.name in defaults)
     return f"Megatron-LM's defaults taken: {taken}\ndropout: 0 (Megatron-LM's default is 0.1)"
-
-
-def by_flags(problem: str) -> str:
-    """A message in which keys go by this door's flags: ``learning_rate: missing`` -> ``--lr: missing``."""
-    for k in sorted(keys(), key=lambda k: -len(k.name)):
-        whole = rf"(?<![\w.-]){k.name}(?![\w-])"
-        # a name of one word is also an English word: it is the key only where the message begins with it
-        problem = re.sub(whole if "_" in k.name else rf"^{whole}", k.flag, problem)
-    return problem
-
-
-def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def main() -> int:

@@ -11,11 +11,14 @@ from typing import Any
 
 from longspan.cli.config import number
 from longspan.cli.options import key_help, take_options
+from longspan.cli.prepare import check_vocabulary
 from longspan.config.architecture import architecture_of, is_hub_id
 from longspan.config.data_rules import PATHS, read_blend
 from longspan.config.load import Overrides, Reading, make_config, parse_overrides, read_yaml
 from longspan.config.megatron import parse_megatron_flags
+from longspan.config.megatron_messages import by_flags
 from longspan.config.resolve import Run, resolve
+from longspan.config.schema import TrainConfig
 from longspan.errors import UserError
 
 USAGE = """\
@@ -42,9 +45,13 @@ def run(arguments: Sequence[str]) -> int:
     taken, rest, problems = take_options(arguments, OPTIONS)
     world = number(taken, "--num-processes", problems)
     if "--megatron" in taken:
-        reading, _ = parse_megatron_flags(rest, list(OPTIONS))
+        reading, defaults = parse_megatron_flags(rest, list(OPTIONS))
         reading.problems[:0] = problems
-        results = [check("flags", reading, world)]
+        result = check("flags", reading, world)
+        result["problems"] = [by_flags(problem, defaults) for problem in result["problems"]]
+        for name in ("without_effect", "not_checked"):
+            result[name] = [by_flags(note) for note in result.get(name, [])]
+        results = [result]
     else:
         given = parse_overrides(rest, list(OPTIONS), positionals=1)
         given.problems[:0] = problems
@@ -93,6 +100,11 @@ def check(name: str, reading: Reading, world: int | None) -> dict[str, Any]:
         resolved = resolve(config, world, bad_keys=bad, earlier=reading.problems)
     except UserError as error:
         return result | {"problems": error.problems, "without_effect": reading.notes}
+    try:
+        if folder := tokenizer_here(config):
+            check_vocabulary(resolved.config, folder)
+    except UserError as error:
+        return result | {"problems": error.problems, "without_effect": reading.notes}
     paths = [("datasets", source.path) for source in config.datasets]
     for name in PATHS:
         if given := getattr(config, name):
@@ -103,6 +115,15 @@ def check(name: str, reading: Reading, world: int | None) -> dict[str, Any]:
         | summary(resolved, world)
         | {"valid": True, "without_effect": reading.notes, "not_checked": not_checked}
     )
+
+
+def tokenizer_here(config: TrainConfig) -> str | None:
+    """The folder of the tokenizer that is loaded, where it is on this machine."""
+    folder = config.tokenizer_config or config.base_model
+    if folder is None or config.vocab_file is not None or config.tokenizer_train_vocab_size is not None:
+        return None
+    path = Path(folder)
+    return folder if path.is_file() or (path / "tokenizer.json").is_file() else None
 
 
 def is_elsewhere(base_model: str | None) -> bool:

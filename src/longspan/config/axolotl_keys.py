@@ -38,6 +38,12 @@ def _flag(**keys: Any):
     return {True: keys, False: {}}
 
 
+#: YAML reads ``no`` as false
+_EVALUATION = choice(
+    {"steps": {}, "epoch": {"evals_per_epoch": 1}, "no": {"eval_iters": 0}, False: {"eval_iters": 0}},
+    "steps (with eval_steps), epoch or no.",
+)
+
 _FSDP: dict[str, Foreign] = {
     "activation_checkpointing": choice(_flag(gradient_checkpointing=True), "true or false."),
     "auto_wrap_policy": refused(_WRAP, unless=("TRANSFORMER_BASED_WRAP", "NO_WRAP")),
@@ -226,11 +232,8 @@ KEYS: dict[str, Foreign] = {
     "mlflow_experiment_name": refused(_TRACKER),
     "use_comet": refused(_TRACKER),
     "use_trackio": refused(_TRACKER),
-    "eval_strategy": choice(
-        {"steps": {}, "epoch": {"evals_per_epoch": 1}},
-        "steps (with eval_steps) or epoch; for none leave val_set_size and test_datasets out.",
-    ),
-    "evaluation_strategy": refused("It is eval_steps or evals_per_epoch."),
+    "eval_strategy": _EVALUATION,
+    "evaluation_strategy": _EVALUATION,
     "early_stopping_patience": refused(
         "Watch the held-out loss (eval_steps) and stop the run: Ctrl-C saves."
     ),
@@ -243,7 +246,12 @@ KEYS: dict[str, Foreign] = {
     "profiler_steps_start": refused("Use torch.profiler, or the CUDA tools, around longspan train."),
     # saving
     "save_strategy": choice(
-        {"steps": {}, "epoch": {"saves_per_epoch": 1}, "no": {"save_last": False}},
+        {
+            "steps": {},
+            "epoch": {"saves_per_epoch": 1},
+            "no": {"save_last": False},
+            False: {"save_last": False},
+        },
         "steps (with save_steps), epoch or no.",
     ),
     "save_first_step": refused("Try saving with --max-steps 1."),

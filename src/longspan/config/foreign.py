@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+#: values that ask for nothing
+NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
 #: a flag takes all values up to the next flag
 MANY = -1
 
@@ -55,7 +57,7 @@ def no_effect(why: str, values: int = 1) -> Foreign:
     return Foreign(why, values)
 
 
-def refused(why: str, values: int = 1, unless: tuple[Any, ...] = (None, False, 0, "")) -> Foreign:
+def refused(why: str, values: int = 1, unless: tuple[Any, ...] = NOTHING) -> Foreign:
     """Refused, unless the value asks for nothing."""
     return Foreign(why, values, lambda value: values != 0 and any(value is u or value == u for u in unless))
 

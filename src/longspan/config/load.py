@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -57,9 +59,24 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 class _Loader(BoundedLoader):
-    """YAML's safe loader that refuses a key given twice, of which the first would be lost."""
+    """YAML's safe loader, with what a config file means by its values.
+
+    It refuses a key given twice, of which the first would be lost. The value of a key that holds text is
+    the text itself, also where it looks like a date or a number. Numbers that people and YAML read
+    differently, as 0100 and 1:30, stay text, which no number's key takes.
+    """
+
+    def construct_yaml_int(self, node):
+        return node.value if _AMBIGUOUS.fullmatch(node.value) else super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node):
+        return node.value if _AMBIGUOUS.fullmatch(node.value) else super().construct_yaml_float(node)
 
     def construct_mapping(self, node, deep=False):
+        for key_node, value_node in node.value:
+            plain = isinstance(key_node, yaml.ScalarNode) and isinstance(value_node, yaml.ScalarNode)
+            if plain and key_node.value in text_keys() and _is_written_text(value_node):
+                value_node.tag = "tag:yaml.org,2002:str"
         seen = set()
         for key_node, _ in node.value:
             name = self.construct_object(key_node, deep=True)
@@ -67,6 +84,34 @@ class _Loader(BoundedLoader):
                 raise yaml.YAMLError(f"{name} is given twice{key_node.start_mark}. Keep one.")
             seen.add(name if isinstance(name, str) else id(key_node))
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+
+_AMBIGUOUS = re.compile(r"[+-]?(0[0-9_]+|[0-9][0-9_]*(:[0-9.]+)+)")
+
+
+def _is_written_text(node: yaml.ScalarNode) -> bool:
+    """Is it a date, a number, or a word such as ``on``? Null and false stay what they are: nothing."""
+    kind = node.tag.rpartition(":")[2]
+    return kind in ("int", "float", "timestamp") or (
+        kind == "bool" and node.value.lower() in ("yes", "on", "true")
+    )
+
+
+@lru_cache
+def text_keys() -> frozenset[str]:
+    """Names of keys, of datasets too, whose value is text."""
+    text = {
+        spelling for spelling, name in names().items() if _is_text(TrainConfig.model_fields[name].annotation)
+    }
+    own = {name for name, info in DatasetConfig.model_fields.items() if _is_text(info.annotation)}
+    return frozenset(text | own)
+
+
+def _is_text(annotation: Any) -> bool:
+    return set(get_args(annotation) or (annotation,)) <= {str, type(None)}
 
 
 @dataclass
@@ -231,7 +276,7 @@ def _value(k: Key, text: str) -> Any:
 
 def _yaml(text: str) -> Any:
     try:
-        return yaml.load(text, Loader=BoundedLoader)  # a SafeLoader
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
@@ -260,6 +305,8 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     spelled: dict[str, str] = {}
     for spelling, value in _flat(values):
         name = table.get(spelling)
+        if name is not None and _asks_for_nothing(name, value):
+            value = None
         if name is None and spelling in FOREIGN:
             _foreign(spelling, value, found)
         elif name is None:
@@ -310,6 +357,21 @@ def _has_zero(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(map(_has_zero, value))
     return isinstance(value, str) and "\0" in value
+
+
+#: keys that a config cannot mean to leave empty
+_NOT_EMPTY = ("base_model", "tokenizer_config")
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    """Is a file's value another way to write null: false, or something empty, for a key that may be null?"""
+    info = TrainConfig.model_fields[name]
+    kinds = get_args(info.annotation)
+    if type(None) not in kinds or info.default is not None or name in _NOT_EMPTY:
+        return False
+    if value is False:
+        return not {bool, int, float} & set(kinds)
+    return value in ("", [], {})
 
 
 #: mappings whose members are keys of their own here: fsdp_config: {offload_params: true}

@@ -11,6 +11,7 @@ from typing import Any
 
 from longspan.config.data_rules import DEFAULT_SPLIT, read_split
 from longspan.config.load import Reading, make_config, parse_overrides
+from longspan.config.packages import has_package
 from longspan.config.schema import keys
 from longspan.errors import UserError
 
@@ -30,10 +31,17 @@ def parse_megatron_flags(
     given = parse_overrides(arguments, other_options)
     given.problems += [f"{a!r}: unexpected argument; values follow their --flag." for a in given.rest]
     values = {name: _ours(name, value) for name, value in given.values.items()}
+    if values.get("wandb_project") and "use_wandb" not in values:  # Megatron-LM's way to ask for it
+        values["use_wandb"] = has_package("wandb")
+        if not values["use_wandb"]:
+            text = "needs the wandb package, which is not installed. pip install 'longspan[wandb]', or leave it out."
+            given.problems.append(f"--wandb-project {values.pop('wandb_project')}: {text}")
+    idle = _leftovers(values)
+    values = {name: value for name, value in values.items() if name not in idle}
     defaults = megatron_defaults(values)
     reading = make_config(defaults, values)
     reading.problems[:0] = given.problems
-    reading.notes[:0] = given.notes
+    reading.notes[:0] = [*given.notes, *(f"{name}: {why}" for name, why in idle.items())]
     return reading, defaults
 
 
@@ -71,8 +79,63 @@ def _evaluates(given: Mapping[str, Any]) -> bool:
         return False
 
 
+def _leftovers(given: Mapping[str, Any]) -> dict[str, str]:
+    """Keys of a launch script that the rest of it leaves without effect, each with the reason.
+
+    Megatron-LM takes them without a word. Where a script asks for one thing in two ways, that is refused elsewhere.
+    """
+    found: dict[str, str] = {}
+
+    def idle(condition: bool, why: str, *names: str) -> None:
+        found.update({name: why for name in names if condition and name in given})
+
+    nothing = "Nothing is held out, so nothing is evaluated."
+    off = given.get("eval_iters") == 0
+    idle(
+        not _evaluates(given) and not off,
+        nothing,
+        "eval_steps",
+        "evals_per_epoch",
+        "eval_max_samples",
+        "eval_iters",
+    )
+    idle(off, "Nothing is evaluated.", "eval_steps", "evals_per_epoch")
+    for name in ("eval_steps", "save_steps"):
+        idle(given.get(name) == 0, "0 is for none on the way.", name)
+    alone = given.get("tensor_parallel_size", 1) == 1
+    idle(
+        alone and given.get("sequence_parallel") is True,
+        "There is no tensor parallelism.",
+        "sequence_parallel",
+    )
+    constant = str(given.get("lr_scheduler")).startswith("constant")
+    idle(constant, "The learning rate is constant.", "lr_decay_iters", "min_lr")
+    by_share = given.get("warmup_ratio") is not None and given.get("warmup_steps") == 0
+    idle(by_share, "The warm-up is a share of the steps.", "warmup_steps")
+    idle(not given.get("resume"), "No checkpoint is loaded.", "no_load_optim", "no_load_rng")
+    idle(
+        "a2a+p2p" not in str(given.get("cp_comm_type")),
+        "It is for a2a+p2p.",
+        "hierarchical_context_parallel_sizes",
+    )
+    silent = not given.get("use_wandb")
+    idle(
+        silent,
+        "Weights & Biases is not asked for.",
+        "wandb_project",
+        "wandb_name",
+        "wandb_entity",
+        "wandb_mode",
+    )
+    return found
+
+
 #: values that Megatron-LM calls otherwise
-_VALUES = {"optimizer": {"adam": "adamw_torch_fused"}}
+_VALUES = {
+    "optimizer": {"adam": "adamw_torch_fused"},
+    # attention is a flash kernel, whichever is the fastest; "unfused" and "local" are the plain products
+    "attention_backend": {"flash": "auto", "fused": "auto", "unfused": "math", "local": "math"},
+}
 
 
 def _ours(name: str, value: Any) -> Any:

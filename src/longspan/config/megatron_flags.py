@@ -11,11 +11,17 @@ _FUSED = "Kernels are PyTorch's; the fastest one that is there is taken."
 _OVERLAP = "FSDP2 gathers and reduces layer by layer while others compute."
 _EXACT = "It is so always: at least float32."
 _EXPERTS = "Experts are not supported yet."
+_NO_EXPERTS = "There are no experts without --num-experts."
 _PIPELINE = "Pipelines are not supported yet. Use tensor, context and data parallelism."
 _SAMPLES = "The schedule counts steps: --train-iters N, which is samples / --global-batch-size."
 _LOGGED = "It is in metrics.jsonl, TensorBoard and the iteration line as far as it exists here."
 _CHECKPOINT = "Checkpoints are written by torch.distributed.checkpoint and load at any layout."
 _FP8 = "Use --bf16."
+_FP8_DETAIL = "It says how fp8 works, which is not there."
+_SCALING = "There is no loss scaling: bf16 needs none."
+_PROFILE = "Nothing is traced. Use torch.profiler, or the CUDA tools, around the command."
+_WATCH = "Nothing of the kind is watched: a rank that does not come ends the run after ddp_timeout."
+_OLD_OVERLAP = "Exchanges overlap with computing as PyTorch has it."
 _DROPOUT = "Dropout is 0: its pattern would depend on the layout."
 _LOADER = "The data is read by each machine; the next steps are read ahead in a thread."
 _MOCK = "Data is read from .bin/.idx as it is asked for."
@@ -62,7 +68,8 @@ FLAGS: dict[str, Foreign] = {
         "Say the whole: --rope-scaling '{rope_type: llama3, factor: ..., ...}'."
     ),
     "--rotary-seq-len-interpolation-factor": becomes(
-        lambda n: {"rope_scaling": {"rope_type": "linear", "factor": float(n)}}, "A number above 0."
+        lambda n: {"rope_scaling": {"rope_type": "linear", "factor": float(n)}} if float(n) != 1 else {},
+        "A number above 0.",
     ),
     "--make-vocab-size-divisible-by": no_effect(
         "The vocabulary is padded to a multiple of 128, at every layout."
@@ -75,6 +82,7 @@ FLAGS: dict[str, Foreign] = {
     "--apply-query-key-layer-scaling": no_effect(
         "Scores are computed in float32: nothing overflows.", values=0
     ),
+    "--no-query-key-layer-scaling": no_effect("Scores are not scaled by layers.", values=0),
     "--attention-softmax-in-fp32": no_effect(_EXACT, values=0),
     "--accumulate-allreduce-grads-in-fp32": no_effect(_EXACT, values=0),
     "--fp32-residual-connection": refused("The residual stream is of the computing type.", values=0),
@@ -97,12 +105,13 @@ FLAGS: dict[str, Foreign] = {
         "It is --sliding-window N: the tokens a query sees, itself included.", values=MANY
     ),
     "--num-experts": refused(_EXPERTS),
-    "--moe-router-topk": refused(_EXPERTS),
-    "--moe-grouped-gemm": refused(_EXPERTS, values=0),
-    "--moe-aux-loss-coeff": refused(_EXPERTS),
-    "--moe-token-dispatcher-type": refused(_EXPERTS),
-    "--moe-router-load-balancing-type": refused(_EXPERTS),
-    "--moe-ffn-hidden-size": refused(_EXPERTS),
+    "--moe-router-topk": no_effect(_NO_EXPERTS),
+    "--moe-grouped-gemm": no_effect(_NO_EXPERTS, values=0),
+    "--moe-permute-fusion": no_effect(_NO_EXPERTS, values=0),
+    "--moe-aux-loss-coeff": no_effect(_NO_EXPERTS),
+    "--moe-token-dispatcher-type": no_effect(_NO_EXPERTS),
+    "--moe-router-load-balancing-type": no_effect(_NO_EXPERTS),
+    "--moe-ffn-hidden-size": no_effect(_NO_EXPERTS),
     "--expert-tensor-parallel-size": refused(_EXPERTS),
     "--no-position-embeddings": becomes(
         lambda _: {"position_embedding_type": "none"}, "It takes no value.", values=0
@@ -128,6 +137,22 @@ FLAGS: dict[str, Foreign] = {
         "Exchanges are waited for where they are needed.", values=0
     ),
     "--ddp-bucket-size": no_effect(_OVERLAP),
+    "--DDP-impl": no_effect(_SHARDED),
+    "--no-contiguous-buffers-in-local-ddp": no_effect(_SHARDED, values=0),
+    "--overlap-param-gather-with-optimizer-step": no_effect(_OVERLAP, values=0),
+    "--no-align-grad-reduce": no_effect(_OVERLAP, values=0),
+    "--no-align-param-gather": no_effect(_OVERLAP, values=0),
+    "--overlap-p2p-communication": no_effect(_OLD_OVERLAP, values=0),
+    "--no-overlap-p2p-communication": no_effect(_OLD_OVERLAP, values=0),
+    "--use-ring-exchange-p2p": no_effect(_OLD_OVERLAP, values=0),
+    "--tp-comm-overlap-cfg": no_effect(_OLD_OVERLAP),
+    "--tp-comm-overlap-ag": no_effect(_OLD_OVERLAP, values=0),
+    "--tp-comm-overlap-rs": no_effect(_OLD_OVERLAP, values=0),
+    "--disable-tp-comm-overlap-ag": no_effect(_OLD_OVERLAP, values=0),
+    "--disable-tp-comm-overlap-rs": no_effect(_OLD_OVERLAP, values=0),
+    "--delay-wgrad-compute": no_effect(_OLD_OVERLAP, values=0),
+    "--high-priority-stream-groups": no_effect(_OLD_OVERLAP, values=MANY),
+    "--nccl-ub": no_effect(_OLD_OVERLAP, values=0),
     "--check-for-nan-in-loss-and-grad": no_effect(_SPIKES, values=0),
     "--no-check-for-nan-in-loss-and-grad": no_effect(_SPIKES, values=0),
     "--rerun-mode": no_effect(_SPIKES),
@@ -153,6 +178,9 @@ FLAGS: dict[str, Foreign] = {
     "--start-weight-decay": refused("--weight-decay is the same in every step."),
     "--end-weight-decay": refused("--weight-decay is the same in every step."),
     "--weight-decay-incr-style": refused("--weight-decay is the same in every step.", unless=("constant",)),
+    "--decoupled-lr": refused("AdamW has one learning rate for all parameters: --lr."),
+    "--decoupled-min-lr": refused("AdamW has one learning rate for all parameters: --min-lr."),
+    "--sgd-momentum": no_effect("The optimizer is AdamW."),
     "--override-opt-param-scheduler": no_effect("The schedule is the command's, always.", values=0),
     "--use-checkpoint-opt-param-scheduler": no_effect("The schedule is the command's, always.", values=0),
     "--use-checkpoint-args": refused("Give the flags; a checkpoint of another model is refused.", values=0),
@@ -160,20 +188,35 @@ FLAGS: dict[str, Foreign] = {
     "--manual-gc": no_effect("Nothing waits for Python's collector here.", values=0),
     "--manual-gc-interval": no_effect("Nothing waits for Python's collector here."),
     # precision
-    "--loss-scale": refused("bf16 needs no loss scaling."),
-    "--initial-loss-scale": refused("bf16 needs no loss scaling."),
+    "--loss-scale": no_effect(_SCALING),
+    "--initial-loss-scale": no_effect(_SCALING),
+    "--min-loss-scale": no_effect(_SCALING),
+    "--loss-scale-window": no_effect(_SCALING),
+    "--hysteresis": no_effect(_SCALING),
     "--fp8-format": refused(_FP8),
     "--fp8-recipe": refused(_FP8),
     "--fp8-param-gather": refused(_FP8, values=0),
+    "--fp8-margin": no_effect(_FP8_DETAIL),
+    "--fp8-interval": no_effect(_FP8_DETAIL),
+    "--fp8-amax-history-len": no_effect(_FP8_DETAIL),
+    "--fp8-amax-compute-algo": no_effect(_FP8_DETAIL),
+    "--no-fp8-wgrad": no_effect(_FP8_DETAIL, values=0),
+    "--keep-fp8-transpose-cache": no_effect(_FP8_DETAIL, values=0),
+    "--first-last-layers-bf16": no_effect(_FP8_DETAIL, values=0),
     "--use-precision-aware-optimizer": refused("The optimizer keeps float32.", values=0),
-    "--grad-reduce-in-bf16": refused("Gradients are summed in float32.", values=0),
+    "--grad-reduce-in-bf16": no_effect("Gradients are summed in float32, which is more exact.", values=0),
     # memory
+    "--checkpoint-activations": becomes(
+        lambda _: {"gradient_checkpointing": "full"}, "It takes no value.", values=0
+    ),
     "--recompute-method": choice(
         {"uniform": {}, "block": {}}, "Every layer is recomputed, each by itself: uniform."
     ),
     "--recompute-num-layers": becomes(_recompute_layers, "A number of layers."),
     "--recompute-modules": refused(
-        "--recompute-granularity selective recomputes all but attention.", values=MANY
+        "--recompute-granularity selective recomputes all but attention.",
+        values=MANY,
+        unless=(None, "core_attn"),
     ),
     "--distribute-saved-activations": no_effect("--sequence-parallel cuts what is kept.", values=0),
     "--cpu-offloading": becomes(lambda _: {"activation_offloading": True}, "It takes no value.", values=0),
@@ -222,14 +265,14 @@ FLAGS: dict[str, Foreign] = {
     ),
     "--skip-train": refused("longspan eval evaluates a model.", values=0),
     "--vocab-extra-ids": refused("Add tokens to the tokenizer itself."),
-    "--tiktoken-pattern": refused("Give a Hugging Face tokenizer: --tokenizer-model FOLDER."),
+    "--tiktoken-pattern": no_effect("It is for the TikTokenizer."),
+    "--legacy-tokenizer": no_effect("Tokenizers are Hugging Face's.", values=0),
     # logging
     "--log-throughput": no_effect(_LOGGED, values=0),
     "--log-timers-to-tensorboard": no_effect(_LOGGED, values=0),
     "--log-batch-size-to-tensorboard": no_effect(_LOGGED, values=0),
     "--log-validation-ppl-to-tensorboard": no_effect(_LOGGED, values=0),
     "--log-memory-to-tensorboard": no_effect(_LOGGED, values=0),
-    "--log-params-norm": no_effect(_LOGGED, values=0),
     "--log-num-zeros-in-grad": no_effect(_LOGGED, values=0),
     "--log-loss-scale-to-tensorboard": no_effect(_LOGGED, values=0),
     "--log-learning-rate-to-tensorboard": no_effect(_LOGGED, values=0),
@@ -243,8 +286,25 @@ FLAGS: dict[str, Foreign] = {
     "--wandb-save-dir": no_effect("Weights & Biases writes under the output folder."),
     "--one-logger-project": no_effect(_LOGGED),
     "--no-one-logger": no_effect(_LOGGED, values=0),
-    "--profile": refused("Use torch.profiler, or the CUDA tools, around the command.", values=0),
-    "--use-pytorch-profiler": refused("Use torch.profiler, or the CUDA tools, around the command.", values=0),
+    "--profile": no_effect(_PROFILE, values=0),
+    "--use-pytorch-profiler": no_effect(_PROFILE, values=0),
+    "--profile-step-start": no_effect(_PROFILE),
+    "--profile-step-end": no_effect(_PROFILE),
+    "--profile-ranks": no_effect(_PROFILE, values=MANY),
+    "--log-straggler": no_effect(_WATCH, values=0),
+    "--disable-straggler-on-startup": no_effect(_WATCH, values=0),
+    "--straggler-minmax-count": no_effect(_WATCH),
+    "--check-weight-hash-across-dp-replicas-interval": no_effect(
+        "Copies of the weights are updated by the same sums; longspan verify compares them with one process."
+    ),
+    "--train-sync-interval": no_effect("Every step ends with a message of all ranks."),
+    "--adlr-autoresume": no_effect("--load with --exit-signal-handler goes on after a stop.", values=0),
+    "--enable-ft-package": no_effect(_WATCH, values=0),
+    "--barrier-with-L1-time": no_effect(_LOGGED, values=0),
+    "--no-barrier-with-level-1-timing": no_effect(_LOGGED, values=0),
+    "--enable-one-logger": no_effect(_LOGGED, values=0),
+    "--one-logger-run-name": no_effect(_LOGGED),
+    "--one-logger-async": no_effect(_LOGGED, values=0),
     # checkpoints
     "--ckpt-format": no_effect(_CHECKPOINT),
     "--dist-ckpt-format": no_effect(_CHECKPOINT),
@@ -255,7 +315,9 @@ FLAGS: dict[str, Foreign] = {
     "--ckpt-fully-parallel-load": no_effect("Every rank reads its own part.", values=0),
     "--ckpt-assume-constant-structure": no_effect(_CHECKPOINT, values=0),
     "--no-save-optim": refused("A checkpoint is whole; --export-hf writes the model alone.", values=0),
-    "--no-save-rng": refused("A checkpoint is whole; --export-hf writes the model alone.", values=0),
+    "--no-save-rng": no_effect("A checkpoint is whole; --no-load-rng leaves it out on the way in.", values=0),
+    "--use-persistent-ckpt-worker": no_effect("Checkpoints are written in a thread.", values=0),
+    "--dist-ckpt-optim-fully-reshardable": no_effect(_CHECKPOINT, values=0),
     "--finetune": becomes(
         lambda _: {"no_load_optim": True, "no_load_rng": True}, "It takes no value.", values=0
     ),
@@ -266,6 +328,9 @@ FLAGS: dict[str, Foreign] = {
     "--non-persistent-save-interval": refused("Checkpoints are written in a thread: --save-interval alone."),
     # kernels and machines
     "--cuda-graph-impl": refused("CUDA graphs are not used."),
+    "--cuda-graph-scope": no_effect("CUDA graphs are not used."),
+    "--external-cuda-graph": refused("CUDA graphs are not used.", values=0),
+    "--te-rng-tracker": no_effect("Nothing is drawn at random in a step.", values=0),
     "--enable-cuda-graph": refused("CUDA graphs are not used.", values=0),
     "--use-cpu-initialization": no_effect(
         "Initial weights depend on (seed, name, shape), never on the device.", values=0
@@ -274,6 +339,9 @@ FLAGS: dict[str, Foreign] = {
     "--no-initialization": refused("Weights are initialised, or read from --base-model.", values=0),
     "--data-parallel-random-init": refused("There is one model, whatever the layout.", values=0),
     "--inference-batch-times-seqlen-threshold": no_effect("It is for inference."),
+    "--inference-max-seq-length": no_effect("It is for inference."),
+    "--inference-max-requests": no_effect("It is for inference."),
+    "--max-tokens-to-oom": no_effect("It is for inference."),
     # other models
     "--untie-embeddings": refused("It is --untie-embeddings-and-output-weights.", values=0),
     "--encoder-num-layers": refused(_OTHER),

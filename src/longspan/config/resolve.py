@@ -7,6 +7,7 @@ and refuses with all broken rules at once. It needs neither torch nor a process 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -308,16 +309,23 @@ def _batch(config: TrainConfig, dp: int, found: list[Problem]) -> tuple[int, int
     if micro * steps * dp != total:
         unit = (config.micro_batch_size or 1) * dp
         near = max(1, round(total / unit)) * unit
-        both = config.micro_batch_size is not None and config.gradient_accumulation_steps is not None
-        remedy = f"leave gradient_accumulation_steps out, with global_batch_size {near}"
-        remedy = remedy if both else f"e.g. global_batch_size {near}"
-        found.append(
-            (
-                keys,
-                f"global_batch_size {total}: micro_batch_size {micro} x gradient_accumulation_steps {steps} x dp {dp} "
-                f"= {micro * steps * dp}. The two must be equal; give two of the three: {remedy}.",
+        given = [f"{name} {getattr(config, name)}" for name in keys[:2] if getattr(config, name) is not None]
+        factors = " x ".join([*given, f"dp {dp}"])  # of what was given alone
+        if len(given) == 2:
+            text = (
+                f"global_batch_size {total}: {factors} = {micro * steps * dp}. The two must be equal; give two of the three: leave "
+                f"gradient_accumulation_steps out, with global_batch_size {near}."
             )
-        )
+        else:
+            unit = math.prod(
+                n for n in (config.micro_batch_size, config.gradient_accumulation_steps, dp) if n
+            )
+            near = max(1, round(total / unit)) * unit
+            text = (
+                f"global_batch_size {total} is not a multiple of {factors} = {unit} (dp: data parallel ranks). Take one that is, "
+                f"e.g. global_batch_size {near}."
+            )
+        found.append((keys, text))
     return micro, steps, total
 
 

@@ -9,6 +9,7 @@ Megatron flags, ``longspan config --schema`` and the documentation.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -46,11 +47,26 @@ class TrainConfig(OutputKeys, MemoryKeys, OptimizerKeys, ScheduleKeys, ParallelK
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _number(cls, value: Any, info: ValidationInfo) -> Any:
+        """What is given for a number: text that is one counts (YAML takes 1e3 for text), unless it has two readings."""
         annotation = cls.model_fields[info.field_name or ""].annotation
         kinds = (annotation, *get_args(annotation))
-        if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+        if int not in kinds and float not in kinds:
+            return value
+        if isinstance(value, bool) and bool not in kinds:
             raise ValueError("must be a number, not true or false")
+        if not isinstance(value, str):
+            return value
+        if re.fullmatch(r"[+-]?0[0-9_]+", value):
+            raise ValueError(
+                "is ambiguous: YAML takes it for an octal number. Write it without the zero in front"
+            )
+        if re.fullmatch(r"[+-]?[0-9]+(:[0-9.]+)+", value):
+            raise ValueError(
+                "is ambiguous: YAML takes it for a number to the base 60. Write the number itself"
+            )
+        if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value) and float(value).is_integer():
+            return int(float(value))
         return value
 
     @field_validator("*", mode="before")

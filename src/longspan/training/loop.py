@@ -37,7 +37,7 @@ from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
 from longspan.models.adapters import attach
 from longspan.models.huggingface import SafetensorsFolder
-from longspan.parallelize import gradient_norm, load_pretrained, parallelize
+from longspan.parallelize import gradient_norm, load_pretrained, parallelize, parameter_norm
 from longspan.training.adapters import adapter_description, fill_adapters
 from longspan.training.checkpoint import Checkpointer, SaveError, check_fits, load
 from longspan.training.metrics import Metrics, peak_memory_gib
@@ -261,17 +261,15 @@ class Trainer:
         return describe_run(self.run, self.train_data) | {"step": self.step, "tokens": self.tokens}
 
     def resume(self, path: Path) -> None:
-        """Goes on from a checkpoint made at any layout: weights, optimizer, position; see ``checkpoint.check_fits``."""
+        """Goes on from a checkpoint made at any layout: weights, optimizer, position; see ``checkpoint.check_fits``.
+
+        A checkpoint of the last step or beyond leaves nothing to do: ``step`` is then ``steps`` or more.
+        """
         config = self.run.config
         then = check_fits(path, self.description(), weights_only=config.no_load_optim)
         if config.no_load_optim:
             load(path, self.model, None, rng=not config.no_load_rng, checksums=config.verify_checkpoint)
             return
-        if then["step"] >= self.steps:
-            raise UserError(
-                f"resume: {path.name} has trained {then['step']} steps and the config asks for {self.steps}: there is nothing "
-                "left to do. Raise max_steps (or num_epochs) to go on."
-            )
         load(
             path,
             self.model,
@@ -336,6 +334,11 @@ class Trainer:
         self.optimizer.step()
         return norm.item()
 
+    def _parameter_norm(self) -> dict[str, float]:
+        if not self.run.config.log_params_norm:
+            return {}
+        return {"params_norm": parameter_norm(self.model).item()}
+
     def run_out(self, now: float) -> bool:
         """Is it time to save and stop before the last step: exit_interval, exit_duration_in_mins?"""
         config = self.run.config
@@ -373,6 +376,7 @@ class Trainer:
             self.step,
             loss=loss,
             grad_norm=norm,
+            **self._parameter_norm(),
             learning_rate=rate,
             tokens=self.tokens,
             step_time=elapsed,

@@ -74,12 +74,13 @@ class MegatronLines(Lines):
         # Megatron-LM leaves out the loss and the norm of a skipped iteration, too.
         if record["loss"] is not None:
             loss, norm = f"lm loss: {record['loss']:.6E} | ", f"grad norm: {record['grad_norm']:.3f} | "
+        weights = f"params norm: {record['params_norm']:.3f} | " if "params_norm" in record else ""
         self.emit(
             f" [{datetime.datetime.now():%Y-%m-%d %H:%M:%S.%f}] iteration {step:8d}/{self.steps:8d} | "
             f"consumed samples: {step * self.batch:12d} | "
             f"elapsed time per iteration (ms): {1000 * self.seconds / self.since:.1f} | "
             f"learning rate: {record['learning_rate']:.6E} | global batch size: {self.batch:5d} | "
-            f"{loss}loss scale: 1.0 | {norm}"
+            f"{loss}loss scale: 1.0 | {norm}{weights}"
             f"number of skipped iterations: {self.skipped:3d} | number of nan iterations:   0 |"
         )
         self.seconds, self.since, self.skipped = 0.0, 0, 0

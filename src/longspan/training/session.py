@@ -31,6 +31,8 @@ def train(run: Run, device: torch.device) -> int:
     resumed = Path(config.resume) if config.resume else None
     if resumed:
         trainer.resume(resumed)
+        if trainer.step >= trainer.steps and not config.no_load_optim:
+            return finish(trainer, resumed, output)
     progress = Progress()
     try:
         if first:
@@ -68,6 +70,23 @@ def train(run: Run, device: torch.device) -> int:
     if first:
         print(last_lines(summary, trainer, output, exported), flush=True)
     return 1 if trainer.step < trainer.steps and not trainer.ran_out else 0
+
+
+def finish(trainer: Trainer, resumed: Path, output: Path) -> int:
+    """A run whose last step was done before: says so, and writes the export where it is missing. Returns the exit code."""
+    wanted = trainer.run.config.export_hf and trainer.step == trainer.steps
+    missing = [wanted and not (output / "hf").exists()]
+    dist.broadcast_object_list(missing)  # one rank looks: folders differ where machines do not share them
+    if missing[0]:
+        export(trainer, output / "hf")
+    if dist.get_rank() == 0:
+        print(
+            f"done before: {resumed} has trained {trainer.step} steps, and {trainer.steps} are asked for. Nothing is left to do; "
+            "the same command with more steps goes on."
+        )
+        if missing[0]:
+            print(f"model: {output / 'hf'}, which was missing")
+    return 0
 
 
 def leave(error: Exception, output: Path) -> NoReturn:

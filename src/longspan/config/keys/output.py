@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
 from longspan.config.keys.declare import key
 
@@ -53,6 +53,7 @@ class OutputKeys(BaseModel):
         "megatron: start-up and iteration lines as Megatron-LM prints them, for its log parsers.",
         megatron_default="megatron",
     )
+    log_params_norm: bool = key(False, "Log the norm of all weights after each step, as params_norm.")
     save_steps: int | float | None = key(
         None,
         "Save a checkpoint every so many steps (below 1: at every such share of them), and at the end; default: at the end.",
@@ -103,6 +104,12 @@ class OutputKeys(BaseModel):
     wandb_mode: Literal["online", "offline", "disabled"] = key(
         "online", "offline keeps the run on this machine."
     )
+
+    @field_validator("wandb_mode", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "disabled" if value is False else value  # YAML reads off and no as false
+
     wandb_entity: str | None = key(None, "Team of the run.")
     use_tensorboard: bool = key(True, "Write TensorBoard files.")
     tensorboard_dir: str | None = key(None, "Where TensorBoard files go; default: output_dir/tensorboard.")
