@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sysconfig
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from longspan.data.cache import is_whole, only_here
 from longspan.data.indexed import IndexedDatasetWriter, best_dtype
+from longspan.data.tokenizer_files import read_tokenizer_files, write_tokenizer_files
 from longspan.errors import UserError, did_you_mean
 
 STDLIB = "python-stdlib"
@@ -36,14 +36,6 @@ _SUFFIXES = (
 )
 TEXT_SUFFIXES = frozenset(_SUFFIXES.split())
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules"})
-
-# What a tokenizer's folder may hold beside tokenizer.json that an export wants to keep.
-TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 BATCH_CHARACTERS = 4_000_000  # a batch of long documents is cut at this size, to bound memory
 
@@ -318,7 +310,7 @@ def _prepare(
         train_tokenizer(iter_documents(path, field), train_vocab_size, tokenizer_folder)
     else:
         load_tokenizer(given)  # before it is copied
-        _copy_tokenizer(given, tokenizer_folder)
+        write_tokenizer_files(read_tokenizer_files(given), tokenizer_folder)
     tokenizer = load_tokenizer(tokenizer_folder)
     vocab_size = vocabulary_size(tokenizer)
     end = eod_id(tokenizer, tokenizer_folder)
@@ -414,46 +406,6 @@ def _tokenizer_file(path: str | Path) -> Path:
         f"{path}: no such tokenizer. Give a tokenizer.json or a folder with one; nothing is downloaded."
         f"{_near(path)}"
     )
-
-
-def copy_tokenizer(path: Path, tokens: Mapping[str, str], template: str | None, cache_dir: Path) -> Path:
-    """A tokenizer with other special tokens and another chat template; `path` itself where it has them.
-
-    Args:
-        path: a ``tokenizer.json`` or its folder.
-        tokens: name of each special token to change (bos_token ...) -> a token of the vocabulary.
-        template: jinja; None keeps what there is.
-        cache_dir: the copy is a folder in it.
-    """
-    file = _tokenizer_file(path)
-    own = file.with_name("chat_template.jinja")
-    has = template is None or (own.is_file() and own.read_text(encoding="utf-8") == template)
-    if has and tokens.items() <= special_tokens(file.parent).items():
-        return path
-    settings = file.with_name("tokenizer_config.json")
-    changed = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    changed.update(tokens)
-    if template is not None:
-        changed.pop("chat_template", None)
-    digest = hashlib.blake2b(digest_size=6)
-    digest.update(file.read_bytes())
-    digest.update(json.dumps([changed, template], sort_keys=True).encode())
-    folder = cache_dir.expanduser() / f"tokenizer-{digest.hexdigest()}"
-    if not (folder / "tokenizer.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "tokenizer_config.json", json.dumps(changed, indent=2) + "\n")
-        if template is not None or own.is_file():
-            _write(folder / "chat_template.jinja", template or own.read_text(encoding="utf-8"))
-        _write(folder / "tokenizer.json", file.read_text(encoding="utf-8"))  # last: it says that all is there
-    return folder
-
-
-def _copy_tokenizer(file: Path, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (file.parent / name).is_file():
-            shutil.copyfile(file.parent / name, folder / name)
-    _write(folder / "tokenizer.json", file.read_text(encoding="utf-8"))  # last: it says that all is there
 
 
 def _write(path: Path, text: str) -> None:
