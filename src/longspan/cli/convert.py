@@ -204,13 +204,14 @@ def merge_adapters(
     if model is None:
         raise UserError(f"{adapters} does not name its base model. Give it with --model.")
     base = model_folder(model)
-    config = model_config(str(base))[0]
-    if dtype is not None:
-        config = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": dtype}
+    weights = SafetensorsFolder(base)
+    # config.json may name none, auto, or one that the weights are not in
+    written = dtype or str(weights.dtype).removeprefix("torch.")
+    config = {k: v for k, v in model_config(str(base))[0].items() if k != "dtype"} | {"torch_dtype": written}
     files = files_of_merged(config, base, adapters, tokenizer)
     writer = FolderWriter(output, None, None if dtype is None else getattr(torch, dtype))
     try:
-        merge(SafetensorsFolder(base), adapters, writer)
+        merge(weights, adapters, writer)
     except UserError:
         writer.discard()
         raise
