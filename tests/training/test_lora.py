@@ -521,7 +521,9 @@ def test_adapters_that_moved_the_base_are_refused_and_pefts_conversion_is_read(b
     torch.manual_seed(0)
     kind = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")  # fmt: skip
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), kind)
-    model.peft_config["default"].init_lora_weights = True  # or PEFT would move the weights again when it reads them
+    model.peft_config[
+        "default"
+    ].init_lora_weights = True  # or PEFT would move the weights again when it reads them
     model.save_pretrained(tmp_path / "before")
     model.peft_config["default"].init_lora_weights = "pissa"
     with torch.no_grad():

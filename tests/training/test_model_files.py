@@ -193,6 +193,25 @@ def test_further_templates_and_files_are_kept(tmp_path):
     assert {name: (tmp_path / "same" / name).read_bytes() for name in files} == files
 
 
+def test_a_model_of_the_hub_is_read_where_it_was_fetched_to(tmp_path, monkeypatch):
+    """Its architecture may be in the built-in table, which names no tokens; its own files are asked first."""
+    from longspan.training import model_files
+
+    base = base_model(tmp_path / "snapshot", {"eos_token_id": [2, 10]}, SAMPLING)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model_files, "model_file", lambda name, file, network: base / file)
+    origin = model_files.origin_of("meta-llama/Llama-3.1-8B")
+    assert (origin.folder, origin.config["eos_token_id"]) == (base, [2, 10])
+    assert origin.generation["temperature"] == 0.6
+
+    def nowhere(*_, **__):
+        raise UserError("not fetched")
+
+    monkeypatch.setattr(model_files, "model_file", nowhere)
+    origin = model_files.origin_of("meta-llama/Llama-3.1-8B")
+    assert (origin.folder, origin.config["model_type"], origin.generation) == (None, "llama", {})
+
+
 # --- adapters and merging -------------------------------------------------------------------
 
 

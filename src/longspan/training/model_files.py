@@ -61,12 +61,13 @@ def origin_of(base_model: str | None, pretrained: bool = True) -> Origin:
     """
     if base_model is None:
         return Origin()
-    config, folder = model_config(base_model, network=False)[0], Path(base_model)
+    folder = Path(base_model)
     if not folder.is_dir():
-        try:  # what an earlier look fetched from the hub
+        try:  # what an earlier look fetched from the hub: it says more than the table of known architectures
             folder = model_file(base_model, "config.json", network=False).parent
         except UserError:
-            return Origin(config)
+            return Origin(model_config(base_model, network=False)[0])
+    config = model_config(str(folder))[0]
     return Origin(config, read_json(folder / GENERATION) if pretrained else {}, folder)
 
 
@@ -131,9 +132,8 @@ def trained_tokenizer(path: str | Path | None) -> Trained:
     texts = {f"{name}_token": tokenizer.id_to_token(number) or "" for name, number in tokens.items()}
     files = with_tokens(files, {k: v for k, v in texts.items() if k not in named})
     settings = json_object(files, SETTINGS)
-    if (
-        "tokenizer_class" not in settings
-    ):  # else transformers takes that of the model, with special tokens of its own
+    # without a class transformers takes the model's, which may bring special tokens of its own
+    if "tokenizer_class" not in settings:
         files = files | {SETTINGS: to_bytes({"tokenizer_class": "PreTrainedTokenizerFast"} | settings)}
     return Trained(files, tokens, tokenizer)
 
@@ -243,7 +243,8 @@ def files_of_merged(config: dict[str, Any], base: Path, adapters: Path, tokenize
     """
     beside = read_json(adapters / GENERATION)
     own = adapters if (adapters / VOCABULARY).is_file() else base
-    origin = Origin(config, beside or read_json(base / GENERATION), base)
+    # numbers that the adapters' files name are of the tokenizer beside them
+    origin = Origin(config, beside or read_json(base / GENERATION), own if beside else base)
     return model_files(config, origin, trained_tokenizer(tokenizer or own))
 
 
