@@ -28,6 +28,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models.adapters import is_adapter, open_adapters, peft_name, read_adapter
 from longspan.models.gpt import GPTModel
@@ -110,13 +111,32 @@ def shard(
 
 @torch.no_grad()
 def load_pretrained(model: GPTModel, source: SafetensorsFolder) -> None:
-    """Fills every parameter but adapters from a Hugging Face model; each rank reads only what it holds."""
+    """Fills every parameter but adapters from a Hugging Face model; each rank reads only what it holds. Collective.
+
+    Raises:
+        UserError: on all ranks, with what any of them found: a tensor of another shape, or one with NaN or infinity.
+    """
     names = Names(model.config, model.vocab_size)
+    problems: list[str] = []
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             continue
-        part = read_part(source, names, name, parameter.shape, local_ranges(parameter))
-        parameter.to_local().copy_(part)
+        try:
+            part = read_part(source, names, name, parameter.shape, local_ranges(parameter))
+        except UserError as error:
+            problems += error.problems
+        else:
+            parameter.to_local().copy_(part)
+    _agree(problems)
+
+
+def _agree(problems: list[str]) -> None:
+    """Raises UserError on all ranks with the problems of any, so that none waits for one that has stopped."""
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problems)
+    if together := list(dict.fromkeys(problem for each in found for problem in each)):
+        more = [f"... and {len(together) - 3} more tensors."] if len(together) > 4 else []
+        raise UserError([*together[: 3 if more else 4], *more])
 
 
 @torch.no_grad()
@@ -124,13 +144,18 @@ def load_adapters(model: GPTModel, folder: str | Path) -> None:
     """Fills every adapter from a folder in PEFT's format; each rank reads only what it holds.
 
     Raises:
-        UserError: the folder's adapters are of another model.
+        UserError: on all ranks: the folder's adapters are of another model, or hold NaN or infinity.
     """
     adapters = {name: p for name, p in model.named_parameters() if is_adapter(name)}
-    with open_adapters(folder, map(peft_name, adapters)) as source:
-        for name, parameter in adapters.items():
-            part = read_adapter(source, name, parameter.shape, local_ranges(parameter))
-            parameter.to_local().copy_(part)
+    problems: list[str] = []
+    try:
+        with open_adapters(folder, map(peft_name, adapters)) as source:
+            for name, parameter in adapters.items():
+                part = read_adapter(source, name, parameter.shape, local_ranges(parameter))
+                parameter.to_local().copy_(part)
+    except UserError as error:
+        problems = error.problems
+    _agree(problems)
 
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:

@@ -253,6 +253,16 @@ def test_completion_knows_every_key_and_says_no():
     assert main.main(["completion"]) == 2
 
 
+def test_fields_of_a_config_json_that_nobody_reads_are_named(folder, capsys):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "finetuned": True}
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text(json.dumps({"model_type": "llama", "rope_scaling": yarn}))
+    write(folder, base_model="base", reinit_weights=True)
+    assert main.main(["validate", "config.yaml", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["configs"]
+    assert any("finetuned (transformers ignores it too)" in line for line in result["without_effect"])
+
+
 # --- generate ----------------------------------------------------------------------------------
 
 

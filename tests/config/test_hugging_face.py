@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from longspan.config.architecture import architecture_of, model_folder
+from longspan.config.architecture import architecture_of, model_folder, unused_fields
 from longspan.config.hugging_face import FIELDS, export_problem, hugging_face_config, keys_of, windows_of
 from longspan.config.known_models import KNOWN_MODELS
 from longspan.config.load import architecture_config, make_config
@@ -276,3 +276,92 @@ def test_a_longer_sequence_than_base_models_is_an_extension():
     assert again == config
     same = resolve(make_config(base | {"sequence_len": 4096}).config, 1).config
     assert same.max_position_embeddings == 8192
+
+
+# --- what nobody can mean ---------------------------------------------------------------------
+
+ODD = ["four", -5, 0, 2.5, 2**60, True, [], {}, [1], {"a": 1}, float("nan"), float("inf"), "", None]
+ODD_FIELDS = {
+    "llama": (
+        *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+        *("head_dim", "intermediate_size", "vocab_size", "rms_norm_eps", "rope_theta", "rope_scaling"),
+        *("max_position_embeddings", "hidden_act", "tie_word_embeddings", "attention_bias", "mlp_bias"),
+        *("initializer_range", "rope_parameters", "partial_rotary_factor", "quantization_config"),
+    ),
+    "qwen2": ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+    "gpt2": ("n_layer", "n_embd", "n_head", "n_inner", "n_positions", "activation_function", "scale_attn_weights"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"), [(kind, field) for kind, fields in ODD_FIELDS.items() for field in fields]
+)
+def test_an_odd_value_of_a_config_is_a_message_or_is_taken(tmp_path, kind, field):
+    """A config.json from anywhere ends in a run or in a UserError: nothing else, and at once."""
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "vocab_size": 97,
+    }
+    gpt2 = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 97, "activation_function": "gelu"}
+    more = {"use_sliding_window": True, "sliding_window": 8} if kind == "qwen2" else {}
+    good = {"model_type": kind} | (gpt2 if kind == "gpt2" else sizes) | more
+    refused = 0
+    for value in ODD:
+        (tmp_path / "config.json").write_text(json.dumps(good | {field: value}))
+        read_ = make_config({"base_model": str(tmp_path), "learning_rate": 1, "datasets": [{"path": "x"}], "sequence_len": 16, "export_hf": False})  # fmt: skip
+        try:
+            resolve(read_.config, 1).transformer_config()
+        except UserError:
+            refused += 1
+    assert refused, f"every odd value of {field} was taken"
+
+
+def test_whole_numbers_written_as_fractions_are_read():
+    assert read("llama", intermediate_size=48.0)["ffn_hidden_size"] == 48
+    with pytest.raises(UserError, match=r"intermediate_size 48.5: a whole number from 1"):
+        read("llama", intermediate_size=48.5)
+
+
+def test_a_config_that_cannot_be_read_is_a_message(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    file = tmp_path / "config.json"
+    for text in (b"{", b"\xff\xfe", b"[" * 100_000, b"7"):
+        file.write_bytes(text)
+        with pytest.raises(UserError, match="config.json"):
+            architecture_of(str(tmp_path))
+
+    def closed(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", closed)
+    with pytest.raises(UserError, match=r"config.json cannot be read \(Permission denied\)"):
+        architecture_of(str(tmp_path))
+
+
+# --- fields of rotary positions that have no effect --------------------------------------------
+
+
+def test_rope_fields_that_transformers_ignores_are_ignored_with_a_line(tmp_path):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    extra = {"attn_factor": 1.0, "finetuned": True, "rope_theta": 5e5}
+    found = read("llama", rope_scaling=yarn | extra)
+    assert found["rope_scaling"] == yarn
+    assert found["rotary_base"] == 5e5
+    data = {"model_type": "llama", "hidden_size": 32, "rope_scaling": yarn | extra}
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    (line,) = unused_fields(str(tmp_path))
+    assert "attn_factor, finetuned (transformers ignores it too)" in line
+    (tmp_path / "config.json").write_text(json.dumps(data | {"rope_scaling": yarn}))
+    assert unused_fields(str(tmp_path)) == []
+    # what has an effect is kept, and what a config of the user's own names stays refused
+    assert (
+        read("llama", rope_scaling=yarn | {"attention_factor": 2.0})["rope_scaling"]["attention_factor"]
+        == 2.0
+    )
+    given = make_config({"base_model": str(tmp_path), "learning_rate": 1, "datasets": [{"path": "x"}], "rope_scaling": yarn | {"finetuned": True}, "num_hidden_layers": None})  # fmt: skip
+    with pytest.raises(UserError, match="finetuned would have no effect"):
+        resolve(given.config.model_copy(update={"num_layers": 2, "num_attention_heads": 4}), 1)

@@ -119,7 +119,8 @@ def test_pefts_config_in_and_out(tmp_path):
 def test_adapters_that_moved_the_base_weights_are_refused_with_the_remedy(tmp_path, start):
     data = Lora(8, 16, ("q_proj",)).peft_config("org/model") | {"init_lora_weights": start}
     (tmp_path / "adapter_config.json").write_text(json.dumps(data))
-    with pytest.raises(UserError, match=f"init_lora_weights '{start}'.*path_initial_model_for_weight_conv"):
+    remedy = "merge_and_unload" if start == "loftq" else "path_initial_model_for_weight_conversion"
+    with pytest.raises(UserError, match=f"init_lora_weights '{start}'.*{remedy}"):
         read_peft_config(tmp_path)
     text = problems(lora_model_dir=str(tmp_path), lora_alpha=16, lora_target_modules=["q_proj"])
     assert "lora_model_dir: " in text

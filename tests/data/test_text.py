@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from longspan.data import text as text_module
 from longspan.data.indexed import IndexedDataset
 from longspan.data.text import (
-    copy_tokenizer,
     eod_id,
     find_sources,
     iter_documents,
@@ -22,6 +21,7 @@ from longspan.data.text import (
     tokenize_to_indexed,
     train_tokenizer,
 )
+from longspan.data.tokenizer_files import changed_copy
 from longspan.errors import UserError
 
 DOCUMENTS = ["the cat sat on the mat\n" * 20, "def f(x):\n    return x + 1\n" * 20, "größe 日本語"]
@@ -230,8 +230,9 @@ def test_a_tokenizers_copy_keeps_the_tokens_of_both_files(tmp_path):
     given.mkdir()
     word_tokenizer(["?", "</s>", "<end>", "<s>"]).save(str(given / "tokenizer.json"))
     (given / "special_tokens_map.json").write_text('{"eos_token": "<end>", "bos_token": "<s>"}')
-    assert copy_tokenizer(given, {"eos_token": "<end>"}, None, tmp_path) == given
-    copy = copy_tokenizer(given, {"eos_token": "</s>"}, None, tmp_path)
+    has = special_tokens(given)
+    assert changed_copy(given, {"eos_token": "<end>"}, None, has, tmp_path) == given
+    copy = changed_copy(given, {"eos_token": "</s>"}, None, has, tmp_path)
     assert special_tokens(copy) == {"eos_token": "</s>", "bos_token": "<s>"}
 
 

@@ -259,3 +259,143 @@ def test_a_llama_has_no_window_whatever_its_config_says(tmp_path):
     for kind, window in (("llama", None), ("mistral", 16)):
         (tmp_path / "config.json").write_text(json.dumps(fields | {"model_type": kind}))
         assert architecture_of(str(tmp_path)).get("sliding_window") == window
+
+
+# --- weights from elsewhere -------------------------------------------------------------------
+
+
+class Code:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_pickled_weights_and_adapters_run_nothing(tmp_path, monkeypatch, capsys):
+    import pickle
+    import shutil
+
+    from longspan.cli import main
+    from longspan.config.lora import Lora
+
+    ran = tmp_path / "ran"
+    monkeypatch.chdir(tmp_path)
+    base = Path(make_llama(tmp_path / "base", tied=False))
+    (tmp_path / "evil.bin").write_bytes(pickle.dumps({"model.norm.weight": Code(ran)}))
+    pickle.loads((tmp_path / "evil.bin").read_bytes())
+    assert ran.exists()  # it does run where it is let
+    ran.unlink()
+
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    shutil.copyfile(base / "config.json", whole / "config.json")
+    shutil.copyfile("evil.bin", whole / "pytorch_model.bin")
+    indexed = tmp_path / "indexed"
+    shutil.copytree(base, indexed)
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = "pytorch_model.bin"
+    (indexed / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copyfile("evil.bin", indexed / "pytorch_model.bin")
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "adapter_config.json").write_text(json.dumps(Lora(2, 2, ("q_proj",)).peft_config(str(base))))
+    shutil.copyfile("evil.bin", adapters / "adapter_model.bin")
+    for model, message in (
+        (whole, "pytorch_model.bin is a pickle, which may run code: it is not opened"),
+        (indexed, "pytorch_model.bin cannot be read"),
+    ):
+        assert main.main(["convert", "--model", str(model), "--output", "out"]) == 2
+        assert message in capsys.readouterr().err
+    assert main.main(["convert", "--lora", str(adapters), "--output", "out"]) == 2
+    assert "adapter_model.bin is a pickle, which may run code" in capsys.readouterr().err
+    assert not ran.exists()
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "place", ["../other/model.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", 7, None]
+)
+def test_an_index_that_leads_outside_its_folder_is_refused(tmp_path, place):
+    base = Path(make_llama(tmp_path / "base", tied=False))
+    file = base / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["model.norm.weight"] = place
+    file.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"places model.norm.weight in .*, which is no file of this folder"):
+        huggingface.SafetensorsFolder(base)
+    for odd in ([1], {"weight_map": [1]}, {"weight_map": None}):
+        file.write_text(json.dumps(odd))
+        with pytest.raises(UserError, match=r"base_model .*base"):
+            huggingface.SafetensorsFolder(base)
+
+
+def test_a_link_of_the_hubs_cache_is_followed(tmp_path):
+    base = Path(make_llama(tmp_path / "blobs", tied=False))
+    linked = tmp_path / "snapshot"
+    linked.mkdir()
+    for path in base.iterdir():
+        (linked / path.name).symlink_to(path)
+    huggingface.check_tensors(huggingface.SafetensorsFolder(linked), names(tiny.VOCAB))
+
+
+def rewrite(base, name, change):
+    """The model folder with one tensor changed; its file's name."""
+    from safetensors.torch import save_file
+
+    file = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(base / file)
+    tensors[name] = change(tensors[name])
+    save_file(tensors, base / file, metadata={"format": "pt"})
+    return file
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    base = Path(make_llama(tmp_path / "base", tied=False))
+    rewrite(base, "model.layers.1.mlp.up_proj.weight", lambda t: t.to(torch.int8))
+    source = huggingface.SafetensorsFolder(base)
+    with pytest.raises(UserError, match=r"up_proj.weight in model-.*safetensors is of type I8; weights are"):
+        huggingface.check_tensors(source, names(tiny.VOCAB))
+    with pytest.raises(UserError, match="is of type I8"):
+        huggingface.read_part(
+            source, names(tiny.VOCAB), "decoder.layers.1.mlp.linear_up.weight", (48, 32), [(0, 48), (0, 32)]
+        )
+
+
+def not_finite(prefix, base, more):
+    """What each rank says of a model that has NaN in one row of one tensor."""
+    run = tiny.tiny_run(prefix, dist.get_world_size(), **changes(base, **more))
+    with pytest.raises(UserError) as caught:
+        Trainer(run, CPU)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("world", "more"),
+    [
+        (1, {}),
+        (2, {"dp_shard_size": 2}),
+        (4, {"tensor_parallel_size": 2, "context_parallel_size": 2}),
+    ],
+    ids=str,
+)
+def test_a_nan_in_a_base_model_is_named_on_all_ranks_before_the_first_step(prefix, tmp_path, world, more):
+    def last_row(value):
+        def change(tensor):
+            tensor[-1, 3] = value
+            return tensor
+
+        return change
+
+    base = Path(make_llama(tmp_path / "base", tied=False))
+    file = rewrite(base, "model.layers.1.mlp.up_proj.weight", last_row(float("nan")))
+    found = pool.run(world, not_finite, prefix, str(base), more)
+    assert all(problems == found[0] for problems in found)
+    assert len(found[0]) == 1
+    assert f"model.layers.1.mlp.up_proj.weight in {file} holds NaN" in found[0][0]
+    rewrite(base, "lm_head.weight", last_row(float("-inf")))
+    found = pool.run(world, not_finite, prefix, str(base), more)
+    assert all(problems == found[0] for problems in found)
+    assert sorted("infinity" in problem for problem in found[0]) == [False, True]

@@ -475,6 +475,76 @@ def test_merging_with_another_base_is_refused_and_leaves_nothing(trained, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "wide"]
 
 
+def test_a_merged_config_names_the_dtype_that_is_written(base, adapters, tmp_path):
+    """Of the base's config.json, transformers cannot read "auto" back."""
+    import shutil
+
+    from longspan.cli import convert
+
+    copied = tmp_path / "base"
+    shutil.copytree(base, copied)
+    said = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(said | {"dtype": "auto", "torch_dtype": "auto"}))
+    convert.run(["--lora", adapters, "--model", str(copied), "--output", str(tmp_path / "merged")])
+    merged = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert (merged["torch_dtype"], merged.get("dtype")) == ("float32", None)
+
+
+@pytest.mark.parametrize("tensor", ["base", "adapters"])
+def test_a_nan_is_not_merged(base, adapters, tmp_path, tensor):
+    import shutil
+
+    from safetensors.torch import save_file
+
+    from longspan.cli import convert
+
+    shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(adapters, tmp_path / "adapters")
+    file = next((tmp_path / tensor).glob("*.safetensors"))
+    weights = load_file(file)
+    name = next(n for n in sorted(weights) if "q_proj" in n)
+    weights[name][0, 0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    arguments = ["--lora", str(tmp_path / "adapters"), "--model", str(tmp_path / "base"), "--output"]
+    with pytest.raises(UserError, match=rf"{name} in {file.name} holds NaN"):
+        convert.run([*arguments, str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_that_moved_the_base_are_refused_and_pefts_conversion_is_read(base, tmp_path):
+    """PiSSA as PEFT makes it, and plain LoRA of it as PEFT converts it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from longspan.cli import convert
+
+    torch.manual_seed(0)
+    kind = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")  # fmt: skip
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), kind)
+    model.peft_config[
+        "default"
+    ].init_lora_weights = True  # or PEFT would move the weights again when it reads them
+    model.save_pretrained(tmp_path / "before")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.05
+    model.save_pretrained(tmp_path / "moved")
+    arguments = ["--model", base, "--output", str(tmp_path / "merged")]
+    with pytest.raises(UserError, match="init_lora_weights 'pissa'"):
+        convert.run(["--lora", str(tmp_path / "moved"), *arguments])
+    before = str(tmp_path / "before")
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=before)
+    convert.run(["--lora", str(tmp_path / "plain"), *arguments])
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn.q_proj"
+        part = model.base_model.model.get_submodule(name)
+        expected = part.base_layer.weight + part.get_delta_weight("default")
+        torch.testing.assert_close(merged[f"{name}.weight"], expected.detach(), rtol=0, atol=1e-5)
+
+
 def start_refusals(prefix, base, folder):
     def message(**more):
         with pytest.raises(UserError) as caught:

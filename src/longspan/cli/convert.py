@@ -6,16 +6,19 @@ is made. From a checkpoint the optimizer's state stays behind; from Hugging Face
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longspan import __version__
 from longspan.cli.options import take_options
 from longspan.cli.train import quiet_logs
 from longspan.config.load import read_yaml
 from longspan.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from longspan.config.schema import TrainConfig
 
 USAGE = """\
 usage: longspan convert --checkpoint STEP_FOLDER --output FOLDER [--tokenizer FOLDER] [--dtype float32|bfloat16]
@@ -79,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
         path = find(Path(taken["--checkpoint"]), "--checkpoint")
         tokenizer = tokenizer or tokenizer_of(path)
         to_hugging_face(path, output, tokenizer, taken.get("--dtype", "float32"))
-        if tokenizer is None:
+        if not holds_tokenizer(output):
             print("no tokenizer: the run names none that is here. Give --tokenizer.", file=sys.stderr)
     else:
         to_checkpoint(taken["--model"], output)
@@ -92,12 +95,27 @@ def holds_tokenizer(path: Path) -> bool:
     return (path.is_file() and path.name == "tokenizer.json") or (path / "tokenizer.json").is_file()
 
 
+def config_of(path: Path) -> TrainConfig | None:
+    """The config of the run that a checkpoint (its own folder) lies in; None where it is not there or of another version."""
+    from longspan.config.load import load_config
+
+    config = path.parent.parent / "config.yaml"
+    try:
+        return load_config(config) if config.is_file() else None
+    except UserError:
+        return None
+
+
 def tokenizer_of(path: Path) -> Path | None:
     """The tokenizer that the run of a checkpoint (its own folder) names, or has exported."""
     run = path.parent.parent
     config = run / "config.yaml"
     named = read_yaml(config).get("tokenizer_config") if config.is_file() else None
-    return next((p for p in (Path(named or run / "hf"), run / "hf") if holds_tokenizer(p)), None)
+    return next((p for p in (Path(named or run / "hf"), run / "hf") if _is_tokenizer(p)), None)
+
+
+def _is_tokenizer(path: Path) -> bool:
+    return path.is_file() or holds_tokenizer(path)
 
 
 def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str) -> None:
@@ -112,7 +130,7 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
     import torch
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from longspan.config.hugging_face import FIELDS, export_problem, hugging_face_config
+    from longspan.config.hugging_face import FIELDS, export_problem
     from longspan.config.lora import Lora
     from longspan.config.model import TransformerConfig
     from longspan.config.schema import TrainConfig
@@ -120,8 +138,11 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
     from longspan.models.huggingface import FolderWriter, Names
     from longspan.training import checkpoint
     from longspan.training.checkpoint_files import read_tensors
+    from longspan.training.model_files import files_of_adapters, files_of_run
 
+    run = config_of(path)
     said = checkpoint.describe(path, "--checkpoint")
+    run = run or TrainConfig.model_validate({"base_model": said.get("base_model")})
     defaults = {name: TrainConfig.model_fields[name].default for name in FIELDS}
     model = defaults | said["model"] | said["settings"]
     model |= {name: said.get(name) for name in ("init_method_std", "max_position_embeddings")}
@@ -147,12 +168,32 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
         names = [name.removeprefix("model.") for name in entries if name.startswith("model.")]
         weights = {name: whole(name).to(getattr(torch, dtype)) for name in names}
         lora = Lora(adapter["rank"], adapter["alpha"], tuple(adapter["targets"]), adapter["rslora"])
-        write_adapters(output, weights, lora.peft_config(adapter["base_model"]), tokenizer)
+        run = at_hand(run.model_copy(update={"base_model": adapter["base_model"]}))
+        files = files_of_adapters(run, tokenizer)
+        write_adapters(output, weights, lora.peft_config(adapter["base_model"]), files)
         return
+    files = files_of_run(at_hand(run), model, dtype, tokenizer)
     writer = FolderWriter(output, Names(config, model["vocab_size"]), getattr(torch, dtype))
     for name in Names(config, model["vocab_size"]).all():
         writer.add(name, whole(name))
-    writer.finish(hugging_face_config(model, dtype), tokenizer)
+    writer.finish(files)
+
+
+def at_hand(config: TrainConfig) -> TrainConfig:
+    """A run's config without a base model that is not here any more; says what the export lacks for it."""
+    from longspan.training.model_files import origin_of
+
+    if config.base_model is None or config.reinit_weights:
+        return config
+    try:
+        here = origin_of(config.base_model).folder is not None
+    except UserError:
+        here = False
+    if here:
+        return config
+    text = f"base_model {config.base_model} is not here: its sampling settings and further end tokens are left out."
+    print(text, file=sys.stderr)
+    return config.model_copy(update={"base_model": None})
 
 
 def merge_adapters(
@@ -161,27 +202,29 @@ def merge_adapters(
     """Adapters in PEFT's format and their base model -> a plain Hugging Face folder, tensor by tensor."""
     import torch
 
-    from longspan.config.architecture import model_file, model_folder
+    from longspan.config.architecture import model_config, model_folder
     from longspan.config.lora import read_peft_config
     from longspan.models.adapters import merge
-    from longspan.models.huggingface import FolderWriter, SafetensorsFolder, copy_tokenizer
+    from longspan.models.huggingface import FolderWriter, SafetensorsFolder
+    from longspan.training.model_files import files_of_merged
 
     _, named = read_peft_config(adapters)
     model = model or named
     if model is None:
         raise UserError(f"{adapters} does not name its base model. Give it with --model.")
-    config = json.loads(model_file(model, "config.json").read_text(encoding="utf-8"))
-    if dtype is not None:
-        config = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": dtype}
     base = model_folder(model)
+    weights = SafetensorsFolder(base)
+    # config.json may name none, auto, or one that the weights are not in
+    written = dtype or str(weights.dtype).removeprefix("torch.")
+    config = {k: v for k, v in model_config(str(base))[0].items() if k != "dtype"} | {"torch_dtype": written}
+    files = files_of_merged(config, base, adapters, tokenizer)
     writer = FolderWriter(output, None, None if dtype is None else getattr(torch, dtype))
     try:
-        merge(SafetensorsFolder(base), adapters, writer)
+        merge(weights, adapters, writer)
     except UserError:
         writer.discard()
         raise
-    copy_tokenizer(base, writer.partial)
-    writer.finish(config, tokenizer or adapters)  # over the base model's, where it brings one
+    writer.finish(files)
 
 
 def to_checkpoint(model: str, output: Path) -> None:
@@ -192,7 +235,7 @@ def to_checkpoint(model: str, output: Path) -> None:
     import torch
     import torch.distributed.checkpoint as dcp
 
-    from longspan.config.architecture import architecture_of, model_folder
+    from longspan.config.architecture import architecture_of, model_folder, unused_fields
     from longspan.config.load import architecture_config
     from longspan.config.model import padded_vocab_size
     from longspan.config.resolve import resolve
@@ -202,6 +245,8 @@ def to_checkpoint(model: str, output: Path) -> None:
     from longspan.training.loop import describe_model
 
     values = architecture_of(model)
+    for line in unused_fields(model):
+        print(f"without effect here: {line}", file=sys.stderr)
     config = architecture_config(values)
     resolved = resolve(config, 1)
     architecture = resolved.transformer_config()
@@ -229,6 +274,7 @@ def to_checkpoint(model: str, output: Path) -> None:
         "layout": f"converted from {model}",
         "global_batch_size": None,
         **{k: about[k] for k in ("model", "settings", "init_method_std", "max_position_embeddings")},
+        "base_model": str(Path(model).resolve()) if Path(model).is_dir() else model,
         "step": 0,
         "tokens": 0,
     }

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longspan.cli.config import number
 from longspan.cli.options import positionals, take_options
 from longspan.errors import UserError
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 USAGE = """\
-usage: longspan generate MODEL [--prompt TEXT] [--max-new-tokens N] [--temperature T] [--seed S] [--tokenizer FOLDER]
+usage: longspan generate MODEL [--prompt TEXT] [--max-new-tokens N] [--temperature T] [--seed S] [--special-tokens]
+                               [--tokenizer FOLDER]
 
 Writes on from a prompt with a Hugging Face folder such as OUTPUT_DIR/hf, one of adapters in PEFT's format, or a run's
 checkpoint: its folder (OUTPUT_DIR, the newest) or OUTPUT_DIR/checkpoints/step_00000100, trained at any layout. Each token
 reads the whole text again (there is no key/value cache): good for a look at a model, not for serving.
+In front of the prompt stands what training puts in front of a text (BOS), where the tokenizer has it; a prompt that begins
+with a special token of its own, such as a chat written out, is taken as it is. Writing ends at the model's end tokens.
   --prompt TEXT       what to start from (default: nothing)
   --max-new-tokens N  default 64
   --temperature T     0 always takes the likeliest token (default 0.8)
   --seed S            of the choice between tokens (default 0)
+  --special-tokens    print special tokens too, those put in front and the end token included
   --tokenizer FOLDER  for a checkpoint whose run names no tokenizer
 """
 OPTIONS = {
@@ -27,6 +36,7 @@ OPTIONS = {
     "--max-new-tokens": True,
     "--temperature": True,
     "--seed": True,
+    "--special-tokens": False,
     "--tokenizer": True,
 }
 
@@ -56,7 +66,8 @@ def run(arguments: Sequence[str]) -> int:
             model = exported(Path(model), Path(folder), taken.get("--tokenizer"))
         elif "--tokenizer" in taken:
             raise UserError("--tokenizer goes with a checkpoint; a model folder holds its own. Leave it out.")
-        print(generate(model, taken.get("--prompt", ""), count, temperature, seed))
+        special = "--special-tokens" in taken
+        print(generate(model, taken.get("--prompt", ""), count, temperature, seed, special))
     return 0
 
 
@@ -88,16 +99,45 @@ def exported(path: Path, folder: Path, tokenizer: str | None) -> str:
     return str(folder / "hf")
 
 
-def generate(folder: str, prompt: str, count: int, temperature: float, seed: int) -> str:
-    """The prompt and what the model makes of it."""
+def prompt_ids(tokenizer: Tokenizer, folder: Path, prompt: str) -> list[int]:
+    """The tokens a model goes on from: the prompt's, with what training put in front of a text."""
+    from longspan.data import eod_id
+    from longspan.data.text import begin_ids
+
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    if ids and ids[0] in special:
+        return ids
+    end = eod_id(tokenizer, folder)
+    # without a token in front, a document begins where another ended
+    return [*begin_ids(tokenizer, folder), *ids] or ([end] if end is not None else [0])
+
+
+def end_ids(tokenizer: Tokenizer, folders: Iterable[Path]) -> set[int]:
+    """The tokens that end what a model writes: the tokenizer's, and those of the first generation_config.json there is."""
+    from longspan.data import eod_id
+    from longspan.training.model_files import GENERATION, read_json
+
+    folders = list(folders)
+    said = next((found for f in folders if (found := read_json(f / GENERATION))), {}).get("eos_token_id")
+    numbers = [eod_id(tokenizer, folders[0]), *(said if isinstance(said, list) else [said])]
+    return {n for n in numbers if isinstance(n, int)}
+
+
+def generate(folder: str, prompt: str, count: int, temperature: float, seed: int, special: bool) -> str:
+    """The prompt and what the model makes of it.
+
+    Args:
+        special: special tokens are part of the text.
+    """
     import torch
 
-    from longspan.config.architecture import architecture_of, model_folder
+    from longspan.config.architecture import architecture_of, model_folder, unused_fields
     from longspan.config.load import architecture_config
     from longspan.config.lora import CONFIG_FILE, read_peft_config
     from longspan.config.resolve import resolve
     from longspan.context_parallel import SequenceLayout
-    from longspan.data import eod_id, load_tokenizer
+    from longspan.data import load_tokenizer
     from longspan.mesh.mesh import ParallelMesh, close_distributed, init_distributed
     from longspan.models import GPTModel
     from longspan.models.adapters import attach
@@ -109,11 +149,13 @@ def generate(folder: str, prompt: str, count: int, temperature: float, seed: int
     if base is None:
         raise UserError(f"{folder} does not name its base model. Merge them first: longspan convert --lora.")
     values = architecture_of(base)
+    for line in unused_fields(base):
+        print(f"without effect here: {line}", file=sys.stderr)
     path = model_folder(base)
     own = adapters if adapters is not None and (adapters / "tokenizer.json").is_file() else path
     tokenizer = load_tokenizer(own)
-    end = eod_id(tokenizer, own)
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or ([end] if end is not None else [0])
+    ends = end_ids(tokenizer, [own, path])
+    ids = prompt_ids(tokenizer, own, prompt)
     most = values.get("max_position_embeddings")
     if values.get("position_embedding_type") == "learned_absolute" and most and len(ids) + count > most:
         raise UserError(
@@ -144,9 +186,11 @@ def generate(folder: str, prompt: str, count: int, temperature: float, seed: int
                     token = int(logits.argmax())
                 else:
                     token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
-                if token == end:
+                if token in ends and not special:
                     break
                 ids.append(token)
+                if token in ends:
+                    break
     finally:
         close_distributed()
-    return tokenizer.decode(ids)
+    return tokenizer.decode(ids, skip_special_tokens=not special)

@@ -125,7 +125,7 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
         )
         if counter is not None:
             counter.__exit__()
-        folder = str(tokenizer_folder)  # a tokenizer trained on the first dataset serves the others
+        folder = folder or str(tokenizer_folder)  # one trained on the first dataset serves the others
         sources.append(source.model_copy(update={"prepared": str(prefix)}))
     vocab = config.vocab_size
     if config.tokenizer_type == "NullTokenizer" and vocab is not None:
@@ -240,7 +240,8 @@ def prepare_records(config: TrainConfig, source: DatasetConfig, folder: str | No
 def own_tokenizer(config: TrainConfig, folder: str) -> str:
     """The tokenizer's folder, with the config's special_tokens and chat_template in it: a copy where they are not."""
     from longspan.data.chat import find_template, own_template
-    from longspan.data.text import copy_tokenizer, load_tokenizer, special_tokens
+    from longspan.data.text import load_tokenizer, special_tokens
+    from longspan.data.tokenizer_files import changed_copy, folder_of
 
     chosen = config.special_tokens or {}
     tokenizer, now = load_tokenizer(folder), special_tokens(folder)
@@ -250,16 +251,17 @@ def own_tokenizer(config: TrainConfig, folder: str) -> str:
             f"special_tokens: {', '.join(map(repr, missing))}: not in the vocabulary of {folder}. Add tokens to the tokenizer "
             "and to base_model first, with transformers."
         )
-    path = Path(folder)
     template = None
-    if config.chat_template is not None or config.chat_template_jinja is not None:
-        template = find_template(
-            config.chat_template,
-            config.chat_template_jinja,
-            path if path.is_dir() else path.parent,
-            now | chosen,
-            [],
-        ).text
-        if template == own_template(path if path.is_dir() else path.parent):
+    name, jinja = trained_template(config)
+    if name is not None or jinja is not None:
+        template = find_template(name, jinja, folder_of(folder), now | chosen, []).text
+        if template == own_template(folder_of(folder)):
             template = None
-    return str(copy_tokenizer(path, chosen, template, Path(config.dataset_prepared_path)))
+    return str(changed_copy(Path(folder), chosen, template, now, Path(config.dataset_prepared_path)))
+
+
+def trained_template(config: TrainConfig) -> tuple[str | None, str | None]:
+    """chat_template and chat_template_jinja of the run: its own, else what all of its datasets of chats agree on."""
+    own = (config.chat_template, config.chat_template_jinja)
+    chats = {(d.chat_template, d.chat_template_jinja) for d in config.datasets if d.type == "chat_template"}
+    return chats.pop() if own == (None, None) and len(chats) == 1 else own

@@ -12,6 +12,7 @@ from longspan.cli.environment import without_effect
 from longspan.cli.launch import HELP, OPTIONS, Launch, choose_device, read_launch, start, under_torchrun
 from longspan.cli.options import key_help, read_config, take_options
 from longspan.cli.prepare import check_weights, prepare_config
+from longspan.config.architecture import unused_fields
 from longspan.config.data_rules import PATHS, read_blend
 from longspan.config.load import Reading, to_yaml
 from longspan.config.resolve import Run, resolve
@@ -84,6 +85,8 @@ def checked(reading: Reading, launch: Launch, announce: str = "") -> tuple[Run, 
         device = "cpu"
     problems += missing_sources(config) if "datasets" not in bad else []
     resolved = resolve(config, world, bad_keys=bad, earlier=problems)
+    if config.base_model is not None and config.rope_scaling is None:
+        reading.notes += unused_fields(config.base_model)
     bf16 = device == "cuda" and config.params_dtype == "float32" if config.bf16 == "auto" else config.bf16
     final = resolved.config.model_copy(
         update={
@@ -271,12 +274,14 @@ def resume_point(run: Run, show: bool = True) -> str | None:
 
 def prepared(resolved: Run, show: bool) -> TrainConfig:
     """The config with its data tokenised and checked, and its checkpoint found."""
+    from longspan.training.export import check_export
     from longspan.training.loop import check_data
 
     config = prepare_config(resolved.config, show=show)
     checked = resolve(config, resolved.world_size)
     check_data(checked)
     check_weights(checked)
+    check_export(checked)
     if config.use_tensorboard and config.tensorboard_dir is not None:
         try:
             Path(config.tensorboard_dir).mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from typing import Any
 from longspan.cli.config import number
 from longspan.cli.options import key_help, take_options
 from longspan.cli.prepare import check_vocabulary
-from longspan.config.architecture import architecture_of, is_hub_id
+from longspan.config.architecture import architecture_of, is_hub_id, unused_fields
 from longspan.config.data_rules import PATHS, read_blend
 from longspan.config.load import Overrides, Reading, make_config, parse_overrides, read_yaml
 from longspan.config.megatron import parse_megatron_flags
@@ -105,6 +105,8 @@ def check(name: str, reading: Reading, world: int | None) -> dict[str, Any]:
             check_vocabulary(resolved.config, folder)
     except UserError as error:
         return result | {"problems": error.problems, "without_effect": reading.notes}
+    if config.base_model is not None and config.rope_scaling is None and "base_model" not in bad:
+        reading.notes += unused_fields(config.base_model)
     paths = [("datasets", source.path) for source in config.datasets]
     for name in PATHS:
         if given := getattr(config, name):

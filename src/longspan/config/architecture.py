@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from longspan.config.hugging_face import keys_of
+from longspan.config.hugging_face import ignored_fields, keys_of
 from longspan.config.json_text import parse_json
 from longspan.config.known_models import known_model
 from longspan.errors import UserError
@@ -82,6 +82,10 @@ def model_config(base_model: str, network: bool = True) -> tuple[dict[str, Any],
     path = model_file(base_model, "config.json", network)
     try:
         data = parse_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"base_model: {path} cannot be read ({error.strerror}). Put its permissions right."
+        ) from None
     except ValueError as error:
         raise UserError(f"base_model: {path} is not valid JSON ({error}).") from None
     if not isinstance(data, dict):
@@ -99,3 +103,14 @@ def architecture_of(base_model: str, network: bool = True) -> dict[str, Any]:
         UserError: no such folder, no config.json, or a model that is not supported.
     """
     return keys_of(*model_config(base_model, network))
+
+
+def unused_fields(base_model: str) -> list[str]:
+    """A line for what a model's ``config.json`` names and nobody reads; nothing is fetched.
+
+    Args:
+        base_model: one whose architecture was read already.
+    """
+    data, where = model_config(base_model, network=False)
+    named = ", ".join(ignored_fields(data))
+    return [f"rope_scaling of {where}: {named} (transformers ignores it too)"] if named else []

@@ -14,10 +14,11 @@ is refused by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from longspan.config.rope import reach, rope_type
+from longspan.config.rope import ROPE_TYPES, reach, rope_type
 from longspan.errors import UserError
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "gpt2")
@@ -78,6 +79,21 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {"activation_function": "gelu_new", "n_positions": 1024, "tie_word_embeddings": True},
 }
 
+#: fields that hold whole numbers -> the smallest and the largest that makes sense
+_WHOLE = dict.fromkeys((*_KEYS, *_GPT2_KEYS, "sliding_window", "max_window_layers"), (1, 1 << 31))
+_WHOLE |= dict.fromkeys(("num_hidden_layers", "n_layer"), (1, 1 << 14))
+_WHOLE["max_window_layers"] = (0, 1 << 31)
+_REAL = ("rms_norm_eps", "layer_norm_epsilon", "initializer_range", "rope_theta", "partial_rotary_factor")
+_FLAGS = (
+    *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+    *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"),
+)
+for _name in (*_REAL, *_FLAGS):
+    _WHOLE.pop(_name, None)
+
+#: fields of a rope_scaling that are not of its type
+_ROPE_OWN = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+
 #: Hugging Face's activation -> ours
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
 
@@ -93,7 +109,7 @@ def keys_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         UserError: it is of a model type that is not supported, or asks for what the type can but longspan cannot.
     """
     kind = data.get("model_type")
-    if kind not in SUPPORTED_MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in SUPPORTED_MODEL_TYPES:
         raise UserError(
             f"base_model: {where} is of model_type {kind!r}; supported: {', '.join(SUPPORTED_MODEL_TYPES)}."
         )
@@ -101,6 +117,11 @@ def keys_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(
             f"base_model: {where} has a quantization_config: its weights are quantised, and only whole ones are read. Give the "
             "model it was made of."
+        )
+    data = _whole_numbers(data)
+    if odd := _odd_values(data):
+        raise UserError(
+            f"base_model: {where} sets {'; '.join(odd)}. Put the file right, or download it again."
         )
     data = {**_DEFAULTS[kind], **data}
     table = _GPT2_KEYS if kind == "gpt2" else _KEYS
@@ -117,6 +138,56 @@ def keys_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     if window := _window(data, kind, where):
         found["sliding_window"] = window
     return found | _rotary(data, where)
+
+
+def _whole_numbers(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with 4096.0 as 4096 where a whole number belongs."""
+    return {
+        k: int(v) if k in _WHOLE and isinstance(v, float) and v.is_integer() else v for k, v in data.items()
+    }
+
+
+def _odd_values(data: Mapping[str, Any]) -> list[str]:
+    """Fields whose value can be meant by nobody, each with what it must be; null stands for the default everywhere."""
+    found = []
+
+    def check(name: str, good: bool, rule: str) -> None:
+        if not good:
+            shown = repr(data[name])
+            found.append(f"{name} {shown if len(shown) < 60 else shown[:57] + '...'}: {rule}")
+
+    for name, value in data.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is None:
+            continue
+        if name in _WHOLE:
+            least, most = _WHOLE[name]
+            whole = isinstance(value, int) and number and least <= value <= most
+            check(name, whole, f"a whole number from {least} to {most}")
+        elif name in _REAL:
+            check(name, number and math.isfinite(value) and value >= 0, "a number from 0 on")
+        elif name in _FLAGS:
+            check(name, isinstance(value, bool), "true or false")
+        elif name in ("hidden_act", "activation_function"):
+            check(name, isinstance(value, str), "a name")
+        elif name == "layer_types":
+            good = isinstance(value, list) and all(isinstance(each, str) for each in value)
+            layers = data.get("num_hidden_layers")
+            fits = good and (not isinstance(layers, int) or len(value) == layers)
+            check(name, fits, "a list of one name a layer")
+    return found
+
+
+def ignored_fields(data: Mapping[str, Any]) -> list[str]:
+    """Fields of a config.json's rope_scaling that its type does not have: transformers ignores them, and so do we."""
+    rope = data.get("rope_scaling") or data.get("rope_parameters") or {}
+    known = (
+        ROPE_TYPES.get(kind) if isinstance(rope, dict) and isinstance(kind := rope_type(rope), str) else None
+    )
+    if known is None:
+        return []
+    names = [*known[0], *known[1], *_ROPE_OWN]
+    return [name for name, value in rope.items() if name not in names and value is not None]
 
 
 def _activation(data: Mapping[str, Any], where: str) -> str:
@@ -151,7 +222,7 @@ def _window(data: Mapping[str, Any], kind: str, where: str) -> int | list[int | 
         return None
     types = data.get("layer_types") if kind != "mistral" else None
     if types is None and kind.startswith("qwen"):
-        first = data.get("max_window_layers", 28)
+        first = 28 if data.get("max_window_layers") is None else data["max_window_layers"]
         types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
     if types is None:
         return window
@@ -176,10 +247,13 @@ def _rotary(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(
             f"base_model: {where} sets partial_rotary_factor {part}; only whole heads are rotated (1.0)."
         )
-    found: dict[str, Any] = {"rotary_base": rope.get("rope_theta") or data.get("rope_theta") or 10000.0}
+    theta = rope.get("rope_theta")
+    if theta is not None and (isinstance(theta, bool) or not isinstance(theta, int | float)):
+        raise UserError(f"base_model: {where} sets rope_theta {theta!r}: a number above 0.")
+    found: dict[str, Any] = {"rotary_base": theta or data.get("rope_theta") or 10000.0}
     if rope_type(rope) != "default":
-        own = ("rope_theta", "partial_rotary_factor")
-        found["rope_scaling"] = {k: v for k, v in rope.items() if k not in own and v is not None}
+        out = ("rope_theta", "partial_rotary_factor", *ignored_fields(data))
+        found["rope_scaling"] = {k: v for k, v in rope.items() if k not in out and v is not None}
     return found
 
 
@@ -301,7 +375,15 @@ def hugging_face_config(
     kind = _type_of(model, base)
     if base.get("model_type") != kind:  # another type's fields would say nothing, or something else
         base = {k: v for k, v in base.items() if k.endswith("_token_id")}
-    for name in ("sliding_window", "layer_types", "use_sliding_window", "max_window_layers", "dtype"):
+    # auto_map names Python files, which do not come along; transformers' own class is named below
+    for name in (
+        "sliding_window",
+        "layer_types",
+        "use_sliding_window",
+        "max_window_layers",
+        "dtype",
+        "auto_map",
+    ):
         base.pop(name, None)
     common = {
         "architectures": [_CLASSES[kind]],

@@ -129,10 +129,13 @@ def read_peft_config(folder: str | Path) -> tuple[Lora, str | None]:
         raise UserError(f"{path} sets {', '.join(foreign)}, which is not supported: only plain LoRA is.")
     start = data.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_MOVES_THE_BASE):
+        convert = "path_initial_model_for_weight_conversion=FOLDER_OF_THE_ADAPTERS_BEFORE_TRAINING"
+        remedy = f"Let PEFT write them as plain LoRA: model.save_pretrained(FOLDER, {convert})."
+        if start.lower() == "loftq":
+            remedy = "Merge them with PEFT, into the quantised weights they were trained beside (merge_and_unload)."
         raise UserError(
             f"{path} sets init_lora_weights {start!r}: its adapters belong to base weights that PEFT changed when it made them, "
-            "and beside the base model's own they give nonsense. Let PEFT write them as plain LoRA: "
-            "model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=FOLDER_OF_THE_ADAPTERS_BEFORE_TRAINING)."
+            f"and beside the base model's own they give nonsense. {remedy}"
         )
     if targets == "all-linear":
         targets = TARGETS

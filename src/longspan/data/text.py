@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from longspan.config.json_text import read_object
 from longspan.data.cache import is_whole, only_here
 from longspan.data.indexed import IndexedDatasetWriter, best_dtype
 from longspan.data.json_lines import json_records, text_of
+from longspan.data.tokenizer_files import SETTINGS, TOKENS_MAP, read_tokenizer_files, write_tokenizer_files
 from longspan.errors import UserError, did_you_mean
 
 STDLIB = "python-stdlib"
@@ -38,15 +38,6 @@ _SUFFIXES = (
 )
 TEXT_SUFFIXES = frozenset(_SUFFIXES.split())
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules"})
-
-#: the files of a tokenizer's folder that name special tokens
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
-# What a tokenizer's folder may hold beside tokenizer.json that an export wants to keep.
-TOKENIZER_FILES = (
-    *SETTINGS,
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 BATCH_CHARACTERS = 4_000_000  # a batch of long documents is cut at this size, to bound memory
 
@@ -213,7 +204,7 @@ def special_tokens(folder: str | Path) -> dict[str, str]:
     """
     folder = Path(folder).expanduser()
     folder = folder if folder.is_dir() else folder.parent
-    config, older = (read_object(folder / name) for name in SETTINGS)
+    config, older = (read_object(folder / name) for name in (SETTINGS, TOKENS_MAP))
     if "added_tokens_decoder" in config:
         return _tokens(older) | _tokens(config)
     return _tokens(config) | _tokens(older)
@@ -331,7 +322,7 @@ def _prepare(
         train_tokenizer(iter_documents(path, field), train_vocab_size, tokenizer_folder)
     else:
         load_tokenizer(given)  # before it is copied
-        _copy_tokenizer(given, tokenizer_folder)
+        write_tokenizer_files(read_tokenizer_files(given), tokenizer_folder)
     tokenizer = load_tokenizer(tokenizer_folder)
     vocab_size = vocabulary_size(tokenizer)
     end = eod_id(tokenizer, tokenizer_folder)
@@ -381,47 +372,6 @@ def _tokenizer_file(path: str | Path) -> Path:
     )
 
 
-def copy_tokenizer(path: Path, tokens: Mapping[str, str], template: str | None, cache_dir: Path) -> Path:
-    """A tokenizer with other special tokens and another chat template; `path` itself where it has them.
-
-    Args:
-        path: a ``tokenizer.json`` or its folder.
-        tokens: name of each special token to change (bos_token ...) -> a token of the vocabulary.
-        template: jinja; None keeps what there is.
-        cache_dir: the copy is a folder in it.
-    """
-    file = _tokenizer_file(path)
-    own = file.with_name("chat_template.jinja")
-    has = template is None or (own.is_file() and own.read_text(encoding="utf-8") == template)
-    if has and tokens.items() <= special_tokens(file.parent).items():
-        return path
-    changed = read_object(file.with_name("tokenizer_config.json"))
-    # The copy has one file of settings: what only special_tokens_map.json names moves into it.
-    held = _tokens(changed)
-    changed |= {k: v for k, v in special_tokens(file.parent).items() if held.get(k) != v} | dict(tokens)
-    if template is not None:
-        changed.pop("chat_template", None)
-    digest = hashlib.blake2b(digest_size=6)
-    digest.update(file.read_bytes())
-    digest.update(json.dumps([changed, template], sort_keys=True).encode())
-    folder = cache_dir.expanduser() / f"tokenizer-{digest.hexdigest()}"
-    if not (folder / "tokenizer.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "tokenizer_config.json", json.dumps(changed, indent=2) + "\n")
-        if template is not None or own.is_file():
-            _write(folder / "chat_template.jinja", template or own.read_text(encoding="utf-8"))
-        _write(folder / "tokenizer.json", file.read_text(encoding="utf-8"))  # last: it says that all is there
-    return folder
-
-
-def _copy_tokenizer(file: Path, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (file.parent / name).is_file():
-            shutil.copyfile(file.parent / name, folder / name)
-    _write(folder / "tokenizer.json", file.read_text(encoding="utf-8"))  # last: it says that all is there
-
-
 def _write(path: Path, text: str) -> None:
     """Writes a file that is whole or absent."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -444,7 +394,7 @@ def _fingerprint(
     else:
         digest.update(tokenizer.read_bytes())
         # They name the end-of-document token, and go into the cache with the tokenizer.
-        for settings in map(tokenizer.with_name, SETTINGS):
+        for settings in map(tokenizer.with_name, (SETTINGS, TOKENS_MAP)):
             digest.update(settings.read_bytes() if settings.is_file() else b"")
         if begin := begin_ids(load_tokenizer(tokenizer), tokenizer.parent):
             digest.update(json.dumps(["begin", begin]).encode())

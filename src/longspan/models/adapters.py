@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from longspan.config.lora import CONFIG_FILE, WEIGHTS_FILE, Lora, read_peft_config
 from longspan.errors import UserError
 from longspan.models.gpt import GPTModel, OutputLayer
-from longspan.models.huggingface import FolderWriter, SafetensorsFolder, copy_tokenizer, hugging_face_name
+from longspan.models.huggingface import (
+    WEIGHT_DTYPES,
+    FolderWriter,
+    SafetensorsFolder,
+    check_finite,
+    hugging_face_name,
+    write_files,
+)
 from longspan.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from longspan.tensor_parallel.lora import Adapter
 
@@ -101,7 +108,15 @@ def open_adapters(folder: str | Path, names: Iterable[str]) -> Iterator[Any]:
     """
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
-        raise UserError(f"{folder}: there is no {WEIGHTS_FILE} in it. Only safetensors are read.")
+        pickled = path.with_suffix(".bin")
+        found = (
+            f" ({pickled.name} is a pickle, which may run code: it is not opened)"
+            if pickled.is_file()
+            else ""
+        )
+        raise UserError(
+            f"{folder}: there is no {WEIGHTS_FILE} in it{found}. Only safetensors are read: save the adapters again with PEFT."
+        )
     try:
         source = safe_open(path, "pt")
     except Exception as error:  # safetensors' own error class
@@ -124,7 +139,7 @@ def read_adapter(source: Any, name: str, shape: Iterable[int], ranges: list[tupl
         name: ours. shape: of the whole parameter; ranges: (start, stop) along each dim of it.
 
     Raises:
-        UserError: the file's tensor has another shape.
+        UserError: the file's tensor has another shape or holds no weights.
     """
     lazy = source.get_slice(peft_name(name))
     if list(lazy.get_shape()) != list(shape):
@@ -132,22 +147,28 @@ def read_adapter(source: Any, name: str, shape: Iterable[int], ranges: list[tupl
             f"{WEIGHTS_FILE}: {peft_name(name)} has shape {list(lazy.get_shape())}, this model needs {list(shape)}. "
             "The adapters are of another base model."
         )
+    if (kind := lazy.get_dtype()) not in WEIGHT_DTYPES:
+        raise UserError(
+            f"{WEIGHTS_FILE}: {peft_name(name)} is of type {kind}; adapters are F32, BF16, F16 or F64."
+        )
     rows, columns = (slice(*edges) for edges in ranges)
-    return lazy[rows, columns]
+    part = lazy[rows, columns]
+    check_finite(part, "the adapters", peft_name(name), WEIGHTS_FILE)
+    return part
 
 
 # --- out ------------------------------------------------------------------------------------
 
 
 def write_adapters(
-    folder: Path, weights: Mapping[str, Tensor], config: dict[str, Any], tokenizer: Path | None
+    folder: Path, weights: Mapping[str, Tensor], config: dict[str, Any], files: Mapping[str, bytes]
 ) -> None:
     """Writes a folder in PEFT's format: whole, or as it was.
 
     Args:
         weights: whole tensors, by our names.
         config: see ``Lora.peft_config``.
-        tokenizer: a folder (or file of one) whose tokenizer goes beside them.
+        files: what lies beside them: name -> content.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -155,7 +176,7 @@ def write_adapters(
     named = {peft_name(name): tensor.contiguous() for name, tensor in weights.items()}
     save_file(named, partial / WEIGHTS_FILE, metadata={"format": "pt"})
     (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    copy_tokenizer(tokenizer, partial)
+    write_files(files, partial)
     if folder.exists():
         shutil.rmtree(folder)
     os.rename(partial, folder)
@@ -179,10 +200,13 @@ def merge(base: SafetensorsFolder, adapters: Path, writer: FolderWriter) -> None
     }
     with open_adapters(adapters, [part for pair in parts.values() for part in pair]) as source:
         for name in base.files:
-            weight = base.slice(name)[:]
-            merged = weight
+            weight = merged = base.slice(name)[:]
+            check_finite(weight, f"the base model {base.folder}", name, base.files[name])
             if name in parts:
                 a, b = (source.get_tensor(part) for part in parts[name])
+                for tensor, part in zip((weight, a, b), (name, *parts[name])):
+                    if tensor.dtype not in WEIGHT_DTYPES.values():
+                        raise UserError(f"{part} is of type {tensor.dtype}, which holds no weights to merge.")
                 wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
                 if (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
                     raise UserError(
@@ -190,4 +214,7 @@ def merge(base: SafetensorsFolder, adapters: Path, writer: FolderWriter) -> None
                         f"is {list(weight.shape)}. The adapters are of another base model."
                     )
                 merged = weight.to(wide) + lora.scale * (b.to(wide) @ a.to(wide))
-            writer.keep(name, merged.to(writer.dtype or weight.dtype))
+                check_finite(merged, f"the adapters {adapters}", parts[name][0], WEIGHTS_FILE)
+            writer.keep(
+                name, merged.to(weight.dtype) if writer.dtype is None else merged
+            )  # keep rounds to the writer's

@@ -26,7 +26,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -188,6 +188,7 @@ class SafetensorsFolder:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._open: dict[str, Any] = {}
         index = self.folder / "model.safetensors.index.json"
         try:
             if index.is_file():
@@ -196,15 +197,33 @@ class SafetensorsFolder:
                 with safe_open(self.folder / "model.safetensors", "pt") as file:
                     self.files = dict.fromkeys(file.keys(), "model.safetensors")
             else:
+                pickled = next((p.name for p in sorted(self.folder.glob("*.bin"))), None)
+                found = f" ({pickled} is a pickle, which may run code: it is not opened)" if pickled else ""
                 raise UserError(
-                    f"base_model {self.folder}: there is no model.safetensors in it. Only safetensors are read; convert the "
-                    "weights, or set reinit_weights: true to start from random ones."
+                    f"base_model {self.folder}: there is no model.safetensors in it{found}. Only safetensors are read; convert "
+                    "the weights, or set reinit_weights: true to start from random ones."
                 )
         except UserError:
             raise
         except Exception as error:  # safetensors' own error class, JSON, KeyError
             raise UserError(f"base_model {self.folder}: its weights cannot be read ({error}).") from None
-        self._open: dict[str, Any] = {}
+        if not isinstance(self.files, dict):
+            raise UserError(
+                f"base_model {self.folder}: weight_map of {index.name} is no object of tensor names and files."
+            )
+        for name, file in self.files.items():
+            # a link may lead elsewhere, as in the hub's own cache; a name may not
+            if (
+                not isinstance(file, str)
+                or not file
+                or "\0" in file
+                or Path(file).name != file
+                or file == ".."
+            ):
+                raise UserError(
+                    f"base_model {self.folder}: {index.name} places {name} in {file!r}, which is no file of this folder. Only "
+                    "files beside the index are read. Download the model again, or put its index right."
+                )
 
     def slice(self, name: str):
         """A lazily read tensor: ``get_shape()`` and ``[rows, columns]``."""
@@ -218,6 +237,26 @@ class SafetensorsFolder:
         except Exception as error:
             raise UserError(f"base_model {self.folder}: {file} cannot be read ({error}).") from None
 
+    def weights(self, name: str):
+        """As ``slice``, of a tensor that must hold weights.
+
+        Raises:
+            UserError: it holds other numbers.
+        """
+        lazy = self.slice(name)
+        if (kind := lazy.get_dtype()) not in WEIGHT_DTYPES:
+            raise UserError(
+                f"base_model {self.folder}: {name} in {self.files[name]} is of type {kind}; weights are numbers of type F32, "
+                "BF16, F16 or F64. If they are quantised, give the model they were made of."
+            )
+        return lazy
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first weights; what transformers takes where a config.json names none."""
+        found = (WEIGHT_DTYPES.get(self.slice(name).get_dtype()) for name in self.files)
+        return next((dtype for dtype in found if dtype is not None), torch.float32)
+
     def fingerprint(self) -> str:
         """Tells other weights apart by the first row of every tensor; hexadecimal digits."""
         digest = hashlib.blake2b(digest_size=8)
@@ -229,6 +268,14 @@ class SafetensorsFolder:
             digest.update(name.encode() + row.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+
+#: what weights may be in, by safetensors' names
+WEIGHT_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 
 #: tensors that files hold beside weights: what is computed from the config anyway
 _COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -267,6 +314,8 @@ def check_tensors(source: SafetensorsFolder, names: Names) -> None:
     if problems:
         problems[-1] += " Leave the architecture to base_model, or set reinit_weights: true."
         raise UserError(problems)
+    for name in sorted(expected):
+        source.weights(name)
     if tied and head in source.files:
         first = [source.slice(name)[0:8] for name in (head, table)]
         if not torch.equal(*first):
@@ -286,10 +335,10 @@ def read_part(source: SafetensorsFolder, names: Names, name: str, shape, ranges)
         shape: of our whole parameter; ranges: (start, stop) along each dim of it.
 
     Raises:
-        UserError: the file's tensor has another shape.
+        UserError: the file's tensor has another shape, or a value in this part is infinite or no number.
     """
     place = names.place(name)
-    lazy = source.slice(place.name)
+    lazy = source.weights(place.name)
     first = names.rows(name) or shape[0]
     expected = [first * place.parts, *shape[1:]]
     if place.transposed:
@@ -307,8 +356,19 @@ def read_part(source: SafetensorsFolder, names: Names, name: str, shape, ranges)
         part = lazy[tuple(index)] if len(index) > 1 else lazy[index[0]]
     if place.shift:
         part = part.to(torch.promote_types(part.dtype, torch.float32)) - place.shift
+    check_finite(part, f"base_model {source.folder}", place.name, source.files[place.name])
     missing = (ranges[0][1] - ranges[0][0]) - (rows[1] - rows[0])
     return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
+
+
+def check_finite(part: Tensor, where: str, name: str, file: str) -> None:
+    """Refuses weights that are infinite or no number (UserError), by the tensor's name and its file."""
+    if part.is_floating_point() and not torch.isfinite(part).all():
+        what = "NaN" if torch.isnan(part).any() else "infinity"
+        raise UserError(
+            f"{where}: {name} in {file} holds {what}: with it every loss is no number. The file is damaged, or what wrote it "
+            "failed: download or make it again."
+        )
 
 
 # --- out ------------------------------------------------------------------------------------
@@ -363,7 +423,8 @@ class FolderWriter:
 
     def keep(self, name: str, whole: Tensor) -> None:
         """Takes a tensor by the name it is written under."""
-        tensor = whole.to(self.dtype or whole.dtype).contiguous().clone()
+        dtype = self.dtype if self.dtype and whole.is_floating_point() else whole.dtype
+        tensor = whole.to(dtype).contiguous().clone()
         self.held[name] = tensor
         self.bytes += tensor.nbytes
         if self.bytes > SHARD_BYTES:
@@ -379,8 +440,8 @@ class FolderWriter:
         """Leaves nothing behind."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def finish(self, config: dict[str, Any], tokenizer: Path | None) -> Path:
-        """Writes config and tokenizer beside the weights and gives the folder its name."""
+    def finish(self, files: Mapping[str, bytes]) -> Path:
+        """Writes config, tokenizer and the like (name -> content) beside the weights and gives the folder its name."""
         assert not self.stacks, f"parts of {', '.join(self.stacks)} are missing"
         self._flush()
         count = len(self.shards)
@@ -395,32 +456,15 @@ class FolderWriter:
             (self.partial / "model.safetensors.index.json").write_text(
                 json.dumps(index, indent=2), encoding="utf-8"
             )
-        (self.partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        copy_tokenizer(tokenizer, self.partial)
+        write_files(files, self.partial)
         if self.folder.exists():
             shutil.rmtree(self.folder)
         os.rename(self.partial, self.folder)
         return self.folder
 
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-)
-
-
-def copy_tokenizer(source: Path | None, folder: Path) -> None:
-    """Copies a tokenizer's files beside the weights."""
-    if source is None:
-        return
-    source = source if source.is_dir() else source.parent
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+def write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """Writes files, some of them in a folder of their own."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,18 +100,22 @@ def trained_state(model: nn.Module) -> dict[str, Any]:
 # --- out ------------------------------------------------------------------------------------
 
 
-def export_adapters(model: GPTModel, run: Run, folder: Path) -> None:
-    """Writes the adapters in PEFT's format, with the tokenizer beside; collective."""
-    lora, base, tokenizer = run.lora, run.config.base_model, run.config.tokenizer_config
+def export_adapters(
+    model: GPTModel, run: Run, folder: Path, dtype: torch.dtype, files: Mapping[str, bytes]
+) -> None:
+    """Writes the adapters in PEFT's format, with the files beside them; collective.
+
+    Args:
+        dtype, files: of the weights, and what lies beside them; read on the first rank.
+    """
+    lora, base = run.lora, run.config.base_model
     assert lora is not None
     assert base is not None
-    # small and trained in it: float32, unless export_dtype says otherwise
-    kind = "float32" if run.config.export_dtype == "auto" else run.config.export_dtype
     weights = {
-        name: whole.to(getattr(torch, kind))
+        name: whole.to(dtype)
         for name, whole in whole_parameters(model, only=is_adapter)
         if dist.get_rank() == 0
     }
     if dist.get_rank() == 0:
-        write_adapters(folder, weights, lora.peft_config(base), Path(tokenizer) if tokenizer else None)
+        write_adapters(folder, weights, lora.peft_config(base), files)
     dist.barrier()

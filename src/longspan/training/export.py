@@ -2,48 +2,106 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from longspan.config.architecture import model_config
-from longspan.config.hugging_face import hugging_face_config
-from longspan.config.resolve import Run, architecture
-from longspan.models.huggingface import FolderWriter, Names, whole_parameters
+from longspan.config.architecture import model_config, model_folder
+from longspan.config.resolve import Run
+from longspan.errors import UserError
+from longspan.models.huggingface import (
+    WEIGHT_DTYPES,
+    FolderWriter,
+    Names,
+    SafetensorsFolder,
+    whole_parameters,
+)
 from longspan.training.adapters import export_adapters
 from longspan.training.loop import Trainer
+from longspan.training.model_files import Files, files_beside
 
 
 def export_dtype(run: Run, base: dict[str, Any] | None) -> torch.dtype:
-    """``export_dtype: auto`` is base_model's, else what was computed in, at most float32."""
+    """``export_dtype: auto`` is base_model's, else what was computed in, at most float32.
+
+    Args:
+        base: base_model's config.json.
+
+    Raises:
+        UserError: it names a dtype that weights are not written in.
+    """
     config = run.config
     if config.export_dtype != "auto":
         return getattr(torch, config.export_dtype)
-    if base is not None:
-        return getattr(torch, base.get("torch_dtype") or base.get("dtype") or "float32")
-    return torch.bfloat16 if config.bf16 is True else torch.float32
-
-
-def export(trainer: Trainer, folder: Path) -> None:
-    """Writes the model, or the adapters of a run that trains those; collective. The folder is whole or as it was."""
-    run = trainer.run
     if run.lora is not None:
-        export_adapters(trainer.model, run, folder)
-        return
+        return torch.float32  # small, and trained in it
+    said = None if base is None else base.get("torch_dtype") or base.get("dtype")
+    if said in (None, "auto"):
+        if run.pretrained:
+            assert config.base_model is not None
+            return SafetensorsFolder(model_folder(config.base_model)).dtype
+        return torch.bfloat16 if config.bf16 is True else torch.float32
+    name = said.removeprefix("torch.") if isinstance(said, str) else None
+    dtype = next((d for d in WEIGHT_DTYPES.values() if str(d) == f"torch.{name}"), None)
+    if dtype is None:
+        raise UserError(
+            f"export_dtype: auto takes base_model's dtype, and its config.json says {said!r}, in which no weights are written. "
+            "Give export_dtype: bfloat16 or float32 (or export_hf: false)."
+        )
+    return dtype
+
+
+def prepare_export(run: Run) -> tuple[torch.dtype, Files]:
+    """Everything an export needs beside the trained weights: their dtype, and the files that lie beside them.
+
+    Raises:
+        UserError: something is missing or cannot be read.
+    """
     base = None if run.config.base_model is None else model_config(run.config.base_model)[0]
     dtype = export_dtype(run, base)
+    return dtype, files_beside(run, str(dtype).removeprefix("torch."))
+
+
+def check_export(run: Run) -> None:
+    """Refuses, before the first step, what would leave a run without its export at the end.
+
+    Raises:
+        UserError: the dtype, a file of base_model or of the tokenizer, or a folder that cannot be written.
+    """
+    output = Path(run.config.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output_dir {output}: cannot write there ({error.strerror}). Choose another output_dir."
+        ) from None
+    if run.config.export_hf:
+        prepare_export(run)
+
+
+def export(trainer: Trainer, folder: Path, prepared: tuple[torch.dtype, Files] | None = None) -> None:
+    """Writes the model, or the adapters of a run that trains those; collective. The folder is whole or as it was.
+
+    Args:
+        prepared: on the first rank, what ``prepare_export`` gave when the run began; None reads it now.
+    """
+    run = trainer.run
+    first = dist.get_rank() == 0
+    dtype, files = (prepared or prepare_export(run)) if first else (torch.float32, {})
+    if run.lora is not None:
+        export_adapters(trainer.model, run, folder, dtype, files)
+        return
     assert run.config.vocab_size is not None
     names = Names(trainer.model.config, run.config.vocab_size)
-    writer = FolderWriter(folder, names, dtype) if dist.get_rank() == 0 else None
+    writer = FolderWriter(folder, names, dtype) if first else None
     for name, whole in whole_parameters(trainer.model):
         if writer is not None:
             writer.add(name, whole)
     if writer is not None:
-        tokenizer = run.config.tokenizer_config
-        name = str(dtype).removeprefix("torch.")
-        writer.finish(
-            hugging_face_config(architecture(run.config), name, base), Path(tokenizer) if tokenizer else None
-        )
+        writer.finish(files)
     dist.barrier()

@@ -17,7 +17,7 @@ from longspan.errors import UserError
 from longspan.training.adapters import parameter_counts
 from longspan.training.banner import banner, megatron_line
 from longspan.training.checkpoint import SaveError
-from longspan.training.export import export
+from longspan.training.export import export, prepare_export
 from longspan.training.loop import NotFinite, Trainer
 from longspan.training.metrics import JsonLines, Metrics, Sink, TensorBoard, Wandb, keep_until, set_aside
 from longspan.training.progress import Progress, loss_text, make_progress
@@ -27,6 +27,8 @@ def train(run: Run, device: torch.device) -> int:
     """Trains; rank 0 speaks and writes. Returns the exit code."""
     config, output = run.config, Path(run.config.output_dir)
     first = dist.get_rank() == 0
+    # read now: what lies beside the weights is that of the run's start, whatever becomes of those folders meanwhile
+    beside = prepare_export(run) if first and config.export_hf else None
     trainer = Trainer(run, device)
     resumed = Path(config.resume) if config.resume else None
     if resumed:
@@ -48,7 +50,7 @@ def train(run: Run, device: torch.device) -> int:
         summary = trainer.train(output, progress, started=lambda: stop_on_signal(trainer))
         exported = config.export_hf and not trainer.stop_asked
         if exported:
-            export(trainer, output / "hf")
+            export(trainer, output / "hf", beside)
     except SaveError as error:
         if first:
             print(

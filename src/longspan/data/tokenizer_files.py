@@ -1,0 +1,168 @@
+"""The files of a tokenizer's folder: read together, changed together, so that what one names the others do not deny.
+
+tokenizer.json             vocabulary, and what a post-processor puts in front of a text
+tokenizer_config.json      bos_token, eos_token ..., older ones also a chat template or several by name
+special_tokens_map.json    the same tokens again, which some readers take first
+chat_template.jinja        the chat template; additional_chat_templates/NAME.jinja holds others
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longspan.config.json_text import parse_json
+from longspan.errors import UserError
+
+SETTINGS, TOKENS_MAP, VOCABULARY = "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"
+TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+
+#: what belongs to a tokenizer and is kept wherever it goes
+TOKENIZER_FILES = (
+    *(VOCABULARY, SETTINGS, TOKENS_MAP, "added_tokens.json", TEMPLATE, "chat_template.json"),
+    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
+)
+
+
+def folder_of(path: str | Path) -> Path:
+    """The folder of a tokenizer that is given as it or as its ``tokenizer.json``."""
+    path = Path(path).expanduser()
+    return path.parent if path.is_file() else path
+
+
+def read_tokenizer_files(path: str | Path) -> dict[str, bytes]:
+    """All files of a tokenizer: name (relative to its folder) -> content.
+
+    Args:
+        path: a ``tokenizer.json`` or its folder.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    given, folder = Path(path).expanduser(), folder_of(path)
+    paths = [folder / name for name in TOKENIZER_FILES]
+    paths += sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
+    try:
+        files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths if p.is_file()}
+        return files | ({VOCABULARY: given.read_bytes()} if given.is_file() else {})  # whatever its name is
+    except OSError as error:
+        raise UserError(
+            f"tokenizer: {error.filename} cannot be read ({error.strerror}), and an export needs it. Put its permissions right."
+        ) from None
+
+
+def write_tokenizer_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """Writes files into a folder; ``tokenizer.json`` last: it shows that all are there."""
+    for name in sorted(files, key=lambda n: n == VOCABULARY):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_bytes(files[name])
+        partial.replace(path)
+
+
+def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The JSON object in one of the files; empty where there is no such file.
+
+    Raises:
+        UserError: it is none.
+    """
+    if name not in files:
+        return {}
+    try:
+        found = parse_json(files[name].decode("utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{name} of the tokenizer is not JSON ({error}). Put it right or remove it."
+        ) from None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{name} of the tokenizer holds {type(found).__name__}, not an object. Put it right or remove it."
+        )
+    return found
+
+
+def to_bytes(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def with_tokens(files: Mapping[str, bytes], tokens: Mapping[str, str]) -> dict[str, bytes]:
+    """The files with other special tokens (bos_token ... -> the token), in every file that names them."""
+    changed = dict(files)
+    if tokens:
+        changed[SETTINGS] = to_bytes(json_object(files, SETTINGS) | dict(tokens))
+        if TOKENS_MAP in files:
+            changed[TOKENS_MAP] = to_bytes(json_object(files, TOKENS_MAP) | dict(tokens))
+    return changed
+
+
+def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
+    """The files with another chat template; other templates, which have names of their own, stay."""
+    changed = dict(files)
+    settings = json_object(files, SETTINGS)
+    old = settings.pop("chat_template", None)
+    for one in old if isinstance(old, list) else []:
+        name, text = one.get("name"), one.get("template")
+        if name != "default" and isinstance(text, str) and re.fullmatch(r"\w[\w.-]*", str(name)):
+            changed.setdefault(f"{MORE_TEMPLATES}/{name}.jinja", text.encode())
+    if SETTINGS in files:
+        changed[SETTINGS] = to_bytes(settings)
+    changed.pop("chat_template.json", None)
+    changed[TEMPLATE] = template.encode()
+    return changed
+
+
+def with_begin(files: Mapping[str, bytes], old: int, new: tuple[str, int]) -> dict[str, bytes]:
+    """The files with another token where the post-processor puts one in front of a text.
+
+    Args:
+        old: number of the token it puts there. new: the token to put instead, and its number.
+    """
+    data = json_object(files, VOCABULARY)
+    processors = [data.get("post_processor")]
+    for processor in processors:  # which grows
+        if not isinstance(processor, dict):
+            continue
+        processors += processor.get("processors") or []
+        if processor.get("type") != "TemplateProcessing":
+            continue
+        known = processor["special_tokens"]
+        names = [name for name, about in known.items() if about["ids"] == [old]]
+        for piece in [*processor["single"], *processor["pair"]]:
+            if piece.get("SpecialToken", {}).get("id") in names:
+                piece["SpecialToken"]["id"] = new[0]
+        for name in names:
+            del known[name]
+            known[new[0]] = {"id": new[0], "ids": [new[1]], "tokens": [new[0]]}
+    return {**files, VOCABULARY: to_bytes(data)}
+
+
+def changed_copy(
+    path: Path, tokens: Mapping[str, str], template: str | None, has: Mapping[str, str], cache_dir: Path
+) -> Path:
+    """A tokenizer with other special tokens and another chat template; `path` itself where nothing is to change.
+
+    Args:
+        path: a ``tokenizer.json`` or its folder.
+        tokens: name of each special token to change (bos_token ...) -> a token of the vocabulary.
+        template: jinja; None keeps what there is.
+        has: the special tokens it has now.
+        cache_dir: the copy is a folder in it.
+    """
+    if template is None and tokens.items() <= has.items():
+        return path
+    files = with_tokens(read_tokenizer_files(path), tokens)
+    if template is not None:
+        files = with_template(files, template)
+    digest = hashlib.blake2b(digest_size=6)
+    for name in sorted(files):
+        digest.update(name.encode() + b"\0" + files[name] + b"\0")
+    folder = cache_dir.expanduser() / f"tokenizer-{digest.hexdigest()}"
+    if not (folder / VOCABULARY).is_file():
+        write_tokenizer_files(files, folder)
+    return folder

@@ -1,0 +1,261 @@
+"""What lies beside the weights of every model that leaves: one place for train's export, conversions and merging.
+
+config.json, generation_config.json and the tokenizer's files name the same tokens: those the run trained with. What the
+base model's own files hold beyond that (sampling settings, further end tokens, further chat templates) is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from longspan.config.architecture import model_config, model_file
+from longspan.config.hugging_face import hugging_face_config
+from longspan.config.resolve import Run, architecture
+from longspan.config.schema import DatasetConfig, TrainConfig
+from longspan.data.instruct import Encoder, Recipe
+from longspan.data.text import begin_ids, eod_id, load_tokenizer, special_tokens
+from longspan.data.tokenizer_files import (
+    SETTINGS,
+    VOCABULARY,
+    folder_of,
+    json_object,
+    read_tokenizer_files,
+    to_bytes,
+    with_begin,
+    with_tokens,
+)
+from longspan.errors import UserError
+
+GENERATION = "generation_config.json"
+TOKEN_NAMES = ("bos", "eos", "pad")
+
+Files = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The files of the model that weights came from.
+
+    Attributes:
+        config: its config.json.
+        generation: its generation_config.json; empty where there is none.
+        folder: where its tokenizer may lie; None where it is not at hand.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+def origin_of(base_model: str | None, pretrained: bool = True) -> Origin:
+    """The origin a config names, as far as it is on this machine; without its weights, the architecture alone.
+
+    Raises:
+        UserError: its config.json is not here, or a file of it cannot be read.
+    """
+    if base_model is None:
+        return Origin()
+    folder = Path(base_model)
+    if not folder.is_dir():
+        try:  # what an earlier look fetched from the hub: it says more than the table of known architectures
+            folder = model_file(base_model, "config.json", network=False).parent
+        except UserError:
+            return Origin(model_config(base_model, network=False)[0])
+    config = model_config(str(folder))[0]
+    return Origin(config, read_json(folder / GENERATION) if pretrained else {}, folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a model's file; empty where there is none.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        found = json.loads(path.read_bytes()) if path.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}), and an export needs it. Put it right or remove it."
+        ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds {type(found).__name__}, not an object. Put it right or remove it.")
+    return found
+
+
+# --- which tokens ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The tokenizer a run trained with.
+
+    Attributes:
+        files: see ``read_tokenizer_files``, made to name the tokens below.
+        tokens: bos, eos and pad -> number, of those it has.
+        tokenizer: None where there is no ``tokenizer.json``.
+    """
+
+    files: Files = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
+
+
+def trained_tokenizer(path: str | Path | None) -> Trained:
+    """Reads a tokenizer with what training took where its files name nothing: the token behind a document, and in front.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    if path is None:
+        return Trained()
+    files = read_tokenizer_files(path)
+    if VOCABULARY not in files:
+        return Trained(files)
+    tokenizer, folder = load_tokenizer(path), folder_of(path)
+    named = special_tokens(folder)
+    found = {name: tokenizer.token_to_id(named.get(f"{name}_token", "")) for name in TOKEN_NAMES}
+    if found["eos"] is None:
+        found["eos"] = eod_id(tokenizer, folder)
+    begin = begin_ids(tokenizer, folder)
+    if len(begin) == 1:
+        found["bos"] = begin[0] if found["bos"] is None else found["bos"]
+        put = tokenizer.encode("", add_special_tokens=True).ids[:1]
+        if put and put != begin:
+            files = with_begin(files, put[0], (tokenizer.id_to_token(begin[0]) or "", begin[0]))
+    tokens = {name: number for name, number in found.items() if number is not None}
+    texts = {f"{name}_token": tokenizer.id_to_token(number) or "" for name, number in tokens.items()}
+    files = with_tokens(files, {k: v for k, v in texts.items() if k not in named})
+    settings = json_object(files, SETTINGS)
+    # without a class transformers takes the model's, which may bring special tokens of its own
+    if "tokenizer_class" not in settings:
+        files = files | {SETTINGS: to_bytes({"tokenizer_class": "PreTrainedTokenizerFast"} | settings)}
+    return Trained(files, tokens, tokenizer)
+
+
+def turn_ends(config: TrainConfig, tokenizer: str | Path) -> list[int]:
+    """The special tokens that end an answer in the run's chats, as its templates have it."""
+    found: list[int] = []
+    record = {"messages": [{"role": role, "content": "word"} for role in ("user", "assistant") * 2]}
+    for source in config.datasets:
+        if source.type != "chat_template":
+            continue
+        template = {"chat_template": source.chat_template, "chat_template_jinja": source.chat_template_jinja}
+        plain = DatasetConfig.model_validate({"path": source.path, "type": "chat_template"} | template)
+        try:
+            recipe = Recipe.make(plain, tokenizer, False, config.chat_template, config.chat_template_jinja)
+            encoder = Encoder(recipe)
+            tokens, mask = encoder("", record)
+        except UserError:  # this template takes other chats; those of the data were learned
+            continue
+        assert mask is not None
+        special = {n for n, t in encoder.tokenizer.get_added_tokens_decoder().items() if t.special}
+        last = [int(t) for t, now, after in zip(tokens, mask, [*mask[1:], 0]) if now and not after]
+        found += [token for token in last if token in special]
+    return list(dict.fromkeys(found))
+
+
+def _kept(given: Any, vocab_size: int, before: Tokenizer | None, now: Tokenizer | None) -> list[int]:
+    """Those of the base model's token numbers that still mean what they did: in its tokenizer, and in the trained one."""
+    numbers = given if isinstance(given, list) else [given]
+    numbers = [n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and 0 <= n < vocab_size]
+    if before is None or now is None:
+        return numbers
+    texts = {n: before.id_to_token(n) for n in numbers}
+    return [n for n in numbers if texts[n] is not None and texts[n] == now.id_to_token(n)]
+
+
+def model_files(config: dict[str, Any], origin: Origin, trained: Trained, ends: Iterable[int] = ()) -> Files:
+    """config.json, generation_config.json and the tokenizer's files of a model.
+
+    Args:
+        config: config.json without its tokens.
+        ends: further tokens that end an answer.
+    """
+    vocab = config.get("vocab_size")
+    vocab = vocab if isinstance(vocab, int) else 1 << 31
+    own = origin.folder / VOCABULARY if origin.folder is not None else None
+    before = load_tokenizer(own) if own is not None and own.is_file() else None
+
+    def ids(given: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+        """bos, eos and pad as a file is to name them; None keeps transformers from a default of the architecture."""
+        found: dict[str, Any] = {}
+        for name in TOKEN_NAMES:
+            key, number = f"{name}_token_id", trained.tokens.get(name)
+            said = given[key] if given.get(key) is not None else other.get(key)
+            kept = _kept(said, vocab, before, trained.tokenizer)
+            if isinstance(said, list) and name == "eos":
+                found[key] = kept if number is None or number in kept else [number, *kept]
+            else:
+                found[key] = number if number is not None else next(iter(kept), None)
+        return found
+
+    config = config | ids(origin.config, {})
+    generation = {k: v for k, v in origin.generation.items() if k != "_from_model_config"}
+    generation |= ids(origin.generation, origin.config)
+    eos = generation["eos_token_id"]
+    all_ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    all_ends = [*all_ends, *(end for end in ends if end not in all_ends and end < vocab)]
+    generation["eos_token_id"] = all_ends if len(all_ends) > 1 else next(iter(all_ends), None)
+    generation = {k: v for k, v in generation.items() if v is not None or k in origin.generation}
+    return trained.files | {"config.json": to_bytes(config), GENERATION: to_bytes(generation)}
+
+
+# --- the exits ------------------------------------------------------------------------------
+
+
+def files_of_run(config: TrainConfig, model: Mapping[str, Any], dtype: str, tokenizer: Path | None) -> Files:
+    """The files of a whole model that a run trained.
+
+    Args:
+        model: see ``hugging_face_config``.
+        dtype: of the written weights, such as ``bfloat16``.
+    """
+    pretrained = config.base_model is not None and not config.reinit_weights
+    origin = origin_of(config.base_model, pretrained)
+    # a base model whose tokenizer is no tokenizer.json still has files of it
+    trained = trained_tokenizer(tokenizer or (origin.folder if pretrained else None))
+    ends = turn_ends(config, tokenizer) if tokenizer is not None else []
+    return model_files(hugging_face_config(model, dtype, origin.config), origin, trained, ends)
+
+
+def files_of_adapters(config: TrainConfig, tokenizer: Path | None) -> Files:
+    """The files beside adapters: the tokenizer, and how the merged model is to generate."""
+    if tokenizer is None:
+        return {}
+    origin, ends = origin_of(config.base_model), turn_ends(config, tokenizer)
+    files = model_files(dict(origin.config), origin, trained_tokenizer(tokenizer), ends)
+    del files["config.json"]
+    return files
+
+
+def files_of_merged(config: dict[str, Any], base: Path, adapters: Path, tokenizer: Path | None) -> Files:
+    """The files of a base model with adapters merged into it.
+
+    Args:
+        config: the base model's config.json, with the dtype that is written.
+        tokenizer: None takes the adapters', else the base model's.
+    """
+    beside = read_json(adapters / GENERATION)
+    own = adapters if (adapters / VOCABULARY).is_file() else base
+    # numbers that the adapters' files name are of the tokenizer beside them
+    origin = Origin(config, beside or read_json(base / GENERATION), own if beside else base)
+    return model_files(config, origin, trained_tokenizer(tokenizer or own))
+
+
+def files_beside(run: Run, dtype: str) -> Files:
+    """What a run's export writes beside its weights or adapters.
+
+    Raises:
+        UserError: something it needs cannot be read.
+    """
+    tokenizer = run.config.tokenizer_config
+    path = Path(tokenizer) if tokenizer else None
+    if run.lora is not None:
+        return files_of_adapters(run.config, path)
+    return files_of_run(run.config, architecture(run.config), dtype, path)
