@@ -352,6 +352,13 @@ def test_calls_that_a_template_leaves_out_are_refused(folder):
             UserError, match=rf"here: the chat template {name} leaves out tool_calls, .* qwen3 or qwen_25"
         ):
             of(folder, messages, name)
+    # one of two is left out, in a chat whose other calls are written
+    first = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.tool_calls[0] | tojson if m.tool_calls }}<|im_end|>\n{% endfor %}"
+    assert of(folder, messages, first)[0][1] == "Sunny.<|im_end|>"
+    for second in (call("time"), call(city="Paris")):
+        two = [*messages[:3], said(tool_calls=[call(city="Paris"), second])]
+        with pytest.raises(UserError, match="here: the chat template jinja leaves out tool_calls"):
+            of(folder, two, first)
     # calls that are only read are counted
     chosen = [m | {"train": i == 3} for i, m in enumerate(messages)]
     texts, coder = of(folder, chosen, "chatml", message_field_training="train")

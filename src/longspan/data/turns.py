@@ -18,7 +18,7 @@ the last answer of a chat it is added. A chat for which none of this holds is re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -81,11 +81,13 @@ class Turns:
         missing = self._missing(chat, counts)
         assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         answers = [i for i, count in enumerate(counts) if count]
-        if marked and answers == assistants:
-            own = [whole[start:stop].endswith(self._ends) for start, stop in marked]
-            return Found(whole, marked, frozenset(missing if own[-1] else missing | {"end"}))
         if marked and len(marked) == len(assistants) and set(answers) <= set(assistants):
-            return Found(whole, [s for i, s in zip(assistants, marked) if counts[i]], frozenset(missing))
+            spans = {i: span for i, span in zip(assistants, marked) if counts[i]}
+            missing |= {"end" for start, stop in spans.values() if not whole[start:stop].endswith(self._ends)}
+            self._check_calls(chat, spans)
+            return Found(whole, list(spans.values()), frozenset(missing))
+        if marked and answers == assistants:  # several to a turn
+            return Found(whole, marked, frozenset(missing))
         spans = _by_marks(chat, answers)
         for i in answers:
             if i not in spans:
@@ -94,9 +96,10 @@ class Turns:
                     raise UserError(
                         f"the chat template {name} does not show which part of this chat is an answer: it changes earlier turns "
                         "when later ones follow. Put {% generation %} and {% endgeneration %} around the answers in it "
-                        f"(chat_template_jinja), or take another: {', '.join(WITH_CALLS)}."
+                        f"(chat_template_jinja), or take another, such as chatml, or {' or '.join(WITH_CALLS)} for tool calls."
                     )
                 spans[i] = span
+        self._check_calls(chat, spans)
         text, ends = self._with_ends(chat, spans)
         return Found(text, [spans[i] for i in answers], frozenset(missing | ends))
 
@@ -106,18 +109,11 @@ class Turns:
         messages, missing = chat.messages, set()
         if chat.tools and chat.text(messages, tools=None) == chat.whole:
             missing.add("tools")
-        for i, message in enumerate(messages):
-            if (
-                message.get("tool_calls")
-                and chat.text(chat.instead(i, _without(message, "tool_calls"))) == chat.whole
-            ):
-                if counts[i]:
-                    raise UserError(
-                        f"the chat template {self.template.name} leaves out tool_calls, so the calls of this chat would not be "
-                        "learned. Take a template that writes them: chat_template: tokenizer_default where the model's own does, "
-                        f"or {' or '.join(WITH_CALLS)}."
-                    )
-                missing.add("calls")
+        called = [i for i, message in enumerate(messages) if message.get("tool_calls")]
+        if called and chat.text([_without(message, "tool_calls") for message in messages]) == chat.whole:
+            if any(counts[i] for i in called):
+                raise self._lost_calls()
+            missing.add("calls")
         if any(counts[i] and any(message.get(k) for k in THOUGHTS) for i, message in enumerate(messages)):
             bare = [_without(message, *THOUGHTS) for message in messages]
             if chat.text(bare) == chat.whole:
@@ -131,6 +127,27 @@ class Turns:
         if shown is not None and not all(mark in shown for mark in marks):
             missing.add("content")
         return missing
+
+    def _check_calls(self, chat: _Chat, spans: Mapping[int, Span]) -> None:
+        """Refuses a template that writes some of the calls that are to be learned, and leaves out others."""
+        for i, (start, stop) in spans.items():
+            message = chat.messages[i]
+            calls = list(message.get("tool_calls") or ())
+            names = [_name(call) for call in calls]
+            for number, name in enumerate(names):
+                if name and chat.whole.count(name, start, stop) >= names.count(name):
+                    continue
+                others = calls[:number] + calls[number + 1 :]
+                fewer = {**message, "tool_calls": others} if others else _without(message, "tool_calls")
+                if chat.text(chat.instead(i, fewer)) == chat.whole:
+                    raise self._lost_calls()
+
+    def _lost_calls(self) -> UserError:
+        return UserError(
+            f"the chat template {self.template.name} leaves out tool_calls, so calls of this chat would not be learned. Take a "
+            "template that writes them: chat_template: tokenizer_default where the model's own does, or "
+            f"{' or '.join(WITH_CALLS)}."
+        )
 
     # --- ends ------------------------------------------------------------------------------
 
@@ -354,6 +371,13 @@ def _stop(chat: _Chat, i: int, start: int) -> int | None:
             return stop + chat.end(chat.behind(marked, i, chat.mark, after), after)
     length = 0 if until is None else chat.end(until[start:], whole[start:])
     return start + length if length else None
+
+
+def _name(call: Any) -> str:
+    """The name of the function that a call calls; "" where it has none."""
+    inner = call.get("function", call) if isinstance(call, Mapping) else None
+    name = inner.get("name") if isinstance(inner, Mapping) else None
+    return name if isinstance(name, str) else ""
 
 
 def _without(message: Message, *names: str) -> dict[str, Any]:
