@@ -2,7 +2,11 @@
 
 import json
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from longspan.config.keys.data import DatasetConfig
+from longspan.data.instruct import Encoder, Recipe
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|end|>", "<|user|>", "<|assistant|>"]
 SPECIAL += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -58,3 +62,14 @@ def write_lines(path, records):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     return path
+
+
+def encoder(folder, train_on_inputs=False, **source):
+    return Encoder(Recipe.make(DatasetConfig(path="x", **source), folder, train_on_inputs))
+
+
+def learned(coder, sample):
+    """The text of each run of tokens that count."""
+    tokens, mask = sample
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]]))).reshape(-1, 2)
+    return [coder.tokenizer.decode(tokens[a:b].tolist(), skip_special_tokens=False) for a, b in edges]

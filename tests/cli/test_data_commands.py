@@ -146,3 +146,87 @@ def test_prepare_by_a_config_of_records_counts_its_samples(folder, capsys):
     code, said = run(capsys, "prepare", "config.yaml")
     assert code == 0, said.err
     assert "tokenised sums.jsonl: 12 samples" in said.err
+
+
+CONFIG = (
+    "vocab_file: vocab.json\nmerge_file: merges.txt\nnum_layers: 1\nhidden_size: 8\nnum_attention_heads: 1\n"
+    "max_steps: 1\nlearning_rate: 1e-3\n"
+)
+
+
+@pytest.fixture
+def sums(folder):
+    """Two prompts with answers, one of them of two lines."""
+    records = [{"q": "1+1=", "a": "2"}, {"q": "say\nit", "a": "so\nbe it"}]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    kind = (
+        "{field_instruction: q, field_output: a, format: '{instruction}', no_input_format: '{instruction}'}"
+    )
+    (folder / "sums.yaml").write_text(
+        f"datasets: [{{path: sums.jsonl, type: {kind}}}]\nsequence_len: 64\n{CONFIG}"
+    )
+    return folder
+
+
+def test_prepare_shows_what_is_learned_to_scripts(sums, capsys):
+    code, said = run(capsys, "prepare", "sums.yaml", "--show", "3", "--json")
+    assert code == 0, said.err
+    found = json.loads(said.out)
+    assert found["num_documents"] == 2
+    [sample] = found["samples"]  # both are packed into one
+    documents = sorted(sample["documents"], key=lambda document: document["document"])
+    shown = [[(piece["text"], piece["learned"]) for piece in document["pieces"]] for document in documents]
+    assert shown == [
+        [("1+1=", 0), ("2", 1), ("<|endoftext|>", 1)],
+        [("say\nit", 0), ("so\nbe it", 1), ("<|endoftext|>", 1)],
+    ]
+    tokens = IndexedDataset(found["datasets"][0]["prepared"])
+    for number, document in enumerate(documents):
+        assert document["tokens"] == tokens.read(number).tolist()
+        assert len(document["learned"]) == len(document["tokens"])
+    learned = sum(sum(document["learned"]) for document in documents)
+    assert found["num_learned"] == sample["num_learned"] == learned
+    assert found["num_tokens"] == sample["num_tokens"] == tokens.num_tokens
+    assert sample["num_padding"] == 64 - tokens.num_tokens
+    # the numbers alone
+    code, said = run(capsys, "prepare", "sums.yaml", "--json")
+    assert json.loads(said.out) == found | {"samples": []}
+
+
+def test_prepare_shows_what_is_learned_without_colour(sums, capsys):
+    code, said = run(capsys, "prepare", "sums.yaml", "--show", "1")
+    assert code == 0, said.err
+    assert "\x1b" not in said.out
+    lines = said.out.splitlines()
+    assert any(line.startswith("sample 1: ") and "in 2 documents, " in line for line in lines)
+    at = lines.index("  say\u21b5")
+    assert lines[at : at + 4] == ["  say\u21b5", "  it", "> so\u21b5", "> be it<|endoftext|>"]
+    assert lines[at - 1].startswith("--- document 1 of ")
+    assert "> 2<|endoftext|>" in lines
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_prepare_shows_documents_of_text(folder, capsys, packing):
+    (folder / "text.yaml").write_text(
+        f"datasets: [{{path: one.jsonl}}]\nsequence_len: 16\nsample_packing: {packing}\n{CONFIG}"
+    )
+    code, said = run(capsys, "prepare", "text.yaml", "--show", "2", "--json")
+    assert code == 0, said.err
+    found = json.loads(said.out)
+    assert len(found["samples"]) == 2
+    whole = IndexedDataset(found["datasets"][0]["prepared"])
+    for sample in found["samples"]:
+        for document in sample["documents"]:
+            start, tokens = document["start"], document["tokens"]
+            assert tokens == whole.read(document["document"], start, start + len(tokens)).tolist()
+            if packing == "true":
+                assert document["learned"] == [0] + [1] * (len(tokens) - 1)
+    assert found["num_tokens"] == whole.num_tokens
+    assert run(capsys, "prepare", "text.yaml", "--show", "1")[0] == 0
+
+
+def test_prepare_shows_a_whole_number_of_samples(sums, capsys):
+    for value in ("0", "x"):
+        code, said = run(capsys, "prepare", "sums.yaml", "--show", value)
+        assert code == 2
+        assert "--show" in said.err

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from chats import chat, write_tokenizer
+from chats import chat, encoder, learned, write_tokenizer
 from longspan.config.keys.data import DatasetConfig
 from longspan.data.chat import ChatTemplate
-from longspan.data.instruct import ALPACA, Encoder, Recipe
+from longspan.data.instruct import ALPACA, Recipe
 from longspan.data.text import load_tokenizer
+from longspan.data.turns import Turns
 from longspan.errors import UserError
 
 
@@ -19,17 +20,6 @@ def folders(tmp_path_factory):
     return {kind: write_tokenizer(root / kind, kind) for kind in ("bytes", "pieces")} | {
         "plain": write_tokenizer(root / "plain", begin=False)
     }
-
-
-def encoder(folder, train_on_inputs=False, **source):
-    return Encoder(Recipe.make(DatasetConfig(path="x", **source), folder, train_on_inputs))
-
-
-def learned(coder, sample):
-    """The text of each run of tokens that count."""
-    tokens, mask = sample
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]]))).reshape(-1, 2)
-    return [coder.tokenizer.decode(tokens[a:b].tolist(), skip_special_tokens=False) for a, b in edges]
 
 
 # --- instructions -------------------------------------------------------------------------------
@@ -205,7 +195,7 @@ ENDING = (
 def test_a_template_that_looks_into_answers(folders):
     coder = encoder(folders["bytes"], type="chat_template", chat_template_jinja=THINKING)
     plain = coder("here", {"messages": chat("a", "b", "c", "d")})
-    assert learned(coder, plain) == ["b<|im_end|>", "d<|im_end|>"]
+    assert learned(coder, plain) == ["b<|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"]
     thought = coder(
         "here", {"messages": chat("a", "<think>\nx\n</think>\n\nb", "c", "<think>\ny\n</think>\n\nd")}
     )
@@ -375,7 +365,7 @@ def test_where_a_template_comes_from(tmp_path):
 def test_templates_cannot_reach_python():
     evil = ChatTemplate("evil", "{{ messages.__class__.__mro__ }}", {})
     with pytest.raises(UserError, match="evil"):
-        evil.answers(chat("a", "b"), [False, True])
+        Turns(evil).find(chat("a", "b"), [False, True])
 
 
 def test_the_alpaca_prompt():

@@ -103,6 +103,27 @@ def test_documents_of_records_have_no_masks(tmp_path, folder):
     assert found.read(1).tolist()[:1] + found.read(1).tolist()[-1:] == [1, 2]  # <s> ... </s>
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_a_template_leaves_out_is_said_once_with_counts(tmp_path, folder, monkeypatch, processes):
+    monkeypatch.setattr(samples, "CHUNK", 7)
+    thought = [*chat("a"), {"role": "assistant", "content": "b", "reasoning_content": "x"}]
+    records = [
+        {"messages": thought if i % 3 == 0 else chat("a", "b"), "tools": [{}] if i == 5 else []}
+        for i in range(30)
+    ]
+    path = write_lines(tmp_path / "a.jsonl", records)
+    made = recipe(path, folder, type="chat_template", chat_template="chatml")
+    said = []
+    prepare_samples(made, tmp_path / "cache", processes, remark=said.append)
+    assert [line.partition(": ")[2].partition(" that")[0] for line in said] == [
+        "10 of 30 chats hold thoughts (reasoning_content)",
+        "1 of 30 chats hold tools",
+    ]
+    assert all(line.startswith(f"{path}, chat template chatml: ") for line in said)
+    prepare_samples(made, tmp_path / "cache", processes, remark=said.append)
+    assert len(said) == 2  # the samples are there
+
+
 # --- rows ---------------------------------------------------------------------------------------
 
 
@@ -234,3 +255,23 @@ def test_masks_of_other_samples_are_refused(tmp_path):
         (tmp_path / f"b_mask{end}").replace(tmp_path / f"a_mask{end}")
     with pytest.raises(UserError, match="does not belong to"):
         open_masks(tmp_path / "a")
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("strategy", ["drop", "truncate"])
+def test_the_number_of_learned_tokens_is_that_of_the_labels(tmp_path, packing, strategy):
+    """Samples and documents, too long ones and ones of a single token among them, with some held out."""
+    random = np.random.default_rng(0)
+    lengths = [*random.integers(1, 30, 40), 1, 1, 25]
+    write(tmp_path / "samples", lengths, [random.integers(0, n + 1) for n in lengths])
+    write(tmp_path / "documents", [1, 45, 7])
+    files = [IndexedDataset(tmp_path / name) for name in ("documents", "samples")]
+    for some, masks in {1: [None], 2: [None, open_masks(tmp_path / "samples")]}.items():
+        for split in ("train", "validation"):
+            data = TokenDataset(
+                files[:some], 20, 3, packing, split, 0.3, masks=masks, excess_length_strategy=strategy
+            )
+            rows = [data.row(i) for i in range(len(data))]
+            assert data.num_learned == sum(int((row.labels != IGNORE_INDEX).sum()) for row in rows)
+            pieces = [piece for i in range(len(data)) for piece in data.sources(i)]
+            assert sum(stop - start for *_, start, stop in pieces) == data.num_tokens

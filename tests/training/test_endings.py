@@ -169,7 +169,11 @@ def blended_with_one_too_long(folder):
                     writer.add_document(np.ones(length, int))
         sources.append({"path": str(folder / f"s{i}"), "weight": 1})
     run = tiny.tiny_run("", 1, datasets=sources, max_steps=1, val_set_size=0, export_hf=False)
-    assert session.filling(Trainer(run, CPU)).endswith("2 of 8 samples were too long and are dropped")
+    trainer = Trainer(run, CPU)
+    assert session.filling(trainer).endswith("2 of 8 samples were too long and are dropped")
+    # three samples of each, all of their tokens but the first
+    assert session.learned(trainer) == "6 samples, 114 of 120 tokens learned"
+    assert "  samples    6 samples, 114 of 120 tokens learned\n" in session.describe(trainer, folder)
 
 
 def test_blended_samples_of_which_some_are_too_long(tmp_path):

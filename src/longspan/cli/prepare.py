@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from longspan.cli.options import read_config
+from longspan.cli.config import number
+from longspan.cli.options import read_config, take_options
 from longspan.cli.preprocess import FILE_OPTIONS, Counter, prepare_files
 from longspan.config.architecture import model_folder
 from longspan.config.data_rules import MOCK_VOCAB_SIZE, STREAM_KEYS, marks_documents
@@ -15,10 +18,13 @@ from longspan.config.schema import DatasetConfig, TrainConfig
 from longspan.errors import UserError
 
 USAGE = """\
-usage: longspan prepare CONFIG [--any-key value]
+usage: longspan prepare CONFIG [--show N] [--json] [--any-key value]
        longspan prepare --input PATH ... --output-prefix PREFIX TOKENIZER [options]
 
 Tokenises into Megatron's .bin/.idx. With a config: its datasets, into dataset_prepared_path.
+  --show N              the first N samples of the run: what of their text is learned, where documents begin
+  --json                the same for scripts, with every token; without --show the numbers of tokens alone
+With files:
   --input PATH ...      text and .jsonl files, patterns ('*.jsonl'), folders of text and code, or python-stdlib
   --output-prefix P     writes P_KEY_document.bin and .idx for each key
   --json-keys KEY ...   the fields of a .jsonl line that hold text (default text); --json-key KEY is the same
@@ -36,6 +42,8 @@ TOKENIZER is one of
   --tokenizer-type NullTokenizer --vocab-size N  the text is numbers below N; N ends a document
 """
 
+OPTIONS = {"--show": True, "--json": False}
+
 
 def run(arguments: Sequence[str]) -> int:
     if not arguments or "--help" in arguments or "-h" in arguments:
@@ -43,13 +51,24 @@ def run(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     if any(argument.partition("=")[0] in FILE_OPTIONS for argument in arguments):
         return prepare_files(arguments)
-    reading = read_config("prepare", arguments)
+    own, rest, problems = take_options(arguments, OPTIONS)
+    show, as_json = number(own, "--show", problems), "--json" in own
+    reading = read_config("prepare", rest, list(OPTIONS), problems)
     assert reading.config is not None
     config = resolve(reading.config, bad_keys=reading.bad, earlier=reading.problems).config
-    config = prepare_config(config, show=True)
+    config = prepare_config(config, show=not as_json)
+    if as_json:
+        from longspan.cli.show_samples import describe
+
+        print(json.dumps(describe(config, show or 0), ensure_ascii=False))
+        return 0
     for source in [*config.datasets, *config.test_datasets]:
         print(f"{source.path} -> {source.prepared}")
     print(f"tokenizer: {config.tokenizer_config or 'none'}, vocabulary {config.vocab_size}")
+    if show:
+        from longspan.cli.show_samples import describe, show_samples
+
+        show_samples(describe(config, show))
     return 0
 
 
@@ -234,7 +253,13 @@ def prepare_records(config: TrainConfig, source: DatasetConfig, folder: str | No
         source, folder, config.train_on_inputs, config.chat_template, config.chat_template_jinja
     )
     with Counter(source.path, units="samples") if show else nullcontext() as counter:
-        return prepare_samples(recipe, config.dataset_prepared_path, config.dataset_num_proc, counter)
+        return prepare_samples(
+            recipe,
+            config.dataset_prepared_path,
+            config.dataset_num_proc,
+            counter,
+            remark=lambda line: print(line, file=sys.stderr),
+        )
 
 
 def own_tokenizer(config: TrainConfig, folder: str) -> str:

@@ -264,7 +264,9 @@ KEYS: dict[str, Foreign] = {
     "hf_use_auth_token": no_effect("The hub's library finds its own token."),
     "load_best_model_at_end": refused("save_steps and eval_steps keep what is needed to choose one."),
     "strict": no_effect("Unknown keys are always refused."),
-    "debug": no_effect("longspan config prints what is taken."),
+    "debug": no_effect(
+        "longspan config prints what is taken, longspan prepare CONFIG --show 3 what is learned."
+    ),
     "local_rank": no_effect("Launchers say it in the environment."),
     # other kinds of training
     "rl": refused(_RL),

@@ -80,6 +80,14 @@ class BlendedDataset(TokenDataset):
         member, number = self._find(index)
         return member.boundaries(number)
 
+    def sources(self, index: int) -> list[tuple[str, int, int, int]]:
+        member, number = self._find(index)
+        return member.sources(number)
+
+    @property
+    def num_learned(self) -> int:
+        return sum(member.num_learned for member in self.members)
+
     @property
     def num_documents(self) -> int:
         return sum(member.num_documents for member in self.members)

@@ -1,18 +1,7 @@
-"""Chats as text, and where in the text the answers are.
+"""Chats as text, by templates.
 
 A template (jinja) turns messages into one text, which is tokenised as a whole: the tokens are
-those the model sees when it is used. Which of them are answers is found in the text, exactly:
-
-- where the template marks answers itself ({% generation %}), there;
-- else by rendering the chat again with marks in place of the answers: what stands around a mark
-  must stand around the answer, character by character;
-- else, for templates that look into an answer (and take a thought out of it, say), by one mark at
-  a time, around which all else must be as it was; or by rendering the chat up to the answer, which
-  must be how the whole begins.
-
-An answer ends with what the template puts behind it that does not depend on what follows, such
-as ``<|im_end|>``: rendered up to this answer, and rendered whole, it is the same. White space
-that comes after that belongs to nobody. A chat for which none of this holds is refused.
+those the model sees when it is used. Where in the text the answers are is found by ``turns``.
 """
 
 from __future__ import annotations
@@ -162,122 +151,6 @@ class ChatTemplate:
             spans.append((len(text), len(text) + len(answer)))
             text += answer + rest
         return text, spans
-
-    def answers(
-        self, messages: Sequence[Message], counts: Sequence[bool], tools: Any = None
-    ) -> tuple[str, list[Span]]:
-        """The chat as text, and the spans of the turns that count, end tokens included.
-
-        Args:
-            counts: for each message, whether it is an answer to learn.
-
-        Raises:
-            UserError: the template does not take this chat, or does not show where its answers are.
-        """
-        try:
-            whole, marked = self.render(messages, tools)
-            assistants = [message["role"] == "assistant" for message in messages]
-            if marked and assistants == list(counts):
-                return whole, marked
-            if not any(counts):
-                return whole, []
-            spans: list[Span | None] = self._by_marks(messages, counts, tools, whole) or [
-                self._by_mark(messages, i, tools, whole) or self._by_prefix(messages, i, tools, whole)
-                for i, count in enumerate(counts)
-                if count
-            ]
-        except jinja2.TemplateError as error:
-            reason = str(error) or type(error).__name__
-            raise UserError(f"the chat template {self.name} refuses this chat: {reason}.") from None
-        except Exception as error:  # a template is a program: it may divide by zero
-            raise UserError(f"the chat template {self.name} fails on this chat: {error!r}.") from None
-        found = [span for span in spans if span is not None]
-        if len(found) < len(spans):
-            raise UserError(
-                f"the chat template {self.name} does not show which part of this chat is an answer: it changes earlier turns "
-                "when later ones follow. Put {% generation %} and {% endgeneration %} around the answers in it "
-                "(chat_template_jinja), or take another, such as chat_template: chatml."
-            )
-        return whole, found
-
-    def _by_marks(self, messages, counts, tools, whole: str) -> list[Span | None]:
-        """All spans, found by rendering with marks for contents; none where a content is not in the whole as it is."""
-        stem = _unlike(whole)
-        marks = {i: f"{stem}turn{i}." for i, count in enumerate(counts) if count}
-        masked = [{**m, "content": marks[i]} if i in marks else m for i, m in enumerate(messages)]
-        around, _ = self.render(masked, tools)
-        contents: dict[int, Span] = {}
-        at = 0
-        for i, mark in marks.items():
-            before, found, around = around.partition(mark)
-            if not found or not whole.startswith(before, at):
-                return []
-            at += len(before)
-            after = next((around.partition(m)[0] for j, m in marks.items() if j > i), around)
-            text = messages[i]["content"]
-            stripped = (text, text.rstrip(), text.lstrip(), text.strip())
-            fits = (t for t in stripped if whole.startswith(t, at) and whole.startswith(after, at + len(t)))
-            content = next(fits, None)
-            if content is None:
-                return []
-            contents[i] = (at, at + len(content))
-            at += len(content)
-        if whole[at:] != around:
-            return []
-        return [
-            (start, stop + self._end(self._behind(masked, i, tools, marks[i], whole[stop:]), whole[stop:]))
-            for i, (start, stop) in contents.items()
-        ]
-
-    def _by_mark(self, messages, i: int, tools, whole: str) -> Span | None:
-        """The span of one turn: what stands where the mark stands when it is rendered with one for its content."""
-        mark = _unlike(whole)
-        masked = [*messages[:i], {**messages[i], "content": mark}, *messages[i + 1 :]]
-        before, found, after = self.render(masked, tools)[0].partition(mark)
-        start, stop = len(before), len(whole) - len(after)
-        if not found or stop < start or not whole.startswith(before) or not whole.endswith(after):
-            return None
-        return start, stop + self._end(self._behind(masked, i, tools, mark, after), after)
-
-    def _behind(self, masked, i: int, tools, mark: str, after: str) -> str:
-        """What follows turn i's content where the chat ends with it; ``after`` is what follows in the whole."""
-        if i + 1 == len(masked):
-            return after
-        alone, _ = self.render(masked[: i + 1], tools)
-        return alone.rpartition(mark)[2] if mark in alone else ""
-
-    def _by_prefix(self, messages, i: int, tools, whole: str) -> Span | None:
-        """The span of one turn: what follows the chat before it; None where the whole does not begin like that."""
-        if i == 0:
-            return None
-        before, _ = self.render(messages[:i], tools, prompt=messages[i]["role"] == "assistant")
-        until, _ = self.render(messages[: i + 1], tools)
-        if not (whole.startswith(before) and until.startswith(before)):
-            return None
-        start = len(before)
-        length = self._end(until[start:], whole[start:])
-        return (start, start + length) if length else None
-
-    def _end(self, alone: str, whole: str) -> int:
-        """How much of what follows in the whole belongs to the turn.
-
-        Args:
-            alone: what follows where the chat ends with this turn.
-        """
-        differs = (i for i, (a, b) in enumerate(zip(alone, whole)) if a != b)
-        same = alone[: next(differs, min(len(alone), len(whole)))]
-        if same == alone:
-            return len(same.rstrip())
-        # The end of a chat differs from that of a turn. What they share after the last special token may be by chance.
-        return max((same.rfind(atom) + len(atom) for atom in self.atoms if atom in same), default=0)
-
-
-def _unlike(text: str) -> str:
-    """A word that is not in the text."""
-    word = "longspan"
-    while word in text:
-        word += "x"
-    return word
 
 
 def find_template(

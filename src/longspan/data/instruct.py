@@ -5,12 +5,13 @@ a document. Its mask has a 1 for each token that is learned: the answers with th
 
 Prompt and answer are tokenised apart, as a model that answers gets the one and makes the other;
 a chat is tokenised as the one text its template makes. There, a token that holds a character of
-an answer counts; a special token counts only if it lies wholly inside.
+an answer counts; an added token (such as <|im_end|>) counts only if it lies wholly inside.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from longspan.config.keys.data import DatasetConfig, InstructionType
 from longspan.data.chat import ChatTemplate, find_template
 from longspan.data.sources import plain
 from longspan.data.text import begin_ids, eod_id, load_tokenizer, special_tokens
+from longspan.data.turns import THOUGHTS, Turns
 from longspan.errors import UserError, did_you_mean
 
 _WITH_INPUT = "an instruction that describes a task, paired with an input that provides further context"
@@ -102,10 +104,15 @@ class Recipe:
 
 
 class Encoder:
-    """Makes samples of records."""
+    """Makes samples of records.
+
+    Attributes:
+        missing: what the template left out -> of how many chats so far (see `turns.Found`).
+    """
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.source = recipe, recipe.source
+        self.missing: Counter[str] = Counter()
         self.tokenizer = load_tokenizer(recipe.tokenizer)
         self.begin = begin_ids(self.tokenizer, recipe.tokenizer)
         self.end = eod_id(self.tokenizer, recipe.tokenizer)
@@ -165,7 +172,6 @@ class Encoder:
     # --- chats ----------------------------------------------------------------------------
 
     def _chat(self, record: Mapping[str, Any]) -> Sample:
-        assert self.recipe.template is not None
         messages, counts = self.messages(record)
         tools = record.get(self.source.field_tools)
         if isinstance(tools, str) and tools.strip():
@@ -173,18 +179,29 @@ class Encoder:
                 tools = plain(parse_json(tools))
             except ValueError:
                 raise UserError(f"the field {self.source.field_tools!r} is no JSON list of tools.") from None
-        text, spans = self.recipe.template.answers(messages, counts, tools or None)
+        text, spans, missing = self._turns.find(messages, counts, tools or None)
+        self.missing.update(missing)
         encoding = self._plain.encode(text, add_special_tokens=False)
         tokens = np.array(encoding.ids, dtype=np.int64)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         first, last = offsets[:, 0], offsets[:, 1]
         mask = np.zeros(len(tokens), dtype=np.uint8)
-        special = np.isin(tokens, self._special)
+        added = np.isin(tokens, list(self._added))
+        for i in np.flatnonzero(added):
+            # An added token may take in the white space around it ("rstrip"); its own place is that of its text.
+            own = self._added[int(tokens[i])]
+            if (at := text.find(own, first[i], last[i])) >= 0:
+                first[i], last[i] = at, at + len(own)
         for start, stop in spans:
             inside = (first >= start) & (last <= stop)
             touched = (first < stop) & (last > start)
-            mask |= np.where(special, inside & touched, touched | (inside & (start < stop))).astype(np.uint8)
+            mask |= np.where(added, inside & touched, touched | (inside & (start < stop))).astype(np.uint8)
         return tokens, mask
+
+    @cached_property
+    def _turns(self) -> Turns:
+        assert self.recipe.template is not None
+        return Turns(self.recipe.template)
 
     @cached_property
     def _plain(self) -> Tokenizer:
@@ -194,9 +211,9 @@ class Encoder:
         return plain
 
     @cached_property
-    def _special(self) -> np.ndarray:
-        added = self.tokenizer.get_added_tokens_decoder()
-        return np.array([number for number, token in added.items() if token.special], dtype=np.int64)
+    def _added(self) -> dict[int, str]:
+        """The text of each token that was added to the vocabulary, special or not; text is never cut inside one."""
+        return {n: token.content for n, token in self.tokenizer.get_added_tokens_decoder().items()}
 
     def messages(self, record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[bool]]:
         """The messages of a record by the template's names, and which of them are answers.
@@ -251,8 +268,10 @@ class Encoder:
         content_name = names.get("content") or ("content" if "content" in given else "value")
         message = {k: v for k, v in given.items() if v is not None and k not in (role_name, content_name)}
         message |= {new: given[old] for new, old in names.items() if given.get(old) is not None}
+        # A turn may be calls or thoughts alone; its content is empty then, or not there at all.
+        silent = bool(message.get("tool_calls") or any(message.get(name) for name in THOUGHTS))
         for field in (role_name, content_name):
-            if field not in given and not (field == content_name and message.get("tool_calls")):
+            if field not in given and not (silent and field == content_name):
                 have = ", ".join(map(repr, given)) or "none"
                 raise UserError(
                     f"{where} has no field {field!r}. Its fields are {have}. Say which is which: message_property_mappings: "
@@ -267,7 +286,7 @@ class Encoder:
             isinstance(p, Mapping) and p.get("type") == "text" for p in content
         ):
             content = "".join(part.get("text") or "" for part in content)
-        if content is None and message.get("tool_calls"):
+        if content is None and silent:
             content = ""
         if not isinstance(content, str):
             raise UserError(

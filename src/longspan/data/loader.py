@@ -152,6 +152,36 @@ class TokenDataset:
             return [int(b) for b in self.row(index).boundaries if b <= sum(lengths)]
         return [sum(lengths[:i]) for i in range(len(lengths) + 1)]
 
+    def sources(self, index: int) -> list[tuple[str, int, int, int]]:
+        """What sample `index` is made of: (prefix of the file, document in it, first token, end). Reads nothing."""
+        found = []
+        for document, start, stop in self._plan.pieces(index):
+            at, number = self._place(document)
+            path = getattr(self.datasets[at], "bin_path", None)
+            found.append(("" if path is None else str(path.with_suffix("")), number, start, stop))
+        return found
+
+    @property
+    def num_learned(self) -> int:
+        """Tokens of an epoch that are learned: the first of a document is never (without packing, the first of all)."""
+        lengths = self._plan.lengths if isinstance(self._plan, Packs) else np.array([self.num_tokens])
+        if not self.has_samples:
+            return int(np.maximum(lengths - 1, 0).sum())
+        files = np.searchsorted(self._first, self.documents, side="right") - 1
+        total = 0
+        for at, mask in enumerate(self.masks):
+            mine = files == at
+            kept, numbers = lengths[mine], self.documents[mine] - self._first[at]
+            if mask is None:
+                total += int((kept - 1).sum())
+                continue
+            cut = kept < mask.document_lengths[numbers]
+            total += int(_learned(mask)[numbers[~cut]].sum())
+            total += sum(
+                int(mask.read(int(n), 1, int(length)).sum()) for n, length in zip(numbers[cut], kept[cut])
+            )
+        return total
+
     @property
     def num_documents(self) -> int:
         """Of this split, without samples that were dropped."""
@@ -354,6 +384,19 @@ def _split(documents: np.ndarray, val_set_size: float, seed: int) -> tuple[np.nd
         )
     order = np.random.Generator(np.random.PCG64([seed, HOLD_OUT])).permutation(documents)
     return np.sort(order[held:]), np.sort(order[:held])
+
+
+def _learned(mask: IndexedDataset) -> np.ndarray:
+    """How many tokens of each sample are learned, int64 ``[d]``; its first token is nobody's label."""
+    lengths = mask.document_lengths
+    counts = np.zeros(len(lengths), dtype=np.int64)
+    full = np.flatnonzero(lengths)
+    if len(full):
+        parts = list(mask.pieces(mask.num_tokens))
+        flags = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        begins = (np.cumsum(lengths) - lengths)[full]
+        counts[full] = np.add.reduceat(flags, begins, dtype=np.int64) - flags[begins]
+    return counts
 
 
 def _check_rank(micro_batch_size: int, dp_rank: int, dp_size: int) -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from itertools import islice
@@ -57,14 +57,31 @@ def open_masks(prefix: str | Path) -> IndexedDataset | None:
     return masks
 
 
+#: what a chat template may leave out (`turns.Found`) -> what becomes of it
+MISSING = {
+    "end": "hold an answer that ends with no special token, so a model does not learn to stop there. Take a template whose "
+    "end token the tokenizer has (special_tokens, chat_template)",
+    "thoughts": "hold thoughts (reasoning_content) that it does not write: they are not trained on. qwen3 writes them, and so do "
+    "the templates of models that think",
+    "content": "hold a message whose content it does not write: that is not trained on, and not seen",
+    "calls": "hold tool calls that it does not write: they are not seen",
+    "tools": "hold tools that it does not write: the model learns to answer without seeing them. qwen3 and qwen_25 write them",
+}
+
+
 def prepare_samples(
-    recipe: Recipe, cache_dir: str | Path, processes: int | None = None, progress: Progress | None = None
+    recipe: Recipe,
+    cache_dir: str | Path,
+    processes: int | None = None,
+    progress: Progress | None = None,
+    remark: Callable[[str], None] | None = None,
 ) -> Path:
     """Makes the samples of a dataset once; later calls find them.
 
     Args:
         processes: that tokenise; default: the cores. A small dataset is done without.
         progress: called with (samples, tokens) done so far.
+        remark: called, when the samples are made, with a line for each thing that the chat template left out of them.
 
     Returns:
         The prefix of the token files.
@@ -83,17 +100,27 @@ def prepare_samples(
     if not _is_whole(prefix, masked):
         with only_here(prefix.parent):
             if not _is_whole(prefix, masked):  # while this process waited
-                _write_samples(recipe, prefix, masked, processes or os.cpu_count() or 1, progress)
+                missing = _write_samples(recipe, prefix, masked, processes or os.cpu_count() or 1, progress)
+                if remark is not None and recipe.template is not None:
+                    count = len(IndexedDataset(prefix))
+                    for what, chats in sorted(missing.items()):
+                        remark(
+                            f"{recipe.source.path}, chat template {recipe.template.name}: {chats:,} of {count:,} chats "
+                            f"{MISSING[what]}."
+                        )
     return prefix
 
 
 def _write_samples(
     recipe: Recipe, prefix: Path, masked: bool, processes: int, progress: Progress | None
-) -> None:
+) -> Counter[str]:
+    """Writes the samples; returns what the chat template left out, and of how many chats."""
+    missing: Counter[str] = Counter()
     vocab_size = vocabulary_size(load_tokenizer(recipe.tokenizer))
     writer = IndexedDatasetWriter(prefix, best_dtype(vocab_size))
     with writer, IndexedDatasetWriter(mask_prefix(prefix), np.uint8) if masked else nullcontext() as masks:
-        for samples in _encoded(recipe, processes):
+        for samples, left_out in _encoded(recipe, processes):
+            missing += left_out
             for tokens, mask in samples:
                 if not len(tokens):
                     continue
@@ -106,6 +133,7 @@ def _write_samples(
             raise UserError(
                 f"{recipe.source.path}: no record with any text in it. Look at the data, its split and its fields."
             )
+    return missing
 
 
 def _is_whole(prefix: Path, masked: bool) -> bool:
@@ -115,14 +143,17 @@ def _is_whole(prefix: Path, masked: bool) -> bool:
         return False
 
 
-def _encoded(recipe: Recipe, processes: int) -> Iterator[list[Sample]]:
-    """The samples in the records' order, a chunk at a time; memory holds a few chunks."""
+Encoded = tuple[list[Sample], Counter[str]]
+
+
+def _encoded(recipe: Recipe, processes: int) -> Iterator[Encoded]:
+    """The samples in the records' order and what the template left out of them, a chunk at a time; memory holds a few."""
     encoder = Encoder(recipe)  # here too: what is wrong with the tokenizer is said once
     records = iter_records(recipe.source)
     first = list(islice(records, 2 * CHUNK))
     if processes == 1 or len(first) < 2 * CHUNK:  # starting processes takes longer
         while first:
-            yield [encoder(*record) for record in first]
+            yield _chunk(encoder, first)
             first = list(islice(records, CHUNK))
         return
     # spawned: a fork of a process with threads (tokenizers, torch) may hang
@@ -145,5 +176,10 @@ def _begin(recipe: Recipe) -> None:
     _OWN["encoder"] = Encoder(recipe)
 
 
-def _encode(records: list[tuple[str, dict[str, Any]]]) -> list[Sample]:
-    return [_OWN["encoder"](*record) for record in records]
+def _encode(records: list[tuple[str, dict[str, Any]]]) -> Encoded:
+    return _chunk(_OWN["encoder"], records)
+
+
+def _chunk(encoder: Encoder, records: list[tuple[str, dict[str, Any]]]) -> Encoded:
+    encoder.missing = Counter()
+    return [encoder(*record) for record in records], encoder.missing

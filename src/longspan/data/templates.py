@@ -19,6 +19,82 @@ _QWEN = (
     "{% endif %}" + _CHATML
 )
 
+# What Qwen puts in front of the tools of a chat, in the words its models were trained with.
+_QWEN_TOOLS = (
+    "{{ '# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\\n<tools>' }}"
+    "{% for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}"
+    "{{ '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags:\\n<tool_call>\\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}'
+    "\\n</tool_call>' }}"
+)
+
+# A call, which stands in the answer: {"name": ..., "arguments": ...}. The data may wrap it in "function".
+_QWEN_CALL = (
+    "{% set call = call.function or call %}"
+    '{{ \'<tool_call>\\n{"name": "\' + call.name + \'", "arguments": \' }}'
+    "{{ call.arguments if call.arguments is string else call.arguments | tojson }}"
+    "{{ '}\\n</tool_call>' }}"
+)
+
+# Results of calls, which the user hands in: those that follow one another are one turn.
+_QWEN_RESULT = (
+    "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+    "{{ '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\\n' }}{% endif %}"
+)
+
+_QWEN_25 = (
+    "{% set given = messages[0].role == 'system' %}"
+    "{{ '<|im_start|>system\\n' }}"
+    "{{ messages[0].content if given else 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' }}"
+    "{% if tools %}{{ '\\n\\n' }}" + _QWEN_TOOLS + "{% endif %}"
+    "{{ '<|im_end|>\\n' }}"
+    "{% for message in messages %}"
+    "{% if message.role == 'tool' %}" + _QWEN_RESULT + "{% elif not (loop.first and given) %}"
+    "{{ '<|im_start|>' + message.role }}"
+    "{% if message.content or not message.tool_calls %}{{ '\\n' + message.content }}{% endif %}"
+    "{% for call in message.tool_calls or [] %}{{ '\\n' }}" + _QWEN_CALL + "{% endfor %}"
+    "{{ '<|im_end|>\\n' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# Thoughts are written in the turns after the last question alone; the last turn has a place for them in any case.
+_QWEN3 = (
+    "{% set ns = namespace(question=-1) %}"
+    "{% for message in messages %}{% if message.role == 'user' %}{% set ns.question = loop.index0 %}{% endif %}{% endfor %}"
+    "{% set given = messages[0].role == 'system' %}"
+    "{% if tools %}{{ '<|im_start|>system\\n' + (messages[0].content + '\\n\\n' if given else '') }}"
+    + _QWEN_TOOLS
+    + "{{ '<|im_end|>\\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message.role == 'tool' %}" + _QWEN_RESULT + "{% elif not (loop.first and given and tools) %}"
+    "{{ '<|im_start|>' + message.role + '\\n' }}"
+    "{% set content = message.content %}"
+    "{% if message.role == 'assistant' %}"
+    "{% set thought = message.reasoning_content or '' %}"
+    "{% if not thought and '</think>' in content %}"
+    "{% set thought = content.split('</think>')[0].split('<think>')[-1] %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\\n') %}"
+    "{% endif %}"
+    "{% if loop.index0 > ns.question and (loop.last or thought) %}"
+    "{{ '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}{% set content = content.lstrip('\\n') %}"
+    "{% endif %}"
+    "{% endif %}"
+    "{{ content }}"
+    "{% for call in message.tool_calls or [] %}"
+    "{% if content or not loop.first %}{{ '\\n' }}{% endif %}" + _QWEN_CALL + "{% endfor %}"
+    "{{ '<|im_end|>\\n' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    "{% endif %}"
+)
+
 _LLAMA3 = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -82,5 +158,9 @@ TEMPLATES = {
     "mistral_v1": _MISTRAL,
     "phi_3": _PHI_3,
     "qwen": _QWEN,
-    "qwen_25": _QWEN,
+    "qwen_25": _QWEN_25,
+    "qwen3": _QWEN3,
 }
+
+#: the bundled templates that write tools and tool calls
+WITH_CALLS = ("qwen3", "qwen_25")

@@ -15,7 +15,7 @@ from longspan.context_parallel.kernels import select_kernel
 
 
 def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: int, tested: int, steps: int, warmup: int,
-           device: torch.device, local_rows: int, filling: str, output: Path) -> str:  # fmt: skip
+           device: torch.device, local_rows: int, filling: str, learned: str, output: Path) -> str:  # fmt: skip
     """The lines rank 0 prints before the first step.
 
     Args:
@@ -23,6 +23,7 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
         samples, held_out, tested: sequences an epoch, of an evaluation, and of the test at the end.
         local_rows: tokens of a sequence on one rank, padding included.
         filling: what a sequence is made of.
+        learned: how many samples there are, and how many of their tokens are learned.
     """
     c, sizes = run.config, run.sizes
     dtype = torch.bfloat16 if c.bf16 is True else getattr(torch, c.params_dtype)
@@ -60,6 +61,7 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
         )
         + f"; sequence parallelism {on[run.sequence_parallel]}; "
         + filling,
+        "samples": learned,
         "attention": f"{kernel.name} on {device.type}, {str(dtype).removeprefix('torch.')} ({reason})",
         "precision": f"compute {str(dtype).removeprefix('torch.')}, weights and optimizer {c.params_dtype}"
         + ("; TensorFloat-32" if c.tf32 is True and device.type == "cuda" else "")

@@ -160,6 +160,7 @@ def describe(trainer: Trainer, output: Path) -> str:
         device=trainer.device,
         local_rows=trainer.shard.local_rows(),
         filling=filling(trainer),
+        learned=learned(trainer),
         output=output,
     )
 
@@ -179,6 +180,14 @@ def filling(trainer: Trainer) -> str:
         return text
     done = "dropped" if config.excess_length_strategy == "drop" else "truncated"
     return f"{text}; {excess:,} of {data.num_documents + excess * (done == 'dropped'):,} samples were too long and are {done}"
+
+
+def learned(trainer: Trainer) -> str:
+    """How much there is to learn in the training data."""
+    data = trainer.train_data
+    what = "samples" if data.has_samples and None not in data.masks else "documents"
+    what = "samples and documents" if data.has_samples and None in data.masks else what
+    return f"{data.num_documents:,} {what}, {data.num_learned:,} of {data.num_tokens:,} tokens learned"
 
 
 def last_lines(summary: dict, trainer: Trainer, output: Path, exported: bool) -> str:
