@@ -119,14 +119,18 @@ class Rows:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def failed(self, case: str, error: BaseException) -> None:
-        """A row for what raised: out of memory is a result, anything else a failure with its traceback in the log."""
+    def failed(self, case: str, error: BaseException, ok: bool | None = False) -> None:
+        """A row for what raised: out of memory is a result, anything else a failure with its traceback in the log.
+
+        Args:
+            ok: of the row; None for a peer, whose failure is not ours.
+        """
         if isinstance(error, torch.OutOfMemoryError):
             self.add(case, None, "out of memory")
         else:
             traceback.print_exception(error)
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.add(case, False, f"{type(error).__name__}: {first[:200]}")
+            self.add(case, ok, f"{type(error).__name__}: {first[:200]}")
 
 
 def verdict(ok: bool | None) -> str:

@@ -52,7 +52,7 @@ class Part:
 
 #: the most important first
 PARTS = (
-    Part("tests", "the tests marked gpu", 150, "gpu_tests"),
+    Part("tests", "the tests marked gpu", 170, "gpu_tests"),
     Part("attention", "every attention backend against float64, forward and backward", 70, "gpu_attention"),
     Part("step", "one step of a small Llama against the CPU's float32", 80, "gpu_training"),
     Part("cutting", "the price of cutting: tiles with merging against one flash call", 60, "gpu_attention"),
@@ -280,7 +280,8 @@ def run_here(args: argparse.Namespace) -> int:
 
     part = next(part for part in PARTS if part.name == args.part)
     function = getattr(importlib.import_module(part.module), part.name)
-    function(Rows(args.out / "rows.jsonl", part.name), torch.device(args.device), args.tiny)
+    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
+    function(Rows(args.out / "rows.jsonl", part.name), device, args.tiny)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0

@@ -117,6 +117,7 @@ def step(rows: Rows, device: torch.device, tiny: bool) -> None:
     """bfloat16 may differ from the CPU's float32 at most twice as much as the CPU's own bfloat16 does; float32
     by 1e-4 of each gradient's largest element."""
     sizes, cpu = TINY if tiny else SMALL, torch.device("cpu")
+    init_distributed(device.type)  # before the CPU's runs, which would start a group of theirs
 
     def run(where: torch.device, compiled: bool = False, **keys) -> tuple[float, dict[str, Tensor]]:
         model = make_model(sizes, where, seed=1, **keys)
@@ -163,23 +164,40 @@ def step(rows: Rows, device: torch.device, tiny: bool) -> None:
 # --- speed and memory of a 1B-class model -----------------------------------------------------
 
 
-def measured(rows: Rows, case: str, sizes: Sizes, length: int, device: torch.device, train: Callable) -> None:
-    """Tokens a second and peak memory of ``train()``, one step; memory that runs out is a row."""
+def measured(
+    rows: Rows,
+    case: str,
+    sizes: Sizes,
+    length: int,
+    device: torch.device,
+    train: Callable[[int], None],
+    wrong: bool | None = False,
+) -> bool:
+    """Tokens a second and peak memory of ``train(length)``, one step; memory that runs out is a row.
+
+    Args:
+        wrong: whether another error counts as ours.
+
+    Returns:
+        Whether it ran; what did not may have stopped halfway through a step.
+    """
     try:
         # one step to warm up (and to compile), one more for what the allocator settles after it
         begun = time.perf_counter()
-        train()
+        train(length)
         first = time.perf_counter() - begun
-        train()
+        train(length)
         if device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        times = [common.device_ms(train, device) for _ in range(sizes.repetitions)]
+        times = [common.device_ms(lambda: train(length), device) for _ in range(sizes.repetitions)]
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
         ms = statistics.median(times)
         rows.add(case, None, "", tokens_per_s=1e3 * length / ms, ms=ms, peak_gib=peak, first_step_s=first)
+        return True
     except Exception as error:
-        rows.failed(case, error)
+        rows.failed(case, error, wrong)
+        return False
 
 
 def let_go(device: torch.device) -> None:
@@ -226,15 +244,12 @@ def run_keys(
     for length in sizes.lengths:
         for name, keys in cases.items():
             ours.switch(**keys)
-            measured(
-                rows,
-                f"{length:,} tokens: {name}",
-                sizes,
-                length,
-                device,
-                lambda length=length: ours.step(length),
-            )
+            ran = measured(rows, f"{length:,} tokens: {name}", sizes, length, device, ours.step)
             ours.optimizer.zero_grad()
+            if not ran:  # FSDP's state is that of a step that broke off
+                del ours
+                let_go(device)
+                ours = make()
             let_go(device)
 
 
@@ -337,17 +352,10 @@ def peer(rows: Rows, device: torch.device, tiny: bool) -> None:
             try:
                 held = Peer(sizes, device, attention, checkpointing)
             except Exception as error:
-                rows.failed(name, error)
+                rows.failed(name, error, None)
                 continue
             for length in sizes.lengths:
-                measured(
-                    rows,
-                    f"{length:,} tokens: {name}",
-                    sizes,
-                    length,
-                    device,
-                    lambda held=held, length=length: held.step(length),
-                )
+                measured(rows, f"{length:,} tokens: {name}", sizes, length, device, held.step, None)
                 held.optimizer.zero_grad()
                 let_go(device)
             del held

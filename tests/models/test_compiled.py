@@ -8,14 +8,22 @@ import shutil
 
 import pytest
 import torch
+from test_gpt import LENGTH, VOCAB, batch, transformer_config
 from test_memory_keys import gradients, plain
 
 import pool
 import tiny
 from longspan import compiled
 from longspan.config.load import make_config
+from longspan.config.lora import TARGETS, Lora
 from longspan.config.parallel import MeshSizes
+from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
+from longspan.mesh.mesh import ParallelMesh
+from longspan.models import GPTModel
+from longspan.models.adapters import attach
+from longspan.parallelize import parallelize
+from longspan.tensor_parallel.lora import Adapter
 from longspan.training.loop import Trainer
 
 CPU = torch.device("cpu")
@@ -115,12 +123,32 @@ def compiled_curve(backend, prefix):
     return with_backend(backend, three_layers_twice, prefix)
 
 
-def lora_losses(prefix, adapters):
-    return plain_losses(prefix, **adapters, torch_compile=True)
+def with_adapters():
+    """Whole gradients of one model with adapters beside all its layers, plain and then compiled."""
+    sizes = MeshSizes(tp=2)
+    mesh = ParallelMesh.build(sizes)
+    config = transformer_config(sizes)
+    with torch.device("meta"):
+        model = GPTModel(config, VOCAB, LENGTH, pg_collection=mesh.groups)
+        attach(model, Lora(rank=2, alpha=4, targets=TARGETS))
+    for module in model.modules():
+        if isinstance(module, Adapter):  # B starts at zero, and A has no gradient then
+            module.initial_std["B"] = 0.02
+    parallelize(model, mesh, seed=3, device=CPU)
+    tokens, labels, cu = batch("packed")
+    layout = SequenceLayout.contiguous(LENGTH, 1, cu_seqlens=cu)
+    found = []
+    for on in (False, True):
+        compiled.compile_parts(model, on)
+        model.zero_grad()
+        model(tokens, labels=labels, layout=layout).sum().backward()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        found.append({name: p.grad.full_tensor() for name, p in trained.items()})
+    return found
 
 
-def compiled_lora(backend, prefix, adapters):
-    return with_backend(backend, lora_losses, prefix, adapters)
+def compiled_adapters(backend):
+    return with_backend(backend, with_adapters)
 
 
 @pytest.fixture(scope="module")
@@ -135,22 +163,12 @@ def test_later_steps_and_more_layers_compile_nothing(prefix):
     assert losses == pytest.approx(pool.run(1, plain_losses, prefix)[0], rel=1e-10)
 
 
-def test_adapters_are_compiled_too(prefix):
-    adapters = {
-        "adapter": "lora",
-        "lora_r": 2,
-        "lora_alpha": 4,
-        "lora_target_linear": True,
-        "reinit_weights": True,
-    }
-    losses, _, breaks = pool.run(1, compiled_lora, "aot_eager", prefix, adapters)[0]
+def test_adapters_are_compiled_too():
+    (expected, got), _, breaks = pool.run(2, compiled_adapters, "aot_eager")[0]
     assert not breaks
-
-    assert losses == pytest.approx(pool.run(1, lora_plain, prefix, adapters)[0], rel=1e-10)
-
-
-def lora_plain(prefix, adapters):
-    return plain_losses(prefix, **adapters)
+    assert len(got) == 2 * 2 * len(TARGETS)  # A and B of each layer's
+    for name, grad in expected.items():
+        assert (got[name] - grad).abs().max() <= 1e-10 * grad.abs().max(), name
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def trained(prefix, keys):
     """Losses of five steps."""
     sizes = {"kv_channels": 64, "sequence_len": 512, "hidden_size": 256}
     values = {"device": "cuda", "params_dtype": "float32", "max_steps": 5} | sizes | keys
-    trainer = Trainer(tiny.tiny_run(prefix, 1, **values), torch.device("cuda"))
+    trainer = Trainer(tiny.tiny_run(prefix, 1, **values), torch.device("cuda", 0))
     return [trainer.train_step(batches)["loss"] for batches in trainer.steps_ahead()]
 
 

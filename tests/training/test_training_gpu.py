@@ -25,7 +25,10 @@ def world():
 def losses(prefix, device, **changes):
     """Of ten steps."""
     values = {"params_dtype": "float32", "max_steps": 10, "kv_channels": 16} | changes
-    trainer = Trainer(tiny.tiny_run(prefix, 1, device=device, **values), torch.device(device))
+    trainer = Trainer(
+        tiny.tiny_run(prefix, 1, device=device, **values),
+        torch.device("cuda", 0) if device == "cuda" else torch.device("cpu"),
+    )
     return [trainer.train_step(batches)["loss"] for batches in trainer.steps_ahead()]
 
 
@@ -34,13 +37,6 @@ def test_one_gpu_follows_the_cpu(tmp_path, changes, tolerance):
     prefix = tiny.write_data(tmp_path)
     got, expected = (losses(prefix, device, **changes) for device in ("cuda", "cpu"))
     assert got == pytest.approx(expected, rel=tolerance)
-
-
-@pytest.mark.parametrize("keys", [{}, {"gradient_checkpointing": "full", "tiled_mlp": True}])
-def test_compiled_parts_follow_plain_ones(tmp_path, keys):
-    prefix = tiny.write_data(tmp_path)
-    got = losses(prefix, "cuda", torch_compile=True, **keys)
-    assert got == pytest.approx(losses(prefix, "cuda"), rel=1e-4)
 
 
 def test_the_command_trains_on_the_gpu_and_writes_what_it_learned(tmp_path):
@@ -57,3 +53,10 @@ def test_the_command_trains_on_the_gpu_and_writes_what_it_learned(tmp_path):
     assert written[-1] < written[0]
     resolved = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
     assert (resolved["device"], resolved["bf16"]) == ("cuda", True)
+
+
+@pytest.mark.parametrize("keys", [{}, {"gradient_checkpointing": "full", "tiled_mlp": True}])
+def test_compiled_parts_follow_plain_ones(tmp_path, keys):
+    prefix = tiny.write_data(tmp_path)
+    got = losses(prefix, "cuda", torch_compile=True, **keys)
+    assert got == pytest.approx(losses(prefix, "cuda"), rel=1e-4)
