@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 
-.PHONY: quickstart test check format docs examples bench clean
+.PHONY: quickstart test check format docs examples bench gpu-check gpu-wheels cuda-dry-run clean
 
 quickstart: $(READY)
 	$(BIN)/longspan train examples/quickstart.yaml
@@ -34,6 +34,25 @@ examples: $(READY)
 bench: $(DEV)
 	$(BIN)/python benchmarks/run_all.py
 
+# on a machine with a GPU, in under 8 minutes; elsewhere it lists what it skipped
+gpu-check: $(DEV)
+	$(BIN)/python benchmarks/gpu_check.py --out outputs/gpu_check
+
+# what benchmarks/gpu_check.py may miss on a machine without a network: copy the checkout with this folder
+gpu-wheels: $(READY)
+	$(BIN)/python benchmarks/gpu_check.py --download .wheels
+
+# shapes, dtypes and devices of the CUDA paths by a CUDA build of torch, without a GPU: an environment of its own, 5 GB
+CUDA_VENV := .venv-cuda
+cuda-dry-run: $(CUDA_VENV)/.ready
+	PYTHONPATH=src:benchmarks $(CUDA_VENV)/bin/python benchmarks/cuda_dry_run.py
+
+$(CUDA_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install -q torch
+	$(CUDA_VENV)/bin/python -m pip install -q -e .
+	touch $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -48,4 +67,4 @@ $(DEV): $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CUDA_VENV) .wheels build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

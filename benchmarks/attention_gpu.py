@@ -11,108 +11,96 @@ call), else one sequence is cut zigzag. Without a GPU it runs on the CPU, which 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
-import time
+from collections.abc import Sequence
 
 import common
 import torch
+from ranks_in_turn import Rank
 
 from longspan.context_parallel import Schedule, SequenceLayout
 from longspan.context_parallel.calls import calls_of
 from longspan.context_parallel.kernels import select_kernel
-from longspan.context_parallel.keys import backward_step, forward_step
+
+OURS, PEER = "all ranks in turn", "one monolithic call"
 
 
-def step_rows(step, layout: SequenceLayout, rank: int, device) -> torch.Tensor:
-    """The tokens whose keys a step computes with, in the order its tiles count them."""
-    if not step.receives:
-        return layout.positions(rank).to(device)
-    rows = torch.cat([layout.positions(m.peer)[a:b] for m in step.receives for a, b in m.ranges])
-    if step.order is not None:
-        rows = torch.cat([rows[a:b] for a, b in step.order])
-    return rows.to(device)
+def measure(
+    lengths: Sequence[int],
+    ranks: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    device: torch.device,
+    backend: str = "auto",
+    pairs: int = 7,
+) -> tuple[str, dict[str, list[float]]]:
+    """Milliseconds of forward and backward, ``pairs`` times each, alternately.
 
+    Args:
+        lengths: of the documents of one pack.
+        heads: query heads and key/value heads.
 
-def main(args: argparse.Namespace) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    Returns:
+        What was run, and the times by name.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    lengths = [int(n) for n in args.lengths.split(",")] if args.lengths else [args.local * args.ranks]
-    cu = [0]
-    for n in lengths:
-        cu.append(cu[-1] + n)
-    layout = SequenceLayout.make("auto", cu[-1], args.ranks, cu_seqlens=cu)
-    kernel, reason = select_kernel(device, dtype, args.head_dim, args.backend)
-    print(
-        f"{kernel.name} ({reason}); {layout.name}, {cu[-1]} tokens in {len(lengths)} documents, {args.ranks} ranks"
+    cu = [0, *itertools.accumulate(lengths)]
+    layout = SequenceLayout.make("auto", cu[-1], ranks, cu_seqlens=cu)
+    kernel, reason = select_kernel(device, dtype, head_dim, backend)
+    about = (
+        f"{kernel.name} ({reason}); {layout.name}, {cu[-1]} tokens in {len(lengths)} documents, {ranks} ranks"
     )
     g = torch.Generator(device=device).manual_seed(0)
 
-    def make(heads: int) -> torch.Tensor:
-        return torch.randn(
-            layout.padded_total, 1, heads, args.head_dim, generator=g, device=device, dtype=dtype
-        )
+    def make(n: int) -> torch.Tensor:
+        return torch.randn(layout.padded_total, 1, n, head_dim, generator=g, device=device, dtype=dtype)
 
-    q, dout, k, v = make(args.heads), make(args.heads), make(args.kv_heads), make(args.kv_heads)
-    scale = 1 / math.sqrt(args.head_dim)
-    ranks = []
-    for rank in range(args.ranks):
-        schedule = Schedule.of(layout, rank)
-        own = layout.positions(rank).to(device)
-        steps = [(step, step_rows(step, layout, rank, device)) for step in schedule.steps]
-        ranks.append((q[own], dout[own], [(step, k[rows], v[rows]) for step, rows in steps]))
+    q, dout, k, v = make(heads[0]), make(heads[0]), make(heads[1]), make(heads[1])
+    scale = 1 / math.sqrt(head_dim)
+    parts = [Rank(layout, rank, (q, k, v, dout)) for rank in range(ranks)]
 
     def cut() -> None:
-        for q_own, dout_own, steps in ranks:
-            out = torch.zeros(q_own.shape, dtype=torch.float32, device=device)
-            lse = torch.full(
-                (1, args.heads, q_own.shape[0]), float("-inf"), dtype=torch.float32, device=device
-            )
-            for step, k_step, v_step in steps:
-                forward_step(out, lse, q_own, k_step, v_step, step, kernel, scale)
-            out, dq = out.to(dtype), torch.zeros(q_own.shape, dtype=torch.float32, device=device)
-            for step, k_step, v_step in steps:
-                dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=device) for x in (k_step, v_step))
-                backward_step(dq, dk, dv, dout_own, q_own, k_step, v_step, out, lse, step, kernel, scale)
+        for rank in parts:
+            rank.backward(kernel, scale, *rank.forward(kernel, scale))
 
-    whole_layout = SequenceLayout.contiguous(cu[-1], 1, cu_seqlens=cu)
-    (whole,) = Schedule.of(whole_layout, 0).steps
+    (whole,) = Schedule.of(SequenceLayout.contiguous(cu[-1], 1, cu_seqlens=cu), 0).steps
     whole_q, whole_dout, whole_k, whole_v = (x[: cu[-1]] for x in (q, dout, k, v))
 
     def monolithic() -> None:
         for call in calls_of(whole, kernel, device):  # one on CUDA, one a document on CPU
             out, lse = call.forward(kernel, whole_q, whole_k, whole_v, scale)
-            full, full_lse = whole_q, lse
+            full, full_lse = out, lse
             if out.shape != whole_q.shape:
                 full = torch.zeros_like(whole_q)
-                full_lse = torch.zeros(1, args.heads, cu[-1], dtype=lse.dtype, device=device)
+                full_lse = torch.zeros(1, heads[0], cu[-1], dtype=lse.dtype, device=device)
                 full[call.q], full_lse[:, :, call.q] = out, lse
-            else:
-                full = out
             call.backward(kernel, whole_dout, whole_q, whole_k, whole_v, full, full_lse, scale)
 
-    def timed(function) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    times: dict[str, list[float]] = {"all ranks in turn": [], "one monolithic call": []}
-    for turn in range(args.pairs + 2):
-        for name, function in (("all ranks in turn", cut), ("one monolithic call", monolithic)):
-            seconds = timed(function)
+    times: dict[str, list[float]] = {OURS: [], PEER: []}
+    for turn in range(pairs + 2):
+        for name, function in ((OURS, cut), (PEER, monolithic)):
+            ms = common.device_ms(function, device)
             if turn >= 2:
-                times[name].append(seconds)
-    common.report(
-        f"forward + backward, {args.heads}/{args.kv_heads} heads x {args.head_dim}",
-        times,
-        "all ranks in turn",
-    )
-    ratio = statistics.median(a / b for a, b in zip(*times.values()))
-    print(f"  the ranks together take {ratio:.3f} x the monolithic call")
+                times[name].append(ms)
+    return about, times
+
+
+def ratio(times: dict[str, list[float]]) -> float:
+    """How many times the monolithic call's time the ranks take together: the median of the pairs."""
+    return statistics.median(a / b for a, b in zip(times[OURS], times[PEER]))
+
+
+def main(args: argparse.Namespace) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lengths = [int(n) for n in args.lengths.split(",")] if args.lengths else [args.local * args.ranks]
+    heads = (args.heads, args.kv_heads)
+    about, times = measure(lengths, args.ranks, heads, args.head_dim, device, args.backend, args.pairs)
+    print(about)
+    seconds = {name: [ms / 1e3 for ms in held] for name, held in times.items()}
+    common.report(f"forward + backward, {args.heads}/{args.kv_heads} heads x {args.head_dim}", seconds, OURS)
+    print(f"  the ranks together take {ratio(times):.3f} x the monolithic call")
 
 
 if __name__ == "__main__":

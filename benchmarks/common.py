@@ -6,12 +6,14 @@ a machine whose speed drifts changes both sides alike.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +83,65 @@ def report(title: str, times: dict[str, list[float]], ours: str) -> None:
             ratios = [peer / own for peer, own in zip(seconds, times[ours])]
             line += f"   x {statistics.median(ratios):.3f}  ({min(ratios):.3f} .. {max(ratios):.3f})"
         print(line, flush=True)
+
+
+def device_ms(function: Callable, device: torch.device) -> float:
+    """Milliseconds of one call, by the device's own clock on CUDA."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+class Rows:
+    """What a check found, a JSON object a line: written at once, so that a crash later loses none of it.
+
+    Args:
+        path: the file; None only prints.
+        part: the part that adds them.
+    """
+
+    def __init__(self, path: Path | None, part: str):
+        self.path, self.part = path, part
+
+    def add(self, case: str, ok: bool | None = None, note: str = "", **numbers: float | None) -> None:
+        """One row: ``ok`` None where there is nothing to pass or fail; ``numbers`` by name, units in the name."""
+        row = {"part": self.part, "case": case, "ok": ok, "note": note, "numbers": numbers}
+        text = "  ".join(f"{name} {show(value)}" for name, value in numbers.items())
+        print(f"{case:<58} {verdict(ok)}  {text}  {note}".rstrip(), flush=True)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def failed(self, case: str, error: BaseException, ok: bool | None = False) -> None:
+        """A row for what raised: out of memory is a result, anything else a failure with its traceback in the log.
+
+        Args:
+            ok: of the row; None for a peer, whose failure is not ours.
+        """
+        if isinstance(error, torch.OutOfMemoryError):
+            self.add(case, None, "out of memory")
+        else:
+            traceback.print_exception(error)
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.add(case, ok, f"{type(error).__name__}: {first[:200]}")
+
+
+def verdict(ok: bool | None) -> str:
+    return "" if ok is None else "ok" if ok else "WRONG"
+
+
+def show(value: float | None) -> str:
+    """A number for a table: whole ones with thousands, others with four digits."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def machine() -> str:

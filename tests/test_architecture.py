@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "longspan"
 LEVELS = {
     "errors": 0,
     "config": 1,
+    "compiled": 1,
     "matmul": 1,
     "mesh": 2,
     "gradients": 3,

@@ -1,9 +1,10 @@
 """From a model on ``meta`` to one that trains: the order below is the documentation.
 
     1. recompute     switches on each layer, with tiles and offloading
-    2. shard         FSDP2 over dp_shard x cp, copies over dp_replicate (HSDP)
-    3. materialise   memory for this rank's shards only
-    4. initialise    by (seed, name, shape), whatever the layout
+    2. compile       a switch too: what lies between the exchanges (``longspan.compiled``)
+    3. shard         FSDP2 over dp_shard x cp, copies over dp_replicate (HSDP)
+    4. materialise   memory for this rank's shards only
+    5. initialise    by (seed, name, shape), whatever the layout
 
 Tensor parallelism is in the layers already (their weights are DTensors on the tp axis).
 
@@ -28,6 +29,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from longspan.compiled import check_compiler, compile_parts
 from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models.adapters import is_adapter, open_adapters, peft_name, read_adapter
@@ -50,6 +52,7 @@ def parallelize(
     activation_offloading: bool = False,
     mlp_tiles: int | None = 1,
     offload_params: bool = False,
+    torch_compile: bool = False,
 ) -> GPTModel:
     """Shards a model made on ``meta`` and fills it.
 
@@ -66,12 +69,19 @@ def parallelize(
         mlp_tiles: see MLP.tiles.
         offload_params: this rank's shards of weights and gradients, and so the optimizer's state, lie in the CPU's memory;
             a layer's weights are copied to the device to be gathered.
+        torch_compile: compiles what lies between the exchanges, at first use.
+
+    Raises:
+        UserError: this machine has no compiler for ``torch_compile``.
     """
     moved = (activation_offloading or recompute == "offload") and device.type != "cpu"
     offload = Offload(device) if moved else None
     for layer in model.decoder.layers:
         layer.recompute = "full" if recompute == "offload" else recompute
         layer.offload, layer.mlp.tiles = offload, mlp_tiles
+    if torch_compile:
+        check_compiler(device)
+        compile_parts(model)
     # pinned memory is copied while the device computes; there is none without a device
     policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload_params else OffloadPolicy()
     shard(model, mesh, compute_dtype, reshard_after_forward, policy)

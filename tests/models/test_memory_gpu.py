@@ -1,15 +1,12 @@
 """Keys that save memory on one CUDA device. Marked gpu: runs where there is a device."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
-import yaml
 
 import tiny
+from longspan.mesh.mesh import close_distributed, init_distributed
 from longspan.models.offload import Offload
+from longspan.training.loop import Trainer
 
 pytestmark = pytest.mark.gpu
 
@@ -64,18 +61,27 @@ KEYS = [
 ]
 
 
-def trained(folder, name, keys):
-    prefix = tiny.write_data(folder)
-    values = tiny.values(prefix, output_dir=name, params_dtype="float32", max_steps=5, **keys)
-    values |= {"device": "cuda", "kv_channels": 64, "sequence_len": 512, "hidden_size": 256}
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "longspan", "train", "config.yaml", "--num-processes", "1"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-    return [r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    init_distributed("cuda")
+    yield tiny.write_data(tmp_path_factory.mktemp("data"))
+    close_distributed()
+
+
+def trained(prefix, keys):
+    """Losses of five steps."""
+    sizes = {"kv_channels": 64, "sequence_len": 512, "hidden_size": 256}
+    values = {"device": "cuda", "params_dtype": "float32", "max_steps": 5} | sizes | keys
+    trainer = Trainer(tiny.tiny_run(prefix, 1, **values), torch.device("cuda", 0))
+    return [trainer.train_step(batches)["loss"] for batches in trainer.steps_ahead()]
+
+
+@pytest.fixture(scope="module")
+def plain(prefix):
+    return trained(prefix, {})
 
 
 @pytest.mark.parametrize("number", range(len(KEYS)))
-def test_one_gpu_trains_the_same_with_each_key(tmp_path, number):
-    assert trained(tmp_path, "keys", KEYS[number]) == pytest.approx(trained(tmp_path, "plain", {}), rel=1e-5)
+def test_one_gpu_trains_the_same_with_each_key(prefix, plain, number):
+    # AdamW's first steps follow the sign of a gradient, so rounding grows: 1e-4 as for float32 curves elsewhere
+    assert trained(prefix, KEYS[number]) == pytest.approx(plain, rel=1e-4)

@@ -88,10 +88,14 @@ def checked(reading: Reading, launch: Launch, announce: str = "") -> tuple[Run, 
     if config.base_model is not None and config.rope_scaling is None:
         reading.notes += unused_fields(config.base_model)
     bf16 = device == "cuda" and config.params_dtype == "float32" if config.bf16 == "auto" else config.bf16
+    compiled = config.torch_compile
+    if compiled == "auto":
+        compiled = device == "cuda" and not config.deterministic_mode
     final = resolved.config.model_copy(
         update={
             "device": device,
             "bf16": bf16,
+            "torch_compile": compiled,
             "micro_batch_size": resolved.micro_batch_size,
             "gradient_accumulation_steps": resolved.accumulation,
             "global_batch_size": resolved.global_batch_size,

@@ -153,6 +153,7 @@ def one_process(resolved: Run) -> Run:
             "offload_params": False,
             "tiled_mlp": False,
             "tiled_mlp_num_shards": None,
+            "torch_compile": False,
         }
     )
     alone = resolve(config, 1)

@@ -162,8 +162,11 @@ KEYS: dict[str, Foreign] = {
     "float16": refused("Use bf16: true, whose range needs no loss scaling."),
     "bfloat16": refused("Weights stay float32 and compute in bf16: bf16: true."),
     "fp8": refused("Use bf16."),
-    "torch_compile": refused("Models are not compiled yet.", unless=(False, "auto")),
-    "torch_compile_backend": refused("Models are not compiled yet."),
+    "torch_compile_backend": refused("Inductor is the one torch_compile: true takes.", unless=("inductor",)),
+    "torch_compile_mode": refused(
+        "torch_compile: true compiles in the default mode; captured graphs of others do not fit between exchanges.",
+        unless=("default",),
+    ),
     "gradient_checkpointing_kwargs": no_effect("Recomputation is the non-reentrant one."),
     "selective_checkpointing": choice(_flag(gradient_checkpointing="selective"), "true or false."),
     "layer_offloading": refused(

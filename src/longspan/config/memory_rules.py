@@ -21,6 +21,12 @@ def memory_problems(config: TrainConfig) -> list[Problem]:
             "activation_offloading out, or keep it with gradient_checkpointing: selective or false."
         )
         found.append((("gradient_checkpointing", "activation_offloading"), text))
+    if config.torch_compile is True and config.deterministic_mode:
+        text = (
+            "torch_compile: true with deterministic_mode: true: the compiler chooses kernels by timing them, so two runs may add "
+            "numbers up in another order. Leave one of them out."
+        )
+        found.append((("torch_compile", "deterministic_mode"), text))
     if config.tf32 is True and config.params_dtype == "float64":
         text = (
             "tf32: true with params_dtype: float64 has no effect: TensorFloat-32 is for float32 products. Use float32, or leave "
@@ -44,6 +50,8 @@ def memory_lines(config: TrainConfig, recompute: str, device_type: str) -> list[
     if config.tiled_mlp:
         tiles = config.tiled_mlp_num_shards
         lines[0] += f"; MLP in {tiles if tiles else 'tokens / hidden_size'} tiles"
+    if config.torch_compile is True:
+        lines.append("compiled between the exchanges")
     if device_type != "cpu":
         moved = {"activations": config.activation_offloading, "weights and optimizer": config.offload_params}
         lines += [f"{name} in the CPU's memory" for name, on in moved.items() if on]

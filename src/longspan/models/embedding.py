@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from longspan.compiled import Compilable
 from longspan.config.model import IGNORE_INDEX, TransformerConfig, padded_vocab_size
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.tensor_parallel.cross_entropy import linear_cross_entropy
@@ -82,7 +83,7 @@ def _out_of_padding(ids: Tensor, size: int, table: VocabParallelEmbedding) -> Te
     return ids.masked_fill(ids >= size, table.num_embeddings)
 
 
-class OutputLayer(ColumnParallelLinear):
+class OutputLayer(ColumnParallelLinear, Compilable):
     """Hidden states -> logits, or each token's loss without ever holding all logits.
 
     The vocabulary is padded to a multiple of 128; padding takes no part in the loss, and
@@ -110,6 +111,7 @@ class OutputLayer(ColumnParallelLinear):
                 labels.t().reshape(-1),
                 vocab_size=self.vocab_size,
                 group=self.tp_group,
+                part=self.part,
             )
             return loss.view(x.shape[:2]).t().clone()  # FSDP hooks into what a model returns: no view
         logits = self.project(x).transpose(0, 1)

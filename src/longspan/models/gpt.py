@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longspan.compiled import Compilable
 from longspan.config.model import AttnMaskType, TransformerConfig, unsupported
 from longspan.context_parallel import DotProductAttention, PackedSeqParams, SequenceLayout
 from longspan.context_parallel.checks import check_packed
@@ -31,12 +32,18 @@ from longspan.mesh.installed import process_groups
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.embedding import Embedding, OutputLayer
 from longspan.models.lean import gated_linear
-from longspan.models.norm import Norm
+from longspan.models.norm import Norm, normalised
 from longspan.models.offload import Offload
 from longspan.models.rotary import apply_rotary, at_length, attention_factor, frequencies, rotary_table
 from longspan.models.tiled import tiled
 from longspan.tensor_parallel.initial import filled_by_name
-from longspan.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, local
+from longspan.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    Operands,
+    RowParallelLinear,
+    local,
+    projected,
+)
 
 RotaryTable = tuple[Tensor, Tensor]
 
@@ -46,13 +53,32 @@ def _residual_std(config: TransformerConfig) -> float:
     return config.init_method_std / (2 * config.num_layers) ** 0.5
 
 
-def project_together(x: Tensor, *layers: ColumnParallelLinear) -> list[Tensor]:
-    """Several column parallel layers of one input, which is gathered once."""
-    entered = layers[0].enter(x)
-    return [layer.project(entered) for layer in layers]
+def projected_heads(
+    x: Tensor, linears: tuple[Operands, ...], norms: tuple | None, rotary: RotaryTable | None, head_dim: int
+) -> list[Tensor]:
+    """[s, b, h] -> query [s, b, n, d], key and value [s, b, m, d]; norms of query and key where there are any."""
+    q, k, v = (projected(x, linear).unflatten(-1, (-1, head_dim)) for linear in linears)
+    if norms is not None:
+        q, k = normalised(q, *norms[0]), normalised(k, *norms[1])
+    if rotary is not None:
+        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+    return [q, k, v]
 
 
-class SelfAttention(nn.Module):
+def mlp_product(
+    x: Tensor, gate: Operands | None, up: Operands, down: Operands, activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """[.., h] as every rank has it -> this rank's part of the sum [.., h]; each token by itself."""
+    if gate is None:
+        return projected(activation(projected(x, up)), down)
+    gates, ups = projected(x, gate), projected(x, up)
+    y = gated_linear(gates, ups, down.weight, activation)
+    if down.lora is not None:
+        y = y + down.lora.expand(gated_linear(gates, ups, down.lora.a, activation))
+    return y
+
+
+class SelfAttention(nn.Module, Compilable):
     """Projections to heads, norms of heads, rotary embedding, core attention, projection back."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection):
@@ -74,13 +100,13 @@ class SelfAttention(nn.Module):
         )
 
     def heads(self, x: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, b, h] -> query [s, b, n, d], key and value [s, b, m, d] of this rank's heads."""
-        projected = project_together(x, self.linear_q, self.linear_k, self.linear_v)
-        q, k, v = (y.view(*y.shape[:2], -1, self.head_dim) for y in projected)
+        """[s, b, h] -> query [s, b, n, d], key and value [s, b, m, d] of this rank's heads; the input is gathered once."""
+        entered = self.linear_q.enter(x)
+        linears = tuple(layer.operands() for layer in (self.linear_q, self.linear_k, self.linear_v))
+        norms = None
         if self.q_layernorm is not None and self.k_layernorm is not None:
-            q, k = self.q_layernorm(q), self.k_layernorm(k)
-        if rotary is not None:
-            q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+            norms = self.q_layernorm.operands(), self.k_layernorm.operands()
+        q, k, v = self.part(projected_heads)(entered, linears, norms, rotary, self.head_dim)
         return q, k, v
 
     def output(self, context: Tensor) -> Tensor:
@@ -88,7 +114,7 @@ class SelfAttention(nn.Module):
         return self.linear_proj(context.flatten(2))
 
 
-class MLP(nn.Module):
+class MLP(nn.Module, Compilable):
     """h -> ffn -> h; gated: down(act(gate(x)) * up(x)).
 
     Attributes:
@@ -120,15 +146,9 @@ class MLP(nn.Module):
         return self.linear_down.leave(y.view(*x.shape[:2], -1))
 
     def _product(self, x: Tensor) -> Tensor:
-        """[.., h] as every rank has it -> this rank's part of the sum [.., h]; each token by itself."""
-        if self.linear_gate is None:
-            hidden = self.activation(self.linear_up.project(x))
-            return self.linear_down.project(hidden)
-        gate, up, down = self.linear_gate.project(x), self.linear_up.project(x), self.linear_down
-        y = gated_linear(gate, up, local(down.weight), self.activation)
-        if down.lora is not None:
-            y = y + down.lora.expand(gated_linear(gate, up, down.lora.reducing(), self.activation))
-        return y
+        gate = None if self.linear_gate is None else self.linear_gate.operands()
+        up, down = self.linear_up.operands(), self.linear_down.operands()
+        return self.part(mlp_product)(x, gate, up, down, self.activation)
 
 
 class TransformerLayer(nn.Module):
@@ -168,8 +188,8 @@ class TransformerLayer(nn.Module):
         return self.self_attention.heads(self.input_layernorm(x), rotary)
 
     def _after(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.self_attention.output(context)
-        return x + self.mlp(self.pre_mlp_layernorm(x))
+        x, normalised = self.pre_mlp_layernorm.after_adding(x, self.self_attention.output(context))
+        return x + self.mlp(normalised)
 
     def _whole(
         self, x: Tensor, rotary, packed_seq_params, layout, around=lambda part, *args: part(*args)

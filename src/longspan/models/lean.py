@@ -1,5 +1,7 @@
 """Parts of a layer that compute again in backward what is cheaper to compute than to keep.
 
+The compiler (``longspan.compiled``) chooses by itself what it keeps: it is given the plain operations.
+
 Autograd keeps what each operation needs: four tensors of [s, ffn] for a gated MLP and four of [s, h] for a
 norm on the CPU. Here it is two (gate, up) and one. Unlike checkpointing nothing expensive runs twice, and
 it nests within checkpointing: everything is saved by ``save_for_backward``.
@@ -38,7 +40,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """``torch.nn.functional.rms_norm`` over the last dim, keeping only x."""
-    if x.device.type != "cpu":  # elsewhere it is one kernel that keeps x and a number a row
+    # elsewhere than on the CPU it is one kernel that keeps x and a number a row
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.rms_norm(x, weight.shape, weight, epsilon)
     return _RMSNorm.apply(x, weight, epsilon)
 
@@ -67,6 +70,8 @@ class _GatedLinear(torch.autograd.Function):
 
 def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """``(activation(gate) * up) @ weight^T``, keeping gate and up only."""
+    if torch.compiler.is_compiling():
+        return F.linear(activation(gate) * up, weight)
     gate, up, weight = autocast.cast(gate, up, weight)
     with autocast.off(gate):
         return _GatedLinear.apply(gate, up, weight, activation)

@@ -5,13 +5,29 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.compiled import Compilable
 from longspan.config.model import TransformerConfig
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.lean import rms_norm
 from longspan.tensor_parallel.layers import TensorParallelModule
 
 
-class Norm(TensorParallelModule):
+def normalised(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    """RMSNorm, or LayerNorm where there is a bias."""
+    if bias is None:
+        return rms_norm(x, weight, epsilon)
+    return F.layer_norm(x, weight.shape, weight, bias, epsilon)
+
+
+def added_and_normalised(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """The sum, and the sum normalised."""
+    x = x + y
+    return x, normalised(x, weight, bias, epsilon)
+
+
+class Norm(TensorParallelModule, Compilable):
     """RMSNorm or LayerNorm over the last dim.
 
     Args:
@@ -31,10 +47,20 @@ class Norm(TensorParallelModule):
             self._parameter("bias", (size,), None, 0.0) if config.normalization == "LayerNorm" else None
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def operands(self) -> tuple[Tensor, Tensor | None, float]:
+        """Weight, bias and epsilon, ready for :func:`normalised`."""
         weight = self.replicated(self.weight, self.heads)
         if self.zero_centered:
             weight = weight + 1
-        if self.bias is None:
-            return rms_norm(x, weight, self.epsilon)
-        return F.layer_norm(x, weight.shape, weight, self.replicated(self.bias, self.heads), self.epsilon)
+        bias = None if self.bias is None else self.replicated(self.bias, self.heads)
+        return weight, bias, self.epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(normalised)(x, *self.operands())
+
+    def after_adding(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y, and its norm: one kernel where the parts are compiled."""
+        if not self.compiled:
+            x = x + y
+            return x, self(x)
+        return self.part(added_and_normalised)(x, y, *self.operands())

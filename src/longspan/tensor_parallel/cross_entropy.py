@@ -15,6 +15,8 @@ compared in at least float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -56,14 +58,23 @@ def _local_columns(target: Tensor, columns: int, width: int, rank: int, vocab: i
     return shifted.masked_fill(elsewhere, 0), mine
 
 
+def _local_sums(logits: Tensor, column: Tensor, mine: Tensor) -> tuple[Tensor, Tensor]:
+    """[t, columns] -> (log-sum-exp [t], target logit [t]) of this rank's columns; 0 where another has the target."""
+    picked = logits.gather(1, column.unsqueeze(1)).squeeze(1).where(mine, 0)
+    return torch.logsumexp(logits, dim=1), picked
+
+
 def _log_sum_exp(logits: Tensor, column: Tensor, mine: Tensor, group) -> tuple[Tensor, Tensor]:
     """[t, columns] -> (log-sum-exp [t], target logit [t]) over all ranks of the group."""
     if logits.shape[1]:
-        lse = torch.logsumexp(logits, dim=1)
-        picked = logits.gather(1, column.unsqueeze(1)).squeeze(1).where(mine, 0)
-    else:  # this rank holds padding columns only
-        lse = logits.new_full((logits.shape[0],), float("-inf"))
-        picked = logits.new_zeros(logits.shape[0])
+        return _over_ranks(*_local_sums(logits, column, mine), group)
+    # this rank holds padding columns only
+    lse = logits.new_full((logits.shape[0],), float("-inf"))
+    return _over_ranks(lse, logits.new_zeros(logits.shape[0]), group)
+
+
+def _over_ranks(lse: Tensor, picked: Tensor, group) -> tuple[Tensor, Tensor]:
+    """This rank's log-sum-exp [t] and target logit [t] -> those over all ranks of the group."""
     if dist.get_world_size(group) > 1:
         both = all_gather_dim(torch.stack([lse, picked]).unsqueeze(0), group, 0)  # [tp, 2, t]
         lse, picked = torch.logsumexp(both[:, 0], dim=0), both[:, 1].sum(0)
@@ -141,6 +152,46 @@ def vocab_parallel_cross_entropy(
     return _VocabParallelCrossEntropy.apply(logits, target, label_smoothing, tensor_parallel_group(group))
 
 
+def _chunk_sums(logits: Tensor, column: Tensor, mine: Tensor) -> tuple[Tensor, Tensor]:
+    """[c, columns] -> this rank's log-sum-exp [c] and target logit [c]: one pass where it is compiled."""
+    return _local_sums(_wide(logits), column, mine)
+
+
+def _chunk_gradient(
+    logits: Tensor, lse: Tensor, column: Tensor, mine: Tensor, weight: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """As :func:`_logit_gradient` in ``dtype``, written for the compiler: one pass, and the logits stay as they are."""
+    target = (torch.arange(logits.shape[1], device=logits.device) == column.unsqueeze(1)) & mine.unsqueeze(1)
+    grad = (_wide(logits) - lse.unsqueeze(1)).exp() - target.to(lse.dtype)
+    return (grad * weight.unsqueeze(1)).to(dtype)
+
+
+class _Chunks:
+    """The logits of a chunk and what is made of them, plainly or by compiled parts; see ``longspan.compiled``."""
+
+    def __init__(self, part: Callable[[Callable], Callable] | None, group: dist.ProcessGroup):
+        self.group = group
+        self.compiled = part is not None and part(_chunk_sums) is not _chunk_sums
+        self.sums = part(_chunk_sums) if part is not None else _chunk_sums
+        self.gradient_of = part(_chunk_gradient) if part is not None else _chunk_gradient
+
+    def logits(self, hidden: Tensor, used: Tensor) -> Tensor:
+        """[c, h] and [columns, h] -> [c, columns], wide unless a compiled part widens them on its way."""
+        logits = product(hidden, used.t())
+        return logits if self.compiled and used.shape[0] else _wide(logits)
+
+    def log_sum_exp(self, logits: Tensor, column: Tensor, mine: Tensor) -> tuple[Tensor, Tensor]:
+        if self.compiled and logits.shape[1]:
+            return _over_ranks(*self.sums(logits, column, mine), self.group)
+        return _log_sum_exp(logits, column, mine, self.group)
+
+    def gradient(self, logits, lse, column, mine, weight, dtype) -> Tensor:
+        """In ``dtype``. Without compiled parts in place of the logits."""
+        if self.compiled and logits.shape[1]:
+            return self.gradient_of(logits, lse, column, mine, weight, dtype)
+        return _logit_gradient(logits, lse, column, mine, weight).to(dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Both directions share one pass over the chunks, :func:`_gradients`.
 
@@ -151,26 +202,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, vocab_size, chunk, group):
-        width, rank = weight.shape[0], dist.get_rank(group)
+    def forward(ctx, hidden, weight, labels, vocab_size, chunk, chunks):
+        width, rank = weight.shape[0], dist.get_rank(chunks.group)
         columns = max(0, min(width, vocab_size - rank * width))
         used = weight[:columns]  # padding columns take no part
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.empty(labels.shape, dtype=dtype, device=hidden.device)
         lses = torch.empty_like(loss)
         ctx.columns, ctx.rank, ctx.chunk, ctx.vocab_size = columns, rank, chunk, vocab_size
+        ctx.chunks = chunks
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         sums = _empty_gradients(hidden, weight, ctx.needs_input_grad[1]) if wanted else None
         for start in range(0, labels.shape[0], chunk):
             part = slice(start, start + chunk)
             column, mine = _local_columns(labels[part], columns, width, rank, vocab_size)
-            logits = _wide(product(hidden[part], used.t()))
-            lses[part], picked = _log_sum_exp(logits, column, mine, group)
+            logits = chunks.logits(hidden[part], used)
+            lses[part], picked = chunks.log_sum_exp(logits, column, mine)
             valid = labels[part] != IGNORE_INDEX
             loss[part] = (lses[part] - picked).where(valid, 0)
             if sums is not None:
-                grad = _logit_gradient(logits, lses[part], column, mine, valid.to(dtype))
-                _add_chunk(sums, grad.to(hidden.dtype), hidden, used, part)
+                grad = chunks.gradient(logits, lses[part], column, mine, valid.to(dtype), hidden.dtype)
+                _add_chunk(sums, grad, hidden, used, part)
         ctx.save_for_backward(hidden, weight, labels, lses, *(sums or ()))
         return loss
 
@@ -197,10 +249,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     labels[part], ctx.columns, weight.shape[0], ctx.rank, ctx.vocab_size
                 )
                 scale = grad_loss[part].where(labels[part] != IGNORE_INDEX, 0)
-                grad = _logit_gradient(
-                    _wide(product(hidden[part], used.t())), lses[part], column, mine, scale
-                )
-                _add_chunk((grad_hidden, grad_weight), grad.to(hidden.dtype), hidden, used, part)
+                logits = ctx.chunks.logits(hidden[part], used)
+                grad = ctx.chunks.gradient(logits, lses[part], column, mine, scale, hidden.dtype)
+                _add_chunk((grad_hidden, grad_weight), grad, hidden, used, part)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
@@ -231,6 +282,7 @@ def linear_cross_entropy(
     vocab_size: int,
     group: dist.ProcessGroup,
     chunk: int | None = None,
+    part: Callable[[Callable], Callable] | None = None,
 ) -> Tensor:
     """Output layer and cross-entropy in one, in chunks of tokens.
 
@@ -242,6 +294,7 @@ def linear_cross_entropy(
         labels: [t] ids, already shifted; -100 where there is no target.
         vocab_size: real tokens; rows beyond it are padding and take no part.
         chunk: tokens at a time; None keeps a chunk's logits below 256 MiB in float32 (64 MiB on the CPU).
+        part: gives the compiled form of a function (``longspan.compiled``); None computes plainly.
 
     Returns:
         Loss [t] in nats, at least float32; 0 where there is no target.
@@ -251,4 +304,4 @@ def linear_cross_entropy(
         chunk = max(1, numel // weight.shape[0])
     hidden, weight = autocast.cast(hidden, weight)
     with autocast.off(hidden):
-        return _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, chunk, group)
+        return _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, chunk, _Chunks(part, group))

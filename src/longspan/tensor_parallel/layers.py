@@ -19,7 +19,7 @@ the layers as [s/tp, b, h].
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -122,6 +122,35 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+class LowRank(NamedTuple):
+    """An adapter's tensors on this rank (``lora.Adapter``): ``X -> scale (X A^T) B^T``."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def expand(self, z: Tensor) -> Tensor:
+        """z = X A^T [.., rank] -> the adapter's output: for callers that have X in another form than a tensor."""
+        return linear(z * self.scale, self.b)
+
+    def of(self, x: Tensor) -> Tensor:
+        return self.expand(linear(x, self.a))
+
+
+class Operands(NamedTuple):
+    """What a linear layer's product takes on this rank, as plain tensors."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora: LowRank | None
+
+
+def projected(x: Tensor, operands: Operands) -> Tensor:
+    """``x W^T + bias``, and the adapter's output where there is one."""
+    y = linear(x, operands.weight, operands.bias)
+    return y if operands.lora is None else y + operands.lora.of(x)
+
+
 class ColumnParallelLinear(TensorParallelModule):
     """``[s, b, input] -> [s, b, output/tp]`` (the whole output with ``gather_output``).
 
@@ -166,12 +195,15 @@ class ColumnParallelLinear(TensorParallelModule):
             return mappings.gather_from_sequence_parallel_region(x, group=self.tp_group)
         return mappings.copy_to_tensor_model_parallel_region(x, self.tp_group)
 
+    def operands(self) -> Operands:
+        """This rank's tensors of the product; the bias is not among them with ``skip_bias_add``."""
+        bias = None if self.bias is None or self.skip_bias_add else local(self.bias)
+        return Operands(local(self.weight), bias, None if self.lora is None else self.lora.operands())
+
     def project(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         """The local product, for an input that went through :meth:`enter` (several layers may share one)."""
+        y = projected(x, self.operands())
         bias = local(self.bias) if self.bias is not None else None
-        y = linear(x, local(self.weight), None if self.skip_bias_add else bias)
-        if self.lora is not None:
-            y = y + self.lora(x)
         if self.gather_output:
             y = mappings.gather_from_tensor_model_parallel_region(y, self.tp_group)
             if self.skip_bias_add and bias is not None:
@@ -221,10 +253,13 @@ class RowParallelLinear(TensorParallelModule):
             x = mappings.scatter_to_tensor_model_parallel_region(x, self.tp_group)
         return self.leave(self.project(x))
 
+    def operands(self) -> Operands:
+        """This rank's tensors of the product; the bias is added in :meth:`leave`."""
+        return Operands(local(self.weight), None, None if self.lora is None else self.lora.operands())
+
     def project(self, x: Tensor) -> Tensor:
         """This rank's part of the product, for :meth:`leave` to sum."""
-        y = linear(x, local(self.weight))
-        return y if self.lora is None else y + self.lora(x)
+        return projected(x, self.operands())
 
     def leave(self, y: Tensor) -> Any:
         """The output of the layer from this rank's product: the sum over the group, and the bias."""

@@ -16,9 +16,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from longspan.config.model import ModelParallelConfig
-from longspan.matmul import linear
 from longspan.tensor_parallel.layers import (
     ColumnParallelLinear,
+    LowRank,
     RowParallelLinear,
     TensorParallelModule,
     local,
@@ -51,13 +51,11 @@ class Adapter(TensorParallelModule):
         self.A = self._parameter("A", (rank, layer.input_size), None if self.column else 1, std)
         self.B = self._parameter("B", (layer.output_size, rank), 0 if self.column else None, 0.0)
 
-    def reducing(self) -> Tensor:
-        """A, ready for compute: for callers that have X in another form than a tensor."""
-        return self.summed(self.A) if self.column else local(self.A)
-
-    def expand(self, z: Tensor) -> Tensor:
-        """z = X A^T [.., rank] -> the adapter's output."""
-        return linear(z * self.scale, local(self.B) if self.column else self.summed(self.B))
+    def operands(self) -> LowRank:
+        """A, B and the scale, ready for compute."""
+        if self.column:
+            return LowRank(self.summed(self.A), local(self.B), self.scale)
+        return LowRank(local(self.A), self.summed(self.B), self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.expand(linear(x, self.reducing()))
+        return self.operands().of(x)

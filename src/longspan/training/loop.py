@@ -240,6 +240,7 @@ class Trainer:
             activation_offloading=config.activation_offloading,
             mlp_tiles=run.mlp_tiles,
             offload_params=config.offload_params,
+            torch_compile=config.torch_compile is True,
         )
         if run.pretrained:
             assert config.base_model is not None
@@ -411,6 +412,8 @@ class Trainer:
         eval_every = interval(config.eval_steps, config.evals_per_epoch, self.steps, an_epoch)
         save_every = interval(config.save_steps, config.saves_per_epoch, self.steps, an_epoch)
         every = config.logging_steps or min(10, max(1, self.steps // 200))
+        if config.torch_compile is True:
+            progress.compiling()
         for batches in self.steps_ahead():
             try:
                 first, record = record is None, self.train_step(batches)

@@ -18,6 +18,9 @@ class Progress:
 
     def step(self, record: dict, show: bool) -> None: ...
 
+    def compiling(self) -> None:
+        """Before a first step that waits for the compiler."""
+
     def evaluation(self, record: dict) -> None: ...
 
     def saving(self, folder: Path) -> None: ...
@@ -44,6 +47,9 @@ class Lines(Progress):
                 f"lr {record['learning_rate']:.2e} | {record['tokens_per_second']:,.0f} tokens/s | "
                 f"{record['step_time']:.2f} s | {record['peak_memory_gib']:.2f} GiB"
             )
+
+    def compiling(self) -> None:
+        self.emit("compiling: the first step takes a minute or more, later ones do not")
 
     def evaluation(self, record: dict) -> None:
         what = record.get("split", "eval")
@@ -113,7 +119,7 @@ class Bar(Lines):
         from rich.progress import Progress as RichProgress
 
         self.bar = RichProgress(
-            TextColumn("training"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}"),
@@ -127,8 +133,14 @@ class Bar(Lines):
     def emit(self, text: str) -> None:
         self.bar.console.print(text, highlight=False)
 
+    def compiling(self) -> None:
+        super().compiling()
+        self.bar.update(self.task, description="compiling")
+
     def step(self, record: dict, show: bool) -> None:
-        self.bar.update(self.task, completed=record["step"], loss=loss_text(record["loss"]))
+        self.bar.update(
+            self.task, description="training", completed=record["step"], loss=loss_text(record["loss"])
+        )
         super().step(record, show)
 
     def close(self) -> None:

@@ -53,6 +53,11 @@ class MemoryKeys(BaseModel):
     tiled_mlp_num_shards: int | None = key(
         None, "Tiles of a rank's tokens; default: tokens / hidden_size, rounded up.", unit="tiles", gt=0
     )
+    torch_compile: Literal["auto"] | bool = key(
+        False,
+        "Compile what lies between the exchanges (norms, projections, rotary, MLP, loss), once for all layers; the first step "
+        "waits for it. auto: on CUDA, unless deterministic_mode.",
+    )
     attention_backend: Literal[
         "auto", "flash-attn-3", "flash-attn-2", "cuda-flash", "cudnn", "cpu-blocks", "cpu-flash", "math"
     ] = key("auto", "Kernel of one tile of attention.")

@@ -1,0 +1,72 @@
+"""torch.compile for what lies between two exchanges: pure functions of tensors, each compiled once for all layers.
+
+A module that has such parts derives from :class:`Compilable` and calls them by :meth:`Compilable.part`. The parts take
+this rank's plain tensors, never modules, DTensors or groups. So FSDP's hooks, recomputation and every collective stay
+outside, and a compiled part fits all layers of the same shapes. Where a shape changes from call to call, the second
+one compiles a version for any size.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+
+from longspan.errors import UserError
+
+#: torch.compile's; a test takes one that generates no code, which is where most of the wait comes from
+BACKEND = "inductor"
+
+
+class Compilable:
+    """A module with parts that can be compiled.
+
+    Attributes:
+        compiled: whether they are.
+    """
+
+    compiled = False
+
+    def part(self, function: Callable) -> Callable:
+        """A function of tensors as this module runs it."""
+        return compiled(function) if self.compiled else function
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """The compiled form of a function, one for the whole process."""
+    return torch.compile(function, backend=BACKEND)
+
+
+def compile_parts(model: torch.nn.Module, on: bool = True) -> None:
+    """Switches all parts of a model."""
+    for module in model.modules():
+        if isinstance(module, Compilable):
+            module.compiled = on
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuses where torch.compile cannot work on this machine.
+
+    Raises:
+        UserError: no C++ compiler on the CPU; no Triton, or no C compiler to build its launchers with, on CUDA.
+    """
+    names = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "gcc", "clang")
+    found = any(shutil.which(os.environ.get(name, "") if name.isupper() else name) for name in names)
+    if not found:
+        kind = "C++" if device.type == "cpu" else "C"
+        raise UserError(
+            f"torch_compile: true needs a {kind} compiler on {device.type}, and none of {', '.join(names[1:])} is on the "
+            "path. Install one, or leave torch_compile out."
+        )
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            raise UserError(
+                "torch_compile: true needs Triton on CUDA, and this torch finds none that fits this GPU. Install it "
+                "(pip install triton), or leave torch_compile out."
+            )

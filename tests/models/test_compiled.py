@@ -1,0 +1,209 @@
+"""torch_compile gives the numbers of a run without it, makes a part once for all layers, and refuses what it cannot serve.
+
+Most runs here take the compiler's tracing and its own backward passes without its code generation (``aot_eager``):
+generated code takes seconds a part, and one test has it.
+"""
+
+import shutil
+
+import pytest
+import torch
+from test_gpt import LENGTH, VOCAB, batch, transformer_config
+from test_memory_keys import gradients, plain
+
+import pool
+import tiny
+from longspan import compiled
+from longspan.config.load import make_config
+from longspan.config.lora import TARGETS, Lora
+from longspan.config.parallel import MeshSizes
+from longspan.context_parallel import SequenceLayout
+from longspan.errors import UserError
+from longspan.mesh.mesh import ParallelMesh
+from longspan.models import GPTModel
+from longspan.models.adapters import attach
+from longspan.parallelize import parallelize
+from longspan.tensor_parallel.lora import Adapter
+from longspan.training.loop import Trainer
+
+CPU = torch.device("cpu")
+#: norm; add and norm; heads; MLP; and the loss's two
+PARTS = 6
+
+
+def with_backend(backend, function, *args):
+    """``function(*args)`` with a fresh compiler; also the number of graphs it made, and where it gave up."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled.compiled.cache_clear()
+    before, compiled.BACKEND = compiled.BACKEND, backend
+    try:
+        return function(*args), counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+    finally:
+        compiled.BACKEND = before
+        compiled.compiled.cache_clear()
+
+
+def compiled_gradients(backend, *args):
+    return with_backend(backend, gradients, *args)
+
+
+def compare(got, expected, tolerance=1e-10):
+    loss, norm, grads, _ = got
+    assert loss == pytest.approx(expected[0], rel=tolerance)
+    assert norm == pytest.approx(expected[1], rel=tolerance)
+    for name, grad in expected[2].items():
+        error = (grads[name] - grad).abs().max() / grad.abs().max()
+        assert error <= tolerance, f"{name}: {error}"
+
+
+ALONE, CUT = MeshSizes(), MeshSizes(tp=2, cp=2)
+CASES = {
+    "one process": (ALONE, {}, {}, False),
+    "tp2 x cp2": (CUT, {}, {}, False),
+    "sequence parallel, norms of heads": (CUT, {"sequence_parallel": True, "qk_layernorm": True}, {}, False),
+    "copies and shards, full recomputation": (
+        MeshSizes(dp_shard=2, dp_replicate=2),
+        {},
+        {"recompute": "full"},
+        False,
+    ),
+    "selective, tiles": (MeshSizes(cp=2), {}, {"recompute": "selective", "mlp_tiles": 3}, False),
+    "moved activations": (ALONE, {}, {}, True),
+    "LayerNorm, biases, not gated, tied": (
+        CUT,
+        {
+            "normalization": "LayerNorm",
+            "add_bias_linear": True,
+            "gated_linear_unit": False,
+            "activation_func": "gelu",
+            "share_embeddings_and_output_weights": True,
+        },
+        {},
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_parts_give_the_gradients_of_plain_ones(name):
+    sizes, options, keys, move = CASES[name]
+    keys = keys | {"torch_compile": True}
+    ranks = pool.run(sizes.world_size, compiled_gradients, "aot_eager", sizes, "packed", options, keys, move)
+    for got, graphs, breaks in ranks:
+        assert not breaks
+        compare(got, plain(sizes, "packed", options))
+        if keys.get("recompute") == "full" or name in ("one process", "moved activations"):
+            assert graphs == PARTS, "a part is made once for both layers, and for recomputation"
+
+
+def three_layers_twice(prefix):
+    """Losses of two steps and of an evaluation, and the graphs made by the first step and by the second."""
+    from torch._dynamo.utils import counters
+
+    run = tiny.tiny_run(prefix, 1, num_layers=3, torch_compile=True, deterministic_mode=False)
+    trainer = Trainer(run, CPU)
+    made, losses = [], []
+    for batches, _ in zip(trainer.steps_ahead(), range(2)):
+        losses.append(trainer.train_step(batches)["loss"])
+        made.append(counters["stats"]["unique_graphs"])
+    losses.append(trainer.evaluate()["loss"])
+    return losses, made
+
+
+def plain_losses(prefix, **changes):
+    trainer = Trainer(tiny.tiny_run(prefix, 1, num_layers=3, **changes), CPU)
+    losses = [trainer.train_step(b)["loss"] for b, _ in zip(trainer.steps_ahead(), range(2))]
+    return [*losses, trainer.evaluate()["loss"]]
+
+
+def compiled_curve(backend, prefix):
+    return with_backend(backend, three_layers_twice, prefix)
+
+
+def with_adapters():
+    """Whole gradients of one model with adapters beside all its layers, plain and then compiled."""
+    sizes = MeshSizes(tp=2)
+    mesh = ParallelMesh.build(sizes)
+    config = transformer_config(sizes)
+    with torch.device("meta"):
+        model = GPTModel(config, VOCAB, LENGTH, pg_collection=mesh.groups)
+        attach(model, Lora(rank=2, alpha=4, targets=TARGETS))
+    for module in model.modules():
+        if isinstance(module, Adapter):  # B starts at zero, and A has no gradient then
+            module.initial_std["B"] = 0.02
+    parallelize(model, mesh, seed=3, device=CPU)
+    tokens, labels, cu = batch("packed")
+    layout = SequenceLayout.contiguous(LENGTH, 1, cu_seqlens=cu)
+    found = []
+    for on in (False, True):
+        compiled.compile_parts(model, on)
+        model.zero_grad()
+        model(tokens, labels=labels, layout=layout).sum().backward()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        found.append({name: p.grad.full_tensor() for name, p in trained.items()})
+    return found
+
+
+def compiled_adapters(backend):
+    return with_backend(backend, with_adapters)
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    return tiny.write_data(tmp_path_factory.mktemp("data"))
+
+
+def test_later_steps_and_more_layers_compile_nothing(prefix):
+    (losses, made), _, breaks = pool.run(1, compiled_curve, "aot_eager", prefix)[0]
+    assert not breaks
+    assert made == [PARTS, PARTS]
+    assert losses == pytest.approx(pool.run(1, plain_losses, prefix)[0], rel=1e-10)
+
+
+def test_adapters_are_compiled_too():
+    (expected, got), _, breaks = pool.run(2, compiled_adapters, "aot_eager")[0]
+    assert not breaks
+    assert len(got) == 2 * 2 * len(TARGETS)  # A and B of each layer's
+    for name, grad in expected.items():
+        assert (got[name] - grad).abs().max() <= 1e-10 * grad.abs().max(), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="needs a C++ compiler")
+def test_generated_code_gives_the_gradients_of_plain_parts():
+    (got, graphs, breaks) = pool.run(
+        1, compiled_gradients, "inductor", ALONE, "packed", {}, {"torch_compile": True}
+    )[0]
+    assert (graphs, breaks) == (PARTS, {})
+    compare(got, plain(ALONE, "packed", {}))
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def test_deterministic_mode_is_refused_and_its_neighbours_are_not(prefix):
+    values = tiny.values(prefix, torch_compile=True)
+    assert not make_config(values).problems
+    assert not make_config(tiny.values(prefix, deterministic_mode=True)).problems
+    (problem,) = make_config(values | {"deterministic_mode": True}).problems
+    assert "deterministic_mode" in problem
+    assert "another order" in problem
+
+
+def test_other_backends_are_refused(prefix):
+    assert not make_config(tiny.values(prefix, torch_compile=True, torch_compile_backend="inductor")).problems
+    (problem,) = make_config(
+        tiny.values(prefix, torch_compile=True, torch_compile_backend="cudagraphs")
+    ).problems
+    assert "Inductor" in problem
+
+
+def test_a_machine_without_a_compiler_is_refused(monkeypatch):
+    compiled.check_compiler(CPU) if shutil.which("g++") else None
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"C\+\+ compiler.*leave torch_compile out"):
+        compiled.check_compiler(CPU)
