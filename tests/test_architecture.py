@@ -14,6 +14,7 @@ LEVELS = {
     "errors": 0,
     "config": 1,
     "matmul": 1,
+    "parent": 1,
     "mesh": 2,
     "tensor_parallel": 3,
     "context_parallel": 3,
