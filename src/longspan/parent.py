@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.process
 import os
 import signal
 import sys
@@ -33,6 +36,18 @@ def end_with_parent(parent: int | None = None) -> None:
     if os.getppid() != parent:
         os._exit(1)
     threading.Thread(target=_look, args=(parent,), name="parent", daemon=True).start()
+
+
+def end_with_pool() -> None:
+    """Has this worker of a pool of :mod:`multiprocessing` end when the process of the pool does, which it would survive."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_wait_for, args=(parent,), name="parent", daemon=True).start()
+
+
+def _wait_for(parent: multiprocessing.process.BaseProcess) -> None:
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _look(parent: int) -> None:

@@ -79,6 +79,10 @@ VARIABLES: dict[str, Variable] = {
     "RANK": Variable(SET, "the launcher sets it; with WORLD_SIZE it says that this process is one of many."),
     "WORLD_SIZE": Variable(SET, "the launcher sets it: processes over all machines (--num-processes)."),
     "LOCAL_RANK": Variable(SET, "the launcher sets it: this machine's processes are numbered, and its GPUs."),
+    "GLOO_SOCKET_IFNAME": Variable(
+        SET,
+        "read by gloo: the network interface to use. On one machine, where it is not set: the loopback interface.",
+    ),
     "OMP_NUM_THREADS": Variable(
         SET,
         "on CPU, where it is not set: cores / processes of this machine; training takes that many for PyTorch anyway.",

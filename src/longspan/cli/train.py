@@ -233,8 +233,7 @@ def unwritable(output: Path, error: OSError) -> UserError:
 def join(resolved: Run, device_type: str) -> int:
     """Trains as one rank of the world (or as the whole world, when it is one process)."""
     started_by, alone = launcher(), resolved.world_size == 1 and not under_torchrun()
-    if under_torchrun():
-        end_with_parent(started_by)
+    end_with_launcher()
     import torch
     import torch.distributed as dist
 
@@ -274,10 +273,15 @@ def join(resolved: Run, device_type: str) -> int:
     return code
 
 
+def end_with_launcher() -> None:
+    """Has this process end with the launcher that started it, longspan or torchrun; a shell that did may go."""
+    if launcher() is not None or (under_torchrun() and "TORCHELASTIC_RUN_ID" in os.environ):
+        end_with_parent(launcher())
+
+
 def enter_world(config: TrainConfig, device_type: str) -> torch.device:
     """Joins the process group as a launched process that finds its config ready; says where it computes."""
-    if under_torchrun():
-        end_with_parent(launcher())
+    end_with_launcher()
     import torch
 
     from longspan.mesh.mesh import init_distributed

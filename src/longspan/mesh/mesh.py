@@ -192,14 +192,23 @@ def loopback_interface() -> str | None:
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
 
 
-def waiting_time() -> datetime.timedelta:
-    """How long an exchange of the default process group waits for an answer: ddp_timeout, or what its maker chose."""
+def waiting_time() -> datetime.timedelta | None:
+    """How long an exchange of the default process group waits for an answer: ddp_timeout, or what its maker chose.
+
+    None for a backend that never waits, such as the fake one of a dry run.
+    """
     group = dist.group.WORLD
     assert group is not None
-    return group._get_backend(group._device_types[0]).options._timeout
+    try:
+        return group._get_backend(group._device_types[0]).options._timeout
+    except (AttributeError, RuntimeError):
+        return None
 
 
-def set_waiting_time(group: dist.ProcessGroup, wait: datetime.timedelta) -> None:
+def set_waiting_time(group: dist.ProcessGroup, wait: datetime.timedelta | None) -> None:
+    """Has the exchanges of a group wait that long; None leaves it."""
+    if wait is None:
+        return
     for device in group._device_types:
         group._get_backend(device)._set_default_timeout(wait)
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from longspan.config.resolve import Run
 from longspan.errors import UserError
@@ -122,6 +123,8 @@ def leave(error: Exception, output: Path, seconds: float, step: int | None = Non
         print(
             f"longspan: error: {name}{error.strerror or error}: {error.filename or output}", file=sys.stderr
         )
+    elif isinstance(error, SafetensorError):  # how an export finds that the disk is full
+        print(f"longspan: error: {name}{error}: {output}", file=sys.stderr)
     elif many and timed_out(error):
         print(f"longspan: error: {late(rank, where, seconds)}", file=sys.stderr)
     elif many and lost(error):

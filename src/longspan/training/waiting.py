@@ -6,9 +6,10 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import CodeType, FrameType, TracebackType
 
+STEP = ("training.loop", "train_step")
 #: function of longspan -> what it does, for messages; of several in a stack the innermost one tells
 PHASES = {
     ("cli.train", "prepared_together"): "preparing the data",
@@ -21,7 +22,7 @@ PHASES = {
     ("training.loop", "resume"): "loading the checkpoint",
     ("training.loop", "compute_gradients"): "the forward and backward passes",
     ("training.loop", "apply_gradients"): "the update of the weights",
-    ("training.loop", "train_step"): "the end of the step",
+    STEP: "the end of the step",
     ("training.loop", "evaluate"): "an evaluation",
     ("training.checkpoint", "save"): "saving a checkpoint",
     ("training.checkpoint", "finish"): "waiting for a checkpoint to be written",
@@ -81,18 +82,24 @@ def place(calls: Sequence[Call], step: int | None) -> str:
         if module.startswith("longspan.") and (module.removeprefix("longspan."), name) in PHASES
     ]
     phase = known[-1][1] if known else "an exchange"
-    in_step = any(key == ("training.loop", "train_step") for key, _ in known)
+    keys = [key for key, _ in known]
     where = phase
-    if step is not None:
-        where = f"step {step + 1}, {phase}" if in_step else f"{phase}, after step {step}"
+    if step is not None and STEP in keys:
+        # what a step does of its own comes when it has been counted
+        where = f"step {step if keys[-1] == STEP else step + 1}, {phase}"
+    elif step is not None:
+        where = f"{phase}, after step {step}"
     exchange = _exchange(calls)
     return f"{where} ({exchange})" if exchange else where
 
 
-def _exchange(calls: Iterable[Call]) -> str | None:
-    """The function of torch.distributed that the innermost call of ours led to."""
+def _exchange(calls: Sequence[Call]) -> str | None:
+    """The exchange these calls are in: torch.distributed's name for it, or what travels."""
     names = [name for module, name in calls if module == "torch.distributed.distributed_c10d"]
-    return next((name for name in names if not name.startswith("_") and name != "wrapper"), None)
+    public = next((name for name in names if not name.startswith("_")), None)
+    if public is None and ("longspan.context_parallel.keys", "wait") in calls:
+        return "keys and values of other ranks"
+    return public
 
 
 class Watch:
