@@ -15,6 +15,7 @@ LEVELS = {
     "config": 1,
     "compiled": 1,
     "matmul": 1,
+    "parent": 1,
     "mesh": 2,
     "gradients": 3,
     "tensor_parallel": 3,

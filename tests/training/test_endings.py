@@ -1,5 +1,9 @@
 """Runs that end before their last step, or go on from an earlier one: nothing is lost, and all ranks do the same."""
 
+import contextlib
+import io
+import json
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -13,8 +17,9 @@ import tiny
 from longspan.data import IndexedDatasetWriter
 from longspan.training import checkpoint, session
 from longspan.training.loop import NotFinite, Trainer
-from longspan.training.metrics import Metrics
+from longspan.training.metrics import JsonLines, Metrics, keep_until
 from longspan.training.progress import Progress
+from longspan.training.stopping import Stopping
 
 CPU = torch.device("cpu")
 
@@ -57,6 +62,8 @@ class Signal(Progress):
 
     def step(self, record, show):
         if self.when == "step" and record["step"] == 2 and dist.get_rank() == 1:
+            self.trainer.signalled = True
+        if self.when == "step 4" and record["step"] == 3:
             self.trainer.signalled = True
 
     def evaluation(self, record):
@@ -178,3 +185,123 @@ def blended_with_one_too_long(folder):
 
 def test_blended_samples_of_which_some_are_too_long(tmp_path):
     pool.run(1, blended_with_one_too_long, str(tmp_path))
+
+
+def stops_where_an_evaluation_is_due(prefix, folder):
+    changes = {"max_steps": 6, "eval_steps": 2}
+    trainer, _ = trainer_of(prefix, folder, **changes)
+    trainer.metrics = Metrics([JsonLines(Path(folder) / "metrics.jsonl")])
+    trainer.train(Path(folder), Signal(trainer, "step 4"))
+    assert recorded(folder, "eval") == [2]
+    assert names(folder) == ["latest", "step_00000004"]
+    for _ in range(2):  # a second resume of the same checkpoint finds it done
+        trainer, _ = trainer_of(prefix, folder, **changes)
+        trainer.resume(Path(folder) / "checkpoints" / "step_00000004")
+        keep_until(Path(folder) / "metrics.jsonl", trainer.step)
+        trainer.metrics = Metrics([JsonLines(Path(folder) / "metrics.jsonl")])
+        trainer.train(Path(folder), Progress())
+        assert recorded(folder, "eval") == [2, 4, 6]
+    trainer, whole = trainer_of(prefix, Path(folder) / "whole", **changes)
+    trainer.train(Path(folder) / "whole", Progress())
+    expected = {r["step"]: r["loss"] for r in whole if r["kind"] == "eval"}
+    assert {r["step"]: r["loss"] for r in records_in(folder) if r["kind"] == "eval"} == expected
+
+
+def records_in(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def recorded(folder, kind):
+    return [r["step"] for r in records_in(folder) if r["kind"] == kind]
+
+
+def test_an_evaluation_that_was_due_where_a_run_stopped_is_made_up_for_once(prefix, tmp_path):
+    pool.run(1, stops_where_an_evaluation_is_due, prefix, str(tmp_path))
+
+
+def asked_in_its_last_step(prefix, folder):
+    trainer, records = trainer_of(prefix, folder, max_steps=4, eval_steps=3)
+    told = Told()
+    trainer.signalled = True
+    trainer.steps = 1
+    trainer.train(Path(folder), told)
+    assert told.lines == ["step 1", "saving step_00000001", "eval 1", "saved step_00000001"]
+    assert not trainer.stop_asked
+    assert [r["kind"] for r in records] == ["train", "eval", "summary"]
+
+
+class Told(Progress):
+    """What a user is told, in short."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def step(self, record, show):
+        self.lines.append(f"step {record['step']}")
+
+    def evaluation(self, record):
+        self.lines.append(f"eval {record['step']}")
+
+    def saving(self, folder):
+        self.lines.append(f"saving {folder.name}")
+
+    def saved(self, folder):
+        assert (folder / ".metadata").is_file()  # whole
+        self.lines.append(f"saved {folder.name}")
+
+
+def test_a_signal_in_the_last_step_saves_first_and_costs_nothing(prefix, tmp_path):
+    """The last evaluation and the export were left out, and nothing was left to resume."""
+    pool.run(1, asked_in_its_last_step, prefix, str(tmp_path))
+
+
+def every_checkpoint_is_told_when_it_is_whole(prefix, folder):
+    for background in (True, False):
+        own = Path(folder) / str(background)
+        trainer, _ = trainer_of(prefix, own, max_steps=4, save_steps=2, val_set_size=0, async_save=background)
+        told = Told()
+        trainer.train(own, told)
+        assert sorted(line for line in told.lines if line.startswith("saved")) == [
+            "saved step_00000002",
+            "saved step_00000004",
+        ]
+
+
+def test_a_checkpoint_is_told_to_be_saved_when_it_is_whole(prefix, tmp_path):
+    pool.run(1, every_checkpoint_is_told_when_it_is_whole, prefix, str(tmp_path))
+
+
+class Vanishes(Progress):
+    """Removes the run's folder in its second step."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def step(self, record, show):
+        if record["step"] == 2:
+            shutil.rmtree(self.folder)
+
+
+def loses_its_folder(prefix, folder):
+    output = Path(folder) / "out"
+    run = tiny.tiny_run(prefix, 1, output_dir=str(output), max_steps=3, export_hf=False)
+    said = io.StringIO()
+    make = session.make_progress
+    session.make_progress = lambda *_: Vanishes(output)
+    try:
+        with Stopping() as stopping, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            output.mkdir()
+            (output / session.CONFIG).write_text("")
+            code = session.train(run, CPU, stopping)
+    finally:
+        session.make_progress = make
+    assert code == 1
+    assert "done" not in said.getvalue()
+    assert "was removed or moved while the run wrote to it" in said.getvalue()
+    assert "output_dir was removed or moved while the run went on" in said.getvalue()
+
+
+def test_a_run_whose_folder_vanished_has_failed(prefix, tmp_path):
+    pool.run(1, loses_its_folder, prefix, str(tmp_path))

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from longspan.errors import UserError
 from longspan.training.banner import megatron_line
-from longspan.training.metrics import Metrics, Wandb
+from longspan.training.metrics import JsonLines, Metrics, Wandb, evaluated
 from longspan.training.progress import MegatronLines, make_progress
 from longspan.training.session import open_sinks
 
@@ -112,3 +112,37 @@ def test_weights_and_biases_that_refuses_is_a_mistake_told_before_anything_is_mo
     with pytest.raises(UserError, match="No API key configured. .*wandb_mode: offline"):
         open_sinks(tiny.tiny_run("prefix", 1, use_wandb=True), tmp_path, 0, None)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_full_disk_does_not_end_training_and_is_told_at_its_end(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")  # every write there finds no space
+    good = JsonLines(tmp_path / "other.jsonl")
+    metrics = Metrics([JsonLines(tmp_path / "metrics.jsonl"), good])
+    for step in range(3):
+        metrics.write("train", step, loss=1.0)
+    metrics.close()
+    assert len((tmp_path / "other.jsonl").read_text().splitlines()) == 3
+    assert len(metrics.trouble) == 1
+    assert "No space left on device" in metrics.trouble[0]
+    assert "metrics.jsonl" in metrics.trouble[0]
+    assert capsys.readouterr().err.count("Training goes on") == 1
+
+
+def test_a_file_that_was_moved_away_is_told(tmp_path):
+    moved, kept = JsonLines(tmp_path / "moved"), JsonLines(tmp_path / "kept")
+    metrics = Metrics([moved, kept])
+    (tmp_path / "moved").rename(tmp_path / "elsewhere")
+    metrics.write("train", 1, loss=1.0)
+    metrics.close()
+    (text,) = metrics.trouble
+    assert text == f"{tmp_path / 'moved'}: was removed or moved while the run wrote to it"
+
+
+def test_what_was_evaluated_is_found(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert not evaluated(path, 2)
+    metrics = Metrics([JsonLines(path)])
+    metrics.write("eval", 2, loss=1.0, tokens=3)
+    metrics.write("train", 3, loss=1.0)
+    metrics.write("eval", 4, loss=1.0, tokens=3, split="test")
+    assert [evaluated(path, step) for step in (2, 20, 3, 4)] == [True, False, False, False]

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-#: by which processes know that longspan, not torchrun, has started them
+#: the process id of the longspan that started a rank, by which it knows that longspan and not torchrun did
+LAUNCHER = "LONGSPAN_LAUNCHER"
+#: what torch is told of a run's name
 RUN_ID = "longspan"
 
 Fate = Literal["set by longspan", "advised", "left alone", "no effect"]
@@ -77,6 +79,10 @@ VARIABLES: dict[str, Variable] = {
     "RANK": Variable(SET, "the launcher sets it; with WORLD_SIZE it says that this process is one of many."),
     "WORLD_SIZE": Variable(SET, "the launcher sets it: processes over all machines (--num-processes)."),
     "LOCAL_RANK": Variable(SET, "the launcher sets it: this machine's processes are numbered, and its GPUs."),
+    "GLOO_SOCKET_IFNAME": Variable(
+        SET,
+        "read by gloo: the network interface to use. On one machine, where it is not set: the loopback interface.",
+    ),
     "OMP_NUM_THREADS": Variable(
         SET,
         "on CPU, where it is not set: cores / processes of this machine; training takes that many for PyTorch anyway.",
@@ -112,7 +118,7 @@ def without_effect(environ: Mapping[str, str], device: str, joined: bool) -> lis
         device: ``cpu`` or ``cuda``.
         joined: torchrun has started this process, so the launcher's variables are its own.
     """
-    if environ.get("TORCHELASTIC_RUN_ID") == RUN_ID:  # the process that started this one has said it
+    if LAUNCHER in environ and joined:  # the process that started this one has said it
         return []
     notes = []
     idle = (

@@ -1,19 +1,19 @@
-"""Starting the processes of a run: torch's elastic launcher, or this process alone."""
+"""Starting the processes of a run: where, how many, and by whom."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from longspan.cli.config import number
-from longspan.cli.environment import RUN_ID
+from longspan.cli.environment import LAUNCHER, RUN_ID
+from longspan.cli.ranks import run_together, serve_store
 from longspan.config.resolve import processes_asked_for
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError, did_you_mean
+from longspan.training.stopping import heeded
 
 OPTIONS = {
     "--num-processes": True,
@@ -117,6 +117,11 @@ def _names(given: Sequence[str]) -> set[str]:
     return {a.partition("=")[0].replace("_", "-") for a in given if a.startswith("-")}
 
 
+def launcher() -> int | None:
+    """The process id of the longspan that started this process as one of many; None where nobody or torchrun did."""
+    return int(os.environ[LAUNCHER]) if under_torchrun() and LAUNCHER in os.environ else None
+
+
 def launched_world() -> int:
     """The number of processes a launcher started.
 
@@ -180,65 +185,49 @@ def _choose(config: TrainConfig, launch: Launch) -> tuple[str, int]:
     return "cpu", asked or processes_asked_for(config)
 
 
-def start(launch: Launch, processes: int, arguments: Sequence[str], device: str) -> int:
-    """Runs ``python -m longspan ARGUMENTS`` in every local process and waits. Returns the exit code."""
+def start(
+    launch: Launch, processes: int, arguments: Sequence[str], device: str, kept: Sequence[int] = ()
+) -> int:
+    """Runs ``python -m longspan ARGUMENTS`` in every local process and waits. Returns the exit code.
+
+    Args:
+        kept: descriptors that the processes inherit, such as the lock on their folder.
+    """
     local = processes // launch.machines
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // local))
     command = ["-m", "longspan", *arguments]
     if launch.torchrun_arguments:
         return _torchrun(launch, command, local)
-    import logging
-
-    # what it says of a failure, we say below
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=launch.machines,
-        max_nodes=launch.machines,
-        nproc_per_node=local,
-        run_id=RUN_ID,
-        rdzv_backend="static" if launch.machines > 1 else "c10d",
-        rdzv_endpoint=f"{launch.ip}:{launch.port}",
-        rdzv_configs={"rank": launch.machine_rank} if launch.machines > 1 else {},
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
+    store, port = None, launch.port
+    if launch.machine_rank == 0:
+        store, port = serve_store(launch.ip, launch.port, launch.machines)
+    together = {
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": local,
+        "GROUP_RANK": launch.machine_rank,
+        "MASTER_ADDR": launch.ip,
+        "MASTER_PORT": port,
+        LAUNCHER: os.getpid(),
+        # by these torch takes the store for the launcher's, which outlives every rank
+        "TORCHELASTIC_RUN_ID": RUN_ID,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+    }
+    environments = {}
+    for number_here in range(local):
+        rank = launch.machine_rank * local + number_here
+        own = together | {"RANK": rank, "LOCAL_RANK": number_here}
+        environments[rank] = os.environ | {name: str(value) for name, value in own.items()}
     try:
-        elastic_launch(config, sys.executable)(*command)
-    except SignalException as error:
-        print(f"longspan: stopped by signal {error.sigval.name}", file=sys.stderr)
-        return 1
-    except ChildFailedError as error:
-        rank, failure = _cause(error.failures)
-        if failure.exitcode == 2:  # a mistake of the user's, told already
-            return 2
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            hint = " (out of memory?)" if name == "SIGKILL" else ""
-            text = f"rank {rank} was ended by {name}{hint}; the other ranks were stopped."
-        else:
-            text = f"rank {rank} failed with exit code {failure.exitcode}; its own message is above."
-        print(f"longspan: {text}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _cause(failures: dict) -> tuple[int, Any]:
-    """The failure the others follow from: a mistake told already, a kill that was not the launcher's, or the first."""
-
-    def order(item):
-        code = item[1].exitcode
-        return (code != 2, not (code < 0 and code != -signal.SIGTERM), item[1].timestamp)
-
-    return min(failures.items(), key=order)
+        return run_together([sys.executable, *command], environments, kept)
+    finally:
+        del store  # until here the ranks needed it
 
 
 def _torchrun(launch: Launch, command: list[str], local: int) -> int:
     """torchrun with the user's arguments; the numbers of processes and machines are ours unless they name them."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
@@ -255,11 +244,26 @@ def _torchrun(launch: Launch, command: list[str], local: int) -> int:
     # the machines find each other another way
     if named & {"--rdzv-endpoint", "--rdzv-backend", "--standalone"}:
         ours = {name: ours[name] for name in ("--nproc-per-node", "--nnodes") if name in ours}
+    for name, value in torchrun_settings().items():
+        os.environ.setdefault(name, value)
     try:
         torchrun([*(f"{k}={v}" for k, v in ours.items() if k not in named), *given, *command])
+    except SignalException as error:
+        print(f"longspan: stopped by signal {error.sigval.name}", file=sys.stderr)
+        return 1
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return 2 if failure.exitcode == 2 else 1
     except SystemExit as error:  # its own parser
         return 2 if error.code else 0
     return 0
+
+
+def torchrun_settings() -> dict[str, str]:
+    """Environment variables by which torchrun leaves ignored signals ignored (nohup), and waits for a step to be saved."""
+    stopping = ",".join([number.name for number in heeded()] + ["SIGQUIT"])
+    return {
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": stopping,
+        "PET_SIGNALS_TO_HANDLE": stopping,  # what stands for torchrun's argument, which is written over the other one
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(7 * 24 * 3600),  # a week, in seconds
+    }

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longspan.cli.environment import without_effect
-from longspan.cli.launch import HELP, OPTIONS, Launch, choose_device, read_launch, start, under_torchrun
+from longspan.cli.launch import (
+    HELP,
+    OPTIONS,
+    Launch,
+    choose_device,
+    launcher,
+    read_launch,
+    start,
+    under_torchrun,
+)
 from longspan.cli.options import key_help, read_config, take_options
 from longspan.cli.prepare import check_weights, prepare_config
 from longspan.config.architecture import unused_fields
@@ -18,6 +29,7 @@ from longspan.config.load import Reading, to_yaml
 from longspan.config.resolve import Run, resolve
 from longspan.config.schema import DatasetConfig, TrainConfig
 from longspan.errors import UserError
+from longspan.parent import end_with_parent
 
 if TYPE_CHECKING:
     import torch
@@ -42,10 +54,20 @@ def start_or_join(resolved: Run, launch: Launch, device: str) -> int:
     alone = resolved.world_size == 1 and launch.machines == 1 and not launch.torchrun_arguments
     if under_torchrun() or alone:
         return join(resolved, device)
-    config = prepared(resolved, show=True)
-    output = Path(config.output_dir)
-    write_config(config, output)
-    return start(launch, resolved.world_size, ["train", str(output / "config.yaml")], device)
+    output = Path(resolved.config.output_dir)
+    # of the launchers of a job the first holds the folder that they may share; among torchrun's the first rank does
+    first = launch.machine_rank == 0 and not launch.torchrun_arguments
+    with ExitStack() as until_the_end:
+        lock = until_the_end.enter_context(claim(output)) if first else None
+        config = prepared(resolved, show=True)
+        if first:
+            path = write_config(config, output)
+        else:
+            path = Path(until_the_end.enter_context(tempfile.TemporaryDirectory())) / "config.yaml"
+            path.write_text(to_yaml(config), encoding="utf-8")
+        # the ranks hold the lock too: it lasts as long as any process that can write
+        kept = [] if lock is None else [lock]
+        return start(launch, resolved.world_size, ["train", str(path)], device, kept)
 
 
 def read_run(command: str, arguments: Sequence[str], more_options: dict[str, bool] | None = None, taken=None):
@@ -181,51 +203,92 @@ def missing_files(prefix: str) -> list[str]:
 WRITTEN_BY = "# written by longspan"
 
 
-def write_config(config, output: Path) -> None:
+def claim(output: Path) -> AbstractContextManager[int | None]:
+    """Holds a run's folder, as :func:`longspan.training.lock.hold` does; one with a foreign config.yaml is refused."""
+    from longspan.training.lock import hold
+
+    path = output / "config.yaml"
+    try:
+        foreign = path.is_file() and not path.read_text(encoding="utf-8").startswith(WRITTEN_BY)
+    except OSError as error:
+        raise unwritable(output, error) from None
+    if foreign:
+        raise UserError(
+            f"output_dir {output}: there is a config.yaml that longspan did not write. Choose another output_dir; nothing "
+            "is overwritten."
+        )
+    return hold(output)
+
+
+def write_config(config, output: Path) -> Path:
     from longspan.training.checkpoint import write_atomically
 
     path = output / "config.yaml"
     try:
-        if path.is_file() and not path.read_text(encoding="utf-8").startswith(WRITTEN_BY):
-            raise UserError(
-                f"output_dir {output}: there is a config.yaml that longspan did not write. Choose another output_dir; nothing "
-                "is overwritten."
-            )
         write_atomically(path, f"{WRITTEN_BY}; every key resolved\n{to_yaml(config)}")
     except OSError as error:
-        raise UserError(
-            f"output_dir {output}: cannot write there ({error.strerror}). Choose another output_dir."
-        ) from None
+        raise unwritable(output, error) from None
+    return path
+
+
+def unwritable(output: Path, error: OSError) -> UserError:
+    return UserError(
+        f"output_dir {output}: cannot write there ({error.strerror}). Choose another output_dir."
+    )
 
 
 def join(resolved: Run, device_type: str) -> int:
     """Trains as one rank of the world (or as the whole world, when it is one process)."""
+    started_by, alone = launcher(), resolved.world_size == 1 and not under_torchrun()
+    end_with_launcher()
     import torch
     import torch.distributed as dist
 
     from longspan.mesh.mesh import close_distributed, init_distributed
-    from longspan.training.session import train
+    from longspan.training.session import leave, train
+    from longspan.training.stopping import Stopping
 
     quiet_logs()
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device_type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
-    alone = resolved.world_size == 1 and not under_torchrun()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    config = prepared(resolved, show=True) if alone else None
-    init_distributed(device_type, resolved.config.ddp_timeout)
-    if config is None:
-        config = prepared_together(resolved, local_rank)
-    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
-    if dist.get_rank() == 0:
-        write_config(config, Path(config.output_dir))
-    code = train(resolve(config, resolved.world_size), device)
-    close_distributed()
+    local_rank, output = int(os.environ.get("LOCAL_RANK", "0")), Path(resolved.config.output_dir)
+    with ExitStack() as until_the_end:
+
+        def hold() -> None:
+            until_the_end.enter_context(claim(output))
+
+        config = None
+        if alone:
+            hold()
+            config = prepared(resolved, show=True)
+        second = "ends" if alone else "later" if started_by is None else "launcher"
+        stopping = until_the_end.enter_context(
+            Stopping(speaks=os.environ.get("RANK", "0") == "0", second=second)
+        )
+        try:
+            init_distributed(device_type, resolved.config.ddp_timeout)
+            if config is None:
+                config = prepared_together(resolved, local_rank, hold if started_by is None else None)
+            device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
+            if dist.get_rank() == 0:
+                write_config(config, output)
+            code = train(resolve(config, resolved.world_size), device, stopping)
+            close_distributed()
+        except RuntimeError as error:
+            leave(error, output, resolved.config.ddp_timeout)
     return code
+
+
+def end_with_launcher() -> None:
+    """Has this process end with the launcher that started it, longspan or torchrun; a shell that did may go."""
+    if launcher() is not None or (under_torchrun() and "TORCHELASTIC_RUN_ID" in os.environ):
+        end_with_parent(launcher())
 
 
 def enter_world(config: TrainConfig, device_type: str) -> torch.device:
     """Joins the process group as a launched process that finds its config ready; says where it computes."""
+    end_with_launcher()
     import torch
 
     from longspan.mesh.mesh import init_distributed
@@ -300,8 +363,12 @@ def prepared(resolved: Run, show: bool) -> TrainConfig:
     return config.model_copy(update={"resume": resume})
 
 
-def prepared_together(resolved: Run, local_rank: int) -> TrainConfig:
-    """One process a machine does :func:`prepared`; the others wait for it, for as long as it takes, and take its config."""
+def prepared_together(resolved: Run, local_rank: int, hold: Callable[[], None] | None = None) -> TrainConfig:
+    """One process a machine does :func:`prepared`; the others wait for it, for as long as it takes, and take its config.
+
+    Args:
+        hold: takes the run's folder, on the first rank; None where the launcher has it.
+    """
     import datetime
 
     import torch.distributed as dist
@@ -312,11 +379,14 @@ def prepared_together(resolved: Run, local_rank: int) -> TrainConfig:
     config, problems = None, []
     if local_rank == 0:
         try:
+            if hold is not None and dist.get_rank() == 0:
+                hold()
             config = prepared(resolved, show=dist.get_rank() == 0)
         except UserError as error:
             problems = error.problems
     found: list = [None] * dist.get_world_size()
     dist.all_gather_object(found, (config, problems), group=waiting)
+    dist.destroy_process_group(waiting)
     if trouble := [problem for _, problems in found for problem in problems]:
         close_distributed()
         raise UserError(dict.fromkeys(trouble))  # the first rank tells

@@ -31,6 +31,7 @@ from longspan.data.text import (
     load_tokenizer,
 )
 from longspan.errors import UserError
+from longspan.parent import end_with_pool
 
 BATCH = 256
 """Documents a worker tokenises at a time."""
@@ -252,9 +253,8 @@ def _in_processes(
     batches: Iterator[list[list[Texts]]], encoding: Encoding, workers: int, stack: ExitStack
 ) -> Iterator[Encoded]:
     """As ``map``, in order; few batches are read ahead, so that memory does not grow with the input."""
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn")
-    )  # a fork would inherit the tokenizer's threads
+    # spawned: a fork would inherit the tokenizer's threads
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), end_with_pool)
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
     ahead: deque[Future[Encoded]] = deque()
     for batch in batches:

@@ -29,6 +29,7 @@ from longspan.data.instruct import Encoder, Recipe, Sample
 from longspan.data.sources import iter_records, stamp
 from longspan.data.text import Progress, load_tokenizer, special_tokens, vocabulary_size
 from longspan.errors import UserError
+from longspan.parent import end_with_pool
 
 #: records a process takes at a time
 CHUNK = 512
@@ -173,6 +174,7 @@ _OWN: dict[str, Encoder] = {}  # of a worker process
 
 
 def _begin(recipe: Recipe) -> None:
+    end_with_pool()
     _OWN["encoder"] = Encoder(recipe)
 
 

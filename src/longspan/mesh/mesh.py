@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
 
 from longspan.config.parallel import MeshSizes
+from longspan.errors import UserError
 from longspan.mesh.topology import RankGenerator, data_parallel_size, hierarchical_groups
 
 
@@ -88,6 +91,7 @@ class ParallelMesh:
                 "Put pp last in the order."
             )
 
+        wait = waiting_time()
         made: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
         def group_of(rank_lists: list[list[int]]) -> dist.ProcessGroup:
@@ -98,7 +102,7 @@ class ParallelMesh:
                 key = tuple(ranks)
                 if key not in made:
                     alone = len(ranks) == 1  # only this rank knows of it, and nobody else has to
-                    made[key] = dist.new_group(ranks, use_local_synchronization=alone)
+                    made[key] = dist.new_group(ranks, timeout=wait, use_local_synchronization=alone)
                 if rank in ranks:
                     mine = made[key]
             assert mine is not None
@@ -113,6 +117,9 @@ class ParallelMesh:
         device_mesh = DeviceMesh(
             device_type, storage.contiguous(), mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp")
         )
+
+        for group in device_mesh.get_all_groups():
+            set_waiting_time(group, wait)  # torch's own default is half an hour
 
         levels: list[dist.ProcessGroup] = []
         if sizes.hierarchical_cp:
@@ -152,11 +159,18 @@ class ParallelMesh:
         return self.sizes.equation(dist.get_world_size())
 
 
+#: seconds in which the ranks of all machines have to be started; ddp_timeout, if that is longer
+START_S = 600.0
+
+
 def init_distributed(device_type: str, timeout_s: float = 600.0) -> None:
     """Starts the default process group unless somebody has: from the launcher's environment, else alone.
 
     This is the one place that reads the launcher's environment variables (RANK, WORLD_SIZE,
     LOCAL_RANK): NCCL with CUDA, gloo otherwise.
+
+    Raises:
+        UserError: other ranks of the launcher's have not come.
     """
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -164,10 +178,64 @@ def init_distributed(device_type: str, timeout_s: float = 600.0) -> None:
         return
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    loopback = loopback_interface()
+    if loopback and (not launched or os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]):
+        # all ranks are on this machine, so nobody else has to reach them
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    if not launched:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    start = datetime.timedelta(seconds=max(START_S, timeout_s))
+    store, rank, world = next(rendezvous("env://", timeout=start))
+    names = [f"longspan/started/{other}" for other in range(world)]
+    store.set(names[rank], "")
+    try:
+        store.wait(names, start)  # a rank may start much later than another, which is no exchange that hangs
+    except RuntimeError:
+        late = [str(other) for other, name in enumerate(names) if not store.check([name])]
+        raise UserError(
+            f"rank {rank}: rank {', '.join(late)} of {world} did not start within {start.total_seconds():g} s. Start the same "
+            "command on every machine."
+        ) from None
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def loopback_interface() -> str | None:
+    """The name of the loopback interface, or None where it has another than the usual ones."""
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+
+
+def waiting_time() -> datetime.timedelta | None:
+    """How long an exchange of the default process group waits for an answer: ddp_timeout, or what its maker chose.
+
+    None for a backend that never waits, such as the fake one of a dry run.
+    """
+    group = dist.group.WORLD
+    assert group is not None
+    try:
+        return group._get_backend(group._device_types[0]).options._timeout
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def set_waiting_time(group: dist.ProcessGroup, wait: datetime.timedelta | None) -> None:
+    """Has the exchanges of a group wait that long; None leaves it."""
+    if wait is None:
+        return
+    for device in group._device_types:
+        group._get_backend(device)._set_default_timeout(wait)
+
+
+def hold_waiting_time() -> None:
+    """Gives every group of this process the waiting time of the default group.
+
+    Torch gives half an hour to the groups it makes itself, as FSDP does.
+    """
+    wait = waiting_time()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        set_waiting_time(group, wait)
 
 
 def close_distributed() -> None:

@@ -33,14 +33,14 @@ from longspan.data import Prefetcher, TokenDataset
 from longspan.data.blend import BlendedDataset
 from longspan.data.splits import PARTS, named_files, open_parts
 from longspan.errors import UserError
-from longspan.mesh.mesh import ParallelMesh
+from longspan.mesh.mesh import ParallelMesh, hold_waiting_time
 from longspan.models import GPTModel
 from longspan.models.adapters import attach
 from longspan.models.huggingface import SafetensorsFolder
 from longspan.parallelize import gradient_norm, load_pretrained, parallelize, parameter_norm
 from longspan.training.adapters import adapter_description, fill_adapters
 from longspan.training.checkpoint import Checkpointer, SaveError, check_fits, load
-from longspan.training.metrics import Metrics, peak_memory_gib
+from longspan.training.metrics import Metrics, evaluated, peak_memory_gib
 from longspan.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
 from longspan.training.progress import Progress
 from longspan.training.sharding import HybridSharder, LocalBatch, Sharder
@@ -208,7 +208,12 @@ class Trainer:
         self.stop_asked = (
             False  # some rank was, or it is time to; agreed in each step: all stop at the same one
         )
+        self.asked = (
+            False  # some rank was asked to stop, agreed in each step; at the last one that changes nothing
+        )
+        self.owed = False  # the evaluation of this step is due and not done: a resume makes up for it
         self.ran_out = False  # it stopped where exit_interval or exit_duration_in_mins said
+        self.told: Path | None = None  # the last checkpoint that was told to be whole
         self.begun = time.perf_counter()
 
         self.mesh = mesh or ParallelMesh.build(run.sizes, device.type)
@@ -254,12 +259,14 @@ class Trainer:
             if config.hybrid_context_parallel
             else Sharder(run, dist.get_rank(self.groups.dp), dist.get_rank(cp), self._plan)
         )
+        hold_waiting_time()
 
     # --- resuming -------------------------------------------------------------------------
 
     def description(self) -> dict:
         """What a checkpoint says of itself: where it stands and what it fits."""
-        return describe_run(self.run, self.train_data) | {"step": self.step, "tokens": self.tokens}
+        where = {"step": self.step, "tokens": self.tokens, "evaluation_due": self.owed}
+        return describe_run(self.run, self.train_data) | where
 
     def resume(self, path: Path) -> None:
         """Goes on from a checkpoint made at any layout: weights, optimizer, position; see ``checkpoint.check_fits``.
@@ -279,6 +286,7 @@ class Trainer:
             checksums=config.verify_checkpoint,
         )
         self.step, self.tokens = then["step"], then["tokens"]
+        self.owed = bool(then.get("evaluation_due"))
 
     # --- one micro-batch ------------------------------------------------------------------
 
@@ -340,6 +348,13 @@ class Trainer:
             return {}
         return {"params_norm": parameter_norm(self.model).item()}
 
+    def stop(self) -> str:
+        """Asks this rank to stop at the end of the step; a signal may at any moment. Returns what comes of it."""
+        self.signalled = True
+        if self.step >= self.steps:
+            return "the last step is done, and the run goes on to its end"
+        return f"step {self.step + 1} is finished and saved, however long it takes, then the run stops"
+
     def run_out(self, now: float) -> bool:
         """Is it time to save and stop before the last step: exit_interval, exit_duration_in_mins?"""
         config = self.run.config
@@ -369,8 +384,8 @@ class Trainer:
         asked = [float(self.signalled), float(self.run_out(time.perf_counter()))]
         shared = torch.tensor([peak_memory_gib(self.device), *asked], dtype=torch.float64)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        peak, self.ran_out = shared[0], bool(shared[2])
-        self.stop_asked = bool(shared[1]) or self.ran_out
+        peak, self.asked, self.ran_out = shared[0], bool(shared[1]), bool(shared[2])
+        self.stop_asked = (self.asked or self.ran_out) and self.step < self.steps
         elapsed = time.perf_counter() - start
         return self.metrics.write(
             "train",
@@ -405,6 +420,7 @@ class Trainer:
         """
         config = self.run.config
         saves = Checkpointer(output / "checkpoints", config.save_total_limit, config.async_save)
+        hold_waiting_time()
         begun, tokens = time.perf_counter(), self.tokens
         record = learned = evaluation = None
         idle = 0  # steps in a row in which nothing counted
@@ -412,6 +428,9 @@ class Trainer:
         eval_every = interval(config.eval_steps, config.evals_per_epoch, self.steps, an_epoch)
         save_every = interval(config.save_steps, config.saves_per_epoch, self.steps, an_epoch)
         every = config.logging_steps or min(10, max(1, self.steps // 200))
+        if self._still_owed(output):
+            evaluation = self.evaluate()
+            progress.evaluation(evaluation)
         if config.torch_compile is True:
             progress.compiling()
         for batches in self.steps_ahead():
@@ -431,15 +450,21 @@ class Trainer:
             last = self.step == self.steps or self.stop_asked
             progress.step(record, show=last or self.step == 1 or self.step % every == 0)
             saves.settle()
-            due = last or (eval_every and self.step % eval_every == 0)
-            if self.valid_data is not None and due and not self.stop_asked:
+            self._tell_saved(saves, progress)
+            scheduled = bool(eval_every) and self.step % eval_every == 0
+            self.owed = self.stop_asked and scheduled and self.valid_data is not None
+            to_save = (config.save_last and last) or (save_every and self.step % save_every == 0)
+            if to_save and self.asked:  # who asked may not wait for an evaluation
+                self._save(saves, progress, last)
+            if self.valid_data is not None and (last or scheduled) and not self.stop_asked:
                 evaluation = self.evaluate()
                 progress.evaluation(evaluation)
-            if (config.save_last and last) or (save_every and self.step % save_every == 0):
+            if to_save and not self.asked:
                 self._save(saves, progress, last)
             if self.stop_asked:
                 break
         saves.finish()
+        self._tell_saved(saves, progress)
         assert record is not None
         elapsed = time.perf_counter() - begun
         if self.test_data is not None and self.step == self.steps and not self.stop_asked:
@@ -461,12 +486,29 @@ class Trainer:
             saves.finish()
         except SaveError as error:
             progress.warn(f"{error}. Earlier checkpoints are as they were.")
+        self._tell_saved(saves, progress)
+
+    def _tell_saved(self, saves: Checkpointer, progress: Progress) -> None:
+        """Tells of a checkpoint that has become whole since the last look; the first rank names them."""
+        if saves.named is not None and saves.named != self.told:
+            self.told = saves.named
+            progress.saved(saves.named)
+
+    def _still_owed(self, output: Path) -> bool:
+        """Was an evaluation due where the run stopped, and is it not recorded yet? Collective."""
+        if not self.owed or self.valid_data is None:
+            return False
+        self.owed = False
+        recorded = [evaluated(output / "metrics.jsonl", self.step)]
+        dist.broadcast_object_list(recorded, src=0)  # the first rank's file
+        return not recorded[0]
 
     def _save(self, saves: Checkpointer, progress: Progress, last: bool) -> None:
         """Saves; an earlier failure is told and does not stand in the way."""
         self._finish(saves, progress)
         try:
             progress.saving(saves.save(self.step, self.model, self.optimizer, self.description()))
+            self._tell_saved(saves, progress)
         except SaveError as error:
             if last:
                 raise

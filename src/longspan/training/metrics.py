@@ -6,9 +6,14 @@ is an eval with ``split: test``); TensorBoard gets the same numbers. Units: loss
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
 import resource
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,14 +41,27 @@ class JsonLines:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("a", encoding="utf-8")
+        self.path, self.file = path, path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(finite(record), allow_nan=False) + "\n")
         self.file.flush()
 
     def close(self) -> None:
+        """Closes the file.
+
+        Raises:
+            OSError: what was written is not all there: a full disk, or the file was removed or moved meanwhile.
+        """
+        try:
+            there = os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            there = False
         self.file.close()
+        if not there:
+            raise FileNotFoundError(
+                errno.ENOENT, "was removed or moved while the run wrote to it", str(self.path)
+            )
 
 
 class TensorBoard:
@@ -97,20 +115,39 @@ def _group(record: dict[str, Any]) -> str:
 
 
 class Metrics:
-    """All sinks as one; on other ranks than the first it has none."""
+    """All sinks as one; on other ranks than the first it has none.
+
+    A sink that cannot write does not cost the run: training goes on, and ``trouble`` holds what is to be told at its end.
+    """
 
     def __init__(self, sinks: list[Sink]):
         self.sinks = sinks
+        self.trouble: list[str] = []
 
     def write(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
         record = {"kind": kind, "step": step, **values}
         for sink in self.sinks:
-            sink.write(record)
+            with self._noting(sink):
+                sink.write(record)
         return record
 
     def close(self) -> None:
         for sink in self.sinks:
-            sink.close()
+            with self._noting(sink):
+                sink.close()
+
+    @contextlib.contextmanager
+    def _noting(self, sink: Sink) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            name = error.filename or getattr(sink, "path", type(sink).__name__)
+            text = f"{name}: {error.strerror or error}"
+            if text not in self.trouble:
+                self.trouble.append(text)
+                print(
+                    f"warning: {text}. Training goes on; the run ends as failed.", file=sys.stderr, flush=True
+                )
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -128,6 +165,17 @@ def keep_until(path: Path, step: int) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)
+
+
+def evaluated(path: Path, step: int) -> bool:
+    """Is the evaluation of a step recorded in this file?"""
+    if not path.is_file():
+        return False
+    start = f'{{"kind": "eval", "step": {step}, '
+    return any(
+        line.startswith(start) and "split" not in json.loads(line)
+        for line in path.read_text(encoding="utf-8").splitlines()
+    )
 
 
 def set_aside(path: Path) -> Path | None:

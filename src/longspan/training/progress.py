@@ -23,7 +23,10 @@ class Progress:
 
     def evaluation(self, record: dict) -> None: ...
 
-    def saving(self, folder: Path) -> None: ...
+    def saving(self, folder: Path) -> None:
+        """A checkpoint is on its way; one that is not told to be saved later is not whole."""
+
+    def saved(self, folder: Path) -> None: ...
 
     def warn(self, text: str) -> None: ...
 
@@ -58,7 +61,10 @@ class Lines(Progress):
         )
 
     def saving(self, folder: Path) -> None:
-        self.emit(f"saving {folder}")
+        self.emit(f"saving {folder} (under way)")
+
+    def saved(self, folder: Path) -> None:
+        self.emit(f"saved {folder}")
 
     def warn(self, text: str) -> None:
         self.emit(f"warning: {text}")
@@ -101,6 +107,11 @@ class MegatronLines(Lines):
     def saving(self, folder: Path) -> None:
         self.emit(
             f"saving checkpoint at iteration {int(folder.name.rpartition('_')[2]):7d} to {folder.parent}"
+        )
+
+    def saved(self, folder: Path) -> None:
+        self.emit(
+            f"  successfully saved checkpoint from iteration {int(folder.name.rpartition('_')[2]):7d} to {folder.parent}"
         )
 
 

@@ -1,0 +1,83 @@
+"""One run a folder: a lock of the operating system, gone with the processes that hold it, so that no kill and no power cut
+leaves a folder blocked."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from longspan.errors import UserError
+
+#: the file that is locked; it stays, and only the lock on it means something
+LOCK = ".longspan.lock"
+#: what a file system without locks answers
+WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[int | None]:
+    """Holds a folder for one run; makes the folder.
+
+    Yields:
+        The descriptor of the lock: a child that inherits it holds the lock too, until both have ended. None where the file
+        system has no locks, which a line tells.
+
+    Raises:
+        UserError: another run writes there, named by its host and process id; or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UserError(
+            f"output_dir {folder}: cannot write there ({error.strerror}). Choose another output_dir."
+        ) from None
+    try:
+        yield file if _lock(file, folder) else None
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, folder: Path) -> bool:
+    """Takes the lock and signs it; False where the file system has none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise UserError(
+                f"output_dir {folder}: another run writes there ({_owner(file)}). Wait until it has ended, stop it, or choose "
+                "another output_dir."
+            ) from None
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        print(
+            f"output_dir {folder}: its file system has no locks ({error.strerror}), so a second run in it is not noticed: "
+            "start only one",
+            file=sys.stderr,
+            flush=True,
+        )
+        return False
+    about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    with contextlib.suppress(OSError):  # on a full disk the lock is held all the same
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps(about).encode(), 0)
+    return True
+
+
+def _owner(file: int) -> str:
+    """Who holds the lock, by what is written in it; the owner may be about to write."""
+    for _ in range(20):
+        try:
+            about = json.loads(os.pread(file, 4096, 0))
+            return f"process {about['pid']} on host {about['host']}, since {about['since']}"
+        except (ValueError, KeyError, TypeError):
+            time.sleep(0.05)
+    return "a process that has not signed"

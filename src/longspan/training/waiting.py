@@ -1,0 +1,143 @@
+"""What a rank waited in when another did not come: told from the calls it is in, so that nothing has to keep count."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import CodeType, FrameType, TracebackType
+
+STEP = ("training.loop", "train_step")
+#: function of longspan -> what it does, for messages; of several in a stack the innermost one tells
+PHASES = {
+    ("cli.train", "prepared_together"): "preparing the data",
+    ("mesh.mesh", "init_distributed"): "the start, in which the ranks find each other",
+    ("mesh.mesh", "build"): "making the groups of ranks",
+    ("mesh.mesh", "close_distributed"): "the end of the run",
+    ("parallelize", "parallelize"): "making the model",
+    ("parallelize", "load_pretrained"): "loading the base model",
+    ("parallelize", "gradient_norm"): "the gradient norm",
+    ("training.loop", "resume"): "loading the checkpoint",
+    ("training.loop", "compute_gradients"): "the forward and backward passes",
+    ("training.loop", "apply_gradients"): "the update of the weights",
+    STEP: "the end of the step",
+    ("training.loop", "evaluate"): "an evaluation",
+    ("training.checkpoint", "save"): "saving a checkpoint",
+    ("training.checkpoint", "finish"): "waiting for a checkpoint to be written",
+    ("training.checkpoint", "load"): "loading the checkpoint",
+    ("training.export", "export"): "the export",
+}
+#: what gloo, NCCL and torch's store answer when the time is up
+TIMED_OUT = re.compile(r"timed out|timeout|time out", re.IGNORECASE)
+#: what they answer when the other side has gone
+LOST = re.compile(r"connection|NCCL|recvValue|sendBytes|Broken pipe", re.IGNORECASE)
+
+Call = tuple[str, str]
+"""A function in a stack: its module and its name."""
+
+
+def timed_out(error: BaseException) -> bool:
+    """Did an exchange with another rank end because its time was up?"""
+    return isinstance(error, RuntimeError) and bool(TIMED_OUT.search(str(error)))
+
+
+def lost(error: BaseException) -> bool:
+    """Did an exchange end because another rank has gone?"""
+    return isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
+
+
+def calls_of(trace: TracebackType | None) -> list[Call]:
+    """The calls an exception came through, outermost first."""
+    calls = []
+    while trace is not None:
+        calls.append(_call(trace.tb_frame, trace.tb_frame.f_code))
+        trace = trace.tb_next
+    return calls
+
+
+def calls_in(frame: FrameType | None) -> list[Call]:
+    """The calls a thread is in, outermost first."""
+    calls = []
+    while frame is not None:
+        calls.append(_call(frame, frame.f_code))
+        frame = frame.f_back
+    return calls[::-1]
+
+
+def _call(frame: FrameType, code: CodeType) -> Call:
+    return frame.f_globals.get("__name__", ""), code.co_name
+
+
+def place(calls: Sequence[Call], step: int | None) -> str:
+    """Where these calls are: the step, the phase, the exchange; as far as they tell.
+
+    Args:
+        step: the optimizer steps that are done; None before there is a trainer.
+    """
+    known = [
+        ((module.removeprefix("longspan."), name), PHASES[module.removeprefix("longspan."), name])
+        for module, name in calls
+        if module.startswith("longspan.") and (module.removeprefix("longspan."), name) in PHASES
+    ]
+    phase = known[-1][1] if known else "an exchange"
+    keys = [key for key, _ in known]
+    where = phase
+    if step is not None and STEP in keys:
+        # what a step does of its own comes when it has been counted
+        where = f"step {step if keys[-1] == STEP else step + 1}, {phase}"
+    elif step is not None:
+        where = f"{phase}, after step {step}"
+    exchange = _exchange(calls)
+    return f"{where} ({exchange})" if exchange else where
+
+
+def _exchange(calls: Sequence[Call]) -> str | None:
+    """The exchange these calls are in: torch.distributed's name for it, or what travels."""
+    names = [name for module, name in calls if module == "torch.distributed.distributed_c10d"]
+    public = next((name for name in names if not name.startswith("_")), None)
+    if public is None and ("longspan.context_parallel.keys", "wait") in calls:
+        return "keys and values of other ranks"
+    return public
+
+
+class Watch:
+    """Tells where this rank waits once it has waited for the time-out in one place: for NCCL, which then ends the process
+    without an exception.
+
+    Args:
+        seconds: ddp_timeout.
+        rank: for the message.
+        step: gives the optimizer steps that are done.
+        look: seconds between two looks.
+    """
+
+    def __init__(self, seconds: float, rank: int, step: Callable[[], int | None], look: float = 1.0):
+        self.seconds, self.rank, self.step, self.look = seconds, rank, step, look
+        self.ended = threading.Event()
+        self.main = threading.main_thread().ident
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def _watch(self) -> None:
+        since, before, told = time.monotonic(), None, False
+        while not self.ended.wait(self.look):
+            assert self.main is not None
+            calls = calls_in(sys._current_frames().get(self.main))
+            now = (place(calls, self.step()), self.step())
+            if now != before:
+                since, before, told = time.monotonic(), now, False
+            elif not told and time.monotonic() - since >= self.seconds:
+                told = True
+                print(f"longspan: {late(self.rank, now[0], self.seconds)}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.ended.set()
+
+
+def late(rank: int, where: str, seconds: float) -> str:
+    """The message of a rank that waited in vain."""
+    return (
+        f"rank {rank} waited {seconds:g} s (ddp_timeout) for another rank in {where}. Look at the rank that is late: stopped, "
+        "hung, or its machine slow or gone. Where one step takes that long, raise ddp_timeout."
+    )

@@ -1,0 +1,154 @@
+"""A launcher and its ranks: signals, failures, ends. The ranks are small scripts without torch."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longspan.cli import ranks
+from longspan.errors import UserError
+
+#: runs one script a rank
+LAUNCHER = """
+import os, signal, sys
+from longspan.cli import ranks
+ranks.GRACE_S = 0.5
+for name in {ignored}:
+    signal.signal(name, signal.SIG_IGN)
+sources = {sources}
+environments = {{rank: dict(os.environ, SOURCE=source) for rank, source in enumerate(sources)}}
+sys.exit(ranks.run_together([sys.executable, "-c", "import os; exec(os.environ['SOURCE'])"], environments))
+"""
+#: says who it is, and ends with code 1 a while after a signal, as a step takes its time
+RANK = """
+import os, signal, time
+got = []
+for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+    if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
+        signal.signal(getattr(signal, name), lambda n, _: got.append(n))
+print("rank", os.getpid(), flush=True)
+while not got or {deaf}:
+    time.sleep(0.01)
+print("saved after", signal.Signals(got[0]).name, flush=True)
+os._exit(1)
+"""
+
+
+class Launcher:
+    def __init__(self, *sources, ignored=()):
+        source = LAUNCHER.format(sources=list(sources), ignored=[int(n) for n in ignored])
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", source],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def lines(self, count):
+        return [self.process.stdout.readline().split() for _ in range(count)]
+
+    def end(self):
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_handed_on_and_waited_for(number):
+    launcher = Launcher(RANK.format(deaf=False), RANK.format(deaf=False))
+    launcher.lines(2)
+    launcher.process.send_signal(number)
+    code, out, err = launcher.end()
+    assert code == 1
+    assert out == 2 * f"saved after {number.name}\n"
+    assert err == (
+        f"longspan: {number.name}: waiting for the ranks; a second signal stops them at once\n"
+        f"longspan: stopped by signal {number.name}\n"
+    )
+
+
+def test_a_second_signal_kills_ranks_that_do_not_end():
+    launcher = Launcher(RANK.format(deaf=True), RANK.format(deaf=True))
+    pids = [int(pid) for _, pid in launcher.lines(2)]
+    launcher.process.send_signal(signal.SIGTERM)
+    launcher.process.stderr.readline()
+    launcher.process.send_signal(signal.SIGINT)
+    code, _, err = launcher.end()
+    assert code == 1
+    assert "stopped at once by a second signal, SIGINT" in err
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_hangup_that_is_ignored_at_the_start_is_not_handed_on():
+    launcher = Launcher(RANK.format(deaf=False), ignored=[signal.SIGHUP])
+    ((_, pid),) = launcher.lines(1)
+    launcher.process.send_signal(signal.SIGHUP)
+    os.kill(int(pid), signal.SIGHUP)
+    launcher.process.send_signal(signal.SIGTERM)
+    code, out, _ = launcher.end()
+    assert (code, out) == (1, "saved after SIGTERM\n")
+
+
+def test_a_mistake_ends_the_others_at_once_with_its_code():
+    launcher = Launcher("import os; os._exit(2)", RANK.format(deaf=True))
+    assert launcher.end()[0] == 2
+
+
+def test_what_failed_is_named_and_not_what_the_launcher_ended():
+    launcher = Launcher(
+        RANK.format(deaf=True), "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "import time"
+    )
+    code, _, err = launcher.end()
+    assert code == 1
+    assert err == "longspan: rank 1 was ended by SIGKILL (out of memory?); the other ranks were stopped.\n"
+    launcher = Launcher(RANK.format(deaf=True), "import os; os._exit(1)")
+    code, _, err = launcher.end()
+    assert code == 1
+    assert err == "longspan: rank 1 failed with exit code 1; its own message is above.\n"
+
+
+def test_success_is_the_success_of_all():
+    assert Launcher("", "").end() == (0, "", "")
+
+
+def listening(port):
+    """The local addresses that listen on a port, as the kernel writes them."""
+    found = set()
+    for name in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(name).read_text().splitlines()[1:]:
+            address, state = line.split()[1], line.split()[3]
+            if state == "0A" and int(address.rpartition(":")[2], 16) == port:
+                found.add(address.rpartition(":")[0])
+    return found
+
+
+LOOPBACK = "0100007F"
+
+
+@pytest.mark.parametrize(
+    ("ip", "machines", "expected"),
+    [
+        ("127.0.0.1", 1, {LOOPBACK}),
+        ("10.255.255.1", 1, {LOOPBACK}),  # of one machine the address means nothing
+        ("127.0.0.1", 2, {LOOPBACK}),
+        ("localhost", 2, {"00000000"}),  # a name for the loopback interface here is another address elsewhere
+        ("10.255.255.1", 2, {"00000000"}),  # an address that only others see
+    ],
+)
+def test_the_ranks_store_listens_where_it_has_to(ip, machines, expected):
+    store, port = ranks.serve_store(ip, 0, machines)
+    assert listening(port) == expected
+    del store
+
+
+def test_a_port_that_is_taken_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--main-process-port {port}: cannot listen there"):
+            ranks.serve_store("127.0.0.1", port, 1)
