@@ -14,6 +14,8 @@ import yaml
 
 import tiny
 from command import run as longspan
+from longspan.config.schema import TrainConfig
+from longspan.errors import UserError
 
 COMMAND = [sys.executable, "-m", "longspan"]
 
@@ -626,3 +628,14 @@ def test_a_killed_worker_is_named(folder):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "was ended by SIGKILL" in errors
+
+
+def test_more_processes_than_a_machine_can_start_are_refused():
+    from longspan.cli.launch import Launch, choose_device
+
+    cores = os.cpu_count() or 1
+    config = TrainConfig(**tiny.values("prefix", device="cpu", context_parallel_size=2**20))
+    with pytest.raises(UserError, match=f"1,048,576 processes on this machine, which has {cores} cores"):
+        choose_device(config, Launch())
+    assert choose_device(config, Launch(machines=2**20)) == ("cpu", 2**20)
+    assert choose_device(config, Launch(processes=64)) == ("cpu", 64)

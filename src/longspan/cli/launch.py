@@ -140,18 +140,28 @@ def launched_world() -> int:
     return int(texts["WORLD_SIZE"])
 
 
+#: more would keep the machine busy with starting them
+PROCESSES_PER_CORE = 64
+
+
 def choose_device(config: TrainConfig, launch: Launch) -> tuple[str, int]:
     """The device type and the number of processes over all machines.
 
     Raises:
-        UserError: CUDA is asked for and there are not as many GPUs as local processes, or the processes do not
-            divide by the machines.
+        UserError: CUDA is asked for and there are not as many GPUs as local processes, the processes do not
+            divide by the machines, or they are more than a machine can start.
     """
     device, processes = _choose(config, launch)
     if processes % launch.machines:
         raise UserError(
             f"{processes} processes do not divide by {launch.machines} machines: each runs the same number. Choose parallel "
             "sizes, or --num-processes, whose product is a multiple."
+        )
+    cores, local = os.cpu_count() or 1, processes // launch.machines
+    if local > PROCESSES_PER_CORE * cores and not under_torchrun():
+        raise UserError(
+            f"{local:,} processes on this machine, which has {cores} cores: at most {PROCESSES_PER_CORE} a core are started. "
+            "Choose smaller parallel sizes, or more machines (--num-machines). To check a config for others: longspan validate."
         )
     return device, processes
 

@@ -79,6 +79,8 @@ class _Loader(BoundedLoader):
                 value_node.tag = "tag:yaml.org,2002:str"
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # <<, which stands for keys that others may replace
+                continue
             name = self.construct_object(key_node, deep=True)
             if isinstance(name, str) and name in seen:
                 raise yaml.YAMLError(f"{name} is given twice{key_node.start_mark}. Keep one.")

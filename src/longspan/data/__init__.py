@@ -2,8 +2,9 @@
 
 - `indexed`: Megatron's token files, read and written.
 - `text`: documents from files, tokenizers, and the cached way from one to the other.
-- `sources`: records from files, folders and the hub.
+- `sources`, `json_lines`: records from files, folders and the hub.
 - `instruct`, `chat`, `templates`: from a record to a sample, and which of its tokens are learned.
+- `limited`: calls within limits of time and memory, which templates of chats are.
 - `samples`: samples in token files, with files of masks beside them.
 - `packing`: which tokens make a row, with shifted labels; `Batch`.
 - `loader`: which rows a rank trains on at which step; `blend`: several datasets by weights.

@@ -89,14 +89,14 @@ class _State:
 
     def running(self) -> subprocess.Popen:
         if self.process is None or self.process.poll() is not None:
-            command = [sys.executable, "-P", "-c", f"from {__name__} import _serve; _serve()"]
-            places = os.pathsep.join(path for path in sys.path if path)
+            # Modules are found where this process finds them.
+            places = [path for path in sys.path if path]
+            code = f"import sys; sys.path[:] = {places!r}; from {__name__} import _serve; _serve()"
             self.process = subprocess.Popen(
-                command,
+                [sys.executable, "-P", "-c", code],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": places},
             )
         return self.process
 

@@ -21,6 +21,7 @@ LARGEST: dict[str | None, int] = {
     "sequences": 1 << 24,
     "micro-batches": 1 << 24,
     "steps": 1 << 40,
+    "epochs": 10**6,
     "seconds": 10**9,
 }
 #: of every other key, and of no unit: what a 64-bit integer holds
