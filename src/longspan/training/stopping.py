@@ -1,4 +1,5 @@
-"""What SIGTERM, SIGINT (Ctrl-C) and SIGHUP do to a process that trains: the first one asks it to save and stop."""
+"""What SIGTERM, SIGINT (Ctrl-C) and SIGHUP do to a process that trains: the first one asks it to save and
+stop."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-#: seconds in which the same signal counts once: a cluster may send it to every process, and torchrun hands on its own
+#: seconds in which the same signal counts once: a cluster may send it to every process, and torchrun hands
+#: on its own
 AGAIN_S = 1.0
 
 
@@ -23,15 +25,15 @@ def heeded() -> list[signal.Signals]:
 class Stopping:
     """Hears the signals while it is entered.
 
-    Until :meth:`saves` a first signal ends the process at once, for there is nothing to save; afterwards it asks, and a
-    second one ends the process at once. A thread hears them: Python's own handlers wait for the call they come in, and
-    one backward pass may take minutes.
+    Until :meth:`saves` a first signal ends the process at once, for there is nothing to save; afterwards it
+    asks, and a second one ends the process at once. A thread hears them: Python's own handlers wait for the
+    call they come in, and one backward pass may take minutes.
 
     Args:
         speaks: tell on stderr what a signal does; one process of a run does.
-        second: what a second signal does: ``ends`` this process; ``ends`` it unless it follows the first within a second,
-            for a process whose launcher hands on what it may have got itself (``later``); or nothing, where the launcher
-            ends its processes (``launcher``).
+        second: what a second signal does: ``ends`` this process; ``ends`` it unless it follows the first
+            within a second, for a process whose launcher hands on what it may have got itself (``later``);
+            or nothing, where the launcher ends its processes (``launcher``).
     """
 
     def __init__(self, speaks: bool = True, second: str = "ends"):
