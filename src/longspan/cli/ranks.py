@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from longspan.errors import UserError
-from longspan.training.stopping import heeded
+from longspan.training.stopping import heeded, outliving_terminal
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -88,12 +88,14 @@ def run_together(
             ranks[rank] = subprocess.Popen(
                 command, env=dict(environment), pass_fds=tuple(kept), start_new_session=True
             )
-        failures = _watch(ranks, asked)
+        with outliving_terminal():
+            failures = _watch(ranks, asked)
     finally:
         _kill(ranks)
         for number, handler in before.items():
             signal.signal(number, handler)
-    return _report(failures, asked)
+    with outliving_terminal():
+        return _report(failures, asked)
 
 
 def _watch(ranks: Mapping[int, subprocess.Popen], asked: list[signal.Signals]) -> dict[int, int]:

@@ -3,13 +3,15 @@ stop."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO, cast
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: seconds in which the same signal counts once: a cluster may send it to every process, and torchrun hands
@@ -20,6 +22,47 @@ AGAIN_S = 1.0
 def heeded() -> list[signal.Signals]:
     """The signals that stop a run: all but those that were ignored at the start, as nohup ignores SIGHUP."""
     return [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+class _Terminal:
+    """A stream to a terminal that may be closed while the run goes on: what is written then goes nowhere."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def outliving_terminal() -> Iterator[None]:
+    """Inside, a terminal that goes does not end the process by an error of ``print``: a hangup saves and stops."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (
+        cast(TextIO, _Terminal(stream)) if stream is not None and stream.isatty() else stream
+        for stream in before
+    )
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 class Stopping:
@@ -52,9 +95,12 @@ class Stopping:
         self.pipe_before = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
         self.thread = threading.Thread(target=self._hear, name="signals", daemon=True)
         self.thread.start()
+        self.terminal = outliving_terminal()
+        self.terminal.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.terminal.__exit__(None, None, None)
         signal.set_wakeup_fd(self.pipe_before)
         for number, handler in self.before.items():
             signal.signal(number, handler)
