@@ -22,12 +22,12 @@ PR_SET_PDEATHSIG = 1
 def end_with_parent(parent: int | None = None) -> None:
     """Has this process killed when its parent ends, however that ends.
 
-    Linux sends the signal itself, to a stopped process too. Elsewhere, and for a parent that is a thread's or another
-    namespace's, a thread of this process looks once a second.
+    Linux sends the signal itself, to a stopped process too. Elsewhere, and for a parent that is a thread's
+    or another namespace's, a thread of this process looks once a second.
 
     Args:
-        parent: the process id of the parent, where it is known; one that has ended already ends this process now. None
-            takes the parent of the moment.
+        parent: the process id of the parent, where it is known; one that has ended already ends this process
+            now. None takes the parent of the moment.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
@@ -39,7 +39,8 @@ def end_with_parent(parent: int | None = None) -> None:
 
 
 def end_with_pool() -> None:
-    """Has this worker of a pool of :mod:`multiprocessing` end when the process of the pool does, which it would survive."""
+    """Has this worker of a pool of :mod:`multiprocessing` end when the process of the pool does, which it
+    would survive."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_wait_for, args=(parent,), name="parent", daemon=True).start()

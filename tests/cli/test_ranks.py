@@ -24,16 +24,16 @@ environments = {{rank: dict(os.environ, SOURCE=source) for rank, source in enume
 sys.exit(ranks.run_together([sys.executable, "-c", "import os; exec(os.environ['SOURCE'])"], environments))
 """
 #: says who it is, and ends with code 1 a while after a signal, as a step takes its time
-RANK = """
+RANK = r"""
 import os, signal, time
 got = []
 for name in ("SIGTERM", "SIGINT", "SIGHUP"):
     if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
         signal.signal(getattr(signal, name), lambda n, _: got.append(n))
-print("rank", os.getpid(), flush=True)
+os.write(1, b"rank %d\n" % os.getpid())
 while not got or {deaf}:
     time.sleep(0.01)
-print("saved after", signal.Signals(got[0]).name, flush=True)
+os.write(1, b"saved after %s\n" % signal.Signals(got[0]).name.encode())
 os._exit(1)
 """
 

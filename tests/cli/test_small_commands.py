@@ -180,7 +180,7 @@ def test_what_has_no_effect_is_said_once():
     assert [note.split(":")[0] for note in on_cpu[1:]] == ["NCCL_TIMEOUT", "MASTER_ADDR"]
     on_gpus = without_effect(environ, "cuda", joined=True)
     assert [note.split(":")[0] for note in on_gpus] == ["NCCL_TIMEOUT"]
-    assert without_effect(environ | {"LONGSPAN_LAUNCHER": "1"}, "cpu", joined=True) == []
+    assert without_effect(environ | {"TORCHELASTIC_RUN_ID": "longspan"}, "cpu", joined=True) == []
     assert without_effect({}, "cpu", joined=False) == []
 
 

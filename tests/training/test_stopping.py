@@ -1,5 +1,6 @@
 """Signals to a process that trains, in processes of their own."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -93,3 +94,35 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored():
         worker.send(signal.SIGTERM)
         assert worker.told().startswith("longspan: SIGTERM:")
         assert worker.code() == 7
+
+
+#: prints to its terminal until it is asked to stop, prints once more, and leaves a file
+ON_A_TERMINAL = """
+import fcntl, os, sys, termios, time
+from pathlib import Path
+from longspan.training.stopping import Stopping
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+asked = []
+with Stopping() as stopping:
+    stopping.saves(lambda: asked.append(1) or "the step is saved")
+    while not asked:
+        print("a step", flush=True)
+        time.sleep(0.01)
+    print("saving", flush=True)
+    Path(sys.argv[1]).write_text("saved")
+    print("saved", flush=True)
+print("the end", flush=True)
+"""
+
+
+def test_a_terminal_that_is_closed_asks_to_stop_and_what_is_printed_then_ends_nothing(tmp_path):
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", ON_A_TERMINAL, tmp_path / "file"], stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    assert b"a step" in os.read(ours, 100)
+    os.close(ours)
+    assert process.wait(60) == 0
+    assert (tmp_path / "file").read_text() == "saved"

@@ -79,11 +79,13 @@ def test_the_groups_of_a_library_have_the_default_groups_time_out():
 
 def waits_in_vain(prefix, folder, where, expected):
     """Rank 1 does not come; rank 0 tells where it waited."""
-    set_waiting_time(dist.group.WORLD, datetime.timedelta(seconds=3))
     run = tiny.tiny_run(prefix, 2, output_dir=folder, context_parallel_size=2)
     trainer = Trainer(run, CPU)
-    batches = trainer.micro_batches(0)
+    trainer.train_step(trainer.micro_batches(0))  # what a first step imports takes its time
+    batches = trainer.micro_batches(1)
     dist.barrier()
+    set_waiting_time(dist.group.WORLD, datetime.timedelta(seconds=3))
+    hold_waiting_time()
     if dist.get_rank() == 1:
         # long enough for the other to give up, whatever the machine's load
         store = dist.distributed_c10d._get_default_store()
@@ -95,23 +97,25 @@ def waits_in_vain(prefix, folder, where, expected):
     assert waiting.timed_out(error), error
     place = waiting.place(waiting.calls_of(error.__traceback__), trainer.step)
     dist.distributed_c10d._get_default_store().set("given up", "")
-    assert place == expected
+    assert place.startswith(expected)
     text = waiting.late(0, place, 3)
-    assert text.startswith(f"rank 0 waited 3 s (ddp_timeout) for another rank in {expected}.")
+    assert text.startswith(f"rank 0 waited 3 s (ddp_timeout) for another rank in {place}.")
 
 
 @pytest.mark.parametrize(
     ("where", "expected"),
     [
-        ("step", "step 1, the forward and backward passes (all_reduce)"),
-        ("evaluation", "an evaluation, after step 0"),
+        ("step", "step 2, the forward and backward passes (all_reduce)"),
+        ("evaluation", "an evaluation, after step 1 ("),
     ],
 )
 def test_a_time_out_tells_the_step_the_phase_and_the_exchange(prefix, tmp_path, where, expected):
-    with pytest.raises(pool.WorkerError) as failed:
+    try:
         pool.run(2, waits_in_vain, prefix, str(tmp_path), where, expected)
-    # the barrier at the end of a pool's run finds the connection closed by the time-out: nothing else failed
-    assert "in waits_in_vain" not in str(failed.value), failed.value
+    except pool.WorkerError as error:
+        # the barrier at the end of a pool's run may find the connections closed by the time-out: that is all
+        if "in waits_in_vain" in str(error):
+            raise
 
 
 def test_every_phase_is_a_function_that_there_is():

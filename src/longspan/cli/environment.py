@@ -9,7 +9,7 @@ from typing import Literal
 
 #: the process id of the longspan that started a rank, by which it knows that longspan and not torchrun did
 LAUNCHER = "LONGSPAN_LAUNCHER"
-#: what torch is told of a run's name
+#: the name of a run that longspan started, where torchrun has others
 RUN_ID = "longspan"
 
 Fate = Literal["set by longspan", "advised", "left alone", "no effect"]
@@ -118,7 +118,7 @@ def without_effect(environ: Mapping[str, str], device: str, joined: bool) -> lis
         device: ``cpu`` or ``cuda``.
         joined: torchrun has started this process, so the launcher's variables are its own.
     """
-    if LAUNCHER in environ and joined:  # the process that started this one has said it
+    if environ.get("TORCHELASTIC_RUN_ID") == RUN_ID:  # the process that started this one has said it
         return []
     notes = []
     idle = (

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from longspan.errors import UserError
-from longspan.training.stopping import heeded
+from longspan.training.stopping import heeded, outliving_terminal
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -28,8 +28,8 @@ LOOK_S = 0.05
 def serve_store(ip: str, port: int, machines: int) -> tuple[TCPStore, int]:
     """The store in which the ranks of all machines find each other, and its port.
 
-    It listens where the ranks are and nowhere else: on one machine on the loopback interface, on several on the address
-    that the others were given. Nothing that is read from it is run or unpickled by the launcher.
+    It listens where the ranks are and nowhere else: on one machine on the loopback interface, on several on
+    the address that the others were given. Nothing that is read from it is run or unpickled by the launcher.
 
     Raises:
         UserError: the port is taken.
@@ -52,7 +52,8 @@ def serve_store(ip: str, port: int, machines: int) -> tuple[TCPStore, int]:
 def _listen(ip: str, port: int) -> socket.socket:
     """A listening socket on an address of this machine; on all of them where ``ip`` is none of its own.
 
-    A name that means the loopback interface here (as many machines have their own name) means another address elsewhere.
+    A name that means the loopback interface here (as many machines have their own name) means another
+    address elsewhere.
     """
     (family, *_, (address, *_)) = socket.getaddrinfo(ip, port, type=socket.SOCK_STREAM)[0]
     if ip == address or not ipaddress.ip_address(address).is_loopback:
@@ -69,8 +70,8 @@ def run_together(
 ) -> int:
     """Runs one process a rank of this machine and waits for all, as long as it takes. Returns the exit code.
 
-    A first SIGTERM, SIGINT or SIGHUP is handed on, and the ranks save and stop in their own time; a second one kills
-    them. When one fails the others are ended too.
+    A first SIGTERM, SIGINT or SIGHUP is handed on, and the ranks save and stop in their own time; a second
+    one kills them. When one fails the others are ended too.
 
     Args:
         environments: rank -> its environment.
@@ -87,16 +88,19 @@ def run_together(
             ranks[rank] = subprocess.Popen(
                 command, env=dict(environment), pass_fds=tuple(kept), start_new_session=True
             )
-        failures = _watch(ranks, asked)
+        with outliving_terminal():
+            failures = _watch(ranks, asked)
     finally:
         _kill(ranks)
         for number, handler in before.items():
             signal.signal(number, handler)
-    return _report(failures, asked)
+    with outliving_terminal():
+        return _report(failures, asked)
 
 
 def _watch(ranks: Mapping[int, subprocess.Popen], asked: list[signal.Signals]) -> dict[int, int]:
-    """Waits until the ranks have ended, one has failed, or a second signal came. Returns rank -> exit code of failures."""
+    """Waits until the ranks have ended, one has failed, or a second signal came. Returns rank -> exit code
+    of failures."""
     told, failures, until = False, {}, float("inf")
     while len(asked) < 2:
         alive = [rank for rank, process in ranks.items() if process.poll() is None]

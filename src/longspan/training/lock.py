@@ -1,5 +1,5 @@
-"""One run a folder: a lock of the operating system, gone with the processes that hold it, so that no kill and no power cut
-leaves a folder blocked."""
+"""One run a folder: a lock of the operating system, gone with the processes that hold it, so that no kill
+and no power cut leaves a folder blocked."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def hold(folder: Path) -> Iterator[int | None]:
     """Holds a folder for one run; makes the folder.
 
     Yields:
-        The descriptor of the lock: a child that inherits it holds the lock too, until both have ended. None where the file
-        system has no locks, which a line tells.
+        The descriptor of the lock: a child that inherits it holds the lock too, until both have ended. None
+        where the file system has no locks, which a line tells.
 
     Raises:
-        UserError: another run writes there, named by its host and process id; or nothing can be written there.
+        UserError: another run writes there, named by its host and process id; or nothing can be written
+            there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""What a rank waited in when another did not come: told from the calls it is in, so that nothing has to keep count."""
+"""What a rank waited in when another did not come: told from the calls it is in, so that nothing has to keep
+count."""
 
 from __future__ import annotations
 
@@ -103,8 +104,8 @@ def _exchange(calls: Sequence[Call]) -> str | None:
 
 
 class Watch:
-    """Tells where this rank waits once it has waited for the time-out in one place: for NCCL, which then ends the process
-    without an exception.
+    """Tells where this rank waits once it has waited for the time-out in one place: for NCCL, which then
+    ends the process without an exception.
 
     Args:
         seconds: ddp_timeout.
