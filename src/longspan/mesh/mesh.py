@@ -134,7 +134,10 @@ class ParallelMesh:
             ranks = dense.get_ranks(axes)
             if ranks == dense.get_ranks("tp"):
                 return tp
-            return dist.group.WORLD if ranks == [list(range(world))] else group_of(ranks)
+            if ranks != [list(range(world))]:
+                return group_of(ranks)
+            assert dist.group.WORLD is not None
+            return dist.group.WORLD
 
         groups = ProcessGroupCollection(
             tp=tp,
