@@ -58,7 +58,7 @@ class Sizes:
 #: Llama 3.2 1B with a vocabulary of 32K
 LARGE = Sizes(16, 2048, 32, 8, 8192, 32768, (8192, 32768))
 SMALL = Sizes(4, 512, 8, 2, 1536, 4096, (2048,))
-TINY = Sizes(2, 64, 4, 2, 128, 256, (64, 96), repetitions=1)
+TINY = Sizes(2, 64, 4, 2, 128, 256, (64,), repetitions=1)
 
 
 def make_model(sizes: Sizes, device: torch.device, *, seed: int | None = None, **keys) -> GPTModel:

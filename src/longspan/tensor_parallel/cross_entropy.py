@@ -182,7 +182,8 @@ class _Chunks:
 
     def log_sum_exp(self, logits: Tensor, column: Tensor, mine: Tensor) -> tuple[Tensor, Tensor]:
         if self.compiled and logits.shape[1]:
-            return _over_ranks(*self.sums(logits, column, mine), self.group)
+            lse, picked = self.sums(logits, column, mine)
+            return _over_ranks(lse, picked, self.group)
         return _log_sum_exp(logits, column, mine, self.group)
 
     def gradient(self, logits, lse, column, mine, weight, dtype) -> Tensor:

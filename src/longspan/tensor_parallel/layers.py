@@ -185,9 +185,8 @@ class ColumnParallelLinear(TensorParallelModule):
             "weight", (output_size, input_size), 0, config.init_method_std, init_method
         )
         self.bias = self._parameter("bias", (output_size,), 0, 0.0) if bias else None
-        self.lora: nn.Module | None = (
-            None  # an Adapter (tensor_parallel.lora), put here after the layer is made
-        )
+        # an Adapter (tensor_parallel.lora), put here after the layer is made
+        self.lora: Any = None
 
     def enter(self, x: Tensor) -> Tensor:
         """The input as every tensor parallel rank needs it: ``[s, b, h]``, gathered under sequence parallelism."""
@@ -246,7 +245,7 @@ class RowParallelLinear(TensorParallelModule):
             "weight", (output_size, input_size), 1, init_std or config.init_method_std, init_method
         )
         self.bias = self._parameter("bias", (output_size,), None, 0.0) if bias else None
-        self.lora: nn.Module | None = None  # as in ColumnParallelLinear
+        self.lora: Any = None  # as in ColumnParallelLinear
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         if not self.input_is_parallel:
