@@ -581,7 +581,7 @@ def test_text_values_on_the_command_line_stay_text(folder):
     [
         ([], "holds list, not an object"),
         ({"model_type": "llama"}, "num_layers, hidden_size, num_attention_heads: missing"),
-        ({"model_type": "llama", "hidden_size": -32}, "hidden_size in its config.json: -32"),
+        ({"model_type": "llama", "hidden_size": -32}, "sets hidden_size -32: a whole number from 1"),
         ({"model_type": "llama", "hidden_act": "selu"}, "hidden_act 'selu'"),
         ({"model_type": "mamba"}, "model_type 'mamba'"),
     ],

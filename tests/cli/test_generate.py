@@ -95,3 +95,13 @@ def test_a_nan_in_the_weights_is_named(tmp_path, capsys):
     save_file(weights, tmp_path / "model" / "model.safetensors")
     assert main.main(["generate", model]) == 2
     assert "model.norm.weight in model.safetensors holds NaN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["vocab_size", "hidden_size", "num_hidden_layers", "model_type"])
+def test_a_config_without_a_size_is_a_message(tmp_path, capsys, missing):
+    model = model_that_writes(tmp_path / "model", 2)
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != missing}))
+    for arguments in (["generate", model], ["convert", "--model", model, "--output", str(tmp_path / "out")]):
+        assert main.main(arguments) == 2
+        assert "longspan: error: " in capsys.readouterr().err

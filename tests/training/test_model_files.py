@@ -171,6 +171,29 @@ def test_the_end_of_a_chats_turn_ends_generation_too(tmp_path):
     assert exit_of(None, tmp_path, base, base, name="alpaca", datasets=texts)[1]["eos_token_id"] == 2
 
 
+def test_transformers_stops_where_training_did(tmp_path):
+    """A model that always writes the end of a chat's turn writes it once."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    base = base_model(tmp_path / "base")
+    chats = [{"path": "x.jsonl", "type": "chat_template", "chat_template": "chatml"}]
+    exit_of(None, tmp_path, base, base, datasets=chats)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    )
+    model.generation_config = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(1.0)
+        for end, new in ((4, 1), (2, 1), (9, 6)):
+            model.lm_head.weight.zero_()
+            model.lm_head.weight[end] = (
+                1.0 if (model.model(torch.tensor([[1]])).last_hidden_state.sum() > 0) else -1.0
+            )
+            written = model.generate(torch.tensor([[1]]), max_new_tokens=6, do_sample=False)
+            assert written[0, 1:].tolist() == [end] * new
+
+
 def test_further_templates_and_files_are_kept(tmp_path):
     named = [{"name": "default", "template": "{{ old }}"}, {"name": "tool_use", "template": "{{ tools }}"}]
     base = base_model(tmp_path / "base", chat_template=named)

@@ -96,13 +96,15 @@ def holds_tokenizer(path: Path) -> bool:
 
 
 def config_of(path: Path) -> TrainConfig | None:
-    """The config of the run that a checkpoint (its own folder) lies in; None where it is not there or of another version."""
+    """The config of the run that a checkpoint (its own folder) lies in; None where it is not there or, with a line, cannot
+    be read."""
     from longspan.config.load import load_config
 
     config = path.parent.parent / "config.yaml"
     try:
         return load_config(config) if config.is_file() else None
-    except UserError:
+    except UserError as error:
+        print(f"{config}: left out, with the base model it names ({error.problems[0]})", file=sys.stderr)
         return None
 
 
@@ -235,7 +237,7 @@ def to_checkpoint(model: str, output: Path) -> None:
     import torch
     import torch.distributed.checkpoint as dcp
 
-    from longspan.config.architecture import architecture_of, model_folder, unused_fields
+    from longspan.config.architecture import architecture_of, model_folder, unused_fields, vocabulary_of
     from longspan.config.load import architecture_config
     from longspan.config.model import padded_vocab_size
     from longspan.config.resolve import resolve
@@ -250,7 +252,7 @@ def to_checkpoint(model: str, output: Path) -> None:
     config = architecture_config(values)
     resolved = resolve(config, 1)
     architecture = resolved.transformer_config()
-    vocab = values["vocab_size"]
+    vocab = vocabulary_of(values, model)
     source = SafetensorsFolder(model_folder(model))
     names = Names(architecture, vocab)
     check_tensors(source, names)

@@ -132,7 +132,7 @@ def generate(folder: str, prompt: str, count: int, temperature: float, seed: int
     """
     import torch
 
-    from longspan.config.architecture import architecture_of, model_folder, unused_fields
+    from longspan.config.architecture import architecture_of, model_folder, unused_fields, vocabulary_of
     from longspan.config.load import architecture_config
     from longspan.config.lora import CONFIG_FILE, read_peft_config
     from longspan.config.resolve import resolve
@@ -149,6 +149,7 @@ def generate(folder: str, prompt: str, count: int, temperature: float, seed: int
     if base is None:
         raise UserError(f"{folder} does not name its base model. Merge them first: longspan convert --lora.")
     values = architecture_of(base)
+    vocabulary = vocabulary_of(values, base)
     for line in unused_fields(base):
         print(f"without effect here: {line}", file=sys.stderr)
     path = model_folder(base)
@@ -169,7 +170,7 @@ def generate(folder: str, prompt: str, count: int, temperature: float, seed: int
         mesh = ParallelMesh.build(run.sizes, "cpu")
         with torch.device("meta"):
             model = GPTModel(
-                run.transformer_config(), values["vocab_size"], config.sequence_len, pg_collection=mesh.groups
+                run.transformer_config(), vocabulary, config.sequence_len, pg_collection=mesh.groups
             )
         if lora is not None:
             attach(model, lora)

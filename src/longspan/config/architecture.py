@@ -114,3 +114,16 @@ def unused_fields(base_model: str) -> list[str]:
     data, where = model_config(base_model, network=False)
     named = ", ".join(ignored_fields(data))
     return [f"rope_scaling of {where}: {named} (transformers ignores it too)"] if named else []
+
+
+def vocabulary_of(values: dict[str, Any], base_model: str) -> int:
+    """The vocabulary's size among the architecture keys of a model.
+
+    Raises:
+        UserError: its config.json names none, and transformers' default would not fit its weights but by chance.
+    """
+    if values.get("vocab_size") is None:
+        raise UserError(
+            f"base_model {base_model}: its config.json names no vocab_size. Download the model again."
+        )
+    return values["vocab_size"]
