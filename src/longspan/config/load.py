@@ -167,7 +167,7 @@ def parse_overrides(
             value = fixed
         elif equals:
             value = _value(k, text)
-        elif _is_bool(k) and (not left or left[0].startswith("--") or _no_bool(left[0])):
+        elif _is_switch(k, name) and (not left or left[0].startswith("--") or _no_bool(left[0])):
             value = True
         elif not left or left[0].startswith("--"):
             found.problems.append(f"{option} needs a value: {k.text}")
@@ -227,6 +227,11 @@ _VALUE: Any = object()
 
 def _is_bool(k: Key) -> bool:
     return bool in (k.annotation, *getattr(k.annotation, "__args__", ()))
+
+
+def _is_switch(k: Key, spelling: str) -> bool:
+    """May the option stand alone? Megatron's own name of a key that is no mere switch takes a value always."""
+    return _is_bool(k) and (spelling in (k.name, *k.aliases) or k.flag == "--" + k.name.replace("_", "-"))
 
 
 def _is_list(k: Key) -> bool:
