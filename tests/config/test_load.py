@@ -284,7 +284,8 @@ lora_target_modules: []
 fsdp: []
 fsdp_config: {}
 deepspeed: ''
-plugins: []
+torch_compile:
+plugins:
 special_tokens: {}
 rope_scaling: false
 chat_template: ''

@@ -306,7 +306,8 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         if name is not None and _asks_for_nothing(name, value):
             value = None
         if name is None and spelling in FOREIGN:
-            _foreign(spelling, value, found)
+            if value is not None and value not in ("", [], {}):  # empty, it asks for nothing
+                _foreign(spelling, value, found)
         elif name is None:
             known = [*table, *FOREIGN]
             found.problems.append(f"{spelling}: unknown key.{did_you_mean(spelling, known)}")
