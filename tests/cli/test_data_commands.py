@@ -5,8 +5,12 @@ import json
 import pytest
 from tokenizers import ByteLevelBPETokenizer
 
+import tiny
+from chats import write_tokenizer
 from longspan.cli.main import main
+from longspan.cli.prepare import prepare_config
 from longspan.data import IndexedDataset, load_tokenizer
+from longspan.errors import UserError
 
 
 @pytest.fixture
@@ -230,3 +234,42 @@ def test_prepare_shows_a_whole_number_of_samples(sums, capsys):
         code, said = run(capsys, "prepare", "sums.yaml", "--show", value)
         assert code == 2
         assert "--show" in said.err
+
+
+def test_the_token_that_ends_a_document_is_the_tokenizers(folder):
+    """For reset_position_ids and its like: of a NullTokenizer the token behind all others, of a tokenizer its own."""
+    mock = {
+        "datasets": [],
+        "mock_data": True,
+        "sample_packing": False,
+        "reset_position_ids": True,
+        "val_set_size": 0,
+    }
+
+    def prepared(**changes):
+        return prepare_config(tiny.tiny_run("none", 1, **mock | changes).config, show=False)
+
+    config = prepared(tokenizer_type="NullTokenizer", vocab_size=50)
+    assert (config.eod_token_id, config.vocab_size) == (50, 51)
+    assert prepare_config(config, show=False).eod_token_id == 50
+    write_tokenizer(folder / "tokenizer")
+    config = prepared(tokenizer_config="tokenizer", vocab_size=None)
+    assert config.eod_token_id == load_tokenizer("tokenizer").token_to_id("</s>")
+    assert prepared(eod_token_id=7).eod_token_id == 7
+    assert prepared(reset_position_ids=False).eod_token_id is None
+    with pytest.raises(
+        UserError, match="reset_position_ids: which token ends a document is not known: there is no tokenizer"
+    ):
+        prepared()
+
+
+def test_the_streams_keys_are_refused_where_there_is_no_stream():
+    chats = [{"path": "x.jsonl", "type": "chat_template"}]
+    for changes, message in (
+        ({"eod_mask_loss": True}, "eod_mask_loss: true is for the stream of documents"),
+        ({"reset_attention_mask": True, "sample_packing": False, "datasets": chats}, "x.jsonl makes samples"),
+        ({"eod_token_id": 3}, "eod_token_id 3 has no effect without"),
+        ({"eod_token_id": 97, "eod_mask_loss": True, "sample_packing": False}, "is beyond vocab_size 97"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tiny.tiny_run("none", 1, **changes)

@@ -113,26 +113,26 @@ def losses(path: Path) -> list[float]:
 
 # --- the flags as they stand on the page -----------------------------------------------------
 
-NEEDED = "num_layers, hidden_size, num_attention_heads: missing."
+NEEDED = "--num-layers, --hidden-size, --num-attention-heads: missing."
 PAGES = {
     # document -> (flags, processes, what is missing or refused; nothing where it is whole)
     "slide and quick start": (
         "--tensor-model-parallel-size 4 --context-parallel-size 2 --cp-comm-type p2p --sequence-parallel "
         "--seq-length 8192 --bf16",
         8,
-        [NEEDED, "learning_rate: missing"],
+        [NEEDED, "--lr: missing"],
     ),
     "basic use": (
         "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 1 --context-parallel-size 2 --cp-comm-type p2p "
         "--seq-length 8192 --micro-batch-size 1 --global-batch-size 64",
         8,
-        [NEEDED, "learning_rate: missing"],
+        [NEEDED, "--lr: missing"],
     ),
     "types by layer": (
         "--context-parallel-size 8 --num-layers 24 --hidden-size 64 --num-attention-heads 8 --lr 1e-4 "
         "--cp-comm-type p2p p2p a2a a2a a2a+p2p a2a+p2p",
         8,
-        ["cp_comm_type 'a2a+p2p' needs hierarchical_context_parallel_sizes"],
+        ["--cp-comm-type 'a2a+p2p' needs --hierarchical-context-parallel-sizes"],
     ),
     "hierarchical": (
         "--context-parallel-size 8 --hierarchical-context-parallel-sizes 4 2 --cp-comm-type a2a+p2p --seq-length 65536 "
@@ -144,7 +144,7 @@ PAGES = {
         "--context-parallel-size 2 --pipeline-model-parallel-size 4 --num-layers 4 --hidden-size 64 "
         "--num-attention-heads 8 --lr 1e-4",
         8,
-        ["pipeline_parallel_size 4: pipeline parallelism is not supported yet"],
+        ["--pipeline-model-parallel-size 4: pipeline parallelism is not supported yet"],
     ),
     "tensor parallel": (
         "--tensor-model-parallel-size 8 --sequence-parallel --num-layers 96 --hidden-size 12288 "

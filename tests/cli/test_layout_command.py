@@ -345,3 +345,10 @@ def test_more_strips_than_the_picture_has_points_are_sampled():
         assert i * 10 <= s.start < s.stop <= i * 10 + 10
         assert rank == s.start // 2000
         assert layout.cu_seqlens[s.document] <= s.start < s.stop <= layout.cu_seqlens[s.document + 1]
+
+
+def test_commands_that_do_not_train_need_no_learning_rate(config, capsys):
+    path = config(learning_rate=None, sample_packing=False, val_set_size=0, min_lr=1e-5)
+    assert ask(capsys, path, "--context-parallel-size", 2)["ranks"] == 2
+    assert main(["validate", path]) == 2
+    assert "learning_rate: missing" in capsys.readouterr().err

@@ -11,11 +11,13 @@ import pytest
 import yaml
 
 import tiny
+from chats import write_tokenizer
 from command import run as longspan
 from longspan.cli import completion, main
 from longspan.cli.environment import VARIABLES, without_effect
 from longspan.cli.init import examples
 from longspan.config.schema import keys
+from longspan.data.text import load_tokenizer, vocabulary_size
 
 
 @pytest.fixture
@@ -288,3 +290,29 @@ def test_generate_from_a_checkpoint_is_generate_from_its_export(folder, capsys):
     assert main.main(["generate", "out"]) == 2
     assert "Give --tokenizer FOLDER" in capsys.readouterr().err
     assert main.main(["generate", "nowhere"]) == 2
+
+
+def test_a_tokenizer_larger_than_the_model_is_named_by_both_sizes(folder, capsys):
+    """The vocabulary is the model's: nobody set it, and larger weights are not there."""
+    write_tokenizer(folder / "tokenizer")
+    size = vocabulary_size(load_tokenizer(folder / "tokenizer"))
+    base = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text(
+        json.dumps(base | {"model_type": "llama", "vocab_size": 40, "max_position_embeddings": 64})
+    )
+    (folder / "t.jsonl").write_text('{"text": "some words"}\n')
+    write(folder, base_model="base", tokenizer_config="tokenizer", datasets=[{"path": "t.jsonl"}],
+          **dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "num_query_groups",
+                           "ffn_hidden_size", "vocab_size", "sequence_len", "val_set_size")))  # fmt: skip
+    for name in ("validate", "prepare"):
+        assert main.main([name, "config.yaml", "--sequence-len", "16"]) == 2
+        text = capsys.readouterr().err
+        assert f"has {size} tokens, and base_model base has weights for 40" in text
+        assert "Give the model's own tokenizer" in text
+        assert "vocab_size" not in text
+    # from random weights the vocabulary may be as large as the tokenizer's
+    assert main.main(["validate", "config.yaml", "--sequence-len", "16", "--reinit-weights"]) == 2
+    assert f"Set vocab_size to {size} or more" in capsys.readouterr().err
+    arguments = ["--sequence-len", "16", "--reinit-weights", "--vocab-size", str(size)]
+    assert main.main(["validate", "config.yaml", *arguments]) == 0

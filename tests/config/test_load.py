@@ -97,7 +97,11 @@ def test_all_problems_come_at_once():
             "6 is not divisible by num_query_groups 4",
         ),
         ({"hidden_size": 33}, 1, "hidden_size 33 is not divisible by num_attention_heads 4"),
-        ({"global_batch_size": 3}, 2, r"micro_batch_size 1 x .* x dp 2 = 2.*global_batch_size 4"),
+        (
+            {"global_batch_size": 3},
+            2,
+            r"global_batch_size 3 is not a multiple of dp 2 .*e.g. global_batch_size 4",
+        ),
         ({"pipeline_parallel_size": 2}, 2, "pipeline parallelism is not supported yet"),
         (
             {"cp_comm_type": "a2a", "context_parallel_size": 8},
@@ -387,7 +391,8 @@ lora_target_modules: []
 fsdp: []
 fsdp_config: {}
 deepspeed: ''
-plugins: []
+torch_compile:
+plugins:
 special_tokens: {}
 rope_scaling: false
 chat_template: ''

@@ -358,7 +358,7 @@ def prepared(resolved: Run, show: bool) -> TrainConfig:
     resume = resume_point(checked, show)
     if resume is None and config.resume is not None:
         if show and config.resume != "auto":
-            print(f"resume: no checkpoint at {config.resume}: the run starts anew", file=sys.stderr)
+            print(f"no checkpoint at {config.resume}: the run starts anew", file=sys.stderr)
         return config.model_copy(update={"resume": None, "no_load_optim": False, "no_load_rng": False})
     return config.model_copy(update={"resume": resume})
 

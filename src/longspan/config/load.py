@@ -176,7 +176,7 @@ def parse_overrides(
             value = fixed
         elif equals:
             value = _value(k, text)
-        elif _is_bool(k) and (not left or left[0].startswith("--") or _no_bool(left[0])):
+        elif _is_switch(k, name) and (not left or left[0].startswith("--") or _no_bool(left[0])):
             value = True
         elif not left or left[0].startswith("--"):
             found.problems.append(f"{option} needs a value: {k.text}")
@@ -236,6 +236,11 @@ _VALUE: Any = object()
 
 def _is_bool(k: Key) -> bool:
     return bool in (k.annotation, *getattr(k.annotation, "__args__", ()))
+
+
+def _is_switch(k: Key, spelling: str) -> bool:
+    """May the option stand alone? Megatron's own name of a key that is no mere switch takes a value always."""
+    return _is_bool(k) and (spelling in (k.name, *k.aliases) or k.flag == "--" + k.name.replace("_", "-"))
 
 
 def _is_list(k: Key) -> bool:
@@ -310,7 +315,8 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         if name is not None and _asks_for_nothing(name, value):
             value = None
         if name is None and spelling in FOREIGN:
-            _foreign(spelling, value, found)
+            if value is not None and value not in ("", [], {}):  # empty, it asks for nothing
+                _foreign(spelling, value, found)
         elif name is None:
             # Looking for the near name takes milliseconds, which a file of thousands of wrong keys would add up.
             near = did_you_mean(spelling, [*table, *FOREIGN]) if len(found.problems) < MAX_NEAR else ""

@@ -35,7 +35,7 @@ def parse_megatron_flags(
         values["use_wandb"] = has_package("wandb")
         if not values["use_wandb"]:
             text = "needs the wandb package, which is not installed. pip install 'longspan[wandb]', or leave it out."
-            given.problems.append(f"--wandb-project {values.pop('wandb_project')}: {text}")
+            given.problems.append(f"wandb_project {values.pop('wandb_project')!r} {text}")
     idle = _leftovers(values)
     values = {name: value for name, value in values.items() if name not in idle}
     defaults = megatron_defaults(values)
@@ -73,6 +73,8 @@ def _evaluates(given: Mapping[str, Any]) -> bool:
         return bool(given.get("valid_data_path"))
     if given.get("datasets"):
         return bool(given.get("val_set_size") or given.get("test_datasets"))
+    if not (given.get("data_path") or given.get("mock_data")):
+        return False
     try:
         return read_split(str(given.get("split") or DEFAULT_SPLIT))[1] > 0
     except UserError:

@@ -33,6 +33,7 @@ def by_flags(problem: str, defaults: Mapping[str, Any] | None = None) -> str:
     table = sorted(keys(), key=lambda k: -len(k.name))
     for k in table:
         problem = _translated(problem, k)
+    problem = re.sub(r"(--[\w-]+) \(\1\)", r"\1", problem)
     problem = re.sub(r"^(--[\w-]+): True (?=is )", r"\1 ", problem)
     problem = re.sub(rf"^(--[\w-]+): (?=({_NUMBER}|{_QUOTED}) is )", r"\1 ", problem)
     for k in table:
@@ -71,7 +72,7 @@ def _translated(text: str, k: Key) -> str:
     # own, and as what is to be given
     text = re.sub(rf"^{k.name}(?![\w-])", k.flag, text)
     text = re.sub(rf"{name}(?= (?:'|\d+(?:,\d+)+))", k.flag, text)
-    return re.sub(rf"(?<![\w.-])(by|give|without|beside) {k.name}(?=[,.;: ]|$)", rf"\1 {k.flag}", text)
+    return re.sub(rf"(?<![\w.-])(by|give|without|beside|leave) {k.name}(?=[,.;: ]|$)", rf"\1 {k.flag}", text)
 
 
 def _words(k: Key) -> set[str]:
@@ -82,4 +83,4 @@ def _words(k: Key) -> set[str]:
             return {annotation}
         return set().union(*map(inside, get_args(annotation)))
 
-    return inside(k.annotation) | (set(CP_COMM_TYPES) if k.name == "cp_comm_type" else {"auto"})
+    return inside(k.annotation) | (set(CP_COMM_TYPES) if k.name == "cp_comm_type" else {"auto", "jinja"})

@@ -321,8 +321,9 @@ def _batch(config: TrainConfig, dp: int, found: list[Problem]) -> tuple[int, int
                 n for n in (config.micro_batch_size, config.gradient_accumulation_steps, dp) if n
             )
             near = max(1, round(total / unit)) * unit
+            shown = f"{factors} = {unit}" if given else factors
             text = (
-                f"global_batch_size {total} is not a multiple of {factors} = {unit} (dp: data parallel ranks). Take one that is, "
+                f"global_batch_size {total} is not a multiple of {shown} (dp: data parallel ranks). Take one that is, "
                 f"e.g. global_batch_size {near}."
             )
         found.append((keys, text))
