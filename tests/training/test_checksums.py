@@ -179,7 +179,7 @@ def test_from_the_command_line(prefix, steps, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     done = command.run("train", "config.yaml", "--resume", "auto", cwd=tmp_path)
     assert done.returncode == 2, done.stdout
-    assert done.stderr.count("is not as it was written: __1_0.distcp") == 1
+    assert done.stderr.count("is not as it was written: __1_0.distcp") == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert main.main(["convert", "--checkpoint", str(out), "--output", str(tmp_path / "hf")]) == 2
     assert "--checkpoint: " in (error := capsys.readouterr().err)
