@@ -51,7 +51,7 @@ def lines():
         (None, "latest is missing"),
         ("", "latest names '', which is no checkpoint"),
         ("../elsewhere/step_00000009", "latest names '../elsewhere/step_00000009', which is no"),
-        ("{}/elsewhere/step_00000009", "step_00000009', which is no checkpoint of that folder"),
+        ("{}/elsewhere/step_00000009", "latest names '/.*', which is no checkpoint of that folder"),
         ("..", "which is no checkpoint of that folder"),
         (".", "which is no checkpoint of that folder"),
         ("a\0b", "which is no checkpoint of that folder"),
