@@ -159,6 +159,8 @@ def test_evaluation_takes_so_many_global_batches():
         ({"eval_iters": 2, "eval_max_samples": 2}, "eval_iters and eval_max_samples are both given"),
         ({"evals_per_epoch": 2, "val_set_size": 0.0}, "evals_per_epoch is given but val_set_size is 0"),
         ({"lr_warmup_init": 1.0}, "lr_warmup_init 1 is above learning_rate 0.01"),
+        ({"lr_warmup_init": 1e-4, "warmup_steps": 0}, "lr_warmup_init 0.0001 has no effect without warm-up"),
+        ({"lr_warmup_init": 1e-4, "lr_scheduler": "constant"}, "has no effect without warm-up"),
         ({"lr_scheduler": "constant", "lr_decay_iters": 5}, "lr_decay_iters has no effect"),
     ],
 )

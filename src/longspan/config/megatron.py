@@ -114,6 +114,8 @@ def _leftovers(given: Mapping[str, Any]) -> dict[str, str]:
     idle(constant, "The learning rate is constant.", "lr_decay_iters", "min_lr")
     by_share = given.get("warmup_ratio") is not None and given.get("warmup_steps") == 0
     idle(by_share, "The warm-up is a share of the steps.", "warmup_steps")
+    warm_up = given.get("warmup_steps") or given.get("warmup_ratio")
+    idle(not warm_up, "There is no warm-up.", "lr_warmup_init")
     idle(not given.get("resume"), "No checkpoint is loaded.", "no_load_optim", "no_load_rng")
     idle(
         "a2a+p2p" not in str(given.get("cp_comm_type")),

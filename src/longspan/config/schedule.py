@@ -34,6 +34,11 @@ def warmup_steps(config: TrainConfig, steps: int) -> int:
     return min(math.ceil(0.03 * steps), 100, steps - 1)
 
 
+def _warms_up(config: TrainConfig) -> bool:
+    given = config.warmup_ratio if config.warmup_steps is None else config.warmup_steps
+    return config.lr_scheduler != "constant" if given is None else given > 0
+
+
 def interval(every: float | None, per_epoch: int | None, steps: int, steps_an_epoch: float) -> int | None:
     """Steps between two evaluations or two checkpoints; None for none on the way.
 
@@ -133,6 +138,11 @@ def _problems(config: TrainConfig) -> Iterator[Problem]:
             ("lr_warmup_init", "learning_rate"),
             f"lr_warmup_init {config.lr_warmup_init:g} is above learning_rate {config.learning_rate:g}, which warm-up rises "
             "to. Lower it.",
+        )
+    if config.lr_warmup_init and not _warms_up(config):
+        yield (
+            ("lr_warmup_init", "warmup_steps"),
+            f"lr_warmup_init {config.lr_warmup_init:g} has no effect without warm-up. Give warmup_steps, or leave it out.",
         )
     if config.lr_decay_iters is not None and config.lr_scheduler.startswith("constant"):
         yield (
