@@ -120,7 +120,7 @@ def gradients(prefix, base, more):
             assert parameter.grad is None, name
     total = math.sqrt(sum(g.double().square().sum().item() for g in found.values()))
     assert gradient_norm(trainer.model).item() == pytest.approx(total, rel=1e-5)
-    trainer.apply_gradients()
+    trainer.apply_gradients(rate=0.01)
     state = trainer.optimizer.state
     assert len(state) == len(found)
     return loss, count, found, [(b.tokens, b.labels) for b in batches]
