@@ -560,7 +560,7 @@ def test_more_mistakes_that_are_one_message(folder, arguments, message):
     [
         ("seed: 2024-13-45\n", "not valid YAML"),
         ("seed: 1\nseed: 2\n", "seed is given twice"),
-        ("a: &a [*a]\n", "a: unknown key"),
+        ("a: &a [*a]\n", "the alias *a stands inside what it names"),
     ],
 )
 def test_yaml_that_is_none(tmp_path, text, message):

@@ -74,7 +74,8 @@ def attach(model: GPTModel, lora: Lora, frozen_dtype: torch.dtype | None = None)
             continue
         target = hugging_face_name(f"{name}.weight").split(".")[-2]
         if target in lora.targets:
-            layer.lora = Adapter(layer, lora.rank, lora.scale, model.config)
+            with torch.device("meta"):  # as the model is: nothing is drawn here
+                layer.lora = Adapter(layer, lora.rank, lora.scale, model.config)
             missing.discard(target)
     if missing:
         raise UserError(
