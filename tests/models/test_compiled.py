@@ -24,6 +24,7 @@ from longspan.models import GPTModel
 from longspan.models.adapters import attach
 from longspan.parallelize import parallelize
 from longspan.tensor_parallel.lora import Adapter
+from longspan.tensor_parallel.random import InitialValues
 from longspan.training.loop import Trainer
 
 CPU = torch.device("cpu")
@@ -133,7 +134,7 @@ def with_adapters():
         attach(model, Lora(rank=2, alpha=4, targets=TARGETS))
     for module in model.modules():
         if isinstance(module, Adapter):  # B starts at zero, and A has no gradient then
-            module.initial_std["B"] = 0.02
+            module.initial["B"] = InitialValues(0.02)
     parallelize(model, mesh, seed=3, device=CPU)
     tokens, labels, cu = batch("packed")
     layout = SequenceLayout.contiguous(LENGTH, 1, cu_seqlens=cu)

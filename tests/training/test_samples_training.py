@@ -271,22 +271,22 @@ def nothing_to_learn(folder, changes):
     trainer = Trainer(run_of(folder, dist.get_world_size(), **changes), CPU)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     record = trainer.train_step(trainer.micro_batches(0))
-    finite = all(torch.isfinite(p).all() for p in trainer.model.parameters())
-    return record["loss"], record["grad_norm"], record["tokens"], finite, len(before)
+    same = all(torch.equal(p.to_local(), q.to_local()) for p, q in zip(trainer.model.parameters(), before))
+    return record["loss"], record["grad_norm"], record["tokens"], same
 
 
 @needs_transformers
-def test_a_step_without_a_token_to_learn_gives_no_nan(data, tmp_path):
+def test_a_step_without_a_token_to_learn_changes_nothing(data, tmp_path):
     # chats that are questions alone
     path = write_lines(tmp_path / "a.jsonl", [{"messages": chat("a " * i)} for i in range(1, 9)])
     changes = {
         "datasets": [{"path": str(path), "type": "chat_template", "chat_template": "chatml"}],
         "context_parallel_size": 2,
         "sample_packing": False,
-        "weight_decay": 0.0,
+        "weight_decay": 0.5,
     }
     run_of(data, 1, **changes | {"context_parallel_size": 1})  # one process prepares; the ranks find it made
-    assert pool.run(2, nothing_to_learn, data, changes)[0][:4] == (0.0, 0.0, 0, True)
+    assert pool.run(2, nothing_to_learn, data, changes)[0] == (None, None, 0, True)
     with pytest.raises(UserError, match="no token counts in the loss"):
         check_data(run_of(data, 1, **changes | {"context_parallel_size": 1}))
 
