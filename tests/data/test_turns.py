@@ -14,6 +14,7 @@ from longspan.data.turns import Turns
 from longspan.errors import UserError
 
 GLM_TOKENS = ["[gMASK]", "<sop>", "<|system|>", "<|observation|>"]
+HARMONY_TOKENS = ["<|start|>", "<|channel|>", "<|message|>", "<|return|>", "<|call|>"]
 DEEPSEEK_TOKENS = ["<U>", "<A>", "<calls>", "</calls>", "<output>", "</output>"]
 
 
@@ -23,7 +24,7 @@ def folder(tmp_path_factory):
     path = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     file = str(path / "tokenizer.json")
     tokenizer = Tokenizer.from_file(file)
-    tokenizer.add_special_tokens([*GLM_TOKENS, *DEEPSEEK_TOKENS])
+    tokenizer.add_special_tokens([*GLM_TOKENS, *DEEPSEEK_TOKENS, *HARMONY_TOKENS])
     tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])  # not special, as with Qwen3
     tokenizer.save(file)
     return path
@@ -239,6 +240,57 @@ def test_no_end_at_all_is_counted(folder):
     assert coder.missing == {"end": 1}  # chats, not turns
     # an end that is no token of this tokenizer
     assert of(folder, chat("a", "b"), "gemma")[1].missing == {"end": 1}
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_the_mark_of_any_other_role_is_the_end(folder, role):
+    messages = [*chat("a", "b"), {"role": role, "content": "be brief"}, *chat("c", "d")]
+    jinja = (
+        "{% for m in messages %}<|{{ m.role if m.role in ('user', 'assistant') else 'system' }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    texts, coder = of(folder, messages, jinja)
+    assert texts == ["b<|system|>", "d<|user|>"]
+    assert not coder.missing
+
+
+# Harmony's: an answer inside a chat ends otherwise than the last one, and a header has special tokens behind the role.
+HARMONY = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% for c in m.tool_calls or [] %}"
+    "<|start|>assistant<|channel|>commentary to={{ c.function.name }}<|message|>{{ c.function.arguments | tojson }}<|call|>"
+    "{% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}{{ '<|return|>' if m == messages[-1] else '<|end|>' }}"
+    "{% endfor %}{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+@pytest.mark.parametrize("first", ["b", ""])
+def test_an_end_inside_a_chat_that_differs_from_the_last(folder, first):
+    texts, coder = of(folder, chat("a", first, "c", "d"), HARMONY)
+    start = "<|channel|>final<|message|>"
+    assert texts == [f"{start}{first}<|end|>", f"{start}d<|return|>"]
+    texts, coder = of(folder, [*chat("a"), said(first), said("c")], HARMONY)
+    assert texts[0] == f"{start}{first}<|end|>"
+    assert texts[1].endswith("c<|return|>")
+    messages = [*ASK, said(tool_calls=[call(city="Paris")]), result("sunny"), said("Sunny.")]
+    texts, _ = of(folder, messages, HARMONY)
+    assert texts == [
+        '<|channel|>commentary to=weather<|message|>{"city": "Paris"}<|call|>',
+        f"{start}Sunny.<|return|>",
+    ]
+    assert not coder.missing
+
+
+def test_an_end_behind_the_last_answer_alone(folder):
+    """What follows the first is the next turn's own beginning, which is no end here; nor is the header's last token."""
+    jinja = (
+        "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}"
+        "{{ '<|return|>' if loop.last and m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}<|start|>{% endif %}"
+    )
+    for first in ("b", ""):
+        texts, coder = of(folder, chat("a", first, "c", "d"), jinja)
+        assert texts == [f"assistant<|message|>{first}", "assistant<|message|>d<|return|>"]
+        assert coder.missing == {"end": 1}
 
 
 # --- calls ---------------------------------------------------------------------------------------
