@@ -137,6 +137,23 @@ def test_thoughts_without_a_place_are_counted(folder, name):
     assert coder.missing == {"thoughts": 1}
 
 
+R1 = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("thought", ["<think>why\n</think>", "why</think>"])
+def test_thoughts_inside_a_content_that_are_cut_off_are_counted(folder, thought):
+    texts, coder = of(folder, chat("a", f"{thought}b"), R1)
+    assert texts == ["b<|im_end|>"]
+    assert coder.missing == {"thoughts": 1}
+    assert not of(folder, chat("a", f"{thought}b"), "chatml")[1].missing
+    assert not of(folder, chat("a", "<think>\n</think>b"), R1)[1].missing  # no thought is in there
+    assert not of(folder, chat("a", f"{thought}b", "c", "d"), R1)[1].missing
+
+
 def test_a_thought_under_another_name(folder):
     messages = [*chat("a"), said("b", thought="x")]
     mapping = {"role": "role", "content": "content", "reasoning_content": "thought"}
@@ -326,6 +343,15 @@ def test_a_call_behind_a_content_and_two_at_once(folder):
     for name, last in {"qwen3": NO_THOUGHT, "qwen_25": ""}.items():
         texts, coder = of(folder, messages, name)
         assert texts == [f"I look.\n{CALL}\n{second}<|im_end|>", f"{last}Sunny at noon.<|im_end|>"]
+        assert not coder.missing
+
+
+def test_calls_as_json_text_and_calls_without_arguments(folder):
+    texts, _ = of(folder, [*ASK, said(tool_calls=json.dumps([call(city="Paris")]))], "qwen3")
+    assert texts == [f"{NO_THOUGHT}{CALL}<|im_end|>"]
+    for arguments in ({}, {"arguments": None}):
+        texts, coder = of(folder, [*ASK, said(tool_calls=[{"name": "time", **arguments}])], "qwen_25")
+        assert texts == ['<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call><|im_end|>']
         assert not coder.missing
 
 

@@ -115,6 +115,14 @@ class Turns:
             bare = [_without(message, *THOUGHTS) for message in messages]
             if chat.text(bare) == chat.whole:
                 missing.add("thoughts")
+        # Thoughts inside a content: templates may cut them off. Many do so in all turns but the last.
+        last = max((i for i, count in enumerate(counts) if count), default=0)
+        inner, end, rest = messages[last]["content"].partition("</think>")
+        begin, tag, thought = inner.rpartition("<think>")
+        if end and counts[last] and thought.strip():
+            other = {**messages[last], "content": begin + tag + chat.mark + end + rest}
+            if chat.text(chat.instead(last, other)) == chat.whole:
+                missing.add("thoughts")
         marks = [
             f"{chat.mark}all{i}." if message["content"].strip() else "" for i, message in enumerate(messages)
         ]
