@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from chats import chat, encoder, learned, write_tokenizer
 from longspan.data.chat import ChatTemplate
+from longspan.data.templates import TEMPLATES
 from longspan.data.turns import Turns
 from longspan.errors import UserError
 
@@ -353,6 +354,21 @@ def test_calls_as_json_text_and_calls_without_arguments(folder):
         texts, coder = of(folder, [*ASK, said(tool_calls=[{"name": "time", **arguments}])], "qwen_25")
         assert texts == ['<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call><|im_end|>']
         assert not coder.missing
+
+
+def test_calls_without_content_cost_the_other_turns_no_renders(monkeypatch):
+    """A turn with a content is found by the marks, at one render each; a call alone takes five of its own."""
+    qwen3 = ChatTemplate("qwen3", TEMPLATES["qwen3"], {"eos_token": "<|im_end|>"}, ("<|im_end|>",))
+    step = [said("", tool_calls=[call(city="Paris")]), result("sunny")]
+    step += [said("I look.", tool_calls=[call(city="Paris")]), result("dry")] * 4
+    messages = [*ASK, *step * 2, said("Sunny.")]
+    renders = []
+    render = ChatTemplate.render
+    monkeypatch.setattr(ChatTemplate, "render", lambda *given: renders.append(1) or render(*given))
+    found = Turns(qwen3).find(messages, [m["role"] == "assistant" for m in messages])
+    turns = [f"{CALL}<|im_end|>", *[f"I look.\n{CALL}<|im_end|>"] * 4] * 2
+    assert [found.text[a:b] for a, b in found.spans] == [*turns, f"{NO_THOUGHT}Sunny.<|im_end|>"]
+    assert len(renders) <= 8 + 5 * 3 + 10
 
 
 # Calls in special tokens, arguments as text, and no header for the answer that follows the results.

@@ -310,6 +310,8 @@ def _by_marks(chat: _Chat, answers: Sequence[int]) -> dict[int, Span]:
     a content is not in the whole as it is.
     """
     messages, whole, found = chat.messages, chat.whole, {}
+    # A mark in place of nothing would change how calls are set apart from a content.
+    answers = [i for i in answers if messages[i]["content"] or not messages[i].get("tool_calls")]
     marks = {i: f"{chat.mark}turn{i}." for i in answers}
     masked = [{**m, "content": marks[i]} if i in marks else m for i, m in enumerate(messages)]
     around = chat.text(masked)
