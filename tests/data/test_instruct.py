@@ -10,6 +10,7 @@ from longspan.config.keys.data import DatasetConfig
 from longspan.data.chat import ChatTemplate
 from longspan.data.instruct import ALPACA, Recipe
 from longspan.data.text import load_tokenizer
+from longspan.data.tokenizer_files import read_tokenizer_files, with_template
 from longspan.data.turns import Turns
 from longspan.errors import UserError
 
@@ -298,7 +299,22 @@ def test_tools_reach_the_template(folders):
         ({"messages": []}, "holds an empty list"),
         ({"messages": "hello"}, "no JSON list"),
         ({"messages": [3]}, "message 0 of 'messages' is a int"),
-        ({"messages": [{"role": "user"}]}, "message 0 of 'messages' has no field 'value'"),
+        ({"messages": [{"role": "user"}]}, "message 0 of 'messages' is empty: it has no content, no calls"),
+        ({"messages": [{"role": "user", "text": "a"}]}, "message 0 of 'messages' has no field 'content'"),
+        ({"messages": [{"from": "user", "text": "a"}]}, "message 0 of 'messages' has no field 'value'"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "message 0 .* is empty"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": "{"}]},
+            "'tool_calls' holds a str that is no list",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": {}}]},
+            "'tool_calls' holds a dict that is no list",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+            "holds a list; only text",
+        ),
         ({"messages": [{"role": "bot", "content": "a"}]}, r"the role 'bot' .* roles: {assistant: \[bot\]}"),
         ({"messages": [{"role": "user", "content": 4}]}, "'content' holds a int; only text"),
         (
@@ -360,6 +376,21 @@ def test_where_a_template_comes_from(tmp_path):
     }.items():
         with pytest.raises(UserError, match=message):
             text(none, *arguments)
+
+
+@pytest.mark.parametrize(
+    "given", [[1], 5, {"default": "x"}, [{"name": "default", "template": 5}], [{"name": [], "template": "x"}]]
+)
+def test_a_template_of_the_tokenizer_that_is_no_text(tmp_path, given):
+    folder = write_tokenizer(tmp_path / "t", chat_template=given)
+    with pytest.raises(UserError, match=r"tokenizer_config.json: chat_template is neither text nor a list"):
+        encoder(folder, type="chat_template")
+    with pytest.raises(UserError, match=r"tokenizer_config.json: chat_template is neither text nor a list"):
+        with_template(read_tokenizer_files(folder), "x")
+    encoder(folder, type="chat_template", chat_template="chatml")  # which does not need it
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"chat_template.jinja: cannot be read as UTF-8"):
+        encoder(folder, type="chat_template")
 
 
 def test_templates_cannot_reach_python():

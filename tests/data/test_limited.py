@@ -13,6 +13,7 @@ from longspan.data import limited as module
 from longspan.data.chat import ChatTemplate
 from longspan.data.limited import LimitError, limited
 from longspan.data.templates import TEMPLATES
+from longspan.data.turns import Turns
 from longspan.errors import UserError
 
 
@@ -71,15 +72,30 @@ def make_strange():
 @pytest.mark.parametrize("thread", [False, True])
 def test_what_runs_for_ever_is_ended(function, thread):
     with ThreadPoolExecutor(1) as pool:
-        with pytest.raises(LimitError, match="more than 0.3 seconds"):
+        with pytest.raises(LimitError, match=r"more than 0.3 seconds of computing, .* look for a loop"):
             pool.submit(limited, function).result() if thread else limited(function)
         assert pool.submit(limited, add, 1, 2).result() == 3
 
 
 def test_too_much_memory_is_refused():
-    with pytest.raises(LimitError, match="more than 2 GiB"):
+    with pytest.raises(LimitError, match=r"^it took more than 2 GiB of memory$"):
         limited(much_memory)
+    with pytest.raises(LimitError, match=r"^the process that ran it ended with code 3$"):
+        limited(os._exit, 3)
     assert limited(add, 1, 2) == 3
+
+
+def test_an_interrupt_leaves_no_process_behind(monkeypatch):
+    limited(add, 1, 2)
+    process = module._state.process
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.pickle, "load", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        limited(add, 1, 2)
+    assert process.returncode is not None  # it was waited for
 
 
 def test_threads_take_turns():
@@ -142,12 +158,12 @@ def test_an_endless_template_is_refused(template, message):
     with pytest.raises(UserError, match=f"chat template some.*{message}"):
         found = ChatTemplate("some", template, {})
         found.check()
-        found.answers(chat("a", "b"), [False, True])
+        Turns(found).find(chat("a", "b"), [False, True])
 
 
 def test_a_template_of_a_stranger_gives_what_a_bundled_one_gives():
     messages = chat("a", "b", "c", "d")
-    own = ChatTemplate("own", CHATML, {}).answers(messages, [False, True] * 2)
+    own = Turns(ChatTemplate("own", CHATML, {})).find(messages, [False, True] * 2)
     other = ChatTemplate("other", CHATML + "{# of a stranger #}", {})
     other.check()
-    assert other.answers(messages, [False, True] * 2) == own
+    assert Turns(other).find(messages, [False, True] * 2) == own

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from longspan.data.indexed import IndexedDataset, IndexedDatasetWriter
 from longspan.data.loader import Prefetcher, TokenDataset
-from longspan.data.packing import IGNORE_INDEX
+from longspan.data.packing import IGNORE_INDEX, EndOfDocument
 from longspan.errors import UserError
 
 
@@ -100,6 +100,22 @@ def test_rows(datasets):
         for index in (-2, len(dataset)):
             with pytest.raises(IndexError):
                 dataset.row(index)
+
+
+@pytest.mark.parametrize("token", [5, 7])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_what_follows_an_end_of_document_is_not_counted_as_learned(tmp_path, token, split):
+    """Ends that stand last in the stream, inside documents and in a row: the number is that of the labels."""
+    with IndexedDatasetWriter(tmp_path / "d", np.uint16) as writer:
+        for length in (3, 1, 4, 9, 2, 6):
+            writer.add_document([7, *[5] * (length - 2), 7][:length])
+    data = TokenDataset(
+        [IndexedDataset(tmp_path / "d")],
+        *(4, 1, False, split, 0.3),
+        end_of_document=EndOfDocument(token, False, False, True),
+    )
+    learned = sum(int((data.row(i).labels != IGNORE_INDEX).sum()) for i in range(len(data)))
+    assert data.num_learned == learned < data.num_tokens - 1
 
 
 def test_order_of_epochs(datasets, files):

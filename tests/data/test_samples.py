@@ -104,7 +104,7 @@ def test_documents_of_records_have_no_masks(tmp_path, folder):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_what_a_template_leaves_out_is_said_once_with_counts(tmp_path, folder, monkeypatch, processes):
+def test_what_a_template_leaves_out_is_said_every_time_with_counts(tmp_path, folder, monkeypatch, processes):
     monkeypatch.setattr(samples, "CHUNK", 7)
     thought = [*chat("a"), {"role": "assistant", "content": "b", "reasoning_content": "x"}]
     records = [
@@ -121,7 +121,7 @@ def test_what_a_template_leaves_out_is_said_once_with_counts(tmp_path, folder, m
     ]
     assert all(line.startswith(f"{path}, chat template chatml: ") for line in said)
     prepare_samples(made, tmp_path / "cache", processes, remark=said.append)
-    assert len(said) == 2  # the samples are there
+    assert said[2:] == said[:2]  # the samples are there
 
 
 # --- rows ---------------------------------------------------------------------------------------

@@ -10,10 +10,12 @@ from tokenizers import AddedToken, Tokenizer
 
 from chats import chat, encoder, learned, write_tokenizer
 from longspan.data.chat import ChatTemplate
+from longspan.data.templates import TEMPLATES
 from longspan.data.turns import Turns
 from longspan.errors import UserError
 
 GLM_TOKENS = ["[gMASK]", "<sop>", "<|system|>", "<|observation|>"]
+HARMONY_TOKENS = ["<|start|>", "<|channel|>", "<|message|>", "<|return|>", "<|call|>"]
 DEEPSEEK_TOKENS = ["<U>", "<A>", "<calls>", "</calls>", "<output>", "</output>"]
 
 
@@ -23,7 +25,7 @@ def folder(tmp_path_factory):
     path = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     file = str(path / "tokenizer.json")
     tokenizer = Tokenizer.from_file(file)
-    tokenizer.add_special_tokens([*GLM_TOKENS, *DEEPSEEK_TOKENS])
+    tokenizer.add_special_tokens([*GLM_TOKENS, *DEEPSEEK_TOKENS, *HARMONY_TOKENS])
     tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])  # not special, as with Qwen3
     tokenizer.save(file)
     return path
@@ -136,6 +138,23 @@ def test_thoughts_without_a_place_are_counted(folder, name):
     assert coder.missing == {"thoughts": 1}
 
 
+R1 = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("thought", ["<think>why\n</think>", "why</think>"])
+def test_thoughts_inside_a_content_that_are_cut_off_are_counted(folder, thought):
+    texts, coder = of(folder, chat("a", f"{thought}b"), R1)
+    assert texts == ["b<|im_end|>"]
+    assert coder.missing == {"thoughts": 1}
+    assert not of(folder, chat("a", f"{thought}b"), "chatml")[1].missing
+    assert not of(folder, chat("a", "<think>\n</think>b"), R1)[1].missing  # no thought is in there
+    assert not of(folder, chat("a", f"{thought}b", "c", "d"), R1)[1].missing
+
+
 def test_a_thought_under_another_name(folder):
     messages = [*chat("a"), said("b", thought="x")]
     mapping = {"role": "role", "content": "content", "reasoning_content": "thought"}
@@ -241,6 +260,57 @@ def test_no_end_at_all_is_counted(folder):
     assert of(folder, chat("a", "b"), "gemma")[1].missing == {"end": 1}
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_the_mark_of_any_other_role_is_the_end(folder, role):
+    messages = [*chat("a", "b"), {"role": role, "content": "be brief"}, *chat("c", "d")]
+    jinja = (
+        "{% for m in messages %}<|{{ m.role if m.role in ('user', 'assistant') else 'system' }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    texts, coder = of(folder, messages, jinja)
+    assert texts == ["b<|system|>", "d<|user|>"]
+    assert not coder.missing
+
+
+# Harmony's: an answer inside a chat ends otherwise than the last one, and a header has special tokens behind the role.
+HARMONY = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% for c in m.tool_calls or [] %}"
+    "<|start|>assistant<|channel|>commentary to={{ c.function.name }}<|message|>{{ c.function.arguments | tojson }}<|call|>"
+    "{% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}{{ '<|return|>' if m == messages[-1] else '<|end|>' }}"
+    "{% endfor %}{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+@pytest.mark.parametrize("first", ["b", ""])
+def test_an_end_inside_a_chat_that_differs_from_the_last(folder, first):
+    texts, coder = of(folder, chat("a", first, "c", "d"), HARMONY)
+    start = "<|channel|>final<|message|>"
+    assert texts == [f"{start}{first}<|end|>", f"{start}d<|return|>"]
+    texts, coder = of(folder, [*chat("a"), said(first), said("c")], HARMONY)
+    assert texts[0] == f"{start}{first}<|end|>"
+    assert texts[1].endswith("c<|return|>")
+    messages = [*ASK, said(tool_calls=[call(city="Paris")]), result("sunny"), said("Sunny.")]
+    texts, _ = of(folder, messages, HARMONY)
+    assert texts == [
+        '<|channel|>commentary to=weather<|message|>{"city": "Paris"}<|call|>',
+        f"{start}Sunny.<|return|>",
+    ]
+    assert not coder.missing
+
+
+def test_an_end_behind_the_last_answer_alone(folder):
+    """What follows the first is the next turn's own beginning, which is no end here; nor is the header's last token."""
+    jinja = (
+        "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}"
+        "{{ '<|return|>' if loop.last and m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}<|start|>{% endif %}"
+    )
+    for first in ("b", ""):
+        texts, coder = of(folder, chat("a", first, "c", "d"), jinja)
+        assert texts == [f"assistant<|message|>{first}", "assistant<|message|>d<|return|>"]
+        assert coder.missing == {"end": 1}
+
+
 # --- calls ---------------------------------------------------------------------------------------
 
 
@@ -275,6 +345,30 @@ def test_a_call_behind_a_content_and_two_at_once(folder):
         texts, coder = of(folder, messages, name)
         assert texts == [f"I look.\n{CALL}\n{second}<|im_end|>", f"{last}Sunny at noon.<|im_end|>"]
         assert not coder.missing
+
+
+def test_calls_as_json_text_and_calls_without_arguments(folder):
+    texts, _ = of(folder, [*ASK, said(tool_calls=json.dumps([call(city="Paris")]))], "qwen3")
+    assert texts == [f"{NO_THOUGHT}{CALL}<|im_end|>"]
+    for arguments in ({}, {"arguments": None}):
+        texts, coder = of(folder, [*ASK, said(tool_calls=[{"name": "time", **arguments}])], "qwen_25")
+        assert texts == ['<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call><|im_end|>']
+        assert not coder.missing
+
+
+def test_calls_without_content_cost_the_other_turns_no_renders(monkeypatch):
+    """A turn with a content is found by the marks, at one render each; a call alone takes five of its own."""
+    qwen3 = ChatTemplate("qwen3", TEMPLATES["qwen3"], {"eos_token": "<|im_end|>"}, ("<|im_end|>",))
+    step = [said("", tool_calls=[call(city="Paris")]), result("sunny")]
+    step += [said("I look.", tool_calls=[call(city="Paris")]), result("dry")] * 4
+    messages = [*ASK, *step * 2, said("Sunny.")]
+    renders = []
+    render = ChatTemplate.render
+    monkeypatch.setattr(ChatTemplate, "render", lambda *given: renders.append(1) or render(*given))
+    found = Turns(qwen3).find(messages, [m["role"] == "assistant" for m in messages])
+    turns = [f"{CALL}<|im_end|>", *[f"I look.\n{CALL}<|im_end|>"] * 4] * 2
+    assert [found.text[a:b] for a, b in found.spans] == [*turns, f"{NO_THOUGHT}Sunny.<|im_end|>"]
+    assert len(renders) <= 8 + 5 * 3 + 10
 
 
 # Calls in special tokens, arguments as text, and no header for the answer that follows the results.

@@ -21,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from longspan.config.json_text import read_object
 from longspan.data.limited import LimitError, limited
 from longspan.data.templates import TEMPLATES
+from longspan.data.tokenizer_files import SETTINGS, TEMPLATE, named_templates
 from longspan.errors import UserError, did_you_mean
 
 # Around what {% generation %} holds, while it is rendered: private characters, which text has not.
@@ -89,9 +90,7 @@ def _within_limits(function: Callable[..., Any], text: str, *more: Any) -> Any:
     try:
         return limited(function, text, *more)
     except LimitError as error:
-        raise jinja2.TemplateError(
-            f"{error}, where milliseconds are usual; look for a loop without an end"
-        ) from None
+        raise jinja2.TemplateError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,6 @@ def find_template(
     Raises:
         UserError: no such template, or no jinja.
     """
-    own = own_template(folder)
     if jinja is not None or (name is not None and ("{%" in name or "{{" in name)):
         text = jinja if jinja is not None else name
         assert text is not None
@@ -173,12 +171,13 @@ def find_template(
         if file is not None:
             if not file.is_file():
                 raise UserError(f"chat_template_jinja {text!r}: no such file, and no jinja template.")
-            text = file.read_text(encoding="utf-8")
+            text = _read(file)
         found = "jinja" if file is None else str(file), text
     elif name in TEMPLATES:
         found = name, TEMPLATES[name]
     elif name in (None, "tokenizer_default") or name.startswith("tokenizer_default_fallback_"):
         other = (name or "").removeprefix("tokenizer_default_fallback_")
+        own = own_template(folder)
         if own is not None:
             found = f"of the tokenizer in {folder}", own
         elif other in TEMPLATES:
@@ -199,10 +198,18 @@ def find_template(
 
 
 def own_template(folder: Path) -> str | None:
-    """The template a tokenizer's folder holds."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    found = read_object(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(found, list):  # several, by name
-        found = {one.get("name"): one.get("template") for one in found}.get("default")
-    return found
+    """The template a tokenizer's folder holds.
+
+    Raises:
+        UserError: what is there is no text.
+    """
+    if (folder / TEMPLATE).is_file():
+        return _read(folder / TEMPLATE)
+    return named_templates(read_object(folder / SETTINGS), folder / SETTINGS).get("default")
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat template {file}: cannot be read as UTF-8 text ({error}).") from None

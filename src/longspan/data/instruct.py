@@ -44,8 +44,11 @@ ROLES = {"human": "user", "gpt": "assistant"} | {
     name: name for name in ("user", "assistant", "system", "tool", "developer", "function", "ipython")
 }
 
+#: fields beside a message's role that are no other name of its content
+_NO_CONTENT = ("tool_calls", "tool_call_id", "name", *THOUGHTS)
+
 #: changes when the same record would make another sample
-VERSION = 2
+VERSION = 3
 
 Sample = tuple[np.ndarray, np.ndarray | None]
 
@@ -265,13 +268,18 @@ class Encoder:
     def _message(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
         names = self.source.message_property_mappings or {}
         role_name = names.get("role") or ("role" if "role" in given else "from")
-        content_name = names.get("content") or ("content" if "content" in given else "value")
+        usual = "content" if "content" in given or "role" in given else "value"
+        content_name = names.get("content") or usual
         message = {k: v for k, v in given.items() if v is not None and k not in (role_name, content_name)}
         message |= {new: given[old] for new, old in names.items() if given.get(old) is not None}
+        if "tool_calls" in message:
+            message["tool_calls"] = _calls(message["tool_calls"], where)
         # A turn may be calls or thoughts alone; its content is empty then, or not there at all.
         silent = bool(message.get("tool_calls") or any(message.get(name) for name in THOUGHTS))
         for field in (role_name, content_name):
             if field not in given and not (silent and field == content_name):
+                if field == content_name and not given.keys() - {role_name, *_NO_CONTENT}:
+                    raise UserError(f"{where} is empty: it has no content, no calls and no thoughts.")
                 have = ", ".join(map(repr, given)) or "none"
                 raise UserError(
                     f"{where} has no field {field!r}. Its fields are {have}. Say which is which: message_property_mappings: "
@@ -283,9 +291,10 @@ class Encoder:
                 f"{where}: the role {role!r} is none of {', '.join(self._roles)}. Say what it is: roles: {{assistant: [{role}]}}."
             )
         if isinstance(content, list) and all(
-            isinstance(p, Mapping) and p.get("type") == "text" for p in content
+            isinstance(p, Mapping) and p.get("type") == "text" and isinstance(p.get("text", ""), str)
+            for p in content
         ):
-            content = "".join(part.get("text") or "" for part in content)
+            content = "".join(part.get("text", "") for part in content)
         if content is None and silent:
             content = ""
         if not isinstance(content, str):
@@ -293,6 +302,19 @@ class Encoder:
                 f"{where}: {content_name!r} holds a {type(content).__name__}; only text is trained on."
             )
         return message | {"role": self._roles[role], "content": content}
+
+
+def _calls(given: Any, where: str) -> list[Any]:
+    """The calls of a message, which may be JSON text."""
+    calls = given
+    if isinstance(given, str):
+        try:
+            calls = plain(parse_json(given)) if given.strip() else []
+        except ValueError:
+            calls = given
+    if not isinstance(calls, list):
+        raise UserError(f"{where}: 'tool_calls' holds a {type(calls).__name__} that is no list of calls.")
+    return calls
 
 
 def _field(record: Mapping[str, Any], name: str) -> Any:

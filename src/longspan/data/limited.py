@@ -31,7 +31,7 @@ IDLE_S = 30.0
 
 
 class LimitError(Exception):
-    """A call took more time or memory than it may."""
+    """A call took more time or memory than it may, or ended its process."""
 
 
 def limited(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -42,7 +42,7 @@ def limited(function: Callable[..., Any], *arguments: Any) -> Any:
         arguments: they and the result travel by pickle.
 
     Raises:
-        LimitError: a limit was passed.
+        LimitError: a limit was passed, or the call ended its process.
     """
     request = pickle.dumps((TIME_S, function, arguments))
     with _state.lock:
@@ -61,15 +61,15 @@ def limited(function: Callable[..., Any], *arguments: Any) -> Any:
                 BaseException
             ):  # an interrupt: an answer that comes later must not be taken for the next call's
                 process.kill()
+                process.wait()
                 raise
             # It may have ended, idle, just as this call began.
             if code != 0:
-                what = (
-                    f"more than {TIME_S:g} seconds of computing"
-                    if code == -signal.SIGPROF
-                    else f"its process ({code})"
-                )
-                raise LimitError(f"it took {what}")
+                if code == -signal.SIGPROF:
+                    raise LimitError(
+                        f"it took more than {TIME_S:g} seconds of computing, where milliseconds are usual; look for a loop without an end"
+                    )
+                raise LimitError(f"the process that ran it ended with code {code}")
     if isinstance(error, MemoryError):
         raise LimitError(f"it took more than {MEMORY >> 30} GiB of memory")
     if error is not None:

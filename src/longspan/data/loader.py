@@ -166,7 +166,8 @@ class TokenDataset:
         """Tokens of an epoch that are learned: the first of a document is never (without packing, the first of all)."""
         lengths = self._plan.lengths if isinstance(self._plan, Packs) else np.array([self.num_tokens])
         if not self.has_samples:
-            return int(np.maximum(lengths - 1, 0).sum())
+            unlearned = self._num_ends() if self.end_of_document and self.end_of_document.masks_loss else 0
+            return int(np.maximum(lengths - 1, 0).sum()) - unlearned
         files = np.searchsorted(self._first, self.documents, side="right") - 1
         total = 0
         for at, mask in enumerate(self.masks):
@@ -181,6 +182,16 @@ class TokenDataset:
                 int(mask.read(int(n), 1, int(length)).sum()) for n, length in zip(numbers[cut], kept[cut])
             )
         return total
+
+    def _num_ends(self) -> int:
+        """How often the end-of-document token has a token behind it in the stream. Reads all of it."""
+        assert isinstance(self._plan, Stream)
+        assert self.end_of_document is not None
+        token, count, last = self.end_of_document.token, 0, False
+        for document, length in zip(self._plan.documents.tolist(), np.diff(self._plan.begins).tolist()):
+            ends = self._read(document, 0, length) == token
+            count, last = count + int(ends.sum()), bool(ends[-1])
+        return count - last
 
     @property
     def num_documents(self) -> int:

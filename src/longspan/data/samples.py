@@ -2,8 +2,9 @@
 
     <name>-<fingerprint>/samples.bin, .idx              the tokens, a document a sample
     <name>-<fingerprint>/samples_mask.bin, .idx         uint8, 1 where a token is learned
+    <name>-<fingerprint>/samples_missing.json           what the chat template left out -> of how many chats
 
-Both are in the format of ``indexed``. Documents (type: completion) have no mask. The token files
+The first two are in the format of ``indexed``. Documents (type: completion) have no mask. The token files
 come last: where they are, all is there.
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from longspan.config.json_text import read_object
 from longspan.data.cache import is_whole, only_here
 from longspan.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype, bin_and_idx
 from longspan.data.instruct import Encoder, Recipe, Sample
@@ -82,7 +84,7 @@ def prepare_samples(
     Args:
         processes: that tokenise; default: the cores. A small dataset is done without.
         progress: called with (samples, tokens) done so far.
-        remark: called, when the samples are made, with a line for each thing that the chat template left out of them.
+        remark: called with a line for each thing that the chat template left out of the samples, whenever they were made.
 
     Returns:
         The prefix of the token files.
@@ -101,21 +103,24 @@ def prepare_samples(
     if not _is_whole(prefix, masked):
         with only_here(prefix.parent):
             if not _is_whole(prefix, masked):  # while this process waited
-                missing = _write_samples(recipe, prefix, masked, processes or os.cpu_count() or 1, progress)
-                if remark is not None and recipe.template is not None:
-                    count = len(IndexedDataset(prefix))
-                    for what, chats in sorted(missing.items()):
-                        remark(
-                            f"{recipe.source.path}, chat template {recipe.template.name}: {chats:,} of {count:,} chats "
-                            f"{MISSING[what]}."
-                        )
+                _write_samples(recipe, prefix, masked, processes or os.cpu_count() or 1, progress)
+    if remark is not None and recipe.template is not None:
+        count = len(IndexedDataset(prefix))
+        for what, chats in sorted(read_object(_missing_file(prefix)).items()):
+            remark(
+                f"{recipe.source.path}, chat template {recipe.template.name}: {chats:,} of {count:,} chats {MISSING[what]}."
+            )
     return prefix
+
+
+def _missing_file(prefix: Path) -> Path:
+    return prefix.with_name(f"{prefix.name}_missing.json")
 
 
 def _write_samples(
     recipe: Recipe, prefix: Path, masked: bool, processes: int, progress: Progress | None
-) -> Counter[str]:
-    """Writes the samples; returns what the chat template left out, and of how many chats."""
+) -> None:
+    """Writes the samples, and before them what the chat template left out, and of how many chats."""
     missing: Counter[str] = Counter()
     vocab_size = vocabulary_size(load_tokenizer(recipe.tokenizer))
     writer = IndexedDatasetWriter(prefix, best_dtype(vocab_size))
@@ -134,12 +139,13 @@ def _write_samples(
             raise UserError(
                 f"{recipe.source.path}: no record with any text in it. Look at the data, its split and its fields."
             )
-    return missing
+        _missing_file(prefix).write_text(json.dumps(missing))
 
 
 def _is_whole(prefix: Path, masked: bool) -> bool:
     try:
-        return is_whole(prefix) and (open_masks(prefix) is not None) == masked
+        whole = is_whole(prefix) and _missing_file(prefix).is_file()
+        return whole and (open_masks(prefix) is not None) == masked
     except UserError:
         return False
 

@@ -34,7 +34,8 @@ _QWEN_TOOLS = (
 _QWEN_CALL = (
     "{% set call = call.function or call %}"
     '{{ \'<tool_call>\\n{"name": "\' + call.name + \'", "arguments": \' }}'
-    "{{ call.arguments if call.arguments is string else call.arguments | tojson }}"
+    "{% set arguments = {} if call.arguments is undefined or call.arguments is none else call.arguments %}"
+    "{{ arguments if arguments is string else arguments | tojson }}"
     "{{ '}\\n</tool_call>' }}"
 )
 

@@ -101,15 +101,36 @@ def with_tokens(files: Mapping[str, bytes], tokens: Mapping[str, str]) -> dict[s
     return changed
 
 
+def named_templates(settings: Mapping[str, Any], where: str | Path) -> dict[str, str]:
+    """The chat templates in a tokenizer's settings, by name; one that has no name is "default".
+
+    Args:
+        where: the settings are, for messages.
+
+    Raises:
+        UserError: they are no texts.
+    """
+    given = settings.get("chat_template")
+    named = [{"name": "default", "template": given}] if isinstance(given, str) else given or []
+    if isinstance(named, list) and all(
+        isinstance(one, dict) and all(isinstance(one.get(key), str) for key in ("name", "template"))
+        for one in named
+    ):
+        return {one["name"]: one["template"] for one in named}
+    raise UserError(
+        f"{where}: chat_template is neither text nor a list of objects with a name and a template, both text. Put it right or "
+        "remove it."
+    )
+
+
 def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
     """The files with another chat template; other templates, which have names of their own, stay."""
     changed = dict(files)
     settings = json_object(files, SETTINGS)
-    old = settings.pop("chat_template", None)
-    for one in old if isinstance(old, list) else []:
-        name, text = one.get("name"), one.get("template")
-        if name != "default" and isinstance(text, str) and re.fullmatch(r"\w[\w.-]*", str(name)):
+    for name, text in named_templates(settings, SETTINGS).items():
+        if name != "default" and re.fullmatch(r"\w[\w.-]*", name):
             changed.setdefault(f"{MORE_TEMPLATES}/{name}.jinja", text.encode())
+    settings.pop("chat_template", None)
     if SETTINGS in files:
         changed[SETTINGS] = to_bytes(settings)
     changed.pop("chat_template.json", None)

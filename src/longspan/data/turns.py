@@ -31,9 +31,6 @@ from longspan.errors import UserError
 #: names that a turn's thoughts have in the data and in templates
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
-#: roles whose mark behind an answer stops a model: somebody else's turn begins
-_OTHERS = ("user", "tool", "function", "ipython")
-
 
 class Found(NamedTuple):
     """A chat as text, and what of it is learned.
@@ -83,7 +80,7 @@ class Turns:
         answers = [i for i, count in enumerate(counts) if count]
         if marked and len(marked) == len(assistants) and set(answers) <= set(assistants):
             spans = {i: span for i, span in zip(assistants, marked) if counts[i]}
-            missing |= {"end" for start, stop in spans.values() if not whole[start:stop].endswith(self._ends)}
+            missing |= {"end" for i, span in spans.items() if not self._is_ended(chat, i, span)}
             self._check_calls(chat, spans)
             return Found(whole, list(spans.values()), frozenset(missing))
         if marked and answers == assistants:  # several to a turn
@@ -117,6 +114,14 @@ class Turns:
         if any(counts[i] and any(message.get(k) for k in THOUGHTS) for i, message in enumerate(messages)):
             bare = [_without(message, *THOUGHTS) for message in messages]
             if chat.text(bare) == chat.whole:
+                missing.add("thoughts")
+        # Thoughts inside a content: templates may cut them off. Many do so in all turns but the last.
+        last = max((i for i, count in enumerate(counts) if count), default=0)
+        inner, end, rest = messages[last]["content"].partition("</think>")
+        begin, tag, thought = inner.rpartition("<think>")
+        if end and counts[last] and thought.strip():
+            other = {**messages[last], "content": begin + tag + chat.mark + end + rest}
+            if chat.text(chat.instead(last, other)) == chat.whole:
                 missing.add("thoughts")
         marks = [
             f"{chat.mark}all{i}." if message["content"].strip() else "" for i, message in enumerate(messages)
@@ -162,41 +167,66 @@ class Turns:
         """
         text, missing = chat.whole, set()
         for i, (start, stop) in spans.items():
-            message = chat.messages[i]
-            if message["role"] != "assistant" or (self._closes and text[start:stop].endswith(self._ends)):
+            message, following = chat.messages[i], chat.messages[i + 1 : i + 2]
+            if message["role"] != "assistant" or (self._closings and self._is_ended(chat, i, (start, stop))):
                 continue
-            if i + 1 == len(chat.messages):
-                mark = (
-                    ""
-                    if self._closes or text[stop:].strip()
-                    else self._next_mark(bool(message.get("tool_calls")))
-                )
+            if not following:
+                mark = ""
+                if not self._closings and not text[stop:].strip():
+                    mark = self._next_mark(bool(message.get("tool_calls")))
                 text = text[:stop] + mark if mark else text
-            elif chat.messages[i + 1]["role"] in _OTHERS:
-                mark = "" if self._closes else self._leading(text[stop:])
-            else:  # the same speaker goes on: nothing stops here
-                continue
+            else:
+                role, mark = following[0]["role"], self._leading(text[stop:])
+                # A template that has ends of its own does not leave them to the next turn.
+                if self._closings and mark.strip() in self._beginnings(role):
+                    mark = ""
+                if role == "assistant" and not (mark and self._closings):
+                    continue  # the same speaker goes on: nothing stops here
             spans[i] = start, stop + len(mark)
             if not mark:
                 missing.add("end")
         return text, missing
 
+    def _is_ended(self, chat: _Chat, i: int, span: Span) -> bool:
+        """Whether a turn ends with an end token: behind calls any special one, else one that stands behind contents."""
+        ends = self._ends if chat.messages[i].get("tool_calls") else self._closings
+        return chat.whole.endswith(ends, *span)
+
     @cached_property
-    def _closes(self) -> bool:
-        """Does the template put a special token behind an answer?"""
-        texts = self._sample({"role": "assistant", "content": _SAMPLE[1]})
-        return texts is None or any(end in texts.partition(_SAMPLE[1])[2] for end in self._ends)
+    def _closings(self) -> tuple[str, ...]:
+        """The special tokens that the template puts behind an answer, at the end of a chat or inside one.
+
+        Those of the next turn are not among them; none where the template leaves the end to the next turn.
+        """
+        last = self._sample({"role": "assistant", "content": _SAMPLE[1]})
+        if last is None:
+            return self._ends
+        behind = last.partition(_SAMPLE[1])[2]
+        inside = self._behind_answer("user").strip()
+        found = {end for end in self._ends if end in behind}
+        if found and inside not in self._beginnings("user"):
+            found.add(inside)
+        return tuple(found)
+
+    def _beginnings(self, role: str) -> tuple[str, ...]:
+        """What a message of a role may begin with itself: a special token, or any where the template does not show it."""
+        one, two = self._sample(), self._sample({"role": role, "content": _SAMPLE[1]})
+        if one is None or two is None:
+            return ("", *self._ends)
+        end = one.partition(_SAMPLE[0])[2].rstrip()
+        return ("", self._leading(two.partition(_SAMPLE[0])[2].removeprefix(end)).strip())
 
     def _next_mark(self, after_calls: bool) -> str:
         """The special token that a next turn begins with, and the white space before it; "" without one."""
-        for role in ("tool", "user") if after_calls else ("user",):
-            texts = self._sample(
-                {"role": "assistant", "content": _SAMPLE[1]}, {"role": role, "content": _SAMPLE[2]}
-            )
-            mark = self._leading(texts.partition(_SAMPLE[1])[2]) if texts else ""
-            if mark:
-                return mark
-        return ""
+        marks = (self._behind_answer(role) for role in (("tool", "user") if after_calls else ("user",)))
+        return next(filter(None, marks), "")
+
+    def _behind_answer(self, role: str) -> str:
+        """The special token behind an answer that a message of a role follows, and the white space before it; or ""."""
+        texts = self._sample(
+            {"role": "assistant", "content": _SAMPLE[1]}, {"role": role, "content": _SAMPLE[2]}
+        )
+        return self._leading(texts.partition(_SAMPLE[1])[2]) if texts else ""
 
     def _leading(self, text: str) -> str:
         """The special token at the beginning of a text, and the white space before it; "" without one."""
@@ -280,6 +310,8 @@ def _by_marks(chat: _Chat, answers: Sequence[int]) -> dict[int, Span]:
     a content is not in the whole as it is.
     """
     messages, whole, found = chat.messages, chat.whole, {}
+    # A mark in place of nothing would change how calls are set apart from a content.
+    answers = [i for i in answers if messages[i]["content"] or not messages[i].get("tool_calls")]
     marks = {i: f"{chat.mark}turn{i}." for i in answers}
     masked = [{**m, "content": marks[i]} if i in marks else m for i, m in enumerate(messages)]
     around = chat.text(masked)
