@@ -262,10 +262,8 @@ def join(resolved: Run, device_type: str) -> int:
         if alone:
             hold()
             config = prepared(resolved, show=True)
-        second = "ends" if alone else "later" if started_by is None else "launcher"
-        stopping = until_the_end.enter_context(
-            Stopping(speaks=os.environ.get("RANK", "0") == "0", second=second)
-        )
+        first = os.environ.get("RANK", "0") == "0"
+        stopping = until_the_end.enter_context(Stopping(speaks=first, second_ends=started_by is None))
         try:
             init_distributed(device_type, resolved.config.ddp_timeout)
             if config is None:

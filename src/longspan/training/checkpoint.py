@@ -125,16 +125,18 @@ def load(
     optimizer: torch.optim.Optimizer | None,
     rng: bool,
     checksums: bool = True,
+    option: str = "resume",
 ) -> None:
     """Loads weights, optimizer state (unless None) and random number states; collective, from any layout.
 
     Args:
         checksums: compare the files with their checksums first.
+        option: what named the checkpoint, for messages.
 
     Raises:
         UserError: the files are damaged or hold something else; the same on all ranks.
     """
-    metadata = verify(path, checksums)
+    metadata = verify(path, checksums, option)
     state: dict[str, Any] = {"model": trained_state(model)}
     own_optimizer: dict[str, Any] = {}
     if optimizer is not None:
@@ -144,7 +146,7 @@ def load(
     own = f"rng.{dist.get_rank()}"
     if rng and own in metadata.state_dict_metadata:  # at another number of ranks each starts from its seed
         state[own] = torch.get_rng_state()
-    read_tensors(path, state, metadata)
+    read_tensors(path, state, metadata, option)
     # frozen weights are missing there
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     if optimizer is not None:
