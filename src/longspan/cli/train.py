@@ -379,7 +379,8 @@ def prepared_together(resolved: Run, local_rank: int, hold: Callable[[], None] |
         try:
             if hold is not None and dist.get_rank() == 0:
                 hold()
-            config = prepared(resolved, show=dist.get_rank() == 0)
+            # a launcher of ours has shown what there is to see
+            config = prepared(resolved, show=hold is not None and dist.get_rank() == 0)
         except UserError as error:
             problems = error.problems
     found: list = [None] * dist.get_world_size()

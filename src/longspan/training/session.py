@@ -225,9 +225,9 @@ def leave(error: Exception, output: Path, seconds: float, step: int | None = Non
     elif many and timed_out(error):
         print(f"longspan: error: {late(rank, where, seconds)}", file=sys.stderr)
     elif many and lost(error):
-        print(
-            f"longspan: {name}lost the connection to another rank, which ended, in {where}.", file=sys.stderr
-        )
+        why = str(error).partition("\n")[0]
+        text = f"lost the connection to another rank, which ended, in {where} ({why})."
+        print(f"longspan: {name}{text}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     sys.stdout.flush()
