@@ -17,6 +17,7 @@ import pool
 import tiny
 from longspan.data import IndexedDatasetWriter
 from longspan.training import checkpoint, session
+from longspan.training.lock import CONFIG
 from longspan.training.loop import NotFinite, Trainer
 from longspan.training.metrics import JsonLines, Metrics, keep_until
 from longspan.training.progress import Progress
@@ -294,7 +295,7 @@ def loses_its_folder(prefix, folder):
     try:
         with Stopping() as stopping, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             output.mkdir()
-            (output / session.CONFIG).write_text("")
+            (output / CONFIG).write_text("")
             code = session.train(run, CPU, stopping)
     finally:
         session.make_progress = make
@@ -329,7 +330,7 @@ def trained(prefix, folder, **changes):
     """A whole run by ``session.train``: (exit code, what was printed)."""
     run = tiny.tiny_run(prefix, dist.get_world_size(), output_dir=str(folder), **changes)
     folder.mkdir(exist_ok=True)
-    (folder / session.CONFIG).write_text("")
+    (folder / CONFIG).write_text("")
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), Stopping() as stopping:
         code = session.train(run, CPU, stopping)

@@ -16,12 +16,19 @@ from pathlib import Path
 
 from longspan.errors import UserError
 
+#: the file of a run's folder that is written first; ``longspan train`` writes it
+CONFIG = "config.yaml"
 #: the file that is locked; it stays, and only the lock on it means something
 LOCK = ".longspan.lock"
 #: seconds in which the processes of a killed launcher have to end; one that holds a GPU takes some
 DYING_S = 10.0
 #: what a file system without locks answers
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+
+def unwritable(folder: Path, error: OSError, key: str = "output_dir") -> UserError:
+    """The refusal of a folder that a key names and nothing can be written to."""
+    return UserError(f"{key} {folder}: cannot write there ({error.strerror}). Choose another {key}.")
 
 
 @contextlib.contextmanager
@@ -40,9 +47,7 @@ def hold(folder: Path) -> Iterator[int | None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise UserError(
-            f"output_dir {folder}: cannot write there ({error.strerror}). Choose another output_dir."
-        ) from None
+        raise unwritable(folder, error) from None
     try:
         yield file if _lock(file, folder) else None
     finally:

@@ -18,6 +18,7 @@ from longspan.training.adapters import parameter_counts
 from longspan.training.banner import banner, megatron_line
 from longspan.training.checkpoint import SaveError
 from longspan.training.export import export, prepare_export
+from longspan.training.lock import CONFIG
 from longspan.training.loop import NotFinite, Trainer
 from longspan.training.metrics import (
     JsonLines,
@@ -33,9 +34,6 @@ from longspan.training.model_files import Files
 from longspan.training.progress import Progress, loss_text, make_progress
 from longspan.training.stopping import Stopping
 from longspan.training.waiting import Watch, calls_of, late, lost, place, timed_out
-
-#: the file of a run's folder that is written first; ``longspan train`` writes it
-CONFIG = "config.yaml"
 
 
 def train(run: Run, device: torch.device, stopping: Stopping) -> int:
@@ -344,7 +342,7 @@ def last_lines(summary: dict, trainer: Trainer, output: Path, exported: bool) ->
                 if stopped
                 else [
                     "next: --context-parallel-size 4 cuts each sequence over more ranks and gives the same losses;",
-                    f"      longspan verify {output / 'config.yaml'} shows that they are",
+                    f"      longspan verify {output / CONFIG} shows that they are",
                     *([f"      longspan generate {output / 'hf'} lets the model write"] if exported else []),
                 ]
             ),
