@@ -36,6 +36,18 @@ while not got or {deaf}:
 os.write(1, b"saved after %s\n" % signal.Signals(got[0]).name.encode())
 os._exit(1)
 """
+#: writes a file some time after a signal
+LEAVES_A_FILE = r"""
+import os, signal, time
+got = []
+signal.signal(signal.SIGHUP, lambda n, _: got.append(n))
+os.write(1, b"rank %d\n" % os.getpid())
+while not got:
+    time.sleep(0.01)
+time.sleep(0.5)
+open({path!r}, "w").write("saved")
+os._exit(1)
+"""
 
 
 class Launcher:
@@ -83,6 +95,19 @@ def test_a_second_signal_kills_ranks_that_do_not_end():
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_launcher_whose_reader_has_gone_waits_for_its_ranks(tmp_path):
+    """``2>&1 | tee log``: Ctrl-C ends tee too, and the launcher's own line once ended it and killed the ranks."""
+    launcher = Launcher(LEAVES_A_FILE.format(path=str(tmp_path / "file")))
+    launcher.lines(1)
+    launcher.process.stdout.close()
+    launcher.process.stderr.close()
+    # the same signal again at once is not a second one
+    launcher.process.send_signal(signal.SIGHUP)
+    os.kill(launcher.process.pid, signal.SIGHUP)
+    assert launcher.process.wait(60) == 1
+    assert (tmp_path / "file").read_text() == "saved"
 
 
 def test_a_hangup_that_is_ignored_at_the_start_is_not_handed_on():

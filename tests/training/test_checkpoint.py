@@ -316,3 +316,59 @@ def loads(prefix, folder):
     for path in Path(folder).glob("step_*"):
         trainer.resume(path)
         assert all(torch.isfinite(p.full_tensor()).all() for p in trainer.model.parameters())
+
+
+def saves_between(prefix, folder):
+    """A step without a target and one that learns, without and with a checkpoint in between, and after a resume."""
+
+    def steps(between):
+        trainer = Trainer(tiny.tiny_run(prefix, 1, max_steps=4, weight_decay=0.5), CPU)
+        compute = trainer.compute_gradients
+        trainer.compute_gradients = lambda batches: (None, 0)
+        trainer.train_step(trainer.micro_batches(0))
+        trainer.compute_gradients = compute
+        trainer = between(trainer) or trainer
+        trainer.train_step(trainer.micro_batches(1))
+        return {name: p.detach().full_tensor().clone() for name, p in trainer.model.named_parameters()}
+
+    def save(trainer):
+        saves = Checkpointer(Path(folder))
+        saves.save(trainer.step, trainer.model, trainer.optimizer, trainer.description())
+        saves.finish()
+
+    def resume(_):
+        trainer = Trainer(tiny.tiny_run(prefix, 1, max_steps=4, weight_decay=0.5), CPU)
+        trainer.resume(checkpoint.find(Path(folder)))
+        assert trainer.step == 1
+        return trainer
+
+    expected = steps(lambda trainer: None)
+    for between in (save, resume):
+        found = steps(between)
+        assert all(torch.equal(expected[name], found[name]) for name in expected), between
+
+
+def test_a_checkpoint_before_the_first_update_leaves_the_optimizer_as_it_was(prefix, tmp_path):
+    """Adam once took it for a step, and the first update was a third smaller."""
+    pool.run(1, saves_between, prefix, str(tmp_path))
+
+
+def loses_a_checkpoint(prefix, folder):
+    folder = Path(folder) / "run" / "checkpoints"
+    trainer = Trainer(tiny.tiny_run(prefix, 1), CPU)
+    saves = Checkpointer(folder)
+    # the folder of the run vanishes, then that of a checkpoint alone
+    for gone in (folder.parent, folder / ".step_00000001.partial"):
+        saves.save(1, trainer.model, trainer.optimizer, trainer.description())
+        assert saves.pending is not None
+        saves.pending[1].result()
+        shutil.rmtree(gone)
+        with pytest.raises(SaveError, match=r"removed or moved while it was written.*MiB were free there"):
+            saves.finish()
+        assert not (folder / "latest").exists()
+    saves.save(1, trainer.model, trainer.optimizer, trainer.description())
+    assert saves.finish() == checkpoint.newest(folder)
+
+
+def test_a_checkpoint_that_vanishes_while_it_is_written_is_an_error_of_saving(prefix, tmp_path):
+    pool.run(1, loses_a_checkpoint, prefix, str(tmp_path))

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 
 import command
 import pool
@@ -184,6 +186,7 @@ def test_from_the_command_line(prefix, steps, tmp_path, capsys):
     assert main.main(["convert", "--checkpoint", str(out), "--output", str(tmp_path / "hf")]) == 2
     assert "--checkpoint: " in (error := capsys.readouterr().err)
     assert "is not as it was written: __1_0.distcp" in error
+    assert "verify_checkpoint" not in error  # no key of convert's
     assert not (tmp_path / "hf").exists()
     again = command.run(
         *("train", "config.yaml", "--resume", "auto", "--verify-checkpoint", "false"), cwd=tmp_path
@@ -210,3 +213,31 @@ def test_a_file_that_one_rank_cannot_read_is_a_message_on_all(prefix, steps):
     said = pool.run(2, a_file_that_only_one_rank_cannot_read, prefix, str(steps / "step_00000002"))
     assert said[0] == said[1]
     assert "__1_0.distcp (Permission denied)" in said[0]
+
+
+def named_by_an_option(prefix, path):
+    trainer = Trainer(tiny.tiny_run(prefix, 1, no_load_optim=True), CPU)
+    with pytest.raises(UserError, match=f"^--checkpoint: {path} is not as it was written: ") as refused:
+        trainer.resume(Path(path), "--checkpoint")
+    assert "verify_checkpoint" not in str(refused.value)
+
+
+def test_a_refusal_names_the_option_that_named_the_checkpoint(prefix, steps, tmp_path):
+    shutil.copytree(steps / "step_00000002", tmp_path / "step_00000002")
+    flip(tmp_path / "step_00000002", "__0_0.distcp")
+    pool.run(1, named_by_an_option, prefix, str(tmp_path / "step_00000002"))
+
+
+def test_a_conversion_that_finds_the_disk_full_says_so(steps, tmp_path, monkeypatch, capsys):
+    """DCP's exception is no Exception, and came out as a traceback."""
+    hf, output = tmp_path / "hf", tmp_path / "step"
+    assert main.main(["convert", "--checkpoint", str(steps / "step_00000002"), "--output", str(hf)]) == 0
+
+    def full(*_, **__):
+        raise CheckpointException("write", {0: (OSError(28, "No space left on device"), None)})
+
+    monkeypatch.setattr(dcp, "save", full)
+    assert main.main(["convert", "--model", str(hf), "--output", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert f"--output {output}: cannot write there: OSError: [Errno 28] No space left on device (" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]

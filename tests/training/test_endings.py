@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 import pool
 import tiny
 from longspan.data import IndexedDatasetWriter
 from longspan.training import checkpoint, session
+from longspan.training.lock import CONFIG
 from longspan.training.loop import NotFinite, Trainer
 from longspan.training.metrics import JsonLines, Metrics, keep_until
 from longspan.training.progress import Progress
@@ -293,7 +295,7 @@ def loses_its_folder(prefix, folder):
     try:
         with Stopping() as stopping, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             output.mkdir()
-            (output / session.CONFIG).write_text("")
+            (output / CONFIG).write_text("")
             code = session.train(run, CPU, stopping)
     finally:
         session.make_progress = make
@@ -305,3 +307,92 @@ def loses_its_folder(prefix, folder):
 
 def test_a_run_whose_folder_vanished_has_failed(prefix, tmp_path):
     pool.run(1, loses_its_folder, prefix, str(tmp_path))
+
+
+def stops_early_without_save_last(prefix, folder):
+    for name, ends in (("signal", {}), ("interval", {"exit_interval": 3})):
+        own = Path(folder) / name
+        trainer, _ = trainer_of(prefix, own, max_steps=6, save_last=False, **ends)
+        trainer.train(own, Progress() if ends else Signal(trainer, "step 4"))
+        assert names(own) == ["latest", "step_00000003" if ends else "step_00000004"]
+    own = Path(folder) / "whole"
+    trainer, _ = trainer_of(prefix, own, max_steps=2, save_last=False)
+    trainer.train(own, Progress())
+    assert trainer.step == 2
+    assert not list(own.glob("checkpoints/step_*"))
+
+
+def test_a_run_that_stops_early_is_saved_whatever_save_last_is(prefix, tmp_path):
+    pool.run(1, stops_early_without_save_last, prefix, str(tmp_path))
+
+
+def trained(prefix, folder, **changes):
+    """A whole run by ``session.train``: (exit code, what was printed)."""
+    run = tiny.tiny_run(prefix, dist.get_world_size(), output_dir=str(folder), **changes)
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG).write_text("")
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), Stopping() as stopping:
+        code = session.train(run, CPU, stopping)
+    return code, said.getvalue()
+
+
+def killed_before_its_export(prefix, folder):
+    folder, export = Path(folder) / "out", session.export
+    common = {
+        "datasets": [],
+        "data_path": [prefix],
+        "split": "80,10,10",
+        "val_set_size": 0.0,
+        "eval_steps": 5,
+    }
+    common |= {"context_parallel_size": dist.get_world_size()}
+    assert trained(prefix, folder, max_steps=2, **common)[0] == 0
+    assert recorded(folder, "eval") == [2, 2]
+
+    def full(*_):
+        raise checkpoint.SaveError("no export")
+
+    session.export = full
+    try:
+        last = {"max_steps": 4, **common}
+        assert trained(prefix, folder, resume=str(folder / "checkpoints/step_00000002"), **last)[0] == 1
+    finally:
+        session.export = export
+    dist.barrier()
+    if dist.get_rank() == 0:  # as a kill right after the last checkpoint leaves it
+        whole = records_in(folder)
+        kept = [r for r in whole if r["step"] < 4 or r["kind"] == "train"]
+        lines = "".join(json.dumps(record) + "\n" for record in kept)
+        (folder / "metrics.jsonl").write_text(lines + '{"kind": "eval", "step": 4, "lo')
+    dist.barrier()
+    resume = {"resume": str(folder / "checkpoints/step_00000004"), **last}
+    for missing in (True, False):
+        code, said = trained(prefix, folder, **resume)
+        dist.barrier()
+        assert code == 0
+        if dist.get_rank() == 0:
+            assert "done before" in said
+            assert (
+                "metrics.jsonl, which lacked eval and test and summary of the last step" in said
+            ) is missing
+            assert ("hf, which was missing" in said) is missing
+            now = records_in(folder)
+            assert [(r["kind"], r["step"], r["loss"]) for r in now] == [
+                (r["kind"], r["step"], r["loss"]) for r in whole
+            ]
+            assert now[-1]["eval_loss"] == whole[-1]["eval_loss"]
+            old, new = (load_file(folder / name / "model.safetensors") for name in ("hf.1", "hf"))
+            assert not any(torch.equal(old[name], new[name]) for name in old if "norm" not in name)
+    trainer, _ = trainer_of(prefix, folder, **last)
+    trainer.resume(folder / "checkpoints/step_00000004")
+    export(trainer, folder / "expected")
+    if dist.get_rank() == 0:
+        expected = load_file(folder / "expected" / "model.safetensors")
+        assert all(torch.equal(expected[name], new[name]) for name in expected)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_comes_after_the_last_step_is_made_up_for(prefix, tmp_path, world):
+    """The export of an earlier end was once taken for this one's."""
+    pool.run(world, killed_before_its_export, prefix, str(tmp_path))

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from longspan.errors import UserError
 from longspan.training.banner import megatron_line
-from longspan.training.metrics import JsonLines, Metrics, Wandb, evaluated
+from longspan.training.metrics import JsonLines, Metrics, Wandb, evaluated, keep_until
 from longspan.training.progress import MegatronLines, make_progress
 from longspan.training.session import open_sinks
 
@@ -146,3 +146,11 @@ def test_what_was_evaluated_is_found(tmp_path):
     metrics.write("train", 3, loss=1.0)
     metrics.write("eval", 4, loss=1.0, tokens=3, split="test")
     assert [evaluated(path, step) for step in (2, 20, 3, 4)] == [True, False, False, False]
+
+
+def test_half_a_line_is_no_record(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "eval", "step": 2, "loss": 1.0}\n[1]\n{"kind": "eval", "step": 4, "lo')
+    assert [evaluated(path, step) for step in (2, 4)] == [True, False]
+    keep_until(path, 4)
+    assert path.read_text() == '{"kind": "eval", "step": 2, "loss": 1.0}\n'

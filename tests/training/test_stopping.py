@@ -4,19 +4,23 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+
+from longspan.training.stopping import AGAIN_S, Heard
 
 #: says "ready", works in one call of C that no handler of Python's interrupts, and ends with code 7 when asked to stop
 WORK = """
 import hashlib, signal, sys
-from longspan.training.stopping import Stopping
+from longspan.training import stopping
 for name in {ignored}:
     signal.signal(name, signal.SIG_IGN)
 asked = []
-with Stopping(second={second!r}) as stopping:
+stopping.AGAIN_S = {again}
+with stopping.Stopping(second_ends={second_ends}) as heard:
     if {saves}:
-        stopping.saves(lambda: asked.append(1) or "the step is saved")
+        heard.saves(lambda: asked.append(1) or "the step is saved")
     print("ready", flush=True)
     while not ({saves} and asked and not {long}):
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8 if {long} else 1000)
@@ -25,8 +29,10 @@ sys.exit(7)
 
 
 class Worker:
-    def __init__(self, saves, second="ends", long=False, ignored=()):
-        source = WORK.format(saves=saves, second=second, long=long, ignored=[int(n) for n in ignored])
+    def __init__(self, saves, second_ends=True, long=False, ignored=(), again=1.0):
+        source = WORK.format(
+            saves=saves, second_ends=second_ends, long=long, ignored=[int(n) for n in ignored], again=again
+        )
         self.process = subprocess.Popen(
             [sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -66,7 +72,7 @@ def test_before_there_is_anything_to_save_the_first_one_ends_it_in_the_middle_of
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_one_ends_it_in_the_middle_of_a_call(second):
-    with Worker(saves=True, long=True) as worker:
+    with Worker(saves=True, long=True, again=0.0) as worker:
         worker.send(signal.SIGTERM)
         worker.told()
         worker.send(second)
@@ -74,18 +80,29 @@ def test_a_second_one_ends_it_in_the_middle_of_a_call(second):
         assert worker.code() == 1
 
 
-def test_what_a_launcher_hands_on_at_once_is_not_a_second_one():
-    with Worker(saves=True, second="launcher", long=True) as worker:
-        worker.send(signal.SIGTERM)
+def test_the_same_signal_at_once_is_not_a_second_one():
+    """A terminal that is closed sends a hangup, and its shell hands on another."""
+    with Worker(saves=True, long=True, again=600.0) as worker:
+        worker.send(signal.SIGHUP)
         worker.told()
-        worker.send(signal.SIGTERM)
+        worker.send(signal.SIGHUP)
         with pytest.raises(subprocess.TimeoutExpired):
             worker.process.wait(1)
-    with Worker(saves=True, second="later", long=True) as worker:
+        worker.send(signal.SIGINT)
+        assert worker.code() == 1
+    heard = Heard()
+    assert [heard.hear(n) for n in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM)] == [True, False, True]
+    heard.since -= AGAIN_S
+    assert heard.hear(signal.SIGHUP)
+
+
+def test_a_second_one_ends_no_process_whose_launcher_does():
+    with Worker(saves=True, second_ends=False, long=True) as worker:
         worker.send(signal.SIGTERM)
         worker.told()
         worker.send(signal.SIGINT)
-        assert worker.code() == 1
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.process.wait(1)
 
 
 def test_a_signal_that_is_ignored_at_the_start_stays_ignored():
@@ -96,13 +113,17 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored():
         assert worker.code() == 7
 
 
-#: prints to its terminal until it is asked to stop, prints once more, and leaves a file
-ON_A_TERMINAL = """
-import fcntl, os, sys, termios, time
-from pathlib import Path
-from longspan.training.stopping import Stopping
+#: takes its standard input for its terminal
+TAKES_ITS_TERMINAL = """
+import fcntl, os, termios
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+"""
+#: prints until it is asked to stop, prints once more, and leaves a file
+PRINTS = """
+import sys, time
+from pathlib import Path
+from longspan.training.stopping import Stopping
 asked = []
 with Stopping() as stopping:
     stopping.saves(lambda: asked.append(1) or "the step is saved")
@@ -119,10 +140,26 @@ print("the end", flush=True)
 def test_a_terminal_that_is_closed_asks_to_stop_and_what_is_printed_then_ends_nothing(tmp_path):
     ours, theirs = os.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", ON_A_TERMINAL, tmp_path / "file"], stdin=theirs, stdout=theirs, stderr=theirs
+        [sys.executable, "-c", TAKES_ITS_TERMINAL + PRINTS, tmp_path / "file"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
     )
     os.close(theirs)
     assert b"a step" in os.read(ours, 100)
     os.close(ours)
+    assert process.wait(60) == 0
+    assert (tmp_path / "file").read_text() == "saved"
+
+
+def test_a_reader_that_ends_first_does_not_end_a_run_that_saves(tmp_path):
+    """``2>&1 | tee log``: Ctrl-C ends tee too, and closing the terminal does."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRINTS, tmp_path / "file"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout.read(6) == b"a step"
+    process.stdout.close()
+    time.sleep(0.1)  # a few steps are printed for nobody
+    process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
     assert (tmp_path / "file").read_text() == "saved"

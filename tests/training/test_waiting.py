@@ -149,6 +149,10 @@ def test_gloo_and_the_store_are_understood():
     gone = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:39137")
     assert waiting.lost(gone)
     assert not waiting.timed_out(gone)
+    nccl = "NCCL error in: NCCLUtils.cpp:94, {}, NCCL version 2.27.5"
+    assert waiting.lost(RuntimeError(nccl.format("remote process exited or there was a network error")))
+    for other in ("unhandled cuda error", "invalid usage", "Duplicate GPU detected : rank 0 and rank 1"):
+        assert not waiting.lost(RuntimeError(nccl.format(other)))
 
 
 def test_a_rank_that_waits_without_an_exception_tells_once(capsys):

@@ -16,6 +16,7 @@ from longspan.cli.options import take_options
 from longspan.cli.train import quiet_logs
 from longspan.config.load import read_yaml
 from longspan.errors import UserError, did_you_mean
+from longspan.training.lock import CONFIG
 
 if TYPE_CHECKING:
     from longspan.config.schema import TrainConfig
@@ -100,7 +101,7 @@ def config_of(path: Path) -> TrainConfig | None:
     be read."""
     from longspan.config.load import load_config
 
-    config = path.parent.parent / "config.yaml"
+    config = path.parent.parent / CONFIG
     try:
         return load_config(config) if config.is_file() else None
     except UserError as error:
@@ -111,7 +112,7 @@ def config_of(path: Path) -> TrainConfig | None:
 def tokenizer_of(path: Path) -> Path | None:
     """The tokenizer that the run of a checkpoint (its own folder) names, or has exported."""
     run = path.parent.parent
-    config = run / "config.yaml"
+    config = run / CONFIG
     named = read_yaml(config).get("tokenizer_config") if config.is_file() else None
     return next((p for p in (Path(named or run / "hf"), run / "hf") if _is_tokenizer(p)), None)
 
@@ -236,6 +237,7 @@ def to_checkpoint(model: str, output: Path) -> None:
 
     import torch
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import CheckpointException
 
     from longspan.config.architecture import architecture_of, model_folder, unused_fields, vocabulary_of
     from longspan.config.load import architecture_config
@@ -243,7 +245,7 @@ def to_checkpoint(model: str, output: Path) -> None:
     from longspan.config.resolve import resolve
     from longspan.models.huggingface import Names, SafetensorsFolder, check_tensors, read_part
     from longspan.training.checkpoint import to_text
-    from longspan.training.checkpoint_files import SummingWriter
+    from longspan.training.checkpoint_files import SummingWriter, cause
     from longspan.training.loop import describe_model
 
     values = architecture_of(model)
@@ -283,5 +285,14 @@ def to_checkpoint(model: str, output: Path) -> None:
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    dcp.save({"model": weights}, storage_writer=SummingWriter(partial, to_text(description)), no_dist=True)
+    try:
+        dcp.save(
+            {"model": weights}, storage_writer=SummingWriter(partial, to_text(description)), no_dist=True
+        )
+    except CheckpointException as error:
+        free = shutil.disk_usage(partial).free / 2**20
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"--output {output}: cannot write there: {cause(error)} ({free:,.0f} MiB were free there)"
+        ) from None
     os.rename(partial, output)

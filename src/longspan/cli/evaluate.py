@@ -86,7 +86,7 @@ def weights(resolved: Run, checkpoint: str | None) -> dict:
     folder = Path(resolved.config.output_dir) / "checkpoints"
     verify = resolved.config.verify_checkpoint
     if checkpoint is None:
-        path = newest(folder, verify=verify)
+        path = newest(folder, "--checkpoint", verify=verify)
     else:
         path = find(Path(checkpoint), "--checkpoint", verify=verify)
     if path is None:
@@ -113,7 +113,7 @@ def work(run: Run, device_type: str, trials: int, result: Path) -> int:
     trainer = Trainer(run, device)
     checkpoint = run.config.resume
     if checkpoint is not None:
-        trainer.resume(Path(checkpoint))
+        trainer.resume(Path(checkpoint), "--checkpoint")
     positions = loss_by_position(trainer)
     whole = run.config.sequence_len
     lengths = [n for n in (whole // 4, whole // 2, whole) if n >= 64]

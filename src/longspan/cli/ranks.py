@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from longspan.errors import UserError
-from longspan.training.stopping import heeded, outliving_terminal
+from longspan.training.stopping import Heard, heeded, outliving_reader
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -77,10 +77,8 @@ def run_together(
         environments: rank -> its environment.
         kept: descriptors that the ranks inherit.
     """
-    asked: list[signal.Signals] = []
-    before = {
-        number: signal.signal(number, lambda n, _: asked.append(signal.Signals(n))) for number in heeded()
-    }
+    asked = Heard()
+    before = {number: signal.signal(number, lambda n, _: asked.hear(n)) for number in heeded()}
     ranks: dict[int, subprocess.Popen] = {}
     try:
         for rank, environment in environments.items():
@@ -88,13 +86,13 @@ def run_together(
             ranks[rank] = subprocess.Popen(
                 command, env=dict(environment), pass_fds=tuple(kept), start_new_session=True
             )
-        with outliving_terminal():
+        with outliving_reader():
             failures = _watch(ranks, asked)
     finally:
         _kill(ranks)
         for number, handler in before.items():
             signal.signal(number, handler)
-    with outliving_terminal():
+    with outliving_reader():
         return _report(failures, asked)
 
 
@@ -113,14 +111,12 @@ def _watch(ranks: Mapping[int, subprocess.Popen], asked: list[signal.Signals]) -
             return failures
         if asked and not told:
             told = True
-            print(
-                f"longspan: {asked[0].name}: waiting for the ranks; a second signal stops them at once",
-                file=sys.stderr,
-                flush=True,
-            )
             for rank in alive:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(ranks[rank].pid, asked[0])
+            text = f"longspan: {asked[0].name}: waiting for the ranks; a second signal stops them at once"
+            with contextlib.suppress(OSError):  # such as a full disk: the ranks are saving
+                print(text, file=sys.stderr, flush=True)
         time.sleep(LOOK_S)
     return failures
 

@@ -30,6 +30,7 @@ from longspan.config.resolve import Run, resolve
 from longspan.config.schema import DatasetConfig, TrainConfig
 from longspan.errors import UserError
 from longspan.parent import end_with_parent
+from longspan.training.lock import CONFIG, hold, unwritable
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,7 @@ def start_or_join(resolved: Run, launch: Launch, device: str) -> int:
         if first:
             path = write_config(config, output)
         else:
-            path = Path(until_the_end.enter_context(tempfile.TemporaryDirectory())) / "config.yaml"
+            path = Path(until_the_end.enter_context(tempfile.TemporaryDirectory())) / CONFIG
             path.write_text(to_yaml(config), encoding="utf-8")
         # the ranks hold the lock too: it lasts as long as any process that can write
         kept = [] if lock is None else [lock]
@@ -205,9 +206,7 @@ WRITTEN_BY = "# written by longspan"
 
 def claim(output: Path) -> AbstractContextManager[int | None]:
     """Holds a run's folder, as :func:`longspan.training.lock.hold` does; one with a foreign config.yaml is refused."""
-    from longspan.training.lock import hold
-
-    path = output / "config.yaml"
+    path = output / CONFIG
     try:
         foreign = path.is_file() and not path.read_text(encoding="utf-8").startswith(WRITTEN_BY)
     except OSError as error:
@@ -223,18 +222,12 @@ def claim(output: Path) -> AbstractContextManager[int | None]:
 def write_config(config, output: Path) -> Path:
     from longspan.training.checkpoint import write_atomically
 
-    path = output / "config.yaml"
+    path = output / CONFIG
     try:
         write_atomically(path, f"{WRITTEN_BY}; every key resolved\n{to_yaml(config)}")
     except OSError as error:
         raise unwritable(output, error) from None
     return path
-
-
-def unwritable(output: Path, error: OSError) -> UserError:
-    return UserError(
-        f"output_dir {output}: cannot write there ({error.strerror}). Choose another output_dir."
-    )
 
 
 def join(resolved: Run, device_type: str) -> int:
@@ -262,10 +255,8 @@ def join(resolved: Run, device_type: str) -> int:
         if alone:
             hold()
             config = prepared(resolved, show=True)
-        second = "ends" if alone else "later" if started_by is None else "launcher"
-        stopping = until_the_end.enter_context(
-            Stopping(speaks=os.environ.get("RANK", "0") == "0", second=second)
-        )
+        first = os.environ.get("RANK", "0") == "0"
+        stopping = until_the_end.enter_context(Stopping(speaks=first, second_ends=started_by is None))
         try:
             init_distributed(device_type, resolved.config.ddp_timeout)
             if config is None:
@@ -353,8 +344,7 @@ def prepared(resolved: Run, show: bool) -> TrainConfig:
         try:
             Path(config.tensorboard_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            text = f"tensorboard_dir {config.tensorboard_dir}: cannot write there ({error.strerror}). Choose another."
-            raise UserError(text) from None
+            raise unwritable(Path(config.tensorboard_dir), error, "tensorboard_dir") from None
     resume = resume_point(checked, show)
     if resume is None and config.resume is not None:
         if show and config.resume != "auto":
@@ -381,7 +371,8 @@ def prepared_together(resolved: Run, local_rank: int, hold: Callable[[], None] |
         try:
             if hold is not None and dist.get_rank() == 0:
                 hold()
-            config = prepared(resolved, show=dist.get_rank() == 0)
+            # a launcher of ours has shown what there is to see
+            config = prepared(resolved, show=hold is not None and dist.get_rank() == 0)
         except UserError as error:
             problems = error.problems
     found: list = [None] * dist.get_world_size()

@@ -173,7 +173,7 @@ def init_distributed(device_type: str, timeout_s: float = 600.0) -> None:
     LOCAL_RANK): NCCL with CUDA, gloo otherwise.
 
     Raises:
-        UserError: other ranks of the launcher's have not come.
+        UserError: machine 0 cannot be reached, or other ranks of the launcher's have not come.
     """
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -190,7 +190,15 @@ def init_distributed(device_type: str, timeout_s: float = 600.0) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     start = datetime.timedelta(seconds=max(START_S, timeout_s))
-    store, rank, world = next(rendezvous("env://", timeout=start))
+    try:
+        store, rank, world = next(rendezvous("env://", timeout=start))
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"rank {os.environ['RANK']} found nobody at {where} within {start.total_seconds():g} s ({why}). Start "
+            "machine 0, and look at --main-process-ip, --main-process-port and the firewall."
+        ) from None
     names = [f"longspan/started/{other}" for other in range(world)]
     store.set(names[rank], "")
     try:

@@ -14,6 +14,7 @@ Frozen weights stay out: of a run with adapters a checkpoint holds the adapters 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -124,26 +125,28 @@ def load(
     optimizer: torch.optim.Optimizer | None,
     rng: bool,
     checksums: bool = True,
+    option: str = "resume",
 ) -> None:
     """Loads weights, optimizer state (unless None) and random number states; collective, from any layout.
 
     Args:
         checksums: compare the files with their checksums first.
+        option: what named the checkpoint, for messages.
 
     Raises:
         UserError: the files are damaged or hold something else; the same on all ranks.
     """
-    metadata = verify(path, checksums)
+    metadata = verify(path, checksums, option)
     state: dict[str, Any] = {"model": trained_state(model)}
     own_optimizer: dict[str, Any] = {}
     if optimizer is not None:
-        own_optimizer = get_optimizer_state_dict(model, optimizer)
+        own_optimizer = optimizer_state(model, optimizer)
         # without the groups' settings, which older checkpoints hold as pickles: they are the config's
         state["optimizer"] = {"state": own_optimizer["state"]}
     own = f"rng.{dist.get_rank()}"
     if rng and own in metadata.state_dict_metadata:  # at another number of ranks each starts from its seed
         state[own] = torch.get_rng_state()
-    read_tensors(path, state, metadata)
+    read_tensors(path, state, metadata, option)
     # frozen weights are missing there
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     if optimizer is not None:
@@ -151,6 +154,16 @@ def load(
         set_optimizer_state_dict(model, optimizer, own_optimizer | state["optimizer"])
     if own in state:
         torch.set_rng_state(state[own])
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state by the parameters' names; an optimizer that has not stepped is left as if it had not."""
+    if not optimizer.state:
+        # torch makes the missing state by a step with learning rate and gradients of zero, which Adam counts
+        get_optimizer_state_dict(model, optimizer)
+        for held in optimizer.state.values():
+            held["step"].zero_()
+    return get_optimizer_state_dict(model, optimizer)
 
 
 # --- writing --------------------------------------------------------------------------------
@@ -207,7 +220,7 @@ class Checkpointer:
         state: dict[str, Any] = {
             "model": trained_state(model),
             # tensors only: the groups' settings are the config's
-            "optimizer": {"state": get_optimizer_state_dict(model, optimizer)["state"]},
+            "optimizer": {"state": optimizer_state(model, optimizer)["state"]},
             f"rng.{dist.get_rank()}": torch.get_rng_state(),
         }
         writer = SummingWriter(partial, to_text(description))
@@ -246,7 +259,8 @@ class Checkpointer:
         dist.all_gather_object(told, trouble)
         found = next((text for text in told if text), None)
         if found:
-            free = shutil.disk_usage(final.parent).free / 2**20  # PyTorch does not say that a disk is full
+            there = next(parent for parent in final.parents if parent.exists())
+            free = shutil.disk_usage(there).free / 2**20  # PyTorch does not say that a disk is full
             if self.first:
                 shutil.rmtree(self._partial(final), ignore_errors=True)
             raise SaveError(f"cannot write {final}: {found} ({free:,.0f} MiB were free there)")
@@ -261,10 +275,12 @@ class Checkpointer:
                     self._name(final)
 
     def _name(self, final: Path) -> None:
-        # DCP's metadata is written last, after all ranks' files: what the first rank sees done is whole
+        # the checksums are written last, after all ranks' files: what the first rank sees done is whole
         if self._partial(final).is_dir():
             shutil.rmtree(final, ignore_errors=True)  # the same step of an earlier run
             os.rename(self._partial(final), final)
+        elif not final.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "it was removed or moved while it was written", str(final))
         write_atomically(self.folder / "latest", final.name + "\n")
         self.named = final
         self._prune(final)

@@ -58,9 +58,10 @@ def find(path: Path, option: str = "resume", *, verify: bool = True, say: Say = 
     return found
 
 
-def newest(folder: Path, *, verify: bool = True, say: Say = to_stderr) -> Path | None:
+def newest(folder: Path, option: str = "resume", *, verify: bool = True, say: Say = to_stderr) -> Path | None:
     """The newest checkpoint of a folder of them, found as by ``find``; None where none was saved yet."""
-    return find(folder, verify=verify, say=say) if (folder / "latest").is_file() or steps_in(folder) else None
+    there = (folder / "latest").is_file() or steps_in(folder)
+    return find(folder, option, verify=verify, say=say) if there else None
 
 
 def steps_in(folder: Path) -> list[Path]:
@@ -166,9 +167,11 @@ def not_whole(path: Path, bad: dict[str, str], option: str) -> UserError:
 
 def changed(path: Path, bad: list[str], option: str) -> UserError:
     """The refusal of a checkpoint for files whose checksums differ."""
+    # the commands that only read a checkpoint have no such key
+    anyway = " verify_checkpoint: false trains on with it all the same." if option == "resume" else ""
     return UserError(
         f"{option}: {path} is not as it was written: {', '.join(bad)} (by {CHECKSUMS}). A disk or a copy damaged it, or "
-        f"it is of another checkpoint. {another(path)} verify_checkpoint: false trains on with it all the same."
+        f"it is of another checkpoint. {another(path)}{anyway}"
     )
 
 

@@ -20,6 +20,7 @@ from longspan.models.huggingface import (
     whole_parameters,
 )
 from longspan.training.adapters import export_adapters
+from longspan.training.lock import unwritable
 from longspan.training.loop import Trainer
 from longspan.training.model_files import Files, files_beside
 
@@ -77,9 +78,7 @@ def check_export(run: Run) -> None:
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
-        raise UserError(
-            f"output_dir {output}: cannot write there ({error.strerror}). Choose another output_dir."
-        ) from None
+        raise unwritable(output, error) from None
     if run.config.export_hf:
         prepare_export(run)
 

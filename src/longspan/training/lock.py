@@ -16,10 +16,19 @@ from pathlib import Path
 
 from longspan.errors import UserError
 
+#: the file of a run's folder that is written first; ``longspan train`` writes it
+CONFIG = "config.yaml"
 #: the file that is locked; it stays, and only the lock on it means something
 LOCK = ".longspan.lock"
+#: seconds in which the processes of a killed launcher have to end; one that holds a GPU takes some
+DYING_S = 10.0
 #: what a file system without locks answers
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+
+def unwritable(folder: Path, error: OSError, key: str = "output_dir") -> UserError:
+    """The refusal of a folder that a key names and nothing can be written to."""
+    return UserError(f"{key} {folder}: cannot write there ({error.strerror}). Choose another {key}.")
 
 
 @contextlib.contextmanager
@@ -38,9 +47,7 @@ def hold(folder: Path) -> Iterator[int | None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise UserError(
-            f"output_dir {folder}: cannot write there ({error.strerror}). Choose another output_dir."
-        ) from None
+        raise unwritable(folder, error) from None
     try:
         yield file if _lock(file, folder) else None
     finally:
@@ -49,8 +56,16 @@ def hold(folder: Path) -> Iterator[int | None]:
 
 def _lock(file: int, folder: Path) -> bool:
     """Takes the lock and signs it; False where the file system has none."""
+    until = time.monotonic() + DYING_S
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not _has_died(file) or time.monotonic() >= until:
+                    raise
+                time.sleep(0.1)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise UserError(
@@ -71,6 +86,19 @@ def _lock(file: int, folder: Path) -> bool:
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(about).encode(), 0)
     return True
+
+
+def _has_died(file: int) -> bool:
+    """Has the process of this machine that signed the lock ended? Those it started may take a moment to do so."""
+    try:
+        about = json.loads(os.pread(file, 4096, 0))
+        if about["host"] == socket.gethostname():
+            os.kill(about["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        pass
+    return False
 
 
 def _owner(file: int) -> str:

@@ -205,14 +205,9 @@ class Trainer:
         self.warmup = warmup_steps(config, self.steps)
         self.step = self.tokens = 0
         self.signalled = False  # this rank alone was asked to stop; a signal sets it at any moment
-        self.stop_asked = (
-            False  # some rank was, or it is time to; agreed in each step: all stop at the same one
-        )
-        self.asked = (
-            False  # some rank was asked to stop, agreed in each step; at the last one that changes nothing
-        )
+        self.asked = False  # some rank was asked to stop; agreed in each step, as what follows
+        self.ran_out = False  # it is time to stop: exit_interval or exit_duration_in_mins
         self.owed = False  # the evaluation of this step is due and not done: a resume makes up for it
-        self.ran_out = False  # it stopped where exit_interval or exit_duration_in_mins said
         self.told: Path | None = None  # the last checkpoint that was told to be whole
         self.begun = time.perf_counter()
 
@@ -268,23 +263,20 @@ class Trainer:
         where = {"step": self.step, "tokens": self.tokens, "evaluation_due": self.owed}
         return describe_run(self.run, self.train_data) | where
 
-    def resume(self, path: Path) -> None:
+    def resume(self, path: Path, option: str = "resume") -> None:
         """Goes on from a checkpoint made at any layout: weights, optimizer, position; see ``checkpoint.check_fits``.
 
         A checkpoint of the last step or beyond leaves nothing to do: ``step`` is then ``steps`` or more.
+
+        Args:
+            option: what named the checkpoint, for messages.
         """
         config = self.run.config
         then = check_fits(path, self.description(), weights_only=config.no_load_optim)
+        optimizer = None if config.no_load_optim else self.optimizer
+        load(path, self.model, optimizer, not config.no_load_rng, config.verify_checkpoint, option)
         if config.no_load_optim:
-            load(path, self.model, None, rng=not config.no_load_rng, checksums=config.verify_checkpoint)
             return
-        load(
-            path,
-            self.model,
-            self.optimizer,
-            rng=not config.no_load_rng,
-            checksums=config.verify_checkpoint,
-        )
         self.step, self.tokens = then["step"], then["tokens"]
         self.owed = bool(then.get("evaluation_due"))
 
@@ -355,6 +347,11 @@ class Trainer:
             return "the last step is done, and the run goes on to its end"
         return f"step {self.step + 1} is finished and saved, however long it takes, then the run stops"
 
+    @property
+    def stop_asked(self) -> bool:
+        """Do all ranks stop after this step? After the last one there is nothing to stop."""
+        return (self.asked or self.ran_out) and self.step < self.steps
+
     def run_out(self, now: float) -> bool:
         """Is it time to save and stop before the last step: exit_interval, exit_duration_in_mins?"""
         config = self.run.config
@@ -385,7 +382,6 @@ class Trainer:
         shared = torch.tensor([peak_memory_gib(self.device), *asked], dtype=torch.float64)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         peak, self.asked, self.ran_out = shared[0], bool(shared[1]), bool(shared[2])
-        self.stop_asked = (self.asked or self.ran_out) and self.step < self.steps
         elapsed = time.perf_counter() - start
         return self.metrics.write(
             "train",
@@ -428,11 +424,11 @@ class Trainer:
         eval_every = interval(config.eval_steps, config.evals_per_epoch, self.steps, an_epoch)
         save_every = interval(config.save_steps, config.saves_per_epoch, self.steps, an_epoch)
         every = config.logging_steps or min(10, max(1, self.steps // 200))
+        if config.torch_compile is True:
+            progress.compiling()
         if self._still_owed(output):
             evaluation = self.evaluate()
             progress.evaluation(evaluation)
-        if config.torch_compile is True:
-            progress.compiling()
         for batches in self.steps_ahead():
             try:
                 first, record = record is None, self.train_step(batches)
@@ -453,7 +449,9 @@ class Trainer:
             self._tell_saved(saves, progress)
             scheduled = bool(eval_every) and self.step % eval_every == 0
             self.owed = self.stop_asked and scheduled and self.valid_data is not None
-            to_save = (config.save_last and last) or (save_every and self.step % save_every == 0)
+            # save_last is of the last step; a run that stops earlier is to go on
+            to_save = self.stop_asked or (config.save_last and last)
+            to_save = to_save or bool(save_every and self.step % save_every == 0)
             if to_save and self.asked:  # who asked may not wait for an evaluation
                 self._save(saves, progress, last)
             if self.valid_data is not None and (last or scheduled) and not self.stop_asked:
@@ -499,8 +497,8 @@ class Trainer:
         if not self.owed or self.valid_data is None:
             return False
         self.owed = False
-        recorded = [evaluated(output / "metrics.jsonl", self.step)]
-        dist.broadcast_object_list(recorded, src=0)  # the first rank's file
+        recorded = [dist.get_rank() == 0 and evaluated(output / "metrics.jsonl", self.step)]
+        dist.broadcast_object_list(recorded, src=0)
         return not recorded[0]
 
     def _save(self, saves: Checkpointer, progress: Progress, last: bool) -> None:

@@ -154,14 +154,11 @@ def keep_until(path: Path, step: int) -> None:
     """Drops the lines of steps after ``step`` (they are run again) and of summaries; the file is replaced whole."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # the half line of a kill
-            continue
-        if record.get("step", 0) <= step and record.get("kind") != "summary":
-            kept.append(line + "\n")
+    kept = [
+        line + "\n"
+        for line, record in _lines(path)
+        if record.get("step", 0) <= step and record.get("kind") != "summary"
+    ]
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)
@@ -169,13 +166,20 @@ def keep_until(path: Path, step: int) -> None:
 
 def evaluated(path: Path, step: int) -> bool:
     """Is the evaluation of a step recorded in this file?"""
-    if not path.is_file():
-        return False
-    start = f'{{"kind": "eval", "step": {step}, '
-    return any(
-        line.startswith(start) and "split" not in json.loads(line)
-        for line in path.read_text(encoding="utf-8").splitlines()
-    )
+    return any(record["kind"] == "eval" and "split" not in record for record in records(path, step))
+
+
+def records(path: Path, step: int) -> list[dict[str, Any]]:
+    """The records of a step in this file; none where there is no file."""
+    return [r for _, r in _lines(path) if r.get("step") == step and "kind" in r] if path.is_file() else []
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a file and their records, without the half line that a kill leaves."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            if isinstance(record := json.loads(line), dict):
+                yield line, record
 
 
 def set_aside(path: Path) -> Path | None:

@@ -18,14 +18,22 @@ from longspan.training.adapters import parameter_counts
 from longspan.training.banner import banner, megatron_line
 from longspan.training.checkpoint import SaveError
 from longspan.training.export import export, prepare_export
+from longspan.training.lock import CONFIG
 from longspan.training.loop import NotFinite, Trainer
-from longspan.training.metrics import JsonLines, Metrics, Sink, TensorBoard, Wandb, keep_until, set_aside
+from longspan.training.metrics import (
+    JsonLines,
+    Metrics,
+    Sink,
+    TensorBoard,
+    Wandb,
+    keep_until,
+    records,
+    set_aside,
+)
+from longspan.training.model_files import Files
 from longspan.training.progress import Progress, loss_text, make_progress
 from longspan.training.stopping import Stopping
 from longspan.training.waiting import Watch, calls_of, late, lost, place, timed_out
-
-#: the file of a run's folder that is written first; ``longspan train`` writes it
-CONFIG = "config.yaml"
 
 
 def train(run: Run, device: torch.device, stopping: Stopping) -> int:
@@ -53,7 +61,7 @@ def train(run: Run, device: torch.device, stopping: Stopping) -> int:
         if resumed:
             trainer.resume(resumed)
             if trainer.step >= trainer.steps and not config.no_load_optim:
-                return finish(trainer, resumed, output)
+                return finish(trainer, resumed, output, beside)
         if first:
             how = "its weights alone: steps, schedule and data begin anew (no_load_optim)"
             how = how if config.no_load_optim else f"after step {trainer.step}"
@@ -83,6 +91,7 @@ def train(run: Run, device: torch.device, stopping: Stopping) -> int:
     except UserError:
         raise
     except Exception as error:
+        progress.close()  # a bar hides the cursor
         leave(error, output, config.ddp_timeout, step())
     finally:
         progress.close()
@@ -101,21 +110,86 @@ def train(run: Run, device: torch.device, stopping: Stopping) -> int:
     return 1 if trainer.step < trainer.steps and not trainer.ran_out else 0
 
 
-def finish(trainer: Trainer, resumed: Path, output: Path) -> int:
-    """A run whose last step was done before: says so, and writes the export where it is missing. Returns the exit code."""
-    wanted = trainer.run.config.export_hf and trainer.step == trainer.steps
-    missing = [wanted and not (output / "hf").exists()]
+def finish(
+    trainer: Trainer, resumed: Path, output: Path, beside: tuple[torch.dtype, Files] | None = None
+) -> int:
+    """A run whose last step was done before: says so, and makes up for what comes after that step and is missing.
+
+    Args:
+        beside: see ``export``.
+
+    Returns:
+        The exit code.
+    """
+    first = dist.get_rank() == 0
+    missing: list[list[str]] = [[]]
+    if first and trainer.step == trainer.steps:
+        missing = [unfinished(trainer, resumed, output)]
     dist.broadcast_object_list(missing)  # one rank looks: folders differ where machines do not share them
-    if missing[0]:
-        export(trainer, output / "hf")
-    if dist.get_rank() == 0:
+    if lacking := [name for name in missing[0] if name != "hf"]:
+        make_up(trainer, lacking, output)
+    if "hf" in missing[0]:
+        export(trainer, output / "hf", beside)
+    if first:
         print(
             f"done before: {resumed} has trained {trainer.step} steps, and {trainer.steps} are asked for. Nothing is left to do; "
             "the same command with more steps goes on."
         )
-        if missing[0]:
+        if lacking:
+            print(
+                f"metrics: {output / 'metrics.jsonl'}, which lacked {' and '.join(lacking)} of the last step"
+            )
+        if "hf" in missing[0]:
             print(f"model: {output / 'hf'}, which was missing")
-    return 0
+    return 1 if trainer.metrics.trouble else 0
+
+
+def unfinished(trainer: Trainer, resumed: Path, output: Path) -> list[str]:
+    """What comes after the last step and is not in the run's folder: eval, test, summary, hf."""
+    found = []
+    # of a run in another folder the records are there
+    if goes_on_in(output, resumed) and (done := records(output / "metrics.jsonl", trainer.step)):
+        kinds = {record.get("split", record["kind"]) for record in done}
+        wanted = {"eval": trainer.valid_data, "test": trainer.test_data, "summary": trainer.train_data}
+        found = [name for name, data in wanted.items() if data is not None and name not in kinds]
+    return found + ["hf"] * (trainer.run.config.export_hf and not (output / "hf").exists())
+
+
+def make_up(trainer: Trainer, lacking: list[str], output: Path) -> None:
+    """Writes the records that the last step lacks; the summary, which is the last one, is written anew."""
+    done = records(output / "metrics.jsonl", trainer.step) if dist.get_rank() == 0 else []
+    if dist.get_rank() == 0:
+        keep_until(output / "metrics.jsonl", trainer.step)
+        trainer.metrics = Metrics(
+            [*file_sinks(trainer.run, output, trainer.step), *wandb_sinks(trainer.run, output)]
+        )
+    progress = Progress() if dist.get_rank() else make_progress(trainer.steps, trainer.step)
+    evaluation = next((r for r in done if r["kind"] == "eval" and "split" not in r), {"loss": None})
+    try:
+        if "eval" in lacking:
+            evaluation = trainer.evaluate()
+            progress.evaluation(evaluation)
+        if "test" in lacking:
+            progress.evaluation(trainer.evaluate(trainer.test_data, split="test"))
+        last = next((r for r in done if r["kind"] == "train"), {})
+        before = next((r for r in done if r["kind"] == "summary"), {})
+        trainer.metrics.write(
+            "summary",
+            trainer.step,
+            loss=last.get("loss"),
+            eval_loss=evaluation["loss"],
+            tokens=trainer.tokens,
+            # those of a run that was killed before it wrote them are not known
+            **{name: before.get(name) for name in ("train_time", "tokens_per_second", "peak_memory_gib")},
+        )
+    finally:
+        progress.close()
+        trainer.metrics.close()
+
+
+def goes_on_in(output: Path, resumed: Path | None) -> bool:
+    """Is this checkpoint of the run whose folder this is?"""
+    return resumed is not None and resumed.resolve().parent.parent == output.resolve()
 
 
 def missing_output(output: Path, metrics: Metrics, exported: bool) -> list[str]:
@@ -149,9 +223,9 @@ def leave(error: Exception, output: Path, seconds: float, step: int | None = Non
     elif many and timed_out(error):
         print(f"longspan: error: {late(rank, where, seconds)}", file=sys.stderr)
     elif many and lost(error):
-        print(
-            f"longspan: {name}lost the connection to another rank, which ended, in {where}.", file=sys.stderr
-        )
+        why = str(error).partition("\n")[0]
+        text = f"lost the connection to another rank, which ended, in {where} ({why})."
+        print(f"longspan: {name}{text}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     sys.stdout.flush()
@@ -161,22 +235,32 @@ def leave(error: Exception, output: Path, seconds: float, step: int | None = Non
 
 def open_sinks(run: Run, output: Path, step: int, resumed: Path | None) -> tuple[Metrics, list[str]]:
     """The places records go; going on in the same folder goes on in its files, a new run keeps the old ones aside."""
-    path, kept = output / "metrics.jsonl", []
-    wandb: list[Sink] = []
-    if run.config.use_wandb:  # first: where it refuses, nothing has been moved
-        c = run.config
-        names = {"project": c.wandb_project, "name": c.wandb_name, "entity": c.wandb_entity}
-        wandb.append(Wandb(names, c.wandb_mode, c.model_dump(), output))
-    if resumed is not None and resumed.resolve().parent.parent == output.resolve() and step:
-        keep_until(path, step)
-    else:
-        for name in ("metrics.jsonl", "checkpoints", "hf", "tensorboard"):
-            if aside := set_aside(output / name):
-                kept.append(aside.name)
-    sinks: list[Sink] = [JsonLines(path)]
+    kept = []
+    wandb = wandb_sinks(run, output)  # first: where it refuses, nothing has been moved
+    old = ["metrics.jsonl", "checkpoints", "hf", "tensorboard"]
+    if goes_on_in(output, resumed) and step:
+        keep_until(output / "metrics.jsonl", step)
+        old = ["hf"]  # of earlier weights
+    for name in old:
+        if aside := set_aside(output / name):
+            kept.append(aside.name)
+    return Metrics([*file_sinks(run, output, step), *wandb]), kept
+
+
+def wandb_sinks(run: Run, output: Path) -> list[Sink]:
+    c = run.config
+    if not c.use_wandb:
+        return []
+    names = {"project": c.wandb_project, "name": c.wandb_name, "entity": c.wandb_entity}
+    return [Wandb(names, c.wandb_mode, c.model_dump(), output)]
+
+
+def file_sinks(run: Run, output: Path, step: int) -> list[Sink]:
+    """metrics.jsonl and TensorBoard's files, which go on after a step."""
+    files: list[Sink] = [JsonLines(output / "metrics.jsonl")]
     if run.config.use_tensorboard:
-        sinks.append(TensorBoard(tensorboard_folder(run, output), step + 1))
-    return Metrics([*sinks, *wandb]), kept
+        files.append(TensorBoard(tensorboard_folder(run, output), step + 1))
+    return files
 
 
 def tensorboard_folder(run: Run, output: Path) -> Path:
@@ -258,7 +342,7 @@ def last_lines(summary: dict, trainer: Trainer, output: Path, exported: bool) ->
                 if stopped
                 else [
                     "next: --context-parallel-size 4 cuts each sequence over more ranks and gives the same losses;",
-                    f"      longspan verify {output / 'config.yaml'} shows that they are",
+                    f"      longspan verify {output / CONFIG} shows that they are",
                     *([f"      longspan generate {output / 'hf'} lets the model write"] if exported else []),
                 ]
             ),

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -14,8 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-#: seconds in which the same signal counts once: a cluster may send it to every process, and torchrun hands
-#: on its own
+#: seconds in which the same signal counts once
 AGAIN_S = 1.0
 
 
@@ -24,8 +24,32 @@ def heeded() -> list[signal.Signals]:
     return [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
-class _Terminal:
-    """A stream to a terminal that may be closed while the run goes on: what is written then goes nowhere."""
+#: what a terminal answers that is closed, and a pipe whose reader has ended
+GONE = (errno.EIO, errno.EPIPE)
+
+
+class Heard(list[signal.Signals]):
+    """The signals that came, in their order; the same one again within ``AGAIN_S`` of the first is not another.
+
+    It may come twice by itself: a shell hands on the hangup that the kernel sends too, a cluster sends to
+    every process, and torchrun hands on its own.
+    """
+
+    since = 0.0  # when the first one came
+
+    def hear(self, number: int) -> bool:
+        """Takes a signal; returns whether it counts."""
+        now = time.monotonic()
+        if self and number == self[0] and now - self.since < AGAIN_S:
+            return False
+        if not self:
+            self.since = now
+        self.append(signal.Signals(number))
+        return True
+
+
+class _Outliving:
+    """A stream whose terminal or reader may go while the run goes on: what is written then goes nowhere."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -41,7 +65,7 @@ class _Terminal:
         try:
             action()
         except OSError as error:
-            if error.errno != errno.EIO:
+            if error.errno not in GONE:
                 raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -51,13 +75,24 @@ class _Terminal:
         return getattr(self._stream, name)
 
 
+def _may_go(stream: TextIO | None) -> bool:
+    """Does a stream lead to a terminal or another program, rather than to a file?"""
+    try:
+        mode = 0 if stream is None else os.fstat(stream.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):  # not a file of the operating system
+        return False
+    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
 @contextlib.contextmanager
-def outliving_terminal() -> Iterator[None]:
-    """Inside, a terminal that goes does not end the process by an error of ``print``: a hangup saves and stops."""
+def outliving_reader() -> Iterator[None]:
+    """Inside, a terminal or a program such as ``tee`` that goes does not end the process by an error of ``print``.
+
+    A closed terminal and a Ctrl-C end the program behind a pipe too, and the run is to be saved then.
+    """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (
-        cast(TextIO, _Terminal(stream)) if stream is not None and stream.isatty() else stream
-        for stream in before
+        cast(TextIO, _Outliving(stream)) if _may_go(stream) else stream for stream in before
     )
     try:
         yield
@@ -74,15 +109,13 @@ class Stopping:
 
     Args:
         speaks: tell on stderr what a signal does; one process of a run does.
-        second: what a second signal does: ``ends`` this process; ``ends`` it unless it follows the first
-            within a second, for a process whose launcher hands on what it may have got itself (``later``);
-            or nothing, where the launcher ends its processes (``launcher``).
+        second_ends: a second signal ends this process; False where its launcher does that.
     """
 
-    def __init__(self, speaks: bool = True, second: str = "ends"):
-        self.speaks, self.second = speaks, second
+    def __init__(self, speaks: bool = True, second_ends: bool = True):
+        self.speaks, self.second_ends = speaks, second_ends
         self.ask: Callable[[], str] | None = None
-        self.first: tuple[int, float] | None = None
+        self.heard = Heard()
 
     def __enter__(self) -> Stopping:
         self.heeded = heeded()
@@ -95,12 +128,12 @@ class Stopping:
         self.pipe_before = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
         self.thread = threading.Thread(target=self._hear, name="signals", daemon=True)
         self.thread.start()
-        self.terminal = outliving_terminal()
-        self.terminal.__enter__()
+        self.output = outliving_reader()
+        self.output.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.terminal.__exit__(None, None, None)
+        self.output.__exit__(None, None, None)
         signal.set_wakeup_fd(self.pipe_before)
         for number, handler in self.before.items():
             signal.signal(number, handler)
@@ -122,19 +155,20 @@ class Stopping:
                     self._act(number)
 
     def _act(self, number: int) -> None:
-        name, now = signal.Signals(number).name, time.monotonic()
+        name = signal.Signals(number).name
         if self.ask is None:
             self._tell(f"{name}: stopped before a step was done; there is nothing to save")
             os._exit(1)
-        if self.first is None:
-            self.first = number, now
-            self._tell(f"{name}: {self.ask()}; a second signal stops at once")
+        if not self.heard.hear(number):
             return
-        repeated = number == self.first[0] and now - self.first[1] < AGAIN_S
-        if self.second == "ends" or (self.second == "later" and not repeated):
+        if len(self.heard) == 1:
+            self._tell(f"{name}: {self.ask()}; a second signal stops at once")
+        elif self.second_ends:
             self._tell(f"{name}: stopped at once, by a second signal")
             os._exit(1)
 
     def _tell(self, text: str) -> None:
-        if self.speaks:
+        if not self.speaks:
+            return
+        with contextlib.suppress(OSError):  # such as a full disk: the next signal is to be heard all the same
             print(f"longspan: {text}", file=sys.stderr, flush=True)

@@ -32,8 +32,8 @@ PHASES = {
 }
 #: what gloo, NCCL and torch's store answer when the time is up
 TIMED_OUT = re.compile(r"timed out|timeout|time out", re.IGNORECASE)
-#: what they answer when the other side has gone
-LOST = re.compile(r"connection|NCCL|recvValue|sendBytes|Broken pipe", re.IGNORECASE)
+#: what they answer when the other side has gone; NCCL has many other errors
+LOST = re.compile(r"connection|remote process exit|recvValue|sendBytes|Broken pipe", re.IGNORECASE)
 
 Call = tuple[str, str]
 """A function in a stack: its module and its name."""
