@@ -458,6 +458,21 @@ def test_a_number_of_two_readings_is_refused_as_an_option_too():
     assert "YAML" not in problem
 
 
+def test_false_is_nothing_as_an_option_too():
+    given = parse_overrides(["--adapter", "false", "--rope-scaling", "false"]).values
+    read = make_config({"adapter": "lora"}, given)
+    assert read.problems == []
+    assert (read.config.adapter, read.config.rope_scaling) == (None, None)
+    assert make_config({}, parse_overrides(["--base-model", ""]).values).problems
+
+
+def test_names_and_texts_in_mappings_are_what_is_written(tmp_path):
+    (tmp_path / "config.yaml").write_text("no: 3\nspecial_tokens: {eos_token: 2024-01-01, pad_token: 007}\n")
+    read = make_config(read_yaml(tmp_path / "config.yaml"))
+    assert [p.partition(".")[0] for p in read.problems] == ["no: unknown key"]
+    assert read.config.special_tokens == {"eos_token": "2024-01-01", "pad_token": "007"}
+
+
 def test_a_missing_file_names_the_near_one(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
     with pytest.raises(UserError, match=r"does not exist. Did you mean config.yaml\?"):
