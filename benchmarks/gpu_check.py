@@ -173,6 +173,7 @@ def run_part(part: Part, seconds: float, out: Path, options: list[str], environm
                 if time.monotonic() - begun > seconds:
                     how = f"ended after its {seconds:.0f} s"
                     end(process)
+                    break  # a driver may hold a process that nothing ends
             sys.stdout.write(shown.read().decode(errors="replace"))
     if how == "ran" and process.returncode:
         how = f"failed with exit code {process.returncode}"

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -104,6 +105,22 @@ def test_a_part_beyond_its_time_costs_that_part_alone(tmp_path):
     assert done.returncode == 1, done.stderr
     report = json.loads((tmp_path / "gpu_check.json").read_text())
     assert [part["result"] for part in report["parts"]] == ["ended after its 0 s"] * 2
+
+
+def test_a_part_that_nothing_ends_is_left_behind(tmp_path, gpu_check, monkeypatch):
+    left = []
+    monkeypatch.setattr(gpu_check, "end", left.append)
+    part = gpu_check.run_part(
+        gpu_check.PARTS[1], 0, tmp_path, ["--device", "cpu", "--tiny"], dict(os.environ)
+    )
+    assert part["result"] == "ended after its 0 s"
+    left[0].kill()
+    left[0].wait()
+
+
+def test_gpu_check_of_make_installs_nothing():
+    lines = (BENCHMARKS.parent / "Makefile").read_text().splitlines()
+    assert "gpu-check:" in lines  # without a prerequisite
 
 
 def test_what_is_wrong_and_what_broke_off_gives_exit_code_1(gpu_check):

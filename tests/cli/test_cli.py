@@ -434,7 +434,7 @@ def test_verify_can_say_no(folder):
     result = {
         "layout": "cp 2", "reference": "one", "dtype": "float64", "tolerance": 1e-10, "loss_error": 1e-3,
         "grad_norm_error": 0.0, "max_gradient_error": float("nan"), "worst_parameter": "w", "losses": [1.001],
-        "reference_losses": [1.0], "eval_loss": None, "reference_eval_loss": None, "passed": False,
+        "reference_losses": [1.0], "eval_loss": None, "reference_eval_loss": None, "eval_tokens": None, "passed": False,
     }  # fmt: skip
     assert verify.report(result, as_json=True) == 1
     assert verify.report(result, as_json=False) == 1

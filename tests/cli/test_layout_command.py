@@ -352,3 +352,7 @@ def test_commands_that_do_not_train_need_no_learning_rate(config, capsys):
     assert ask(capsys, path, "--context-parallel-size", 2)["ranks"] == 2
     assert main(["validate", path]) == 2
     assert "learning_rate: missing" in capsys.readouterr().err
+    assert main(["config", path, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["learning_rate"] is None
+    path = config(learning_rate=None, sample_packing=False, val_set_size=0, lr_warmup_init=1e-6)
+    assert ask(capsys, path, "--context-parallel-size", 2)["ranks"] == 2

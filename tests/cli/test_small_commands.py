@@ -316,3 +316,39 @@ def test_a_tokenizer_larger_than_the_model_is_named_by_both_sizes(folder, capsys
     assert f"Set vocab_size to {size} or more" in capsys.readouterr().err
     arguments = ["--sequence-len", "16", "--reinit-weights", "--vocab-size", str(size)]
     assert main.main(["validate", "config.yaml", *arguments]) == 0
+
+
+def test_validate_refuses_what_prepare_would_refuse_at_once(folder, capsys):
+    def answer(*arguments, **changes):
+        write(folder, **changes)
+        code = main.main(["validate", "config.yaml", *arguments])
+        out, err = capsys.readouterr()
+        return code, out + err
+
+    code, text = answer(tokenizer_config="nowhere")
+    assert code == 0
+    assert "not checked:         tokenizer_config: nowhere is not on this machine" in text
+    for changes in (
+        {"chat_template": "nope"},
+        {"datasets": [{"path": "x.jsonl", "type": "chat_template", "chat_template": "nope"}]},
+    ):
+        code, text = answer(**changes)
+        assert code == 2
+        assert "nope" in text
+    good = {"datasets": [{"path": "x.jsonl", "type": "chat_template", "chat_template": "chatml"}]}
+    assert answer(tokenizer_config="nowhere", **good)[0] == 0
+    stream = {"mock_data": True, "reset_position_ids": True, "sample_packing": False}
+    stream |= {"datasets": None, "val_set_size": None}
+    code, text = answer(**stream)
+    assert code == 2
+    assert "which token ends a document is not known: there is no tokenizer" in text
+    assert answer(**stream, eod_token_id=1)[0] == 0
+
+
+def test_an_end_of_document_beyond_the_tokenizer_is_refused(folder, capsys):
+    size = vocabulary_size(load_tokenizer(write_tokenizer(folder / "tokenizer")))
+    for end, code in ((size, 2), (size - 1, 0)):
+        write(folder, datasets=None, val_set_size=None, mock_data=True, reset_position_ids=True, sample_packing=False,
+              tokenizer_config="tokenizer", vocab_size=None, eod_token_id=end)  # fmt: skip
+        assert main.main(["validate", "config.yaml"]) == code
+    assert f"eod_token_id {size} is beyond the {size} tokens" in capsys.readouterr().err

@@ -344,7 +344,7 @@ def numeric_keys():
 
 @pytest.mark.parametrize(("name", "listed"), numeric_keys())
 def test_numbers_beyond_every_machine_are_refused(name, listed):
-    for number in (2**70, -(2**70)):
+    for number in (2**70, -(2**70), "99999999999999999999", "1e30", "1.0e+30", 1e30):
         assert any(
             p.startswith(f"{name}: ") for p in make_config({name: [number] if listed else number}).problems
         )
@@ -364,8 +364,12 @@ def test_numbers_beyond_every_machine_are_refused(name, listed):
     ],
 )
 def test_the_most_of_a_unit(name, most):
-    assert not make_config({name: most}).problems
-    assert f"must be at most {most:,} " in make_config({name: most + 1}).problems[0]
+    for good in (most, str(most), f"{most}e0"):
+        assert not make_config({name: good}).problems
+    for bad in (most + 1, str(most + 1), "1e15", "1.0e+15", "99999999999999999"):
+        option = parse_overrides([f"--{name.replace('_', '-')}", str(bad)]).values
+        for problems in (make_config({name: bad}).problems, make_config({}, option).problems):
+            assert any(p.startswith(f"{name}: ") and f"must be at most {most:,} " in p for p in problems)
 
 
 @pytest.mark.parametrize("name", ["datasets", "test_datasets"])
@@ -428,10 +432,10 @@ def test_values_mean_what_they_obviously_do(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("max_steps: 0100", "max_steps: '0100' is ambiguous: YAML takes it for an octal number"),
-        ("max_steps: 1:30", "max_steps: '1:30' is ambiguous: YAML takes it for a number to the base 60"),
+        ("max_steps: 0100", "max_steps: '0100' is ambiguous: it can be read as octal and as decimal"),
+        ("max_steps: 1:30", "max_steps: '1:30' is ambiguous: it can be read as a number to the base 60"),
         ("ddp_timeout: 1:30.5", "ddp_timeout: '1:30.5' is ambiguous"),
-        ("max_steps: 1.5e0", "max_steps: '1.5e0' must be a valid integer"),
+        ("max_steps: 1.5e0", "max_steps: 1.5 must be a valid integer"),
         ("max_steps: yes", "max_steps: True must be a number, not true or false"),
         ("base_model: ''", "base_model: '' must not be empty"),
         ("save_strategy: best", "save_strategy: 'best' is not supported"),
@@ -449,7 +453,24 @@ def test_values_of_two_meanings_are_refused(tmp_path, text, message):
 def test_a_number_of_two_readings_is_refused_as_an_option_too():
     given = parse_overrides(["--max-steps", "0100", "--wandb-name", "0100", "--seed", "0x10"])
     assert given.values == {"max_steps": "0100", "wandb_name": "0100", "seed": 16}
-    assert "is ambiguous" in make_config({}, given.values).problems[0]
+    problem = make_config({}, given.values).problems[0]
+    assert "is ambiguous" in problem
+    assert "YAML" not in problem
+
+
+def test_false_is_nothing_as_an_option_too():
+    given = parse_overrides(["--adapter", "false", "--rope-scaling", "false"]).values
+    read = make_config({"adapter": "lora"}, given)
+    assert read.problems == []
+    assert (read.config.adapter, read.config.rope_scaling) == (None, None)
+    assert make_config({}, parse_overrides(["--base-model", ""]).values).problems
+
+
+def test_names_and_texts_in_mappings_are_what_is_written(tmp_path):
+    (tmp_path / "config.yaml").write_text("no: 3\nspecial_tokens: {eos_token: 2024-01-01, pad_token: 007}\n")
+    read = make_config(read_yaml(tmp_path / "config.yaml"))
+    assert [p.partition(".")[0] for p in read.problems] == ["no: unknown key"]
+    assert read.config.special_tokens == {"eos_token": "2024-01-01", "pad_token": "007"}
 
 
 def test_a_missing_file_names_the_near_one(tmp_path):

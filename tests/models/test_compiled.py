@@ -14,6 +14,8 @@ from test_memory_keys import gradients, plain
 import pool
 import tiny
 from longspan import compiled
+from longspan.cli import train
+from longspan.cli.launch import Launch
 from longspan.config.load import make_config
 from longspan.config.lora import TARGETS, Lora
 from longspan.config.parallel import MeshSizes
@@ -206,3 +208,19 @@ def test_a_machine_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"C\+\+ compiler.*leave torch_compile out"):
         compiled.check_compiler(CPU)
+
+
+@pytest.mark.parametrize("asked", ["auto", True])
+def test_auto_without_a_compiler_runs_without_and_true_is_refused(prefix, monkeypatch, capsys, asked):
+    def none(device):
+        raise UserError("no compiler here")
+
+    monkeypatch.setattr(compiled, "check_compiler", none)
+    monkeypatch.setattr(train, "choose_device", lambda config, launch: ("cuda", 1))
+    reading = make_config(tiny.values(prefix, torch_compile=asked))
+    if asked is True:
+        with pytest.raises(UserError, match="no compiler here"):
+            train.checked(reading, Launch())
+        return
+    assert train.checked(reading, Launch())[0].config.torch_compile is False
+    assert "torch_compile: auto compiles nothing on this machine: no compiler here" in capsys.readouterr().err

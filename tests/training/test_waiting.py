@@ -5,6 +5,7 @@ import importlib
 import inspect
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -157,11 +158,25 @@ def test_gloo_and_the_store_are_understood():
 
 def test_a_rank_that_waits_without_an_exception_tells_once(capsys):
     """NCCL ends the process from within, and no exception comes to Python."""
+    scope = {"__name__": "torch.distributed.distributed_c10d", "threading": threading}
+    told = watched(capsys, types.FunctionType(rest.__code__, scope, "all_reduce"))
+    assert told.startswith("longspan: rank 3 waited 0.2 s (ddp_timeout) for another rank in")
+
+
+def test_a_long_step_of_ones_own_is_no_wait_for_another_rank(capsys):
+    told = watched(capsys, rest)
+    assert told == "longspan: rank 3 has been in one place, after step 11 for 0.2 s (ddp_timeout)\n"
+
+
+def rest():
+    threading.Event().wait(0.3)
+
+
+def watched(capsys, work):
     watch = waiting.Watch(0.2, 3, lambda: 11, look=0.01)
-    end = time.monotonic() + 60
-    told = ""
-    while "rank 3 waited" not in told and time.monotonic() < end:
-        threading.Event().wait(0.3)
+    end, told = time.monotonic() + 60, ""
+    while not told and time.monotonic() < end:
+        work()
         told += capsys.readouterr().err
     watch.close()
-    assert told.startswith("longspan: rank 3 waited 0.2 s (ddp_timeout) for another rank in")
+    return told

@@ -44,7 +44,9 @@ def run(arguments: Sequence[str]) -> int:
     reading = read_config("config", rest, list(OPTIONS), problems)
     world = number(taken, "--num-processes", reading.problems)
     assert reading.config is not None
-    resolved = resolve(reading.config, world, bad_keys=reading.bad, earlier=reading.problems)
+    # nothing is trained here: a learning rate that is still to come stays open
+    unsaid = {"learning_rate"} if reading.config.learning_rate is None else set()
+    resolved = resolve(reading.config, world, bad_keys=reading.bad | unsaid, earlier=reading.problems)
     config = resolved.config.model_copy(
         update={
             "micro_batch_size": resolved.micro_batch_size,

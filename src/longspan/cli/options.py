@@ -100,7 +100,7 @@ def read_config(
     if reading.config is None:
         raise UserError(reading.problems)
     if command in WITHOUT_TRAINING and reading.config.learning_rate is None:
-        rate = {"learning_rate": reading.config.min_lr or 0.0}
+        rate = {"learning_rate": max(reading.config.min_lr or 0.0, reading.config.lr_warmup_init)}
         reading.config = reading.config.model_copy(update=rate)
     return reading
 

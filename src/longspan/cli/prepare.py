@@ -183,13 +183,19 @@ def check_vocabulary(config: TrainConfig, folder: str) -> int:
         folder: of the tokenizer, or its tokenizer.json.
 
     Raises:
-        UserError: the tokenizer has more tokens than the model.
+        UserError: the tokenizer has more tokens than the model, or eod_token_id is none of them.
     """
     from longspan.data.text import load_tokenizer, vocabulary_size
 
     size, vocab = vocabulary_size(load_tokenizer(folder)), config.vocab_size
     if vocab is None or vocab >= size:
-        return vocab or size
+        whole, end = vocab or size, config.eod_token_id
+        if end is not None and end >= whole:
+            raise UserError(
+                f"eod_token_id {end} is beyond the {whole} tokens of the tokenizer in {folder}, numbered from 0. Give its number, "
+                "or leave it out where the tokenizer names one."
+            )
+        return whole
     if config.base_model is not None and not config.reinit_weights:
         raise UserError(
             f"the tokenizer in {folder} has {size} tokens, and base_model {config.base_model} has weights for {vocab}. Give the "

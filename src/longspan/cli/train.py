@@ -114,6 +114,18 @@ def checked(reading: Reading, launch: Launch, announce: str = "") -> tuple[Run, 
     compiled = config.torch_compile
     if compiled == "auto":
         compiled = device == "cuda" and not config.deterministic_mode
+    if compiled:
+        import torch
+
+        from longspan.compiled import check_compiler
+
+        try:
+            check_compiler(torch.device(device))
+        except UserError as error:
+            if config.torch_compile is True:
+                raise
+            compiled = False
+            reading.notes.append(f"torch_compile: auto compiles nothing on this machine: {error}")
     final = resolved.config.model_copy(
         update={
             "device": device,

@@ -11,14 +11,14 @@ from typing import Any
 
 from longspan.cli.config import number
 from longspan.cli.options import key_help, take_options
-from longspan.cli.prepare import check_vocabulary
+from longspan.cli.prepare import check_vocabulary, end_of_document
 from longspan.config.architecture import architecture_of, is_hub_id, unused_fields
-from longspan.config.data_rules import PATHS, read_blend
+from longspan.config.data_rules import PATHS, marks_documents, read_blend
 from longspan.config.load import Overrides, Reading, make_config, parse_overrides, read_yaml
 from longspan.config.megatron import parse_megatron_flags
 from longspan.config.megatron_messages import by_flags
 from longspan.config.resolve import Run, resolve
-from longspan.config.schema import TrainConfig
+from longspan.config.schema import DatasetConfig, TrainConfig
 from longspan.errors import UserError
 
 USAGE = """\
@@ -101,8 +101,13 @@ def check(name: str, reading: Reading, world: int | None) -> dict[str, Any]:
     except UserError as error:
         return result | {"problems": error.problems, "without_effect": reading.notes}
     try:
+        check_templates(config)
         if folder := tokenizer_here(config):
             check_vocabulary(resolved.config, folder)
+        elif config.tokenizer_config is not None and config.vocab_file is None:
+            not_checked.append(f"tokenizer_config: {config.tokenizer_config} is not on this machine")
+        elif not has_tokenizer(config) and config.eod_token_id is None and marks_documents(config):
+            end_of_document(resolved.config, None)
     except UserError as error:
         return result | {"problems": error.problems, "without_effect": reading.notes}
     if config.base_model is not None and config.rope_scaling is None and "base_model" not in bad:
@@ -126,6 +131,23 @@ def tokenizer_here(config: TrainConfig) -> str | None:
         return None
     path = Path(folder)
     return folder if path.is_file() or (path / "tokenizer.json").is_file() else None
+
+
+def has_tokenizer(config: TrainConfig) -> bool:
+    """May there be a tokenizer, perhaps one that is not on this machine?"""
+    keys = ("tokenizer_config", "base_model", "vocab_file", "tokenizer_train_vocab_size")
+    return any(getattr(config, name) is not None for name in keys)
+
+
+def check_templates(config: TrainConfig) -> None:
+    """Refuses a chat_template that names none of the bundled ones; the tokenizer's own are not looked for."""
+    places: list[TrainConfig | DatasetConfig] = [config, *config.datasets, *config.test_datasets]
+    for keys in places:
+        name = keys.chat_template
+        if name is not None and keys.chat_template_jinja is None and not name.startswith("tokenizer_default"):
+            from longspan.data.chat import find_template
+
+            find_template(name, None, Path(), {}, [])
 
 
 def is_elsewhere(base_model: str | None) -> bool:

@@ -9,9 +9,10 @@ gradient norms, the evaluation, and every whole gradient of the first step.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,8 @@ OPTIONS = {"--steps": True, "--dtype": True, "--all": False, "--json": False, "-
 #: relative, against the one-process reference
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4}
 EVALUATION_SAMPLES = 4
+#: steps looked at beyond the run's own for one in which a token counts
+MORE_STEPS = 100
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -166,7 +169,8 @@ def measure(run: Run, device, steps: int, mesh: ParallelMesh | None = None) -> d
     """Losses, gradient norms, evaluation and whole gradients of the first step (with LoRA of the last one, because the
     gradient of A is zero until B has changed). Collective.
 
-    Steps in which no token counts are passed over. Without warm-up each step changes the weights.
+    Steps in which no token counts are passed over, and those behind the run's last one taken where they are needed:
+    the data begins again. Without warm-up each step changes the weights.
     """
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
@@ -178,12 +182,12 @@ def measure(run: Run, device, steps: int, mesh: ParallelMesh | None = None) -> d
     trainer = Trainer(run, device, mesh=mesh)
     first = dist.get_rank() == 0
     result: dict = {"losses": [], "norms": [], "gradients": {}}
-    step = 0
+    step, last = 0, max(trainer.steps, steps) + MORE_STEPS
     while len(result["losses"]) < steps:
-        if step == trainer.steps:
+        if step == last:
             raise UserError(
-                f"verify: only {len(result['losses'])} of the run's {step} steps have a token that counts in the loss, fewer "
-                f"than the {steps} to compare. Lower --steps, or raise max_steps."
+                f"verify: only {len(result['losses'])} of the first {step} steps have a token that counts in the loss, fewer "
+                f"than the {steps} to compare. Lower --steps, or look at the data: longspan prepare CONFIG --show 3."
             )
         loss, _ = trainer.compute_gradients(trainer.micro_batches(step))
         step += 1
@@ -197,11 +201,11 @@ def measure(run: Run, device, steps: int, mesh: ParallelMesh | None = None) -> d
                 whole = parameter.grad.full_tensor().cpu().clone()  # clipping works in place
                 if first:
                     result["gradients"][name] = whole
-        rate = learning_rate(run.config, step, trainer.steps, warmup=0)
+        rate = learning_rate(run.config, step, last, warmup=0)
         result["norms"].append(trainer.apply_gradients(rate))
         result["losses"].append(loss)
-    result["evaluation"] = trainer.evaluate()["loss"] if trainer.valid_data is not None else None
-    return result
+    evaluation = trainer.evaluate() if trainer.valid_data is not None else {"loss": None, "tokens": None}
+    return result | {"evaluation": evaluation["loss"], "evaluation_tokens": evaluation["tokens"]}
 
 
 def work(runs: list[Run], device_type: str, steps: int, result: Path) -> int:
@@ -230,6 +234,15 @@ def relative(a: float, b: float) -> float:
     return abs(a - b) / max(abs(b), 1e-300)
 
 
+def largest(errors: Iterable[float]) -> float:
+    """The largest error; a NaN, which is no comparison, counts as larger than all numbers."""
+    return max(errors, key=_with_nan_last)
+
+
+def _with_nan_last(error: float) -> tuple[bool, float]:
+    return math.isnan(error), error
+
+
 def compare(runs: list[Run], steps: int, dtype: str, result: Path, device_type: str) -> list[dict]:
     """Runs the reference in this process and holds the layout's results against it."""
     import torch
@@ -246,7 +259,9 @@ def compare(runs: list[Run], steps: int, dtype: str, result: Path, device_type: 
 def errors(run: Run, steps: int, dtype: str, got: dict, expected: dict) -> dict:
     """One run's result beside the reference's."""
     losses = list(map(relative, got["losses"], expected["losses"]))
-    if expected["evaluation"] is not None:
+    # without a token that counts, which both must find, there is no loss to compare
+    compared = bool(got["evaluation_tokens"] or expected["evaluation_tokens"])
+    if compared:
         losses.append(relative(got["evaluation"], expected["evaluation"]))
     # a gradient that is zero but for rounding is measured against the largest of all, not against itself
     wholes = {name: whole.double() for name, whole in expected["gradients"].items()}
@@ -256,10 +271,10 @@ def errors(run: Run, steps: int, dtype: str, got: dict, expected: dict) -> dict:
         / max(whole.abs().max().item(), least, 1e-300)
         for name, whole in wholes.items()
     }
-    worst = max(gradients, key=lambda name: gradients[name])
+    worst = max(gradients, key=lambda name: _with_nan_last(gradients[name]))
     numbers = {
-        "loss_error": max(losses),
-        "grad_norm_error": max(map(relative, got["norms"], expected["norms"])),
+        "loss_error": largest(losses),
+        "grad_norm_error": largest(map(relative, got["norms"], expected["norms"])),
         "max_gradient_error": gradients[worst],
     }
     return {
@@ -274,8 +289,9 @@ def errors(run: Run, steps: int, dtype: str, got: dict, expected: dict) -> dict:
         "steps": steps,
         "losses": got["losses"],
         "reference_losses": expected["losses"],
-        "eval_loss": got["evaluation"],
-        "reference_eval_loss": expected["evaluation"],
+        "eval_loss": got["evaluation"] if compared else None,
+        "reference_eval_loss": expected["evaluation"] if compared else None,
+        "eval_tokens": expected["evaluation_tokens"],
         # a NaN is not within any tolerance
         "passed": all(value <= TOLERANCES[dtype] for value in numbers.values()),
     }
@@ -331,5 +347,8 @@ def report(result: dict, as_json: bool) -> int:
     word = "passed" if result["passed"] else "FAILED"
     print(f"{word}: every error must be within {result['tolerance']:.0e}")
     if result["eval_loss"] is None:
-        print("evaluation was not compared: no documents are held out (val_set_size: 0, no test_datasets)")
+        why = "no documents are held out (val_set_size: 0, no test_datasets)"
+        if result["eval_tokens"] == 0:
+            why = "no token of what is held out counts in the loss"
+        print(f"evaluation was not compared: {why}")
     return 0 if result["passed"] else 1

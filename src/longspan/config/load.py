@@ -58,6 +58,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
+_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+
+
 class _Loader(BoundedLoader):
     """YAML's safe loader, with what a config file means by its values.
 
@@ -74,12 +77,18 @@ class _Loader(BoundedLoader):
 
     def construct_mapping(self, node, deep=False):
         for key_node, value_node in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != _MERGE:
+                key_node.tag = _TEXT  # a key's name is what is written there, also ``no`` or ``7``
+            if isinstance(key_node, yaml.ScalarNode) and key_node.value in maps_of_text():
+                for _, member in value_node.value if isinstance(value_node, yaml.MappingNode) else ():
+                    if isinstance(member, yaml.ScalarNode) and _is_written_text(member):
+                        member.tag = _TEXT
             plain = isinstance(key_node, yaml.ScalarNode) and isinstance(value_node, yaml.ScalarNode)
             if plain and key_node.value in text_keys() and _is_written_text(value_node):
-                value_node.tag = "tag:yaml.org,2002:str"
+                value_node.tag = _TEXT
         seen = set()
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # <<, which stands for keys that others may replace
+            if key_node.tag == _MERGE:  # <<, which stands for keys that others may replace
                 continue
             name = self.construct_object(key_node, deep=True)
             if isinstance(name, str) and name in seen:
@@ -110,6 +119,13 @@ def text_keys() -> frozenset[str]:
     }
     own = {name for name, info in DatasetConfig.model_fields.items() if _is_text(info.annotation)}
     return frozenset(text | own)
+
+
+@lru_cache
+def maps_of_text() -> frozenset[str]:
+    """Names of keys, of datasets too, whose value is a mapping of names to text."""
+    fields = TrainConfig.model_fields | DatasetConfig.model_fields
+    return frozenset(name for name, info in fields.items() if dict[str, str] in get_args(info.annotation))
 
 
 def _is_text(annotation: Any) -> bool:
@@ -333,7 +349,8 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         if merged.setdefault(name, value) != value:
             found.problems.append(f"{name}: {merged[name]!r} here, and {value!r} by another key. Keep one.")
             bad.add(name)
-    merged.update(overrides or {})
+    for name, value in (overrides or {}).items():
+        merged[name] = None if _asks_for_nothing(name, value) else value
     merged = {name: value for name, value in merged.items() if value is not None}
     for name in [name for name, value in merged.items() if _has_zero(value)]:
         found.problems.append(f"{name}: {str(merged.pop(name))[:60]!r} holds a zero byte (\\0). Take it out.")
@@ -372,7 +389,7 @@ _NOT_EMPTY = ("base_model", "tokenizer_config")
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:
-    """Is a file's value another way to write null: false, or something empty, for a key that may be null?"""
+    """Is a value another way to write null: false, or something empty, for a key that may be null?"""
     info = TrainConfig.model_fields[name]
     kinds = get_args(info.annotation)
     if type(None) not in kinds or info.default is not None or name in _NOT_EMPTY:

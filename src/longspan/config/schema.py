@@ -45,42 +45,27 @@ class TrainConfig(OutputKeys, MemoryKeys, OptimizerKeys, ScheduleKeys, ParallelK
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    # One validator does both, because those of pydantic run last first: a limit of its own would see the text.
     @field_validator("*", mode="before")
     @classmethod
     def _number(cls, value: Any, info: ValidationInfo) -> Any:
-        """What is given for a number: text that is one counts (YAML takes 1e3 for text), unless it has two readings."""
-        annotation = cls.model_fields[info.field_name or ""].annotation
-        kinds = (annotation, *get_args(annotation))
-        if int not in kinds and float not in kinds:
+        """What is given for a number, or for a list of them, within its limit; see :func:`number_in` for text."""
+        field = cls.model_fields[info.field_name or ""]
+        kinds = _kinds(field.annotation)
+        if not {int, float} & kinds:
             return value
-        if isinstance(value, bool) and bool not in kinds:
-            raise ValueError("must be a number, not true or false")
-        if not isinstance(value, str):
-            return value
-        if re.fullmatch(r"[+-]?0[0-9_]+", value):
-            raise ValueError(
-                "is ambiguous: YAML takes it for an octal number. Write it without the zero in front"
-            )
-        if re.fullmatch(r"[+-]?[0-9]+(:[0-9.]+)+", value):
-            raise ValueError(
-                "is ambiguous: YAML takes it for a number to the base 60. Write the number itself"
-            )
-        if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value) and float(value).is_integer():
-            return int(float(value))
-        return value
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_number_beyond_reason(cls, value: Any, info: ValidationInfo) -> Any:
-        extra = cls.model_fields[info.field_name or ""].json_schema_extra
-        unit = extra.get("unit") if isinstance(extra, dict) else None
+        unit = field.json_schema_extra.get("unit") if isinstance(field.json_schema_extra, dict) else None
         most = LARGEST.get(unit, LARGEST_INTEGER)  # type: ignore[arg-type]
-        for number in value if isinstance(value, list) else [value]:
-            if (isinstance(number, int) and abs(number) > most) or (
-                isinstance(number, float) and unit in LARGEST and number > most
-            ):
+        numbers = []
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, bool) and bool not in kinds:
+                raise ValueError("must be a number, not true or false")
+            number = number_in(one) if isinstance(one, str) else one
+            limited = int in kinds or isinstance(number, int) or unit in LARGEST
+            if limited and isinstance(number, int | float) and abs(number) > most:
                 raise ValueError(f"must be at most {most:,}" + (f" {unit}" if unit else ""))
-        return value
+            numbers.append(number)
+        return numbers if isinstance(value, list) else numbers[0]
 
     @field_validator(
         "base_model",
@@ -98,6 +83,33 @@ class TrainConfig(OutputKeys, MemoryKeys, OptimizerKeys, ScheduleKeys, ParallelK
         if value == "":
             raise ValueError("must not be empty")
         return None if value is None else os.path.expanduser(value)
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types in an annotation, those of a list's members too."""
+    return {annotation}.union(*map(_kinds, get_args(annotation)))
+
+
+def number_in(text: str) -> int | float | str:
+    """The number that a text is, such as ``1e3``, which YAML takes for text; another text as it is.
+
+    Raises:
+        ValueError: it has two readings.
+    """
+    if re.fullmatch(r"[+-]?0[0-9_]+", text):
+        raise ValueError(
+            "is ambiguous: it can be read as octal and as decimal. Write it without the zero in front"
+        )
+    if re.fullmatch(r"[+-]?[0-9]+(:[0-9.]+)+", text):
+        raise ValueError("is ambiguous: it can be read as a number to the base 60. Write the number itself")
+    for kind in (int, float):
+        try:
+            number = kind(text)
+        except ValueError:
+            continue
+        # 1e3 steps are no share of 1000.0
+        return int(number) if "e" in text.lower() and float(number).is_integer() else number
+    return text
 
 
 @dataclass(frozen=True)

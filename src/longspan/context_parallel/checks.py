@@ -109,6 +109,9 @@ def check_uncut(params: PackedSeqParams | None, rows: int, ranks: int) -> None:
     """Refuses rows of a batch (``sbhd``) that are as long on one rank as ``packed_seq_params`` gives for all ranks."""
     if ranks == 1 or params is None or params.qkv_format != "sbhd":
         return
+    # Reading a tensor waits for the device, which each layer would do again; a number that is there answers first.
+    if params.max_seqlen_q and params.max_seqlen_q > rows:
+        return
     edges = [x for x in (params.cu_seqlens_q, params.cu_seqlens_q_padded) if x is not None]
     lengths = [int(x.diff().max()) for x in edges if len(x) > 1]
     longest = max([*lengths, params.max_seqlen_q or 0])

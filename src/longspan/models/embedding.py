@@ -111,7 +111,7 @@ class OutputLayer(ColumnParallelLinear, Compilable):
                 labels.t().reshape(-1),
                 vocab_size=self.vocab_size,
                 group=self.tp_group,
-                part=self.part,
+                part=self.part if self.compiled else None,
             )
             return loss.view(x.shape[:2]).t().clone()  # FSDP hooks into what a model returns: no view
         logits = self.project(x).transpose(0, 1)

@@ -171,7 +171,7 @@ class _Chunks:
 
     def __init__(self, part: Callable[[Callable], Callable] | None, group: dist.ProcessGroup):
         self.group = group
-        self.compiled = part is not None and part(_chunk_sums) is not _chunk_sums
+        self.compiled = part is not None
         self.sums = part(_chunk_sums) if part is not None else _chunk_sums
         self.gradient_of = part(_chunk_gradient) if part is not None else _chunk_gradient
 

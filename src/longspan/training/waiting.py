@@ -71,18 +71,19 @@ def _call(frame: FrameType, code: CodeType) -> Call:
     return frame.f_globals.get("__name__", ""), code.co_name
 
 
-def place(calls: Sequence[Call], step: int | None) -> str:
+def place(calls: Sequence[Call], step: int | None, unknown: str = "an exchange") -> str:
     """Where these calls are: the step, the phase, the exchange; as far as they tell.
 
     Args:
         step: the optimizer steps that are done; None before there is a trainer.
+        unknown: stands for the phase where the calls are in none.
     """
     known = [
         ((module.removeprefix("longspan."), name), PHASES[module.removeprefix("longspan."), name])
         for module, name in calls
         if module.startswith("longspan.") and (module.removeprefix("longspan."), name) in PHASES
     ]
-    phase = known[-1][1] if known else "an exchange"
+    phase = known[-1][1] if known else unknown
     keys = [key for key, _ in known]
     where = phase
     if step is not None and STEP in keys:
@@ -104,7 +105,7 @@ def _exchange(calls: Sequence[Call]) -> str | None:
 
 
 class Watch:
-    """Tells where this rank waits once it has waited for the time-out in one place: for NCCL, which then
+    """Prints where this rank is once it has been in one place for the time-out: for NCCL, which then
     ends the process without an exception.
 
     Args:
@@ -122,15 +123,21 @@ class Watch:
 
     def _watch(self) -> None:
         since, before, told = time.monotonic(), None, False
+        message = ""
         while not self.ended.wait(self.look):
             assert self.main is not None
             calls = calls_in(sys._current_frames().get(self.main))
-            now = (place(calls, self.step()), self.step())
+            now = (place(calls, self.step(), "one place"), self.step())
             if now != before:
                 since, before, told = time.monotonic(), now, False
+                # only an exchange waits for another rank; a long step, a compilation or a big save is this rank's own
+                if _exchange(calls) is not None:
+                    message = late(self.rank, now[0], self.seconds)
+                else:
+                    message = f"rank {self.rank} has been in {now[0]} for {self.seconds:g} s (ddp_timeout)"
             elif not told and time.monotonic() - since >= self.seconds:
                 told = True
-                print(f"longspan: {late(self.rank, now[0], self.seconds)}", file=sys.stderr, flush=True)
+                print(f"longspan: {message}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self.ended.set()
