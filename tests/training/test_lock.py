@@ -69,3 +69,34 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write there"), lock.hold(tmp_path / "file"):
         pass
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    folder = tmp_path / "new" / "out"
+    with pytest.raises(UserError, match="a mistake"), lock.hold(folder):
+        raise UserError("a mistake")
+    assert not list(tmp_path.iterdir())
+    with lock.hold(folder):
+        (folder / "config.yaml").write_text("")
+    assert (folder / "config.yaml").is_file()
+    (tmp_path / "empty").mkdir()
+    with lock.hold(tmp_path / "empty"):
+        pass
+    assert (tmp_path / "empty").is_dir()
+
+
+def test_a_lock_on_a_file_that_is_gone_is_taken_anew(tmp_path, monkeypatch):
+    """A run that opens the file just before a refused run takes it away must hold the folder, not the old file."""
+    take, times = lock._lock, []
+
+    def after_the_other_has_gone(file, folder):
+        if not times:
+            (folder / lock.LOCK).unlink()
+        times.append(file)
+        return take(file, folder)
+
+    monkeypatch.setattr(lock, "_lock", after_the_other_has_gone)
+    with lock.hold(tmp_path / "out"):
+        assert len(times) == 2
+        with pytest.raises(UserError, match="another run writes there"), lock.hold(tmp_path / "out"):
+            pass

@@ -33,7 +33,7 @@ def unwritable(folder: Path, error: OSError, key: str = "output_dir") -> UserErr
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[int | None]:
-    """Holds a folder for one run; makes the folder.
+    """Holds a folder for one run; makes the folder, and takes it away again where nothing was written into it.
 
     Yields:
         The descriptor of the lock: a child that inherits it holds the lock too, until both have ended. None
@@ -43,15 +43,34 @@ def hold(folder: Path) -> Iterator[int | None]:
         UserError: another run writes there, named by its host and process id; or nothing can be written
             there.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise unwritable(folder, error) from None
     try:
-        yield file if _lock(file, folder) else None
+        held = _lock(file, folder)
+        if held and not _is_still_there(file, folder):  # a refused run has just taken its folder away
+            with hold(folder) as again:
+                yield again
+        else:
+            yield file if held else None
     finally:
+        if made:
+            with contextlib.suppress(OSError):
+                if os.listdir(folder) == [LOCK]:
+                    os.unlink(folder / LOCK)
+                for path in made:  # the innermost first; one that is not empty stays, with those around it
+                    path.rmdir()
         os.close(file)
+
+
+def _is_still_there(file: int, folder: Path) -> bool:
+    """Does the folder's name for the lock still stand for the file that is locked?"""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(file), os.stat(folder / LOCK))
+    return False
 
 
 def _lock(file: int, folder: Path) -> bool:
