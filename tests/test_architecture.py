@@ -75,11 +75,7 @@ def test_models_contain_no_collective(path):
 
 def test_only_one_file_reads_the_launchers_environment_for_groups_and_none_decides_by_variables():
     readers = {str(p.relative_to(SOURCE)) for p in FILES if "os.environ" in p.read_text()}
-<<<<<<< HEAD
     # cli/env.py shows them, cli/validate.py keeps the hub's library from the network, compiled.py finds the compiler
-=======
-    # cli/env.py shows them, cli/validate.py keeps the hub's library from the network, compiled.py looks for a compiler
->>>>>>> fix2
     assert readers <= {"mesh/mesh.py", "compiled.py"} | {
         f"cli/{name}.py" for name in ("main", "launch", "train", "verify", "env", "validate")
     }
