@@ -103,33 +103,31 @@ def work(run: Run, device_type: str, trials: int, result: Path) -> int:
     """One rank; the first writes the result."""
     import torch.distributed as dist
 
-    from longspan.cli.train import enter_world
-    from longspan.mesh.mesh import close_distributed
+    from longspan.cli.train import joined
     from longspan.training.checkpoint import describe
     from longspan.training.evaluate import loss_by_position, needles
     from longspan.training.loop import Trainer
 
-    device = enter_world(run.config, device_type)
-    trainer = Trainer(run, device)
-    checkpoint = run.config.resume
-    if checkpoint is not None:
-        trainer.resume(Path(checkpoint), "--checkpoint")
-    positions = loss_by_position(trainer)
-    whole = run.config.sequence_len
-    lengths = [n for n in (whole // 4, whole // 2, whole) if n >= 64]
-    found = {
-        "checkpoint": checkpoint or str(run.config.base_model),
-        "step": None if checkpoint is None else describe(Path(checkpoint))["step"],
-        "layout": run.sizes.equation(),
-        "tokens": sum(p["tokens"] for p in positions),
-        "positions": positions,
-        "needles": needles(trainer, lengths, trials) if trials else [],
-    }
-    total = sum(p["loss"] * p["tokens"] for p in positions if p["tokens"])
-    found["loss"] = total / found["tokens"] if found["tokens"] else None
-    if dist.get_rank() == 0:
-        result.write_text(json.dumps(found))
-    close_distributed()
+    with joined(run.config, device_type) as device:
+        trainer = Trainer(run, device)
+        checkpoint = run.config.resume
+        if checkpoint is not None:
+            trainer.resume(Path(checkpoint), "--checkpoint")
+        positions = loss_by_position(trainer)
+        whole = run.config.sequence_len
+        lengths = [n for n in (whole // 4, whole // 2, whole) if n >= 64]
+        found = {
+            "checkpoint": checkpoint or str(run.config.base_model),
+            "step": None if checkpoint is None else describe(Path(checkpoint))["step"],
+            "layout": run.sizes.equation(),
+            "tokens": sum(p["tokens"] for p in positions),
+            "positions": positions,
+            "needles": needles(trainer, lengths, trials) if trials else [],
+        }
+        total = sum(p["loss"] * p["tokens"] for p in positions if p["tokens"])
+        found["loss"] = total / found["tokens"] if found["tokens"] else None
+        if dist.get_rank() == 0:
+            result.write_text(json.dumps(found))
     return 0
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -289,19 +289,27 @@ def end_with_launcher() -> None:
         end_with_parent(launcher())
 
 
-def enter_world(config: TrainConfig, device_type: str) -> torch.device:
-    """Joins the process group as a launched process that finds its config ready; says where it computes."""
+@contextmanager
+def joined(config: TrainConfig, device_type: str) -> Iterator[torch.device]:
+    """The process group of a launched process that finds its config ready; gives the device it computes on.
+
+    An error ends the process with a message, as in training.
+    """
     end_with_launcher()
     import torch
 
-    from longspan.mesh.mesh import init_distributed
+    from longspan.mesh.mesh import close_distributed, init_distributed
+    from longspan.training.session import leave
 
     quiet_logs()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    init_distributed(device_type, config.ddp_timeout)
-    if device_type == "cuda":
-        return torch.device(device_type, int(os.environ["LOCAL_RANK"]))
-    return torch.device("cpu")
+    try:
+        init_distributed(device_type, config.ddp_timeout)
+        local = int(os.environ["LOCAL_RANK"]) if device_type == "cuda" else None
+        yield torch.device(device_type, local) if local is not None else torch.device("cpu")
+        close_distributed()
+    except RuntimeError as error:
+        leave(error, Path(config.output_dir), config.ddp_timeout)
 
 
 def resume_point(run: Run, show: bool = True) -> str | None:

@@ -213,19 +213,20 @@ def work(runs: list[Run], device_type: str, steps: int, result: Path) -> int:
     import torch
     import torch.distributed as dist
 
-    from longspan.cli.train import enter_world
-    from longspan.mesh.mesh import ParallelMesh, close_distributed
+    from longspan.cli.train import joined
+    from longspan.mesh.mesh import ParallelMesh
 
-    device = enter_world(runs[0].config, device_type)
-    meshes: dict[MeshSizes, ParallelMesh] = {}  # groups take threads, so runs that are cut alike share them
-    measured = []
-    for run in runs:
-        if run.sizes not in meshes:
-            meshes[run.sizes] = ParallelMesh.build(run.sizes, device_type)
-        measured.append(measure(run, device, steps, meshes[run.sizes]))
-    if dist.get_rank() == 0:
-        torch.save(measured, result)
-    close_distributed()
+    with joined(runs[0].config, device_type) as device:
+        meshes: dict[
+            MeshSizes, ParallelMesh
+        ] = {}  # groups take threads, so runs that are cut alike share them
+        measured = []
+        for run in runs:
+            if run.sizes not in meshes:
+                meshes[run.sizes] = ParallelMesh.build(run.sizes, device_type)
+            measured.append(measure(run, device, steps, meshes[run.sizes]))
+        if dist.get_rank() == 0:
+            torch.save(measured, result)
     return 0
 
 

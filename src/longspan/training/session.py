@@ -218,6 +218,9 @@ def leave(error: Exception, output: Path, seconds: float, step: int | None = Non
         print(
             f"longspan: error: {name}{error.strerror or error}: {error.filename or output}", file=sys.stderr
         )
+    elif isinstance(error, NotFinite):  # on all ranks at once
+        if rank == 0:
+            print(f"longspan: error: {error}", file=sys.stderr)
     elif isinstance(error, SafetensorError):  # how an export finds that the disk is full
         print(f"longspan: error: {name}{error}: {output}", file=sys.stderr)
     elif many and timed_out(error):
