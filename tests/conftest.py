@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -7,6 +8,12 @@ sys.path.insert(0, os.path.dirname(__file__))  # tests import `pool` and each ot
 import hypothesis
 import pytest
 import torch
+
+# What starts the tests may ignore signals (nohup, a script's background), and every process inherits that: a run
+# would then rightly ignore them too. The tests of signals need them heard.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # a shared machine is slow now and then; a hanging test is ended by the pool
 hypothesis.settings.register_profile("longspan", deadline=None)

@@ -50,6 +50,10 @@ os._exit(1)
 """
 
 
+#: launchers that tests have started
+STARTED: list[subprocess.Popen] = []
+
+
 class Launcher:
     def __init__(self, *sources, ignored=()):
         source = LAUNCHER.format(sources=list(sources), ignored=[int(n) for n in ignored])
@@ -60,6 +64,7 @@ class Launcher:
             text=True,
             start_new_session=True,
         )
+        STARTED.append(self.process)
 
     def lines(self, count):
         return [self.process.stdout.readline().split() for _ in range(count)]
@@ -67,6 +72,17 @@ class Launcher:
     def end(self):
         out, err = self.process.communicate(timeout=60)
         return self.process.returncode, out, err
+
+
+@pytest.fixture(autouse=True)
+def _ends_what_is_left():
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:  # two signals end the ranks too
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
+            process.wait(30)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
