@@ -504,7 +504,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_the_weights_change(folder)
         "train",
         "config.yaml",
         "--learning-rate",
-        "1e300",
+        "1e18",
         "--max-grad-norm",
         0,
         "--output-dir",
