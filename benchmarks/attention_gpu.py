@@ -22,7 +22,7 @@ from ranks_in_turn import Rank
 
 from longspan.context_parallel import Schedule, SequenceLayout
 from longspan.context_parallel.calls import calls_of
-from longspan.context_parallel.kernels import select_kernel
+from longspan.context_parallel.kernels.choose import select_kernel
 
 OURS, PEER = "all ranks in turn", "one monolithic call"
 

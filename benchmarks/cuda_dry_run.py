@@ -27,7 +27,7 @@ from longspan import TransformerConfig
 from longspan.config.parallel import MeshSizes
 from longspan.context_parallel import Schedule, SequenceLayout
 from longspan.context_parallel.calls import calls_of
-from longspan.context_parallel.kernels import select_kernel
+from longspan.context_parallel.kernels.choose import select_kernel
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
 

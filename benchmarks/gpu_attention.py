@@ -15,7 +15,7 @@ from ranks_in_turn import Rank, whole_result
 from torch import Tensor
 
 from longspan.context_parallel import SequenceLayout
-from longspan.context_parallel.kernels import BACKENDS, OTHER_DEVICE, select_kernel
+from longspan.context_parallel.kernels.choose import BACKENDS, OTHER_DEVICE, select_kernel
 from longspan.errors import UserError
 
 

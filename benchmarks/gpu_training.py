@@ -22,9 +22,9 @@ from longspan.config.parallel import MeshSizes
 from longspan.context_parallel import SequenceLayout
 from longspan.mesh.mesh import ParallelMesh, init_distributed
 from longspan.models import GPTModel
-from longspan.models.offload import Offload
-from longspan.parallelize import gradient_norm, parallelize
-from longspan.training.optimizer import clip_gradients
+from longspan.models.memory.offload import Offload
+from longspan.parallelize import parallelize
+from longspan.training.optimizer import clip_gradients, gradient_norm
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from longspan.config.load import make_config
 from longspan.config.resolve import resolve
 from longspan.context_parallel import SequenceLayout, hybrid
-from longspan.context_parallel.schedule import rows_matrix
+from longspan.context_parallel.needed import rows_matrix
 from longspan.training.sharding import LocalBatch
 
 LENGTHS = json.loads(Path(__file__).with_name("lengths.json").read_text())
@@ -61,7 +61,7 @@ MODEL = {
 
 def make_trainer(folder: str, ranks: int):
     from longspan.data import IndexedDatasetWriter
-    from longspan.training.loop import Trainer
+    from longspan.training.trainer import Trainer
 
     if dist.get_rank() == 0:
         with IndexedDatasetWriter(Path(folder) / "data", np.uint16) as writer:

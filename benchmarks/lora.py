@@ -28,7 +28,7 @@ from longspan.config.resolve import resolve
 from longspan.data import IndexedDatasetWriter
 from longspan.mesh.mesh import close_distributed, init_distributed
 from longspan.training.adapters import parameter_counts
-from longspan.training.loop import Trainer
+from longspan.training.trainer import Trainer
 
 VOCAB, STEPS = 8192, 2
 

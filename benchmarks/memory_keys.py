@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 import training
-from longspan.models.offload import Offload
+from longspan.models.memory.offload import Offload
 from longspan.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
 TILED = {"tiled_mlp": True}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from longspan.context_parallel import Schedule, SequenceLayout
-from longspan.context_parallel.kernels import Kernel
-from longspan.context_parallel.keys import backward_step, forward_step
+from longspan.context_parallel.kernels.protocol import Kernel
+from longspan.context_parallel.move_keys import backward_step, forward_step
 from longspan.context_parallel.schedule import Step
 
 

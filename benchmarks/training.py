@@ -21,7 +21,7 @@ import torch.distributed as dist
 from longspan.config.load import make_config
 from longspan.config.resolve import resolve
 from longspan.data import IndexedDatasetWriter
-from longspan.training.loop import Trainer
+from longspan.training.trainer import Trainer
 
 THREADS = 2
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, FFN = 8192, 384, 6, 6, 2, 1024

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from longspan.cli.generate import generate
+from longspan.runs.generate import generate
 from longspan.data.instruct import ALPACA
 
 HERE = Path(__file__).parent

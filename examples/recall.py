@@ -53,7 +53,7 @@ def answers_right(config: str) -> float:
     from longspan.config.resolve import resolve
     from longspan.mesh.mesh import close_distributed, init_distributed
     from longspan.training.checkpoint import newest
-    from longspan.training.loop import Trainer
+    from longspan.training.trainer import Trainer
 
     init_distributed("cpu")
     loaded = load_config(config, ["--context-parallel-size", "1", "--no-load-optim"])

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-SERVED = "torch.distributed.checkpoint torch.distributed.fsdp longspan.cli.main longspan.training.session"
+SERVED = "torch.distributed.checkpoint torch.distributed.fsdp longspan.cli.main longspan.runs.session"
 
 
 class Command:

@@ -11,7 +11,7 @@ import pool
 from longspan import TransformerConfig, finalize_model_grads, parallel_state
 from longspan.context_parallel import SequenceLayout
 from longspan.models import GPTModel
-from longspan.parallelize import gradient_norm
+from longspan.training.optimizer import gradient_norm
 
 VOCAB, LENGTH, SAMPLES = 300, 37, 2
 

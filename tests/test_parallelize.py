@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 import pool
 import tiny
-from longspan.training.loop import Trainer
+from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -1,8 +1,8 @@
 """Megatron's ``parallel_state`` functions over one installed ParallelMesh.
 
 A facade for users: ``initialize_model_parallel`` makes a mesh and installs it, the getters
-hand out its parts. Nothing inside longspan reads it, but for the one default "no process
-groups given -> the installed ones" of public constructors.
+hand out its parts. Nothing inside longspan reads this file; public constructors take the installed groups where
+none are given (``mesh.default_groups``).
 
 Every getter takes ``check_initialized=True``; with False it returns None instead of raising
 when nothing is installed.
@@ -15,13 +15,13 @@ import torch.distributed as dist
 
 from longspan.config.parallel import DEFAULT_ORDER, MeshSizes
 from longspan.errors import did_you_mean
+from longspan.mesh.default_groups import installed, installed_mesh
 from longspan.mesh.mesh import ParallelMesh, ProcessGroupCollection, init_distributed
 from longspan.mesh.topology import RankGenerator as RankGenerator  # Megatron has it here, too
 from longspan.mesh.topology import data_parallel_size
 from longspan.mesh.topology import hierarchical_groups as hierarchical_groups
 from longspan.tensor_parallel import random
 
-_mesh: ParallelMesh | None = None
 _virtual_pipeline_rank: int | None = None
 _virtual_pipeline_size: int | None = None
 
@@ -55,8 +55,8 @@ def initialize_model_parallel(
             pipeline stages.
         ValueError: the sizes do not multiply to the world size.
     """
-    global _mesh, _virtual_pipeline_rank, _virtual_pipeline_size
-    if _mesh is not None:
+    global _virtual_pipeline_rank, _virtual_pipeline_size
+    if installed.mesh is not None:
         raise RuntimeError(
             "model parallel groups are already initialised; call destroy_model_parallel() first."
         )
@@ -96,12 +96,11 @@ def initialize_model_parallel(
 
 def install(mesh: ParallelMesh) -> None:
     """Installs a mesh that was made elsewhere (the trainer makes its own)."""
-    global _mesh
-    _mesh = mesh
+    installed.mesh = mesh
 
 
 def model_parallel_is_initialized() -> bool:
-    return _mesh is not None
+    return installed.mesh is not None
 
 
 is_initialized = model_parallel_is_initialized
@@ -109,19 +108,14 @@ is_initialized = model_parallel_is_initialized
 
 def destroy_model_parallel() -> None:
     """Forgets the installed groups and ``model_parallel_seed``'s seed. The default process group stays."""
-    global _mesh, _virtual_pipeline_rank, _virtual_pipeline_size
-    _mesh, _virtual_pipeline_rank, _virtual_pipeline_size = None, None, None
+    global _virtual_pipeline_rank, _virtual_pipeline_size
+    installed.mesh, _virtual_pipeline_rank, _virtual_pipeline_size = None, None, None
     random.get_rng_tracker().reset()
 
 
 def get_mesh(check_initialized: bool = True) -> ParallelMesh | None:
     """The installed mesh."""
-    if _mesh is None and check_initialized:
-        raise RuntimeError(
-            "model parallel groups are not initialised: call longspan.parallel_state."
-            "initialize_model_parallel(...) on every rank first."
-        )
-    return _mesh
+    return installed_mesh() if check_initialized else installed.mesh
 
 
 def get_process_groups(check_initialized: bool = True) -> ProcessGroupCollection | None:

@@ -14,12 +14,7 @@ global mean already (invariant I1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import torch
-import torch.distributed as dist
-from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -27,17 +22,12 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
 
 from longspan.compiled import check_compiler, compile_parts
-from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh
-from longspan.models.adapters import is_adapter, open_adapters, peft_name, read_adapter
 from longspan.models.gpt import GPTModel
-from longspan.models.huggingface import Names, SafetensorsFolder, read_part
-from longspan.models.offload import Offload
+from longspan.models.memory.offload import Offload
 from longspan.tensor_parallel.initial import init_weights
-from longspan.tensor_parallel.random import local_ranges
 
 
 def parallelize(
@@ -117,87 +107,3 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # without it gloo is asked for an average
-
-
-@torch.no_grad()
-def load_pretrained(model: GPTModel, source: SafetensorsFolder) -> None:
-    """Fills every parameter but adapters from a Hugging Face model; each rank reads only what it holds. Collective.
-
-    Raises:
-        UserError: on all ranks, with what any of them found: a tensor of another shape, or one with NaN or infinity.
-    """
-    names = Names(model.config, model.vocab_size)
-    problems: list[str] = []
-    for name, parameter in model.named_parameters():
-        if is_adapter(name):
-            continue
-        try:
-            part = read_part(source, names, name, parameter.shape, local_ranges(parameter))
-        except UserError as error:
-            problems += error.problems
-        else:
-            parameter.to_local().copy_(part)
-    _agree(problems)
-
-
-def _agree(problems: list[str]) -> None:
-    """Raises UserError on all ranks with the problems of any, so that none waits for one that has stopped."""
-    found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, problems)
-    if together := list(dict.fromkeys(problem for each in found for problem in each)):
-        more = [f"... and {len(together) - 3} more tensors."] if len(together) > 4 else []
-        raise UserError([*together[: 3 if more else 4], *more])
-
-
-@torch.no_grad()
-def load_adapters(model: GPTModel, folder: str | Path) -> None:
-    """Fills every adapter from a folder in PEFT's format; each rank reads only what it holds.
-
-    Raises:
-        UserError: on all ranks: the folder's adapters are of another model, or hold NaN or infinity.
-    """
-    adapters = {name: p for name, p in model.named_parameters() if is_adapter(name)}
-    problems: list[str] = []
-    try:
-        with open_adapters(folder, map(peft_name, adapters)) as source:
-            for name, parameter in adapters.items():
-                part = read_adapter(source, name, parameter.shape, local_ranges(parameter))
-                parameter.to_local().copy_(part)
-    except UserError as error:
-        problems = error.problems
-    _agree(problems)
-
-
-def gradient_norm(model: nn.Module) -> torch.Tensor:
-    """The norm of the whole gradient, each element counted once: one number, one all-reduce.
-
-    A rank counts the squares of what it holds, divided by the number of ranks that hold the
-    same (copies over dp_replicate; norm weights over tp).
-    """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    assert gradients, "no parameter has a gradient"
-    return _norm(gradients)
-
-
-@torch.no_grad()
-def parameter_norm(model: nn.Module) -> torch.Tensor:
-    """The norm of all weights, counted as :func:`gradient_norm` counts; tied ones count once."""
-    return _norm(list(model.parameters()))
-
-
-def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    total = None
-    world = dist.get_world_size()
-    for whole in tensors:
-        assert isinstance(whole, DTensor)
-        held, mesh = whole.to_local(), whole.device_mesh
-        shards = 1
-        for axis, placement in enumerate(whole.placements):
-            shards *= 1 if placement.is_replicate() else mesh.size(axis)  # _StridedShard is no Shard
-        wide = torch.promote_types(held.dtype, torch.float32)
-        square = torch.linalg.vector_norm(held, dtype=wide).square() * (shards / world)
-        total = square if total is None else total + square
-    assert total is not None
-    if world > 1:
-        dist.all_reduce(total)
-    return total.sqrt()

@@ -158,8 +158,9 @@ def test_each_mistake_is_one_clear_message(folder, arguments, message):
 
 def test_torchruns_own_arguments_say_how_many(monkeypatch):
     """They were once dropped where one process was enough, and not reckoned with elsewhere."""
-    from longspan.cli.launch import launched_world, read_launch
+    from longspan.cli.launch import read_launch
     from longspan.errors import UserError
+    from longspan.runs.start import launched_world
 
     problems = []
     launch = read_launch({"--launcher": "torchrun"}, ["--nproc_per_node=2", "--nnodes", "3"], problems)
@@ -331,7 +332,7 @@ def test_verify_all_goes_through_every_type_and_layout(folder):
     [({}, (2, 4)), ({"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [4, 2]}, (4, 2))],
 )
 def test_verify_all_takes_the_hierarchy_given_or_proposes_one(given, expected):
-    from longspan.cli import verify
+    from longspan.runs import verify
 
     run = tiny.tiny_run("prefix", 8, context_parallel_size=8, **given)
     found = verify.variants(run, everything=True)
@@ -631,7 +632,7 @@ def test_a_killed_worker_is_named(folder):
 
 
 def test_more_processes_than_a_machine_can_start_are_refused():
-    from longspan.cli.launch import Launch, choose_device
+    from longspan.runs.start import Launch, choose_device
 
     cores = os.cpu_count() or 1
     config = TrainConfig(**tiny.values("prefix", device="cpu", context_parallel_size=2**20))

@@ -8,9 +8,9 @@ from tokenizers import ByteLevelBPETokenizer
 import tiny
 from chats import write_tokenizer
 from longspan.cli.main import main
-from longspan.cli.prepare import prepare_config
 from longspan.data import IndexedDataset, load_tokenizer
 from longspan.errors import UserError
+from longspan.runs.prepare import prepare_config
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import tiny
 from chats import write_tokenizer
 from longspan import TransformerConfig
 from longspan.cli import main
-from longspan.cli.generate import end_ids, prompt_ids
 from longspan.config.load import make_config
 from longspan.data import load_tokenizer
 from longspan.data.instruct import Encoder, Recipe
-from longspan.models.huggingface import Names
+from longspan.models.hf_weights import Names
+from longspan.runs.generate import end_ids, prompt_ids
 
 
 @pytest.mark.parametrize("begin", [True, False])

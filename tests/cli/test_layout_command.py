@@ -223,7 +223,7 @@ def test_the_documents_of_a_step_are_those_training_takes(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     values = tiny.values(tiny.write_data(tmp_path), context_parallel_size=2, micro_batch_size=2)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    from longspan.training.loop import open_datasets
+    from longspan.data.splits import open_datasets
 
     data, *_ = open_datasets(tiny.tiny_run(values["datasets"][0]["path"], 2, micro_batch_size=2))
     for step, arguments in ((0, []), (3, ["--step", 3])):

@@ -7,12 +7,12 @@ from pathlib import Path
 import documents
 import pytest
 
-from longspan.cli.environment import VARIABLES
 from longspan.cli.launch import OPTIONS as LAUNCH_OPTIONS
 from longspan.cli.prepare import FILE_OPTIONS
 from longspan.cli.reference import markdown
 from longspan.config.load import FOREIGN, make_config, option_table, parse_overrides
 from longspan.config.schema import DatasetConfig, names
+from longspan.runs.environment import VARIABLES
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["docs/migrating.md", "docs/migrating.zh-CN.md"]

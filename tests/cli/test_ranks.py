@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from longspan.cli import ranks
 from longspan.errors import UserError
+from longspan.runs import ranks
 
 #: runs one script a rank
 LAUNCHER = """
 import os, signal, sys
-from longspan.cli import ranks
+from longspan.runs import ranks
 ranks.GRACE_S = 0.5
 for name in {ignored}:
     signal.signal(name, signal.SIG_IGN)

@@ -14,10 +14,10 @@ import tiny
 from chats import write_tokenizer
 from command import run as longspan
 from longspan.cli import completion, main
-from longspan.cli.environment import VARIABLES, without_effect
 from longspan.cli.init import examples
 from longspan.config.schema import keys
 from longspan.data.text import load_tokenizer, vocabulary_size
+from longspan.runs.environment import VARIABLES, without_effect
 
 
 @pytest.fixture

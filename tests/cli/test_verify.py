@@ -7,9 +7,10 @@ import torch
 
 import pool
 import tiny
-from longspan.cli import verify
+from longspan.cli.verify import report
 from longspan.errors import UserError
-from longspan.training.loop import Trainer
+from longspan.runs import verify
+from longspan.training.trainer import Trainer
 
 NAN = math.nan
 
@@ -84,6 +85,6 @@ def test_an_evaluation_without_a_token_on_both_sides_is_left_out_and_said(prefix
     found = result(nothing, nothing, prefix)
     assert found["passed"]
     assert found["eval_loss"] is None
-    assert verify.report(found, as_json=False) == 0
+    assert report(found, as_json=False) == 0
     assert "no token of what is held out counts" in capsys.readouterr().out
     assert not result(nothing, record(), prefix)["passed"]

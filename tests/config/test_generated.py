@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 import command
 import pool
 import tiny
-from longspan.cli.launch import Launch
-from longspan.cli.train import checked
 from longspan.config.load import FOREIGN, make_config
 from longspan.config.resolve import resolve
 from longspan.config.schema import names
 from longspan.errors import UserError
-from longspan.training.loop import Trainer
+from longspan.runs.check import checked
+from longspan.runs.start import Launch
+from longspan.training.trainer import Trainer
 
 #: key -> values worth trying, good and bad; a key not drawn keeps tiny's value or its default
 SIZES = {

@@ -9,9 +9,9 @@ import yaml
 import tiny
 from longspan.config.load import Overrides, load_config, make_config, parse_overrides, read_yaml, to_yaml
 from longspan.config.resolve import resolve
-from longspan.config.schedule import training_steps, warmup_steps
 from longspan.config.schema import GROUPS, TrainConfig, keys, names
 from longspan.errors import UserError
+from longspan.training.schedule import training_steps, warmup_steps
 
 
 def problems_of(changes=None, world=None, remove=(), **kwargs):

@@ -6,13 +6,8 @@ import pytest
 
 import tiny
 from longspan.config.load import make_config
-from longspan.config.schedule import (
-    evaluation_limit,
-    interval,
-    learning_rate,
-    schedule_problems,
-    warmup_steps,
-)
+from longspan.config.schedule_rules import schedule_problems
+from longspan.training.schedule import evaluation_limit, interval, learning_rate, warmup_steps
 
 
 def config_of(**changes):

@@ -18,15 +18,16 @@ from longspan.context_parallel import (
     PackedSeqParams,
     SequenceLayout,
     context_parallel_attention,
-    cpu_blocks,
-    keys,
+    move_keys,
     schedule,
 )
-from longspan.context_parallel.calls import Pack
-from longspan.context_parallel.checks import check_heads_of
-from longspan.context_parallel.cuda_kernels import FlashAttn, VarlenKernel
-from longspan.context_parallel.kernels import CPU_KERNELS, merge
+from longspan.context_parallel.calls import VarlenCall
+from longspan.context_parallel.kernels import cpu_blocks
+from longspan.context_parallel.kernels.choose import CPU_KERNELS
+from longspan.context_parallel.kernels.cuda import FlashAttn, VarlenKernel
+from longspan.context_parallel.kernels.protocol import merge
 from longspan.context_parallel.layout import LAYOUTS
+from longspan.context_parallel.refusals import check_heads_of
 from longspan.context_parallel.schedule import Schedule
 from longspan.context_parallel.tiles import Mask
 from longspan.mesh.topology import hierarchical_groups
@@ -232,28 +233,28 @@ class PackedMath(VarlenKernel):
             seen = seen.triu(keys - rows)
         return torch.einsum("snd,tnd->nst", q, k).mul(scale).masked_fill(~seen, float("-inf"))
 
-    def _sequences(self, pack):
-        assert pack.max_q == pack.cu_q.diff().max()
-        assert pack.max_k == pack.cu_k.diff().max()
-        q, k = pack.cu_q.tolist(), pack.cu_k.tolist()
+    def _sequences(self, call):
+        assert call.max_q == call.cu_q.diff().max()
+        assert call.max_k == call.cu_k.diff().max()
+        q, k = call.cu_q.tolist(), call.cu_k.tolist()
         return zip(*(map(slice, x, x[1:]) for x in (q, k)))
 
-    def forward_packed(self, q, k, v, pack, scale):
+    def forward_varlen(self, q, k, v, call, scale):
         type(self).calls += 1
         out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        for a, b in self._sequences(pack):
-            scores = self._scores(q[a], k[b], pack.mask, scale)
+        for a, b in self._sequences(call):
+            scores = self._scores(q[a], k[b], call.mask, scale)
             lse[:, a] = scores.logsumexp(-1)
             out[a] = torch.einsum("nst,tnd->snd", scores.softmax(-1), v[b])
         return out, lse
 
-    def backward_packed(self, dout, q, k, v, out, lse, pack, scale):
+    def backward_varlen(self, dout, q, k, v, out, lse, call, scale):
         share = q.shape[1] // k.shape[1]
         wide_k, wide_v = (x.repeat_interleave(share, 1) for x in (k, v))
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
-        for a, b in self._sequences(pack):
-            p = (self._scores(q[a], wide_k[b], pack.mask, scale) - lse[:, a, None]).exp()
+        for a, b in self._sequences(call):
+            p = (self._scores(q[a], wide_k[b], call.mask, scale) - lse[:, a, None]).exp()
             delta = (dout[a] * out[a]).sum(-1).t().unsqueeze(-1)
             ds = p * (torch.einsum("snd,tnd->nst", dout[a], wide_v[b]) - delta) * scale
             dq[a] += torch.einsum("nst,tnd->snd", ds, wide_k[b])
@@ -306,7 +307,7 @@ def bytes_sent(cases):
         counted.extend(op.tensor.numel() for op in ops if op.op is dist.isend)
         return real(ops)
 
-    keys.dist.batch_isend_irecv = count
+    move_keys.dist.batch_isend_irecv = count
     found = []
     try:
         for layout in cases:
@@ -318,7 +319,7 @@ def bytes_sent(cases):
             out.sum().backward()
             found.append((forward, sum(counted) - forward))
     finally:
-        keys.dist.batch_isend_irecv = real
+        move_keys.dist.batch_isend_irecv = real
     return found
 
 
@@ -445,7 +446,7 @@ def installed_flash_attention(forward, backward=None):
 def test_releases_of_flash_attention():
     """Early releases of 3 have arguments without defaults; those of 2 before 2.7 return other things after the output."""
     q, lse = torch.zeros(6, 4, 8), torch.zeros(4, 6)
-    pack = Pack.single(6, 6, Mask.CAUSAL, q.device)
+    call = VarlenCall.single(6, 6, Mask.CAUSAL, q.device)
 
     def beta(q, k, v, k_new, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
              window_size=(-1, -1)):  # fmt: skip
@@ -458,12 +459,12 @@ def test_releases_of_flash_attention():
         assert (sequed_q, causal) == (None, True)
 
     kernel = installed_flash_attention(beta, beta_backward)
-    assert kernel.forward_packed(q, q, q, pack, 1.0) == (q, lse)
-    assert len(kernel.backward_packed(q, q, q, q, q, lse, pack, 1.0)) == 3
+    assert kernel.forward_varlen(q, q, q, call, 1.0) == (q, lse)
+    assert len(kernel.backward_varlen(q, q, q, q, q, lse, call, 1.0)) == 3
     for second in (q, torch.zeros(1, 4, 6)):
         old = installed_flash_attention(lambda q, k, v, second=second: (q, second))
         with pytest.raises(ValueError, match=r"flash-attn-3 .* too old .* attention_backend: cuda-flash"):
-            old.forward_packed(q, q, q, pack, 1.0)
+            old.forward_varlen(q, q, q, call, 1.0)
 
 
 # --- kernels ------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from test_attention import dense, inputs
 
 from longspan.config.packages import has_package
 from longspan.context_parallel import Schedule, SequenceLayout, context_parallel_attention
-from longspan.context_parallel.cuda_kernels import make_kernel
-from longspan.context_parallel.kernels import CPU_KERNELS, select_kernel
-from longspan.context_parallel.keys import backward_step, forward_step
+from longspan.context_parallel.kernels.choose import CPU_KERNELS, select_kernel
+from longspan.context_parallel.kernels.cuda import make_kernel
+from longspan.context_parallel.move_keys import backward_step, forward_step
 
 pytestmark = pytest.mark.gpu
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longspan.context_parallel import Schedule, SequenceLayout
-from longspan.context_parallel.calls import Pack, calls_of
-from longspan.context_parallel.schedule import rows_matrix
+from longspan.context_parallel.calls import VarlenCall, calls_of
+from longspan.context_parallel.needed import rows_matrix
 from longspan.context_parallel.tiles import Mask
 
 packs = st.lists(st.integers(1, 30), min_size=1, max_size=10)
@@ -78,7 +78,7 @@ windows = st.one_of(st.none(), st.integers(1, 12))
 class Packing:
     """Stands for a kernel that takes many sequences in one call."""
 
-    packs = True
+    varlen = True
 
 
 def covered(rows, keys, mask):
@@ -104,7 +104,7 @@ def test_packed_calls_compute_the_same_pairs(lengths, ranks, window):
                     q, k = (torch.arange(layout.local_length)[call.q], torch.arange(width)[call.k])
                     assert not (call.first and touched[q].any())
                     touched[q] = True
-                    if not isinstance(call, Pack):
+                    if not isinstance(call, VarlenCall):
                         got[q[:, None], k] += covered(len(q), len(k), call.mask)
                         continue
                     assert len(q) == len(set(q.tolist())), "a query row twice in one call"

@@ -16,7 +16,7 @@ from longspan.context_parallel import SequenceLayout
 
 transformers = pytest.importorskip("transformers")
 
-from longspan.integrations.model_checks import check_config  # noqa: E402
+from longspan.integrations.refusals import check_config  # noqa: E402
 from longspan.integrations.transformers import (  # noqa: E402
     Plan,
     Setting,

@@ -14,8 +14,6 @@ from test_memory_keys import gradients, plain
 import pool
 import tiny
 from longspan import compiled
-from longspan.cli import train
-from longspan.cli.launch import Launch
 from longspan.config.load import make_config
 from longspan.config.lora import TARGETS, Lora
 from longspan.config.parallel import MeshSizes
@@ -23,11 +21,13 @@ from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
-from longspan.models.adapters import attach
+from longspan.models.peft import attach
 from longspan.parallelize import parallelize
+from longspan.runs import check
+from longspan.runs.start import Launch
 from longspan.tensor_parallel.lora import Adapter
 from longspan.tensor_parallel.random import InitialValues
-from longspan.training.loop import Trainer
+from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 #: norm; add and norm; heads; MLP; and the loss's two
@@ -216,11 +216,11 @@ def test_auto_without_a_compiler_runs_without_and_true_is_refused(prefix, monkey
         raise UserError("no compiler here")
 
     monkeypatch.setattr(compiled, "check_compiler", none)
-    monkeypatch.setattr(train, "choose_device", lambda config, launch: ("cuda", 1))
+    monkeypatch.setattr(check, "choose_device", lambda config, launch: ("cuda", 1))
     reading = make_config(tiny.values(prefix, torch_compile=asked))
     if asked is True:
         with pytest.raises(UserError, match="no compiler here"):
-            train.checked(reading, Launch())
+            check.checked(reading, Launch())
         return
-    assert train.checked(reading, Launch())[0].config.torch_compile is False
+    assert check.checked(reading, Launch())[0].config.torch_compile is False
     assert "torch_compile: auto compiles nothing on this machine: no compiler here" in capsys.readouterr().err

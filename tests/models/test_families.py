@@ -14,9 +14,9 @@ import tiny
 from longspan.config.architecture import architecture_of
 from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
-from longspan.models import huggingface
+from longspan.models import hf_weights
 from longspan.training.export import export
-from longspan.training.loop import Trainer
+from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 ROWS = 45
@@ -191,7 +191,7 @@ def gradients(prefix, base, more):
     loss.backward()
     total = loss.detach().clone()
     dist.all_reduce(total, group=trainer.groups.dp_cp)
-    places = huggingface.Names(trainer.model.config, tiny.VOCAB)
+    places = hf_weights.Names(trainer.model.config, tiny.VOCAB)
     found = {}
     for name, parameter in trainer.model.named_parameters():
         place, grad = places.place(name), parameter.grad.full_tensor()[: places.rows(name)]
@@ -308,9 +308,9 @@ def weights_problem(base, edit):
     edit(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
     run = resolve(architecture_config(architecture_of(base)), 1)
-    source = huggingface.SafetensorsFolder(base)
+    source = hf_weights.SafetensorsFolder(base)
     with pytest.raises(UserError) as caught:
-        huggingface.check_tensors(source, huggingface.Names(run.transformer_config(), tiny.VOCAB))
+        hf_weights.check_tensors(source, hf_weights.Names(run.transformer_config(), tiny.VOCAB))
     return str(caught.value)
 
 

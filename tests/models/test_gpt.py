@@ -18,8 +18,9 @@ from longspan.context_parallel import (
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel, TransformerBlock, TransformerLayer
 from longspan.models.embedding import _out_of_padding
-from longspan.parallelize import gradient_norm, parallelize
+from longspan.parallelize import parallelize
 from longspan.tensor_parallel import init_weights
+from longspan.training.optimizer import gradient_norm
 
 VOCAB, LENGTH = 300, 53  # the vocabulary is padded to 384, the length divides by nothing
 

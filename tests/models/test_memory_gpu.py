@@ -5,8 +5,8 @@ import torch
 
 import tiny
 from longspan.mesh.mesh import close_distributed, init_distributed
-from longspan.models.offload import Offload
-from longspan.training.loop import Trainer
+from longspan.models.memory.offload import Offload
+from longspan.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 

@@ -17,11 +17,12 @@ from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
-from longspan.models.huggingface import SafetensorsFolder
-from longspan.models.offload import Offload
-from longspan.parallelize import gradient_norm, parallelize
+from longspan.models.hf_weights import SafetensorsFolder
+from longspan.models.memory.offload import Offload
+from longspan.parallelize import parallelize
 from longspan.training.export import export
-from longspan.training.loop import Trainer
+from longspan.training.optimizer import gradient_norm
+from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from longspan.models.offload import Offload
-from longspan.models.tiled import _slices, tiled
+from longspan.models.memory.offload import Offload
+from longspan.models.memory.tiled import _slices, tiled
 
 H, N = 6, 10
 

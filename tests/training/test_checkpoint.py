@@ -19,8 +19,8 @@ from longspan.errors import UserError
 from longspan.training import checkpoint
 from longspan.training.checkpoint import Checkpointer, SaveError
 from longspan.training.checkpoint_files import SummingWriter
-from longspan.training.loop import Trainer
 from longspan.training.metrics import keep_until
+from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 TP2_CP2 = {"tensor_parallel_size": 2, "context_parallel_size": 2}

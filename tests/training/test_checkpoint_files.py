@@ -20,7 +20,7 @@ from longspan.errors import UserError
 from longspan.training import checkpoint
 from longspan.training.checkpoint import Checkpointer
 from longspan.training.checkpoint_files import read_metadata
-from longspan.training.loop import Trainer
+from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

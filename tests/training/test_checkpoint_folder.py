@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from longspan.cli.generate import is_checkpoint
 from longspan.errors import UserError
+from longspan.runs.generate import is_checkpoint
 from longspan.training import checkpoint
 from longspan.training.checkpoint_files import SummingWriter
 

@@ -17,7 +17,7 @@ from longspan.errors import UserError
 from longspan.training import checkpoint, checksums
 from longspan.training.checkpoint import Checkpointer
 from longspan.training.checksums import Checksum, Manifest, to_json
-from longspan.training.loop import Trainer
+from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

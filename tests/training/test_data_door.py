@@ -9,15 +9,17 @@ import torch.distributed as dist
 
 import pool
 import tiny
-from longspan.cli.prepare import prepare_config
-from longspan.cli.train import missing_sources
 from longspan.config.load import make_config
 from longspan.config.resolve import resolve
 from longspan.data.blend import BlendedDataset
+from longspan.data.checks import check_data, missing_sources
 from longspan.errors import UserError
-from longspan.training.loop import Trainer, check_data, describe_run
+from longspan.runs.prepare import prepare_config
+from longspan.training import loop
+from longspan.training.description import describe_run
 from longspan.training.metrics import JsonLines, Metrics
 from longspan.training.progress import Progress
+from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -64,7 +66,7 @@ def whole_run(folder, changes):
     trainer = Trainer(door_run(dist.get_world_size(), **changes), CPU)
     if dist.get_rank() == 0:
         trainer.metrics = Metrics([JsonLines(Path(folder) / "metrics.jsonl")])
-    trainer.train(Path(folder), Progress())
+    loop.train(trainer, Path(folder), Progress())
     trainer.metrics.close()
 
 

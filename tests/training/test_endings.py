@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 import pool
 import tiny
 from longspan.data import IndexedDatasetWriter
-from longspan.training import checkpoint, session
+from longspan.runs import session
+from longspan.training import banner, checkpoint, loop
 from longspan.training.lock import CONFIG
-from longspan.training.loop import NotFinite, Trainer
 from longspan.training.metrics import JsonLines, Metrics, keep_until
 from longspan.training.progress import Progress
 from longspan.training.stopping import Stopping
+from longspan.training.trainer import NotFinite, Trainer
 
 CPU = torch.device("cpu")
 
@@ -75,7 +76,7 @@ class Signal(Progress):
 
 def stopped_by_a_signal(prefix, folder, when):
     trainer, records = trainer_of(prefix, folder, context_parallel_size=2, max_steps=6, eval_steps=2)
-    trainer.train(Path(folder), Signal(trainer, when))
+    loop.train(trainer, Path(folder), Signal(trainer, when))
     assert [r["step"] for r in records if r["kind"] == "eval"] == [2]
     assert names(folder) == ["latest", "step_00000003"]
 
@@ -88,12 +89,12 @@ def test_a_signal_at_any_moment_stops_all_ranks_at_one_step_with_a_checkpoint(pr
 
 def goes_on_from_an_earlier_step(prefix, folder):
     trainer, _ = trainer_of(prefix, folder, max_steps=6, save_steps=2)
-    trainer.train(Path(folder), Progress())
+    loop.train(trainer, Path(folder), Progress())
     assert names(folder) == ["latest", "step_00000002", "step_00000004", "step_00000006"]
     trainer, _ = trainer_of(prefix, folder, max_steps=6, save_steps=3, save_total_limit=1)
     trainer.resume(Path(folder) / "checkpoints" / "step_00000002")
     trainer.steps = 3
-    trainer.train(Path(folder), Progress())
+    loop.train(trainer, Path(folder), Progress())
     assert names(folder) == ["latest", "step_00000003", "step_00000004", "step_00000006"]
     assert checkpoint.newest(Path(folder) / "checkpoints").name == "step_00000003"
 
@@ -117,7 +118,7 @@ def fails_once(prefix, folder):
 
     checkpoint.dcp.async_save = async_save
     try:
-        trainer.train(Path(folder), Progress())
+        loop.train(trainer, Path(folder), Progress())
     finally:
         checkpoint.dcp.async_save = whole
     assert len(calls) == 2
@@ -133,7 +134,7 @@ def diverges(prefix, folder):
     compute = trainer.compute_gradients
     trainer.compute_gradients = lambda b: (float("nan"), 1) if trainer.step == 2 else compute(b)
     with pytest.raises(NotFinite):
-        trainer.train(Path(folder), Progress())
+        loop.train(trainer, Path(folder), Progress())
     assert names(folder) == ["latest", "step_00000002"]
 
 
@@ -143,7 +144,7 @@ def test_a_loss_that_is_no_number_leaves_the_checkpoint_on_its_way(prefix, tmp_p
 
 def other_settings(prefix, folder):
     trainer, _ = trainer_of(prefix, folder, max_steps=2, weight_decay=0.0, adam_beta2=0.9)
-    trainer.train(Path(folder), Progress())
+    loop.train(trainer, Path(folder), Progress())
     trainer, _ = trainer_of(prefix, folder, max_steps=4, weight_decay=0.5, adam_beta2=0.99, adam_epsilon=1e-6)
     trainer.resume(Path(folder) / "checkpoints" / "step_00000002")
     matrices, vectors = trainer.optimizer.param_groups
@@ -160,7 +161,7 @@ def test_weight_decay_and_betas_are_the_configs(prefix, tmp_path):
 
 def ends_where_it_would_stop(prefix, folder):
     trainer, records = trainer_of(prefix, folder, max_steps=4, exit_interval=4)
-    trainer.train(Path(folder), Progress())
+    loop.train(trainer, Path(folder), Progress())
     assert not trainer.stop_asked
     assert [r["step"] for r in records if r["kind"] == "eval"] == [4]
 
@@ -179,10 +180,10 @@ def blended_with_one_too_long(folder):
         sources.append({"path": str(folder / f"s{i}"), "weight": 1})
     run = tiny.tiny_run("", 1, datasets=sources, max_steps=1, val_set_size=0, export_hf=False)
     trainer = Trainer(run, CPU)
-    assert session.filling(trainer).endswith("2 of 8 samples were too long and are dropped")
+    assert banner.filling(trainer).endswith("2 of 8 samples were too long and are dropped")
     # three samples of each, all of their tokens but the first
-    assert session.learned(trainer) == "6 samples, 114 of 120 tokens learned"
-    assert "  samples    6 samples, 114 of 120 tokens learned\n" in session.describe(trainer, folder)
+    assert banner.learned(trainer) == "6 samples, 114 of 120 tokens learned"
+    assert "  samples    6 samples, 114 of 120 tokens learned\n" in banner.start_lines(trainer, folder)
 
 
 def test_blended_samples_of_which_some_are_too_long(tmp_path):
@@ -193,7 +194,7 @@ def stops_where_an_evaluation_is_due(prefix, folder):
     changes = {"max_steps": 6, "eval_steps": 2}
     trainer, _ = trainer_of(prefix, folder, **changes)
     trainer.metrics = Metrics([JsonLines(Path(folder) / "metrics.jsonl")])
-    trainer.train(Path(folder), Signal(trainer, "step 4"))
+    loop.train(trainer, Path(folder), Signal(trainer, "step 4"))
     assert recorded(folder, "eval") == [2]
     assert names(folder) == ["latest", "step_00000004"]
     for _ in range(2):  # a second resume of the same checkpoint finds it done
@@ -201,10 +202,10 @@ def stops_where_an_evaluation_is_due(prefix, folder):
         trainer.resume(Path(folder) / "checkpoints" / "step_00000004")
         keep_until(Path(folder) / "metrics.jsonl", trainer.step)
         trainer.metrics = Metrics([JsonLines(Path(folder) / "metrics.jsonl")])
-        trainer.train(Path(folder), Progress())
+        loop.train(trainer, Path(folder), Progress())
         assert recorded(folder, "eval") == [2, 4, 6]
     trainer, whole = trainer_of(prefix, Path(folder) / "whole", **changes)
-    trainer.train(Path(folder) / "whole", Progress())
+    loop.train(trainer, Path(folder) / "whole", Progress())
     expected = {r["step"]: r["loss"] for r in whole if r["kind"] == "eval"}
     assert {r["step"]: r["loss"] for r in records_in(folder) if r["kind"] == "eval"} == expected
 
@@ -226,7 +227,7 @@ def asked_in_its_last_step(prefix, folder):
     told = Told()
     trainer.signalled = True
     trainer.steps = 1
-    trainer.train(Path(folder), told)
+    loop.train(trainer, Path(folder), told)
     assert told.lines == ["step 1", "saving step_00000001", "eval 1", "saved step_00000001"]
     assert not trainer.stop_asked
     assert [r["kind"] for r in records] == ["train", "eval", "summary"]
@@ -263,7 +264,7 @@ def every_checkpoint_is_told_when_it_is_whole(prefix, folder):
         own = Path(folder) / str(background)
         trainer, _ = trainer_of(prefix, own, max_steps=4, save_steps=2, val_set_size=0, async_save=background)
         told = Told()
-        trainer.train(own, told)
+        loop.train(trainer, own, told)
         assert sorted(line for line in told.lines if line.startswith("saved")) == [
             "saved step_00000002",
             "saved step_00000004",
@@ -313,11 +314,11 @@ def stops_early_without_save_last(prefix, folder):
     for name, ends in (("signal", {}), ("interval", {"exit_interval": 3})):
         own = Path(folder) / name
         trainer, _ = trainer_of(prefix, own, max_steps=6, save_last=False, **ends)
-        trainer.train(own, Progress() if ends else Signal(trainer, "step 4"))
+        loop.train(trainer, own, Progress() if ends else Signal(trainer, "step 4"))
         assert names(own) == ["latest", "step_00000003" if ends else "step_00000004"]
     own = Path(folder) / "whole"
     trainer, _ = trainer_of(prefix, own, max_steps=2, save_last=False)
-    trainer.train(own, Progress())
+    loop.train(trainer, own, Progress())
     assert trainer.step == 2
     assert not list(own.glob("checkpoints/step_*"))
 

@@ -11,10 +11,13 @@ import torch.distributed as dist
 import pool
 import tiny
 from longspan.data import IndexedDatasetWriter
+from longspan.data.checks import check_data
+from longspan.data.splits import open_datasets
 from longspan.errors import UserError
-from longspan.training.loop import Trainer, check_data, open_datasets
+from longspan.training import loop
 from longspan.training.metrics import JsonLines, Metrics, set_aside
 from longspan.training.progress import Lines, Progress
+from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -173,7 +176,7 @@ def whole_run(prefix, folder):
     trainer = Trainer(tiny.tiny_run(prefix, 2, **changes), CPU)
     first = dist.get_rank() == 0
     trainer.metrics = Metrics([JsonLines(folder / "metrics.jsonl")] if first else [])
-    trainer.train(folder, Lines(4) if first else Progress())
+    loop.train(trainer, folder, Lines(4) if first else Progress())
     trainer.metrics.close()
     return {n: p.detach().full_tensor() for n, p in trainer.model.named_parameters()}
 
@@ -338,7 +341,7 @@ def many_steps_without_targets(prefix, folder):
     }
     trainer = Trainer(tiny.tiny_run(prefix, 1, **changes), CPU)
     shown = Shown(8)
-    summary = trainer.train(Path(folder), shown)
+    summary = loop.train(trainer, Path(folder), shown)
     return shown.lines, summary["loss"]
 
 

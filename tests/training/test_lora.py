@@ -14,14 +14,14 @@ import tiny
 from longspan.config.lora import TARGETS
 from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
-from longspan.models.adapters import is_adapter, peft_name
-from longspan.parallelize import gradient_norm
+from longspan.models.peft import is_adapter, peft_name
 from longspan.tensor_parallel.lora import Adapter
 from longspan.training import checkpoint
 from longspan.training.adapters import parameter_counts
 from longspan.training.checkpoint import Checkpointer
 from longspan.training.export import export
-from longspan.training.loop import Trainer
+from longspan.training.optimizer import gradient_norm
+from longspan.training.trainer import Trainer
 
 pytest.importorskip("peft")
 
@@ -272,15 +272,15 @@ def test_bf16_holds_frozen_weights_in_bf16_and_computes_the_same(prefix, base):
 
 
 def curve_of_wide_frozen_weights(prefix, base, steps, more):
-    from longspan.models import adapters
-    from longspan.training import loop
+    from longspan.models import peft
+    from longspan.training import build
 
-    whole = loop.attach
-    loop.attach = lambda model, lora, frozen_dtype: adapters.attach(model, lora)
+    whole = build.attach
+    build.attach = lambda model, lora, frozen_dtype: peft.attach(model, lora)
     try:
         return curve(prefix, base, steps, more)
     finally:
-        loop.attach = whole
+        build.attach = whole
 
 
 def first_values(prefix, base, more):

@@ -6,12 +6,12 @@ import pytest
 
 import tiny
 from chats import write_tokenizer
-from longspan.cli.prepare import own_tokenizer
 from longspan.config.load import make_config
 from longspan.config.resolve import architecture
 from longspan.data.tokenizer_files import read_tokenizer_files, write_tokenizer_files
 from longspan.errors import UserError
-from longspan.models.huggingface import write_files
+from longspan.models.hf_weights import write_files
+from longspan.runs.prepare import own_tokenizer
 from longspan.training.model_files import (
     files_of_adapters,
     files_of_merged,

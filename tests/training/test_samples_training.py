@@ -10,13 +10,15 @@ import torch.distributed as dist
 
 import pool
 from chats import chat, write_lines, write_tokenizer
-from longspan.cli.prepare import prepare_config
 from longspan.config.load import make_config
 from longspan.config.model import IGNORE_INDEX
 from longspan.config.resolve import resolve
 from longspan.data import IndexedDataset, open_masks
+from longspan.data.checks import check_data
+from longspan.data.splits import open_datasets
 from longspan.errors import UserError
-from longspan.training.loop import Trainer, check_data, open_datasets
+from longspan.runs.prepare import prepare_config
+from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 LENGTH = 192

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 import oracle
 import pool
 import tiny
+from longspan.data.splits import open_datasets
 from longspan.errors import UserError
-from longspan.training.loop import Trainer, open_datasets
+from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 EOD = 5  # one token of 97: several in some samples, none in others

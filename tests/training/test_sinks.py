@@ -11,7 +11,7 @@ from longspan.errors import UserError
 from longspan.training.banner import megatron_line
 from longspan.training.metrics import JsonLines, Metrics, Wandb, evaluated, keep_until
 from longspan.training.progress import MegatronLines, make_progress
-from longspan.training.session import open_sinks
+from longspan.training.sinks import open_sinks
 
 RECORD = {"step": 2, "loss": 1.5, "grad_norm": 0.25, "learning_rate": 1e-4, "step_time": 0.5}
 

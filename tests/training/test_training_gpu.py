@@ -10,7 +10,7 @@ import yaml
 
 import tiny
 from longspan.mesh.mesh import close_distributed, init_distributed
-from longspan.training.loop import Trainer
+from longspan.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 

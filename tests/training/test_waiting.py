@@ -18,7 +18,7 @@ from longspan import parallel_state
 from longspan.mesh.mesh import hold_waiting_time, set_waiting_time
 from longspan.training import waiting
 from longspan.training.checkpoint import Checkpointer
-from longspan.training.loop import Trainer
+from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 SECONDS = 41.0
@@ -127,15 +127,18 @@ def test_every_phase_is_a_function_that_there_is():
 
 
 def test_the_innermost_phase_tells():
-    step = [("longspan.training.loop", "train"), ("longspan.training.loop", "train_step")]
+    step = [("longspan.training.loop", "train"), ("longspan.training.trainer", "train_step")]
     norm = [
-        ("longspan.training.loop", "apply_gradients"),
-        ("longspan.parallelize", "gradient_norm"),
+        ("longspan.training.trainer", "apply_gradients"),
+        ("longspan.training.optimizer", "gradient_norm"),
         ("torch.distributed.c10d_logger", "wrapper"),
         ("torch.distributed.distributed_c10d", "all_reduce"),
     ]
     assert waiting.place([*step, *norm], 11) == "step 12, the gradient norm (all_reduce)"
-    keys = [("longspan.training.loop", "compute_gradients"), ("longspan.context_parallel.keys", "wait")]
+    keys = [
+        ("longspan.training.trainer", "compute_gradients"),
+        ("longspan.context_parallel.move_keys", "wait"),
+    ]
     there = "step 12, the forward and backward passes (keys and values of other ranks)"
     assert waiting.place([*step, *keys], 11) == there
     assert waiting.place(step, 11) == "step 11, the end of the step"

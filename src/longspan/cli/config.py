@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from longspan.cli.options import key_help, read_config, take_options
+from longspan.cli.options import key_help, number, read_config, take_options
 from longspan.cli.reference import markdown
 from longspan.config.load import to_yaml
 from longspan.config.resolve import resolve
@@ -58,21 +58,3 @@ def run(arguments: Sequence[str]) -> int:
     )
     print(json.dumps(config.model_dump(), indent=2) if "--json" in taken else to_yaml(config), end="")
     return 0
-
-
-def number(
-    taken: dict[str, str], option: str, problems: list[str], least: int = 1, most: int | None = None
-) -> int | None:
-    """An option's whole number; None when it is not given. A wrong one is added to the problems."""
-    if option not in taken:
-        return None
-    try:
-        value = int(taken[option])
-    except ValueError:
-        value = least - 1
-    if value < least or (most is not None and value > most):
-        problems.append(
-            f"{option} {taken[option]!r}: a whole number from {least} {f'to {most}' if most else 'on'}."
-        )
-        return None
-    return value

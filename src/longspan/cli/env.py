@@ -8,9 +8,9 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from longspan.cli.environment import VARIABLES, found
 from longspan.cli.options import take_options
 from longspan.errors import UserError, did_you_mean
+from longspan.runs.environment import VARIABLES, found
 
 OPTIONS = {"--json": False}
 PACKAGES = (

@@ -8,15 +8,16 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from longspan.cli.config import number
-from longspan.cli.launch import HELP, start, under_torchrun
-from longspan.cli.options import key_help
-from longspan.cli.prepare import check_weights, prepare_config
-from longspan.cli.train import quiet_logs, read_run
+from longspan.cli.launch import HELP
+from longspan.cli.options import key_help, number
+from longspan.cli.train import read_run
+from longspan.config.data_rules import evaluates
 from longspan.config.load import to_yaml
-from longspan.config.resolve import Run, resolve
-from longspan.config.schedule import evaluates
+from longspan.config.resolve import resolve
 from longspan.errors import UserError
+from longspan.runs.evaluate import weights, work
+from longspan.runs.prepare import prepare_config
+from longspan.runs.start import quiet_logs, start, under_torchrun
 
 USAGE = f"""\
 usage: longspan eval CONFIG [--checkpoint PATH] [--any-key value] [--needles N] [--json]
@@ -69,65 +70,6 @@ def run(arguments: Sequence[str]) -> int:
         print(as_json(found))
     else:
         report(found)
-    return 0
-
-
-def weights(resolved: Run, checkpoint: str | None) -> dict:
-    """The config's changes that make a run start from the weights in question.
-
-    Raises:
-        UserError: there are none, or they are of another model.
-    """
-    from longspan.training.checkpoint import check_fits, find, newest
-    from longspan.training.loop import check_data, describe_run
-
-    data = check_data(resolved)
-    check_weights(resolved)
-    folder = Path(resolved.config.output_dir) / "checkpoints"
-    verify = resolved.config.verify_checkpoint
-    if checkpoint is None:
-        path = newest(folder, "--checkpoint", verify=verify)
-    else:
-        path = find(Path(checkpoint), "--checkpoint", verify=verify)
-    if path is None:
-        if resolved.pretrained:
-            return {"resume": None, "no_load_optim": False, "no_load_rng": False}
-        raise UserError(
-            f"there is no checkpoint in {folder}. Train first, or give --checkpoint PATH or base_model."
-        )
-    check_fits(path, describe_run(resolved, data), weights_only=True)
-    return {"resume": str(path), "no_load_optim": True, "no_load_rng": True}
-
-
-def work(run: Run, device_type: str, trials: int, result: Path) -> int:
-    """One rank; the first writes the result."""
-    import torch.distributed as dist
-
-    from longspan.cli.train import joined
-    from longspan.training.checkpoint import describe
-    from longspan.training.evaluate import loss_by_position, needles
-    from longspan.training.loop import Trainer
-
-    with joined(run.config, device_type) as device:
-        trainer = Trainer(run, device)
-        checkpoint = run.config.resume
-        if checkpoint is not None:
-            trainer.resume(Path(checkpoint), "--checkpoint")
-        positions = loss_by_position(trainer)
-        whole = run.config.sequence_len
-        lengths = [n for n in (whole // 4, whole // 2, whole) if n >= 64]
-        found = {
-            "checkpoint": checkpoint or str(run.config.base_model),
-            "step": None if checkpoint is None else describe(Path(checkpoint))["step"],
-            "layout": run.sizes.equation(),
-            "tokens": sum(p["tokens"] for p in positions),
-            "positions": positions,
-            "needles": needles(trainer, lengths, trials) if trials else [],
-        }
-        total = sum(p["loss"] * p["tokens"] for p in positions if p["tokens"])
-        found["loss"] = total / found["tokens"] if found["tokens"] else None
-        if dist.get_rank() == 0:
-            result.write_text(json.dumps(found))
     return 0
 
 

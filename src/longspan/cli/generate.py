@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longspan.cli.config import number
-from longspan.cli.options import positionals, take_options
+from longspan.cli.options import number, positionals, take_options
 from longspan.errors import UserError
+from longspan.runs.generate import exported, generate, is_checkpoint
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    pass
 
 USAGE = """\
 usage: longspan generate MODEL [--prompt TEXT] [--max-new-tokens N] [--temperature T] [--seed S] [--special-tokens]
@@ -69,129 +68,3 @@ def run(arguments: Sequence[str]) -> int:
         special = "--special-tokens" in taken
         print(generate(model, taken.get("--prompt", ""), count, temperature, seed, special))
     return 0
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Is this a run's folder, its ``checkpoints``, or one of them?"""
-    if any((path / name).is_file() for name in ("checkpoints/latest", "latest", ".metadata")):
-        return True
-    return any(any(path.glob(f"{folder}step_*/.metadata")) for folder in ("", "checkpoints/"))
-
-
-def exported(path: Path, folder: Path, tokenizer: str | None) -> str:
-    """A checkpoint as a model folder, with the tokenizer its run names.
-
-    Raises:
-        UserError: it is not whole, or there is no tokenizer.
-    """
-    from longspan.cli.convert import holds_tokenizer, to_hugging_face, tokenizer_of
-    from longspan.cli.train import quiet_logs
-    from longspan.training.checkpoint import find
-
-    path = find(path, "generate")
-    found = tokenizer_of(path) if tokenizer is None else Path(tokenizer)
-    if found is None:
-        raise UserError(f"{path}: its run names no tokenizer that is here. Give --tokenizer FOLDER.")
-    if not holds_tokenizer(found):
-        raise UserError(f"--tokenizer {found}: there is no tokenizer.json. Give it, or its folder.")
-    quiet_logs()
-    to_hugging_face(path, folder / "hf", found, "float32")
-    return str(folder / "hf")
-
-
-def prompt_ids(tokenizer: Tokenizer, folder: Path, prompt: str) -> list[int]:
-    """The tokens a model goes on from: the prompt's, with what training put in front of a text."""
-    from longspan.data import eod_id
-    from longspan.data.text import begin_ids
-
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    if ids and ids[0] in special:
-        return ids
-    end = eod_id(tokenizer, folder)
-    # without a token in front, a document begins where another ended
-    return [*begin_ids(tokenizer, folder), *ids] or ([end] if end is not None else [0])
-
-
-def end_ids(tokenizer: Tokenizer, folders: Iterable[Path]) -> set[int]:
-    """The tokens that end what a model writes: the tokenizer's, and those of the first generation_config.json there is."""
-    from longspan.data import eod_id
-    from longspan.training.model_files import GENERATION, read_json
-
-    folders = list(folders)
-    said = next((found for f in folders if (found := read_json(f / GENERATION))), {}).get("eos_token_id")
-    numbers = [eod_id(tokenizer, folders[0]), *(said if isinstance(said, list) else [said])]
-    return {n for n in numbers if isinstance(n, int)}
-
-
-def generate(folder: str, prompt: str, count: int, temperature: float, seed: int, special: bool) -> str:
-    """The prompt and what the model makes of it.
-
-    Args:
-        special: special tokens are part of the text.
-    """
-    import torch
-
-    from longspan.config.architecture import architecture_of, model_folder, unused_fields, vocabulary_of
-    from longspan.config.load import architecture_config
-    from longspan.config.lora import CONFIG_FILE, read_peft_config
-    from longspan.config.resolve import resolve
-    from longspan.context_parallel import SequenceLayout
-    from longspan.data import load_tokenizer
-    from longspan.mesh.mesh import ParallelMesh, close_distributed, init_distributed
-    from longspan.models import GPTModel
-    from longspan.models.adapters import attach
-    from longspan.models.huggingface import SafetensorsFolder
-    from longspan.parallelize import load_adapters, load_pretrained
-
-    adapters = Path(folder) if (Path(folder) / CONFIG_FILE).is_file() else None
-    lora, base = read_peft_config(adapters) if adapters is not None else (None, folder)
-    if base is None:
-        raise UserError(f"{folder} does not name its base model. Merge them first: longspan convert --lora.")
-    values = architecture_of(base)
-    vocabulary = vocabulary_of(values, base)
-    for line in unused_fields(base):
-        print(f"without effect here: {line}", file=sys.stderr)
-    path = model_folder(base)
-    own = adapters if adapters is not None and (adapters / "tokenizer.json").is_file() else path
-    tokenizer = load_tokenizer(own)
-    ends = end_ids(tokenizer, [own, path])
-    ids = prompt_ids(tokenizer, own, prompt)
-    most = values.get("max_position_embeddings")
-    if values.get("position_embedding_type") == "learned_absolute" and most and len(ids) + count > most:
-        raise UserError(
-            f"a prompt of {len(ids)} tokens and --max-new-tokens {count} make {len(ids) + count}, but the model has learned "
-            f"{most} positions (n_positions). Give a shorter prompt or a smaller --max-new-tokens."
-        )
-    config = architecture_config(values, len(ids) + count)
-    init_distributed("cpu")
-    try:
-        run = resolve(config, 1)
-        mesh = ParallelMesh.build(run.sizes, "cpu")
-        with torch.device("meta"):
-            model = GPTModel(
-                run.transformer_config(), vocabulary, config.sequence_len, pg_collection=mesh.groups
-            )
-        if lora is not None:
-            attach(model, lora)
-        model.to_empty(device="cpu")
-        load_pretrained(model, SafetensorsFolder(path))
-        if adapters is not None:
-            load_adapters(model, adapters)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for _ in range(count):
-                layout = SequenceLayout.contiguous(len(ids), 1)
-                logits = model(torch.tensor([ids]), layout=layout)[0, -1].float()
-                if temperature == 0:
-                    token = int(logits.argmax())
-                else:
-                    token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
-                if token in ends and not special:
-                    break
-                ids.append(token)
-                if token in ends:
-                    break
-    finally:
-        close_distributed()
-    return tokenizer.decode(ids, skip_special_tokens=not special)

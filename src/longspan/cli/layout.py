@@ -17,15 +17,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longspan.cli.config import number
-from longspan.cli.options import key_help, read_config, take_options
-from longspan.cli.prepare import prepare_config
-from longspan.cli.train import missing_sources
+from longspan.cli.options import key_help, number, read_config, take_options
 from longspan.config.data_rules import keeps_documents_apart
 from longspan.config.packages import has_package
 from longspan.config.resolve import Run, resolve
-from longspan.config.schedule import training_steps
+from longspan.data.checks import missing_sources
 from longspan.errors import UserError
+from longspan.runs.prepare import prepare_config
+from longspan.training.schedule import training_steps
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
@@ -175,7 +174,7 @@ def read_picture(text: str, problems: list[str]) -> Path:
 def lengths_of_step(run: Run, step: int) -> list[int]:
     """The documents of the first micro-batch of a training step, as the first data parallel rank takes it."""
     from longspan.data import make_batch
-    from longspan.training.loop import open_datasets
+    from longspan.data.splits import open_datasets
 
     run = resolve(prepare_config(run.config, show=True), run.world_size)
     data, *_ = open_datasets(run)

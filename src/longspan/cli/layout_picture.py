@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from longspan.context_parallel.costs import Costs, LayerKind
 from longspan.context_parallel.layout import Segment, SequenceLayout
+from longspan.files import write_whole
 
 #: eight colours that also those tell apart who see no red or no green (Okabe and Ito, 2008; their black is grey here)
 EIGHT = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#7F7F7F")
@@ -72,12 +72,7 @@ def draw(costs: Costs, layers: Sequence[LayerKind], result: dict, path: Path) ->
         figure.text(0.012, 0.936, figures, fontsize=11, va="top")
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=100)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(picture.getvalue())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, picture.getvalue())
 
 
 def colours(ranks: int) -> np.ndarray:

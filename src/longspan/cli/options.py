@@ -129,3 +129,21 @@ def key_help(megatron: bool = False) -> str:
             lines.append(f"  {', '.join(spellings)}{unit}{shown}")
             lines.append(f"      {k.text}")
     return "\n".join(lines)
+
+
+def number(
+    taken: dict[str, str], option: str, problems: list[str], least: int = 1, most: int | None = None
+) -> int | None:
+    """An option's whole number; None when it is not given. A wrong one is added to the problems."""
+    if option not in taken:
+        return None
+    try:
+        value = int(taken[option])
+    except ValueError:
+        value = least - 1
+    if value < least or (most is not None and value > most):
+        problems.append(
+            f"{option} {taken[option]!r}: a whole number from {least} {f'to {most}' if most else 'on'}."
+        )
+        return None
+    return value

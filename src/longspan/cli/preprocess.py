@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from longspan.cli.config import number
-from longspan.cli.options import take_lists, take_options
+from longspan.cli.options import number, take_lists, take_options
 from longspan.config.load import make_config
 from longspan.errors import UserError, did_you_mean
+from longspan.runs.counter import Counter
 
 OPTIONS = {
     "--output-prefix": True,
@@ -178,42 +177,3 @@ def _write(
     for path, count in zip(prefixes, done):
         print(f"{count['documents']:,} documents, {count['tokens']:,} tokens -> {path}.bin, {path}.idx")
     return 0
-
-
-class Counter:
-    """Shows documents (or other ``units``) and tokens while they are made: a live line on a terminal, else a line every
-    ``interval`` of them (if given) and one at the end."""
-
-    def __init__(self, what: str, interval: int | None = None, units: str = "documents"):
-        self.what, self.live, self.seen = what, sys.stderr.isatty() and interval is None, (0, 0)
-        self.units = units
-        self.interval, self.shown, self.begun = interval, 0, time.monotonic()
-        self.last = 0.0
-
-    def __call__(self, documents: int, tokens: int) -> None:
-        self.seen = documents, tokens
-        if self.live and time.monotonic() - self.last > 0.1:
-            self.last = time.monotonic()
-            print(
-                f"\rtokenising {self.what}: {documents:,} {self.units}, {tokens:,} tokens",
-                end="",
-                file=sys.stderr,
-            )
-        if self.interval and documents // self.interval > self.shown:
-            self.shown = documents // self.interval
-            rate = documents / max(time.monotonic() - self.begun, 1e-9)
-            print(
-                f"processed {documents:,} {self.units}, {tokens:,} tokens ({rate:,.0f} {self.units}/s)",
-                file=sys.stderr,
-            )
-
-    def __enter__(self) -> Counter:
-        return self
-
-    def __exit__(self, kind=None, *_) -> None:
-        if kind is None and self.seen[0]:
-            start = "\r" if self.live else ""
-            print(
-                f"{start}tokenised {self.what}: {self.seen[0]:,} {self.units}, {self.seen[1]:,} tokens",
-                file=sys.stderr,
-            )

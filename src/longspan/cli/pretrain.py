@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from longspan.cli.launch import HELP, OPTIONS, read_launch
 from longspan.cli.options import key_help, take_options
-from longspan.cli.train import checked, start_or_join
 from longspan.config.megatron import parse_megatron_flags
 from longspan.config.megatron_messages import as_flag, by_flags
 from longspan.config.schema import keys
 from longspan.errors import UserError
+from longspan.runs.check import checked
+from longspan.runs.train import start_or_join
 
 USAGE = f"""\
 usage: torchrun --nproc-per-node N pretrain_gpt.py FLAGS

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from longspan.cli.config import number
-from longspan.cli.options import key_help, take_options
-from longspan.cli.prepare import check_vocabulary, end_of_document
+from longspan.cli.options import key_help, number, take_options
 from longspan.config.architecture import architecture_of, is_hub_id, unused_fields
 from longspan.config.data_rules import PATHS, marks_documents, read_blend
 from longspan.config.load import Overrides, Reading, make_config, parse_overrides, read_yaml
@@ -20,6 +18,7 @@ from longspan.config.megatron_messages import by_flags
 from longspan.config.resolve import Run, resolve
 from longspan.config.schema import DatasetConfig, TrainConfig
 from longspan.errors import UserError
+from longspan.runs.prepare import check_vocabulary, end_of_document
 
 USAGE = """\
 usage: longspan validate CONFIG... [--any-key value] [--num-processes N] [--json]

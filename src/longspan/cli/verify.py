@@ -1,33 +1,26 @@
-"""``longspan verify``: the first steps at the config's layout and on one process, side by side.
-
-Both runs start from the same config, weights and data, in float64. The layout's run uses the
-config's kernels; the reference is one process with the plain ``math`` kernel, so what is
-compared shares neither the cutting nor the kernel. Compared are the losses of all steps, the
-gradient norms, the evaluation, and every whole gradient of the first step.
-"""
+"""``longspan verify``: the first steps at the config's layout and on one process, side by side."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longspan.cli.config import number
-from longspan.cli.launch import HELP, start, under_torchrun
-from longspan.cli.options import key_help
-from longspan.cli.prepare import check_weights, prepare_config
-from longspan.cli.train import quiet_logs, read_run
+from longspan.cli.launch import HELP
+from longspan.cli.options import key_help, number
+from longspan.cli.train import read_run
 from longspan.config.load import to_yaml
-from longspan.config.parallel import MeshSizes
-from longspan.config.resolve import Run, resolve
+from longspan.config.resolve import resolve
 from longspan.errors import UserError
+from longspan.runs.prepare import check_weights, prepare_config
+from longspan.runs.start import quiet_logs, start, under_torchrun
+from longspan.runs.verify import TOLERANCES, compare, relative, variants, work
 
 if TYPE_CHECKING:
-    from longspan.mesh.mesh import ParallelMesh
+    pass
 
 USAGE = f"""\
 usage: longspan verify CONFIG [--any-key value] [--steps N] [--dtype float64|float32] [--all] [--json]
@@ -41,11 +34,6 @@ Exit code 0: within tolerance, 1: not.
 {HELP}"""
 
 OPTIONS = {"--steps": True, "--dtype": True, "--all": False, "--json": False, "--worker": True}
-#: relative, against the one-process reference
-TOLERANCES = {"float64": 1e-10, "float32": 1e-4}
-EVALUATION_SAMPLES = 4
-#: steps looked at beyond the run's own for one in which a token counts
-MORE_STEPS = 100
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -71,7 +59,7 @@ def run(arguments: Sequence[str]) -> int:
     quiet_logs()
     changes = {"params_dtype": dtype, "bf16": False, "use_tensorboard": False}
     config = prepare_config(resolved.config, show=True).model_copy(update=changes)
-    from longspan.training.loop import check_data
+    from longspan.data.checks import check_data
 
     resolved = resolve(config, resolved.world_size)
     check_data(resolved)
@@ -97,205 +85,6 @@ def run(arguments: Sequence[str]) -> int:
 def say(own: dict[str, str], text: str) -> None:
     if "--json" not in own:
         print(text, flush=True)
-
-
-def variants(resolved: Run, everything: bool) -> list[Run]:
-    """The runs to compare: the config's own, or one for each communication type and layout that fits.
-
-    Raises:
-        UserError: everything is asked for where context parallelism is off.
-    """
-    if not everything:
-        return [resolved]
-    from longspan.config.model import CP_COMM_TYPES, hierarchy_proposal
-    from longspan.context_parallel.layout import LAYOUTS
-
-    whole = {"hybrid_context_parallel": False, "max_seqlen_per_dp_cp_rank": None}
-    config, cp = resolved.config.model_copy(update=whole), resolved.sizes.cp
-    if cp == 1:
-        raise UserError(
-            "--all varies how the sequence is cut, but context_parallel_size is 1. Raise it (--context-parallel-size 2), or "
-            "leave --all out."
-        )
-    assert config.num_attention_heads is not None
-    heads = config.num_attention_heads // resolved.sizes.tp
-    sizes = config.hierarchical_context_parallel_sizes or hierarchy_proposal(cp, heads)
-    runs = []
-    for kind in CP_COMM_TYPES:
-        if heads % {"a2a": cp, "a2a+p2p": sizes[0]}.get(kind, 1):
-            continue
-        for layout in LAYOUTS:
-            changes = {
-                "cp_comm_type": kind,
-                "cp_layout": layout,
-                "hierarchical_context_parallel_sizes": list(sizes) if kind == "a2a+p2p" else None,
-            }
-            runs.append(resolve(config.model_copy(update=changes), resolved.world_size))
-    return runs
-
-
-def one_process(resolved: Run) -> Run:
-    """The same run on one process: the same global batch, plain attention, everything kept for backward."""
-    config = resolved.config.model_copy(
-        update={
-            "tensor_parallel_size": 1,
-            "context_parallel_size": 1,
-            "pipeline_parallel_size": 1,
-            "dp_shard_size": 1,
-            "dp_replicate_size": 1,
-            "sequence_parallel": None,
-            "gradient_accumulation_steps": None,
-            "attention_backend": "math",
-            "cp_comm_type": "p2p",
-            "hierarchical_context_parallel_sizes": None,
-            "hybrid_context_parallel": False,
-            "max_seqlen_per_dp_cp_rank": None,
-            # the keys that save memory are held against doing without them
-            "gradient_checkpointing": False,
-            "activation_offloading": False,
-            "offload_params": False,
-            "tiled_mlp": False,
-            "tiled_mlp_num_shards": None,
-            "torch_compile": False,
-        }
-    )
-    alone = resolve(config, 1)
-    assert alone.sizes == MeshSizes()
-    assert alone.global_batch_size == resolved.global_batch_size
-    return alone
-
-
-def measure(run: Run, device, steps: int, mesh: ParallelMesh | None = None) -> dict:
-    """Losses, gradient norms, evaluation and whole gradients of the first step (with LoRA of the last one, because the
-    gradient of A is zero until B has changed). Collective.
-
-    Steps in which no token counts are passed over, and those behind the run's last one taken where they are needed:
-    the data begins again. Without warm-up each step changes the weights.
-    """
-    import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
-
-    from longspan.config.schedule import learning_rate
-    from longspan.training.loop import Trainer
-
-    run.config.eval_max_samples = min(run.config.eval_max_samples or EVALUATION_SAMPLES, EVALUATION_SAMPLES)
-    trainer = Trainer(run, device, mesh=mesh)
-    first = dist.get_rank() == 0
-    result: dict = {"losses": [], "norms": [], "gradients": {}}
-    step, last = 0, max(trainer.steps, steps) + MORE_STEPS
-    while len(result["losses"]) < steps:
-        if step == last:
-            raise UserError(
-                f"verify: only {len(result['losses'])} of the first {step} steps have a token that counts in the loss, fewer "
-                f"than the {steps} to compare. Lower --steps, or look at the data: longspan prepare CONFIG --show 3."
-            )
-        loss, _ = trainer.compute_gradients(trainer.micro_batches(step))
-        step += 1
-        if loss is None:
-            continue
-        if len(result["losses"]) == (steps - 1 if run.lora is not None else 0):
-            for name, parameter in trainer.model.named_parameters():
-                if not parameter.requires_grad:
-                    continue
-                assert isinstance(parameter.grad, DTensor)
-                whole = parameter.grad.full_tensor().cpu().clone()  # clipping works in place
-                if first:
-                    result["gradients"][name] = whole
-        rate = learning_rate(run.config, step, last, warmup=0)
-        result["norms"].append(trainer.apply_gradients(rate))
-        result["losses"].append(loss)
-    evaluation = trainer.evaluate() if trainer.valid_data is not None else {"loss": None, "tokens": None}
-    return result | {"evaluation": evaluation["loss"], "evaluation_tokens": evaluation["tokens"]}
-
-
-def work(runs: list[Run], device_type: str, steps: int, result: Path) -> int:
-    """One rank of the layout's runs; rank 0 writes the results."""
-    import torch
-    import torch.distributed as dist
-
-    from longspan.cli.train import joined
-    from longspan.mesh.mesh import ParallelMesh
-
-    with joined(runs[0].config, device_type) as device:
-        meshes: dict[
-            MeshSizes, ParallelMesh
-        ] = {}  # groups take threads, so runs that are cut alike share them
-        measured = []
-        for run in runs:
-            if run.sizes not in meshes:
-                meshes[run.sizes] = ParallelMesh.build(run.sizes, device_type)
-            measured.append(measure(run, device, steps, meshes[run.sizes]))
-        if dist.get_rank() == 0:
-            torch.save(measured, result)
-    return 0
-
-
-def relative(a: float, b: float) -> float:
-    """The difference over the reference's absolute value."""
-    return abs(a - b) / max(abs(b), 1e-300)
-
-
-def largest(errors: Iterable[float]) -> float:
-    """The largest error; a NaN, which is no comparison, counts as larger than all numbers."""
-    return max(errors, key=_with_nan_last)
-
-
-def _with_nan_last(error: float) -> tuple[bool, float]:
-    return math.isnan(error), error
-
-
-def compare(runs: list[Run], steps: int, dtype: str, result: Path, device_type: str) -> list[dict]:
-    """Runs the reference in this process and holds the layout's results against it."""
-    import torch
-
-    from longspan.mesh.mesh import close_distributed, init_distributed
-
-    init_distributed(device_type)
-    expected = measure(one_process(runs[0]), torch.device(device_type), steps)
-    close_distributed()
-    measured = torch.load(result, weights_only=True)
-    return [errors(run, steps, dtype, got, expected) for run, got in zip(runs, measured)]
-
-
-def errors(run: Run, steps: int, dtype: str, got: dict, expected: dict) -> dict:
-    """One run's result beside the reference's."""
-    losses = list(map(relative, got["losses"], expected["losses"]))
-    # without a token that counts, which both must find, there is no loss to compare
-    compared = bool(got["evaluation_tokens"] or expected["evaluation_tokens"])
-    if compared:
-        losses.append(relative(got["evaluation"], expected["evaluation"]))
-    # a gradient that is zero but for rounding is measured against the largest of all, not against itself
-    wholes = {name: whole.double() for name, whole in expected["gradients"].items()}
-    least = 1e-5 * max(whole.abs().max().item() for whole in wholes.values())
-    gradients = {
-        name: (got["gradients"][name].double() - whole).abs().max().item()
-        / max(whole.abs().max().item(), least, 1e-300)
-        for name, whole in wholes.items()
-    }
-    worst = max(gradients, key=lambda name: _with_nan_last(gradients[name]))
-    numbers = {
-        "loss_error": largest(losses),
-        "grad_norm_error": largest(map(relative, got["norms"], expected["norms"])),
-        "max_gradient_error": gradients[worst],
-    }
-    return {
-        "layout": run.sizes.equation(),
-        "cp_comm_type": run.config.cp_comm_type,
-        "cp_layout": run.config.cp_layout,
-        "reference": "one process, math attention",
-        "dtype": dtype,
-        "tolerance": TOLERANCES[dtype],
-        **numbers,
-        "worst_parameter": worst,
-        "steps": steps,
-        "losses": got["losses"],
-        "reference_losses": expected["losses"],
-        "eval_loss": got["evaluation"] if compared else None,
-        "reference_eval_loss": expected["evaluation"] if compared else None,
-        "eval_tokens": expected["evaluation_tokens"],
-        # a NaN is not within any tolerance
-        "passed": all(value <= TOLERANCES[dtype] for value in numbers.values()),
-    }
 
 
 def report_all(results: list[dict], as_json: bool) -> int:

@@ -97,6 +97,11 @@ def has_validation(config: TrainConfig) -> bool:
     return bool(config.val_set_size or config.valid_data_path or config.test_datasets)
 
 
+def evaluates(config: TrainConfig) -> bool:
+    """Is anything held out to evaluate on?"""
+    return has_validation(config) and config.eval_iters != 0
+
+
 def keeps_documents_apart(config: TrainConfig) -> bool:
     """Do the documents of a sequence not see each other?"""
     return config.sample_packing or config.reset_attention_mask

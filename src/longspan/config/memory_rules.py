@@ -1,4 +1,4 @@
-"""Rules between the keys of memory and precision, and what the device makes of them."""
+"""Rules between the keys of memory and precision."""
 
 from __future__ import annotations
 
@@ -38,30 +38,3 @@ def memory_problems(config: TrainConfig) -> list[Problem]:
             (("bf16", "params_dtype"), "bf16: true with params_dtype: float64. Use float32, or bf16: false.")
         )
     return found
-
-
-def memory_lines(config: TrainConfig, recompute: str, device_type: str) -> list[str]:
-    """What the keys come to on a device, for the banner.
-
-    On the CPU nothing can be moved to the CPU's memory. That is said, not refused: a config made for GPUs runs there
-    unchanged, with the same numbers.
-    """
-    lines = [f"recompute {recompute}"]
-    if config.tiled_mlp:
-        tiles = config.tiled_mlp_num_shards
-        lines[0] += f"; MLP in {tiles if tiles else 'tokens / hidden_size'} tiles"
-    if config.torch_compile is True:
-        lines.append("compiled between the exchanges")
-    if device_type != "cpu":
-        moved = {"activations": config.activation_offloading, "weights and optimizer": config.offload_params}
-        lines += [f"{name} in the CPU's memory" for name, on in moved.items() if on]
-        return lines
-    asked = {
-        "gradient_checkpointing: offload (it is full)": config.gradient_checkpointing == "offload",
-        "activation_offloading": config.activation_offloading,
-        "offload_params": config.offload_params,
-        "tf32": config.tf32 is True,
-    }
-    if idle := [name for name, on in asked.items() if on]:
-        lines.append(f"without effect on the CPU: {', '.join(idle)}")
-    return lines

@@ -28,7 +28,7 @@ from longspan.config.output_rules import output_problems
 from longspan.config.parallel import MeshSizes
 from longspan.config.parallel_rules import parallel_problems
 from longspan.config.rope import rope_type, with_original_length
-from longspan.config.schedule import schedule_problems
+from longspan.config.schedule_rules import schedule_problems
 from longspan.config.schema import TrainConfig
 from longspan.errors import Problem, UserError
 

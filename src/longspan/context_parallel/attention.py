@@ -22,7 +22,12 @@ from torch import Tensor, nn
 
 from longspan import autocast
 from longspan.config.model import AttnMaskType, TransformerConfig
-from longspan.context_parallel.checks import (
+from longspan.context_parallel.kernels.choose import select_kernel
+from longspan.context_parallel.layout import SequenceLayout
+from longspan.context_parallel.move_heads import HeadMove, lse_to_tokens, to_heads, to_tokens
+from longspan.context_parallel.move_keys import MoveKeys
+from longspan.context_parallel.packed import PackedSeqParams
+from longspan.context_parallel.refusals import (
     check_comm_type,
     check_heads_of,
     check_packed,
@@ -33,14 +38,9 @@ from longspan.context_parallel.checks import (
     check_window,
     group_of_call,
 )
-from longspan.context_parallel.heads import HeadMove, lse_to_tokens, to_heads, to_tokens
-from longspan.context_parallel.kernels import select_kernel
-from longspan.context_parallel.keys import MoveKeys
-from longspan.context_parallel.layout import SequenceLayout
-from longspan.context_parallel.packed import PackedSeqParams
 from longspan.context_parallel.schedule import Schedule
 from longspan.mesh.collectives import join
-from longspan.mesh.installed import process_groups
+from longspan.mesh.default_groups import process_groups
 from longspan.mesh.mesh import ProcessGroupCollection
 
 Groups = Sequence[dist.ProcessGroup]

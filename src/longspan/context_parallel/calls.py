@@ -1,7 +1,7 @@
 """Calls: what one kernel call computes of a step, a tile or many tiles as variable-length sequences.
 
-A ``TileCall`` is one tile. A ``Pack`` is every tile of a step that shares a mask, for kernels
-that take sequences of different lengths in one call (``kernel.packs``): a run of queries and
+A ``TileCall`` is one tile. A ``VarlenCall`` is every tile of a step that shares a mask, for kernels
+that take sequences of different lengths in one call (``kernel.varlen``): a run of queries and
 all keys it sees is one sequence, its rows gathered in a row. A causal tile and the full ones
 of the same queries make one sequence too, with the causal keys last (bottom-right aligned).
 Tiles whose keys would be gathered many times over stay tiles.
@@ -21,13 +21,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from longspan.context_parallel.kernels import Kernel
+from longspan.context_parallel.kernels.protocol import Kernel
 from longspan.context_parallel.schedule import Step
 from longspan.context_parallel.tiles import Mask, Range, Tile
 
 Rows = slice | Tensor
 
-#: a pack may gather this many times the rows it reads; more than that stays tiles
+#: a call may gather this many times the rows it reads; more than that stays tiles
 MOST_COPIES = 4
 
 
@@ -59,7 +59,7 @@ class TileCall:
 
 
 @dataclass(frozen=True)
-class Pack:
+class VarlenCall:
     """Many sequences in one call: rows ``q`` and ``k`` in order, cut at ``cu_q`` and ``cu_k`` (int32)."""
 
     q: Rows
@@ -71,11 +71,10 @@ class Pack:
     mask: Mask
     first: bool
 
+    # Cached: all layers use the same call, and copying the boundaries to a GPU would wait for it.
     @classmethod
-    @lru_cache(
-        maxsize=64
-    )  # each layer asks for the same, and the boundaries' way to the device stops the CPU
-    def single(cls, q_rows: int, k_rows: int, mask: Mask, device: torch.device) -> Pack:
+    @lru_cache(maxsize=64)
+    def single(cls, q_rows: int, k_rows: int, mask: Mask, device: torch.device) -> VarlenCall:
         """One sequence of all rows."""
         cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (q_rows, k_rows))
         return cls(slice(0, q_rows), slice(0, k_rows), cu_q, cu_k, q_rows, k_rows, mask, True)
@@ -84,59 +83,60 @@ class Pack:
         """As :meth:`TileCall.forward`; batch entries are folded into the heads."""
         b, n = q.shape[1:3]
         flat = (x.flatten(1, 2) for x in (q[self.q], k[self.k], v[self.k]))
-        out, lse = kernel.forward_packed(*flat, self, scale)
+        out, lse = kernel.forward_varlen(*flat, self, scale)
         return out.unflatten(1, (b, n)), lse.unflatten(0, (b, n))
 
     def backward(self, kernel, dout, q, k, v, out, lse, scale):
         """As :meth:`TileCall.backward`."""
         rows = (dout[self.q], q[self.q], k[self.k], v[self.k], out[self.q])
         flat = (x.flatten(1, 2) for x in rows)
-        grads = kernel.backward_packed(*flat, lse[:, :, self.q].flatten(0, 1), self, scale)
+        grads = kernel.backward_varlen(*flat, lse[:, :, self.q].flatten(0, 1), self, scale)
         return tuple(g.unflatten(1, x.shape[1:3]) for g, x in zip(grads, (q, k, v)))
 
 
-def calls_of(step: Step, kernel: Kernel, device: torch.device) -> Sequence[TileCall | Pack]:
+def calls_of(step: Step, kernel: Kernel, device: torch.device) -> Sequence[TileCall | VarlenCall]:
     """The calls of a step, those that touch their rows first in front; made once a step."""
-    key = (kernel.packs, device)
-    if key not in step._memo:
-        step._memo[key] = _packs(step.tiles, device) if kernel.packs else [_single(t) for t in step.tiles]
-    return step._memo[key]
+
+    def make() -> list[TileCall | VarlenCall]:
+        return _joined(step.tiles, device) if kernel.varlen else [_single(t) for t in step.tiles]
+
+    return step.once((kernel.varlen, device), make)
 
 
 def _single(tile: Tile) -> TileCall:
     return TileCall(slice(*tile.q), slice(*tile.k), tile.mask, tile.first)
 
 
-def _packs(tiles: Sequence[Tile], device: torch.device) -> list[TileCall | Pack]:
+def _joined(tiles: Sequence[Tile], device: torch.device) -> list[TileCall | VarlenCall]:
     sequences: dict[Range, list[Tile]] = defaultdict(list)
-    packs: dict[tuple[bool, Mask, int], list[tuple[Range, list[Range]]]] = defaultdict(list)
+    calls_of_kind: dict[tuple[bool, Mask, int], list[tuple[Range, list[Range]]]] = defaultdict(list)
     for tile in tiles:
         if tile.mask is Mask.ANTI:
-            _add(packs, (False, Mask.ANTI), tile.q, [tile.k])
+            _add(calls_of_kind, (False, Mask.ANTI), tile.q, [tile.k])
         else:
             sequences[tile.q].append(tile)
     for q, same in sorted(sequences.items()):
         causal = [t for t in same if t.mask is Mask.CAUSAL]
         full = [t.k for t in same if t.mask is Mask.FULL]
         mask = Mask.CAUSAL if causal else Mask.FULL
-        _add(packs, (any(t.first for t in same), mask), q, full + [t.k for t in causal])
-    calls: list[TileCall | Pack] = []
-    for (first, mask, _), held in sorted(packs.items(), key=lambda item: not item[0][0]):
+        _add(calls_of_kind, (any(t.first for t in same), mask), q, full + [t.k for t in causal])
+    calls: list[TileCall | VarlenCall] = []
+    for (first, mask, _), held in sorted(calls_of_kind.items(), key=lambda item: not item[0][0]):
         keys = [k for _, ranges in held for k in ranges]
         read = max(stop for _, stop in keys) - min(start for start, _ in keys)
         queries = sum(stop - start for (start, stop), _ in held)
         if sum(stop - start for start, stop in keys) <= MOST_COPIES * max(read, queries):
-            calls.append(_pack(held, mask, first, device))
+            calls.append(_varlen_call(held, mask, first, device))
         else:
-            in_pack = {(q, k) for q, ranges in held for k in ranges}
-            calls += [_single(tile) for tile in tiles if (tile.q, tile.k) in in_pack]
+            in_call = {(q, k) for q, ranges in held for k in ranges}
+            calls += [_single(tile) for tile in tiles if (tile.q, tile.k) in in_call]
     return calls
 
 
-def _add(packs: dict, kind: tuple[bool, Mask], q: Range, keys: list[Range]) -> None:
-    """Puts a sequence into the first pack of its kind in which no other has its query rows; packs are sorted by them."""
+def _add(calls_of_kind: dict, kind: tuple[bool, Mask], q: Range, keys: list[Range]) -> None:
+    """Puts a sequence into the first call of its kind in which no other has its query rows; calls are sorted by them."""
     for number in itertools.count():
-        held = packs[*kind, number]
+        held = calls_of_kind[*kind, number]
         at = bisect.bisect_left(held, q, key=lambda sequence: sequence[0])
         before, after = held[at - 1 : at], held[at : at + 1]
         if all(other[1] <= q[0] for other, _ in before) and all(q[1] <= other[0] for other, _ in after):
@@ -144,10 +144,12 @@ def _add(packs: dict, kind: tuple[bool, Mask], q: Range, keys: list[Range]) -> N
             return
 
 
-def _pack(held: list[tuple[Range, list[Range]]], mask: Mask, first: bool, device: torch.device) -> Pack:
+def _varlen_call(
+    held: list[tuple[Range, list[Range]]], mask: Mask, first: bool, device: torch.device
+) -> VarlenCall:
     q_lengths = [stop - start for (start, stop), _ in held]
     k_lengths = [sum(stop - start for start, stop in ranges) for _, ranges in held]
-    return Pack(
+    return VarlenCall(
         _rows([q for q, _ in held], device),
         _rows([k for _, ranges in held for k in ranges], device),
         _cumulative(q_lengths, device),

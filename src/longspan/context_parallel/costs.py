@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longspan.context_parallel.heads import split_heads
 from longspan.context_parallel.layout import SequenceLayout
-from longspan.context_parallel.schedule import ROWS_A_STEP, effective_window, exchanges, rows_matrix
+from longspan.context_parallel.move_heads import split_heads
+from longspan.context_parallel.needed import effective_window, rows_matrix
+from longspan.context_parallel.schedule import ROWS_A_STEP, exchanges
 
 
 @dataclass(frozen=True)

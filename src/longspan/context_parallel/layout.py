@@ -25,6 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.context_parallel.balance import TOLERANCE, balanced_chunks
+from longspan.context_parallel.needed import rows_matrix
+from longspan.context_parallel.once import Once
 from longspan.mesh import collectives
 
 Span = tuple[int, int]
@@ -43,7 +45,7 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SequenceLayout:
+class SequenceLayout(Once):
     """The spans of every rank: ``contiguous``, ``zigzag``, ``per_document_zigzag`` and ``balanced`` make one.
 
     Attributes:
@@ -59,7 +61,7 @@ class SequenceLayout:
     cu_seqlens: tuple[int, ...]
     all_spans: tuple[tuple[Span, ...], ...]
     name: str = "custom"
-    _memo: dict = field(default_factory=dict, compare=False, repr=False)
+    _made: dict = field(default_factory=dict, compare=False, repr=False)
 
     # --- makers ---------------------------------------------------------------------------
 
@@ -285,13 +287,12 @@ class SequenceLayout:
             groups: equally many ranks each; together all ranks.
         """
         groups = tuple(tuple(group) for group in groups)
-        key = ("merged", groups)
-        if key not in self._memo:
+
+        def make() -> SequenceLayout:
             spans = [sorted(span for r in group for span in self.all_spans[r]) for group in groups]
-            self._memo[key] = self._make(
-                f"{self.name}, merged", self.total, len(groups), self.cu_seqlens, spans
-            )
-        return self._memo[key]
+            return self._make(f"{self.name}, merged", self.total, len(groups), self.cu_seqlens, spans)
+
+        return self.once(("merged", groups), make)
 
     @classmethod
     def _make(cls, name, total, ranks, cu_seqlens, spans) -> SequenceLayout:
@@ -317,19 +318,20 @@ class SequenceLayout:
 
     def document_positions(self, rank: int) -> Tensor:
         """Each local row's place in its own document, int64 [rows]; 0 where padding."""
-        key = ("document_positions", rank)
-        if key not in self._memo:
+
+        def make() -> Tensor:
             out = torch.zeros(self.local_length, dtype=torch.int64)
             for s in self.segments(rank):
                 first = self.cu_seqlens[s.document]
                 out[s.row : s.row + s.stop - s.start] = torch.arange(s.start - first, s.stop - first)
-            self._memo[key] = out
-        return self._memo[key]
+            return out
+
+        return self.once(("document_positions", rank), make)
 
     def segments(self, rank: int) -> list[Segment]:
         """The spans of a rank cut at document borders, in local order, without padding and empty documents."""
-        key = ("segments", rank)
-        if key not in self._memo:
+
+        def make() -> list[Segment]:
             found, row, bounds = [], 0, self.cu_seqlens
             for start, stop in self.all_spans[rank]:
                 at = start
@@ -339,8 +341,9 @@ class SequenceLayout:
                     found.append(Segment(document, at, end, row + at - start))
                     at = end
                 row += stop - start
-            self._memo[key] = found
-        return self._memo[key]
+            return found
+
+        return self.once(("segments", rank), make)
 
     @property
     def longest_document(self) -> int:
@@ -359,8 +362,6 @@ class SequenceLayout:
 
     def received_rows(self, rank: int, window: int | None = None) -> int:
         """Key/value rows a rank receives in one forward pass of ``p2p``."""
-        from longspan.context_parallel.schedule import rows_matrix
-
         return int(rows_matrix(self, window=window)[rank].sum())
 
     # --- moving tensors in and out --------------------------------------------------------
@@ -403,12 +404,14 @@ class SequenceLayout:
 
     def _inverse(self) -> Tensor:
         """For each token 0 .. total-1 its row among all ranks' rows, rank after rank."""
-        if "inverse" not in self._memo:
+
+        def make() -> Tensor:
             held = torch.cat([self.positions(r) for r in range(self.ranks)])
             inverse = torch.empty(self.padded_total, dtype=torch.int64)
             inverse[held] = torch.arange(self.padded_total)
-            self._memo["inverse"] = inverse[: self.total]
-        return self._memo["inverse"]
+            return inverse[: self.total]
+
+        return self.once("inverse", make)
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.context_parallel.layout import SequenceLayout
-from longspan.mesh.installed import process_groups
+from longspan.mesh.default_groups import process_groups
 
 #: beginnings of the names of a batch's entries that describe it and are no tokens
 METADATA = ("cu_seqlens", "cu_seq_lens", "max_seqlen", "max_length", "local_cp_size")

@@ -16,13 +16,15 @@ one after another. All ranks merge alike, because they look at the heaviest of a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from longspan.context_parallel.layout import Segment, SequenceLayout
+from longspan.context_parallel.needed import effective_window, needed, rows_matrix
+from longspan.context_parallel.once import Once
 from longspan.context_parallel.tiles import Range, Tile, own_tiles, received_tiles, row_ranges
 
 #: key/value rows one exchange should bring to the rank that receives most
@@ -41,7 +43,7 @@ class Message(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Once):
     """One exchange and the tiles that need it.
 
     Attributes:
@@ -55,7 +57,7 @@ class Step:
     receives: tuple[Message, ...]
     order: tuple[Range, ...] | None
     tiles: tuple[Tile, ...]
-    _memo: dict = field(default_factory=dict, compare=False, repr=False)
+    _made: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def received_rows(self) -> int:
@@ -92,10 +94,12 @@ class Schedule:
         window = effective_window(layout, window)
         rows_a_step = ROWS_A_STEP if rows_a_step is None else rows_a_step
         key = ("schedule", rank, causal, window, None if all_at_once else rows_a_step)
-        if key not in layout._memo:
+
+        def make() -> Schedule:
             offsets = exchanges(layout, causal, window, None if all_at_once else rows_a_step)
-            layout._memo[key] = _build(layout, rank, causal, window, offsets)
-        return layout._memo[key]
+            return _build(layout, rank, causal, window, offsets)
+
+        return layout.once(key, make)
 
     @property
     def received_rows(self) -> int:
@@ -115,26 +119,6 @@ class Schedule:
         """One tile computes everything: no accumulation, no merge."""
         tiles = [tile for step in self.steps for tile in step.tiles]
         return len(tiles) == 1 and tiles[0].q == (0, self.rows)
-
-
-def effective_window(layout: SequenceLayout, window: int | None) -> int | None:
-    """None where no document is longer than the window."""
-    return None if window is None or window >= layout.longest_document else window
-
-
-def rows_matrix(layout: SequenceLayout, *, causal: bool = True, window: int | None = None) -> np.ndarray:
-    """[users, owners]: the key/value rows rank ``user`` receives from rank ``owner`` in a forward pass."""
-    window = effective_window(layout, window)
-    key = ("rows_matrix", causal, window)
-    if key not in layout._memo:
-        matrix = np.zeros((layout.ranks, layout.ranks), dtype=np.int64)
-        owners, held = _all_segments(layout)
-        for user in range(layout.ranks):
-            first = _first_needed(layout, user, held, causal, window)
-            matrix[user] = np.bincount(owners, weights=held[:, 2] - first, minlength=layout.ranks)
-            matrix[user, user] = 0
-        layout._memo[key] = matrix
-    return layout._memo[key]
 
 
 def exchanges(layout: SequenceLayout, causal: bool, window: int | None, least: int | None) -> list[list[int]]:
@@ -171,9 +155,9 @@ def _build(
         at = 0
         for i in offsets:
             to, source = (rank + i) % P, (rank - i) % P
-            if wanted := _needed(layout, to, rank, causal, window):
+            if wanted := needed(layout, to, rank, causal, window):
                 sends.append(Message(to, row_ranges(wanted)))
-            if coming := _needed(layout, rank, source, causal, window):
+            if coming := needed(layout, rank, source, causal, window):
                 receives.append(Message(source, row_ranges(coming)))
                 placed, at = _place(coming, at)
                 arrived += placed
@@ -200,59 +184,3 @@ def _place(segments: Iterable[Segment], at: int) -> tuple[list[Segment], int]:
         placed.append(s._replace(row=at))
         at += s.stop - s.start
     return placed, at
-
-
-# --- who needs what ---------------------------------------------------------------------------
-
-
-def _needed(layout: SequenceLayout, user: int, owner: int, causal: bool, window: int | None) -> list[Segment]:
-    """What the user's queries attend to of the owner's segments, in the owner's local order."""
-    segments = layout.segments(owner)
-    if not segments:
-        return []
-    held = np.array([s[:3] for s in segments], dtype=np.int64)
-    first = _first_needed(layout, user, held, causal, window)
-    return [
-        s._replace(start=start, row=s.row + start - s.start)
-        for s, start in zip(segments, first.tolist())
-        if start < s.stop
-    ]
-
-
-def _first_needed(
-    layout: SequenceLayout, user: int, held: np.ndarray, causal: bool, window: int | None
-) -> np.ndarray:
-    """For each segment (document, start, stop) the first token the user needs; its stop where none.
-
-    Spans are disjoint, so a segment is before or after the whole of each query segment. Of
-    those after it the nearest sees furthest back, and sees an end of the segment.
-    """
-    document, start, stop = held.T
-    keys, limit = _query_starts(layout, user), layout.total + 1
-    if not causal:
-        at = np.searchsorted(keys, document * limit)
-    else:
-        at = np.searchsorted(keys, document * limit + stop)
-    at_end = at == len(keys)
-    nearest = np.append(keys, -1)[at]
-    seen = ~at_end & (nearest // limit == document)
-    reach = start if window is None else np.maximum(start, nearest % limit - window + 1)
-    return np.where(seen, np.minimum(reach, stop), stop)
-
-
-def _query_starts(layout: SequenceLayout, user: int) -> np.ndarray:
-    """The starts of a rank's segments as sorted numbers document x (total + 1) + start."""
-    key = ("query_starts", user)
-    if key not in layout._memo:
-        limit = layout.total + 1
-        layout._memo[key] = np.sort(
-            np.array([s.document * limit + s.start for s in layout.segments(user)], dtype=np.int64)
-        )
-    return layout._memo[key]
-
-
-def _all_segments(layout: SequenceLayout) -> tuple[np.ndarray, np.ndarray]:
-    """The owners [n] and (document, start, stop) [n, 3] of all ranks' segments."""
-    found: Sequence = [(r, *s[:3]) for r in range(layout.ranks) for s in layout.segments(r)]
-    table = np.array(found, dtype=np.int64).reshape(-1, 4)
-    return table[:, 0], table[:, 1:]

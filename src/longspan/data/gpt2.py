@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -15,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from longspan.config.json_text import parse_json
 from longspan.data.text import END_OF_TEXT
 from longspan.errors import UserError, did_you_mean
+from longspan.files import write_whole
 
 
 def gpt2_tokenizer(vocab_file: str | Path, merge_file: str | Path, cache_dir: str | Path) -> Path:
@@ -51,9 +51,7 @@ def gpt2_tokenizer(vocab_file: str | Path, merge_file: str | Path, cache_dir: st
         "tokenizer.json": tokenizer.to_str(),
     }
     for name, text in files.items():  # tokenizer.json last: it says that all is there
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, folder / name)
+        write_whole(folder / name, text)
     return folder
 
 

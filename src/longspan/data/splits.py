@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from longspan.config.data_rules import DEFAULT_SPLIT, Member, marks_documents, read_blend, read_split
+from longspan.config.resolve import Run
 from longspan.config.schema import DatasetConfig, TrainConfig
 from longspan.data.blend import BlendedDataset
 from longspan.data.indexed import IndexedDataset
@@ -184,3 +185,9 @@ def _mix(
     if len(files) == 1 or weights[0] is None:
         return make(files)
     return BlendedDataset([make([file]) for file in files], [w for w in weights if w is not None], held_out)
+
+
+def open_datasets(run: Run) -> tuple[TokenDataset, TokenDataset | None, TokenDataset | None]:
+    """The training set, the held-out set and the test set of a prepared config; None for one there is not."""
+    train, valid, test = open_parts(run.config)
+    return (train, None, None) if run.config.eval_iters == 0 else (train, valid, test)

@@ -23,6 +23,7 @@ from longspan.data.indexed import IndexedDatasetWriter, best_dtype
 from longspan.data.json_lines import json_records, text_of
 from longspan.data.tokenizer_files import SETTINGS, TOKENS_MAP, read_tokenizer_files, write_tokenizer_files
 from longspan.errors import UserError, did_you_mean
+from longspan.files import write_whole
 
 STDLIB = "python-stdlib"
 """The name of a corpus everybody has: the source of the running Python's standard library."""
@@ -137,8 +138,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: str | Pat
         "eos_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
     }
-    _write(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
-    _write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))  # last: it says that all is there
+    write_whole(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+    write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=True))  # last: it says that all is there
     return folder
 
 
@@ -370,13 +371,6 @@ def _tokenizer_file(path: str | Path) -> Path:
         f"{path}: no such tokenizer. Give a tokenizer.json or a folder with one; nothing is downloaded."
         f"{_near(path)}"
     )
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file that is whole or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
 
 
 def _fingerprint(

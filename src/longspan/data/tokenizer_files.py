@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from longspan.config.json_text import parse_json
 from longspan.errors import UserError
+from longspan.files import write_whole
 
 SETTINGS, TOKENS_MAP, VOCABULARY = "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
@@ -59,11 +59,7 @@ def read_tokenizer_files(path: str | Path) -> dict[str, bytes]:
 def write_tokenizer_files(files: Mapping[str, bytes], folder: Path) -> None:
     """Writes files into a folder; ``tokenizer.json`` last: it shows that all are there."""
     for name in sorted(files, key=lambda n: n == VOCABULARY):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_bytes(files[name])
-        partial.replace(path)
+        write_whole(folder / name, files[name])
 
 
 def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from longspan.config.model import IGNORE_INDEX
 from longspan.context_parallel import SequenceLayout
 from longspan.errors import did_you_mean
-from longspan.integrations.model_checks import check_config
+from longspan.integrations.refusals import check_config
 
 #: what a batch may hold; the second line says the same as the boundaries or the positions
 KEYS = (

@@ -31,11 +31,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from longspan.context_parallel import SequenceLayout, context_parallel_attention
-from longspan.context_parallel.checks import check_comm_type
+from longspan.context_parallel.refusals import check_comm_type
 from longspan.errors import UserError
 from longspan.gradients import sum_gradients
 from longspan.integrations.batches import ShardedBatch, shard_batch
-from longspan.integrations.model_checks import check_config
+from longspan.integrations.refusals import check_config
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface

@@ -27,15 +27,15 @@ from torch.utils.checkpoint import checkpoint
 from longspan.compiled import Compilable
 from longspan.config.model import AttnMaskType, TransformerConfig, unsupported
 from longspan.context_parallel import DotProductAttention, PackedSeqParams, SequenceLayout
-from longspan.context_parallel.checks import check_packed
-from longspan.mesh.installed import process_groups
+from longspan.context_parallel.refusals import check_packed
+from longspan.mesh.default_groups import process_groups
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.embedding import Embedding, OutputLayer
-from longspan.models.lean import gated_linear
+from longspan.models.memory.offload import Offload
+from longspan.models.memory.recomputed import gated_linear
+from longspan.models.memory.tiled import tiled
 from longspan.models.norm import Norm, normalised
-from longspan.models.offload import Offload
 from longspan.models.rotary import apply_rotary, at_length, attention_factor, frequencies, rotary_table
-from longspan.models.tiled import tiled
 from longspan.tensor_parallel.initial import filled_by_name
 from longspan.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -119,7 +119,7 @@ class MLP(nn.Module, Compilable):
 
     Attributes:
         tiles: runs of tokens that go through one after another, in forward and backward, so that activations
-            [t, ffn] exist for one of them only (``models/tiled.py``); None: tokens / hidden size, rounded up.
+            [t, ffn] exist for one of them only (``models/memory/tiled.py``); None: tokens / hidden size, rounded up.
             The input is gathered and the output summed over tensor parallel ranks once, around all tiles: as
             much travels as without them.
     """

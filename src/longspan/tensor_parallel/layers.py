@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from longspan.config.model import ModelParallelConfig
 from longspan.matmul import linear
 from longspan.mesh import collectives
-from longspan.mesh.installed import tensor_parallel_mesh
+from longspan.mesh.default_groups import tensor_parallel_mesh
 from longspan.tensor_parallel import mappings
 from longspan.tensor_parallel.random import InitialValues, lone_seed
 

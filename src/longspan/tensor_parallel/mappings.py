@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.mesh import collectives
-from longspan.mesh.installed import process_groups
+from longspan.mesh.default_groups import process_groups
 
 
 def tensor_parallel_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from longspan.mesh.installed import process_groups
+from longspan.mesh.default_groups import process_groups
 
 BLOCK_NUMEL = 1 << 20
 MODEL_PARALLEL_RNG = "model-parallel-rng"

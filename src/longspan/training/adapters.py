@@ -15,19 +15,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from longspan.config.architecture import model_folder
 from longspan.config.resolve import Run
 from longspan.models import GPTModel
-from longspan.models.adapters import is_adapter, write_adapters
-from longspan.models.huggingface import SafetensorsFolder, whole_parameters
-from longspan.parallelize import load_adapters
-from longspan.tensor_parallel.initial import init_weights
-from longspan.tensor_parallel.lora import Adapter
-
-
-def fill_adapters(model: GPTModel, run: Run) -> None:
-    """First values: those of ``lora_model_dir``, or drawn by (seed, name, shape), whatever the layout."""
-    if run.config.lora_model_dir is not None:
-        load_adapters(model, run.config.lora_model_dir)
-    else:
-        init_weights(model, run.config.seed, Adapter)
+from longspan.models.hf_weights import SafetensorsFolder, whole_parameters
+from longspan.models.peft import is_adapter, write_adapters
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

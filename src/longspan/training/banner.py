@@ -1,4 +1,4 @@
-"""The start-up banner: what will run, in about ten lines."""
+"""What a run prints at its start and at its end: what will run, in about ten lines, and what came of it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from pathlib import Path
 import torch
 
 from longspan.config.data_rules import keeps_documents_apart
-from longspan.config.memory_rules import memory_lines
 from longspan.config.resolve import Run
-from longspan.config.schedule import learning_rate
+from longspan.config.schema import TrainConfig
 from longspan.context_parallel import SequenceLayout
-from longspan.context_parallel.kernels import select_kernel
+from longspan.context_parallel.kernels.choose import select_kernel
+from longspan.training.adapters import parameter_counts
+from longspan.training.lock import CONFIG
+from longspan.training.progress import loss_text
+from longspan.training.schedule import learning_rate
+from longspan.training.sinks import tensorboard_folder
+from longspan.training.trainer import Trainer
 
 
 def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: int, tested: int, steps: int, warmup: int,
@@ -80,6 +85,33 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
     return "\n".join(["longspan", *(f"  {name:<{width}}  {text}" for name, text in rows.items())])
 
 
+def memory_lines(config: TrainConfig, recompute: str, device_type: str) -> list[str]:
+    """What the keys come to on a device, for the banner.
+
+    On the CPU nothing can be moved to the CPU's memory. That is said, not refused: a config made for GPUs runs there
+    unchanged, with the same numbers.
+    """
+    lines = [f"recompute {recompute}"]
+    if config.tiled_mlp:
+        tiles = config.tiled_mlp_num_shards
+        lines[0] += f"; MLP in {tiles if tiles else 'tokens / hidden_size'} tiles"
+    if config.torch_compile is True:
+        lines.append("compiled between the exchanges")
+    if device_type != "cpu":
+        moved = {"activations": config.activation_offloading, "weights and optimizer": config.offload_params}
+        lines += [f"{name} in the CPU's memory" for name, on in moved.items() if on]
+        return lines
+    asked = {
+        "gradient_checkpointing: offload (it is full)": config.gradient_checkpointing == "offload",
+        "activation_offloading": config.activation_offloading,
+        "offload_params": config.offload_params,
+        "tf32": config.tf32 is True,
+    }
+    if idle := [name for name, on in asked.items() if on]:
+        lines.append(f"without effect on the CPU: {', '.join(idle)}")
+    return lines
+
+
 def _without_effect(run: Run, steps: int, warmup: int) -> str:
     """What is odd about a schedule: rates that change nothing, or a peak that is never reached."""
     if not any(learning_rate(run.config, step, steps, warmup) for step in range(1, min(2, steps) + 1)):
@@ -99,4 +131,87 @@ def megatron_line(run: Run) -> str:
     return (
         f"using world size: {sizes.world_size}, data-parallel size: {sizes.dp}, context-parallel size: {sizes.cp}, "
         f"{levels}tensor-model-parallel size: {sizes.tp}, pipeline-model-parallel size: {sizes.pp}"
+    )
+
+
+def start_lines(trainer: Trainer, output: Path) -> str:
+    parameters, trained = parameter_counts(trainer.model)
+    first = megatron_line(trainer.run) + "\n" if trainer.run.config.log_format == "megatron" else ""
+    return first + banner(
+        trainer.run,
+        parameters=parameters,
+        trained=trained,
+        samples=len(trainer.train_data),
+        held_out=len(trainer.valid_data) if trainer.valid_data else 0,
+        tested=len(trainer.test_data) if trainer.test_data else 0,
+        steps=trainer.steps,
+        warmup=trainer.warmup,
+        device=trainer.device,
+        local_rows=trainer.shard.local_rows(),
+        filling=filling(trainer),
+        learned=learned(trainer),
+        output=output,
+    )
+
+
+def filling(trainer: Trainer) -> str:
+    """What a sequence is made of, and which samples are missing in it."""
+    data, config = trainer.train_data, trainer.run.config
+    what = "samples and documents" if None in data.masks else "samples"
+    if not data.has_samples:
+        if config.sample_packing:
+            return "documents packed and kept apart"
+        begins = {"positions": config.reset_position_ids, "attention": config.reset_attention_mask}
+        anew = " and ".join(name for name, on in begins.items() if on)
+        return "one stream of documents" + (f", {anew} anew after each end of document" if anew else "")
+    text = f"{what} packed and kept apart" if config.sample_packing else "one sample each"
+    if not (excess := data.num_excess):
+        return text
+    done = "dropped" if config.excess_length_strategy == "drop" else "truncated"
+    return f"{text}; {excess:,} of {data.num_documents + excess * (done == 'dropped'):,} samples were too long and are {done}"
+
+
+def learned(trainer: Trainer) -> str:
+    """How much there is to learn in the training data."""
+    data = trainer.train_data
+    what = "samples" if data.has_samples and None not in data.masks else "documents"
+    what = "samples and documents" if data.has_samples and None in data.masks else what
+    return f"{data.num_documents:,} {what}, {data.num_learned:,} of {data.num_tokens:,} tokens learned"
+
+
+def last_lines(summary: dict, trainer: Trainer, output: Path, exported: bool) -> str:
+    """What happened, where it is, and what to try next."""
+    config = trainer.run.config
+    stopped = trainer.step < trainer.steps
+    loss = f"loss: {loss_text(summary['loss'])} in the last step"
+    if summary["eval_loss"] is not None:
+        loss += f", {summary['eval_loss']:.4f} held out"
+    where = f"metrics: {output / 'metrics.jsonl'}"
+    if exported:
+        what = (
+            "model: {}, for Hugging Face transformers"
+            if trainer.run.lora is None
+            else "adapters: {}, for PEFT"
+        )
+        where = f"{what.format(output / 'hf')}\n{where}"
+    if config.use_tensorboard:
+        where += f"   curves: tensorboard --logdir {tensorboard_folder(trainer.run, output)}"
+    return "\n".join(
+        [
+            "",
+            f"{'stopped' if stopped else 'done'}: {summary['step']} steps, {summary['tokens']:,} tokens in "
+            f"{summary['train_time']:.0f} s ({summary['tokens_per_second']:,.0f} tokens/s), peak "
+            f"{summary['peak_memory_gib']:.2f} GiB a rank",
+            loss,
+            where,
+            *(
+                [f"next: the same command with --resume auto goes on from step {summary['step']}"]
+                if stopped
+                else [
+                    "next: --context-parallel-size 4 cuts each sequence over more ranks and gives the same losses;",
+                    f"      longspan verify {output / CONFIG} shows that they are",
+                    *([f"      longspan generate {output / 'hf'} lets the model write"] if exported else []),
+                ]
+            ),
+        ]
     )

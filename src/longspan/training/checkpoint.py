@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils._pytree import tree_map
 
+from longspan.files import write_whole
 from longspan.training.adapters import trained_state
 from longspan.training.checkpoint_files import (
     DESCRIPTION,
@@ -67,7 +68,6 @@ __all__ = [
     "newest",
     "refuse_megatron",
     "verify",
-    "write_atomically",
 ]
 
 
@@ -281,7 +281,7 @@ class Checkpointer:
             os.rename(self._partial(final), final)
         elif not final.is_dir():
             raise FileNotFoundError(errno.ENOENT, "it was removed or moved while it was written", str(final))
-        write_atomically(self.folder / "latest", final.name + "\n")
+        write_whole(self.folder / "latest", final.name + "\n")
         self.named = final
         self._prune(final)
 
@@ -306,11 +306,3 @@ def _copy(value: Any) -> Any:
     if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
         return value
     return value.detach().clone()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small text file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -7,13 +7,45 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
-from longspan.config.hugging_face import FIELDS
+from longspan import __version__
+from longspan.config.data_rules import STREAM_KEYS
+from longspan.config.hugging_face import FIELDS, PIECES
+from longspan.config.resolve import Run
 from longspan.config.schema import TrainConfig
+from longspan.data import TokenDataset
+from longspan.data.blend import BlendedDataset
 from longspan.errors import UserError
-from longspan.training.adapters import adapter_problems
+from longspan.training.adapters import adapter_description, adapter_problems
 from longspan.training.checkpoint_files import DESCRIPTION
+
+#: what must be the same for weights to fit
+MODEL_KEYS = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    *PIECES,
+)
+#: what must be the same for a run to go on as if it had not stopped
+SETTINGS = (
+    "sequence_len",
+    "sample_packing",
+    "seed",
+    "val_set_size",
+    "rotary_base",
+    "rope_scaling",
+    "sliding_window",
+    "layernorm_epsilon",
+)
+
+
+#: what must be the same too where samples are trained on
+SAMPLE_SETTINGS = ("train_on_inputs", "excess_length_strategy")
 
 #: no run counts further
 MOST = 1 << 53
@@ -173,3 +205,35 @@ def check_fits(path: Path, now: dict[str, Any], weights_only: bool) -> dict[str,
     if problems:
         raise UserError(problems)
     return then
+
+
+def describe_model(run: Run) -> dict:
+    """The part of a checkpoint's description that follows from the config alone."""
+    model, config = run.transformer_config(), run.config
+    learned = model.position_embedding_type == "learned_absolute"
+    return {
+        "model": {name: getattr(model, name) for name in MODEL_KEYS}
+        | {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
+        | ({"max_position_embeddings": model.max_position_embeddings} if learned else {}),
+        "settings": {name: getattr(config, name) for name in SETTINGS},
+        "init_method_std": config.init_method_std,
+        "max_position_embeddings": model.max_position_embeddings,
+    }
+
+
+def describe_run(run: Run, data: TokenDataset) -> dict:
+    """The part of a checkpoint's description that follows from the config and the data."""
+    about, config = describe_model(run), run.config
+    weights = data.counts if isinstance(data, BlendedDataset) else None
+    about["settings"] |= {"weights": list(weights) if weights else None, "split": config.split}
+    about["settings"]["training tokens"] = data.num_tokens
+    # null where they are off: checkpoints that do not name them were made without
+    about["settings"] |= {name: getattr(config, name) or None for name in (*STREAM_KEYS, "eod_token_id")}
+    about["settings"] |= {name: getattr(config, name) for name in SAMPLE_SETTINGS if data.has_samples}
+    return about | {
+        "longspan": __version__,
+        "torch": torch.__version__,
+        "layout": run.sizes.equation(),
+        "global_batch_size": run.global_batch_size,
+        "adapter": adapter_description(run),
+    }

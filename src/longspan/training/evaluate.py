@@ -20,8 +20,8 @@ import torch.distributed as dist
 from longspan.config.model import IGNORE_INDEX
 from longspan.context_parallel import SequenceLayout
 from longspan.data import TokenDataset
-from longspan.training.loop import Trainer
 from longspan.training.sharding import LocalBatch
+from longspan.training.trainer import Trainer
 
 #: tokens of a needle's key, and of its value
 NEEDLE = 8

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from longspan.config.architecture import model_config, model_folder
 from longspan.config.resolve import Run
 from longspan.errors import UserError
-from longspan.models.huggingface import (
+from longspan.models.hf_weights import (
     WEIGHT_DTYPES,
     FolderWriter,
     Names,
@@ -21,8 +21,8 @@ from longspan.models.huggingface import (
 )
 from longspan.training.adapters import export_adapters
 from longspan.training.lock import unwritable
-from longspan.training.loop import Trainer
 from longspan.training.model_files import Files, files_beside
+from longspan.training.trainer import Trainer
 
 
 def export_dtype(run: Run, base: dict[str, Any] | None) -> torch.dtype:

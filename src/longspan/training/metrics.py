@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from longspan.errors import UserError
+from longspan.files import write_whole
 
 
 class Sink(Protocol):
@@ -159,9 +160,7 @@ def keep_until(path: Path, step: int) -> None:
         for line, record in _lines(path)
         if record.get("step", 0) <= step and record.get("kind") != "summary"
     ]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(kept))
 
 
 def evaluated(path: Path, step: int) -> bool:

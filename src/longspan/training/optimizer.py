@@ -1,8 +1,11 @@
-"""AdamW, and clipping by the one true gradient norm."""
+"""AdamW, the norm of the whole gradient, and clipping by it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -30,6 +33,41 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = value
+
+
+def gradient_norm(model: nn.Module) -> torch.Tensor:
+    """The norm of the whole gradient, each element counted once: one number, one all-reduce.
+
+    A rank counts the squares of what it holds, divided by the number of ranks that hold the
+    same (copies over dp_replicate; norm weights over tp).
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients, "no parameter has a gradient"
+    return _norm(gradients)
+
+
+@torch.no_grad()
+def parameter_norm(model: nn.Module) -> torch.Tensor:
+    """The norm of all weights, counted as :func:`gradient_norm` counts; tied ones count once."""
+    return _norm(list(model.parameters()))
+
+
+def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = None
+    world = dist.get_world_size()
+    for whole in tensors:
+        assert isinstance(whole, DTensor)
+        held, mesh = whole.to_local(), whole.device_mesh
+        shards = 1
+        for axis, placement in enumerate(whole.placements):
+            shards *= 1 if placement.is_replicate() else mesh.size(axis)  # _StridedShard is no Shard
+        wide = torch.promote_types(held.dtype, torch.float32)
+        square = torch.linalg.vector_norm(held, dtype=wide).square() * (shards / world)
+        total = square if total is None else total + square
+    assert total is not None
+    if world > 1:
+        dist.all_reduce(total)
+    return total.sqrt()
 
 
 @torch.no_grad()

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from longspan.config.model import IGNORE_INDEX
 from longspan.config.resolve import Run
-from longspan.config.schedule import evaluation_limit
 from longspan.context_parallel import SequenceLayout, hybrid
 from longspan.data import Batch, TokenDataset
 from longspan.errors import UserError
+from longspan.training.schedule import evaluation_limit
 
 
 class LocalBatch(NamedTuple):

@@ -10,21 +10,21 @@ import time
 from collections.abc import Callable, Sequence
 from types import CodeType, FrameType, TracebackType
 
-STEP = ("training.loop", "train_step")
+STEP = ("training.trainer", "train_step")
 #: function of longspan -> what it does, for messages; of several in a stack the innermost one tells
 PHASES = {
-    ("cli.train", "prepared_together"): "preparing the data",
+    ("runs.train", "prepared_together"): "preparing the data",
     ("mesh.mesh", "init_distributed"): "the start, in which the ranks find each other",
     ("mesh.mesh", "build"): "making the groups of ranks",
     ("mesh.mesh", "close_distributed"): "the end of the run",
     ("parallelize", "parallelize"): "making the model",
-    ("parallelize", "load_pretrained"): "loading the base model",
-    ("parallelize", "gradient_norm"): "the gradient norm",
-    ("training.loop", "resume"): "loading the checkpoint",
-    ("training.loop", "compute_gradients"): "the forward and backward passes",
-    ("training.loop", "apply_gradients"): "the update of the weights",
+    ("weights", "load_pretrained"): "loading the base model",
+    ("training.optimizer", "gradient_norm"): "the gradient norm",
+    ("training.trainer", "resume"): "loading the checkpoint",
+    ("training.trainer", "compute_gradients"): "the forward and backward passes",
+    ("training.trainer", "apply_gradients"): "the update of the weights",
     STEP: "the end of the step",
-    ("training.loop", "evaluate"): "an evaluation",
+    ("training.trainer", "evaluate"): "an evaluation",
     ("training.checkpoint", "save"): "saving a checkpoint",
     ("training.checkpoint", "finish"): "waiting for a checkpoint to be written",
     ("training.checkpoint", "load"): "loading the checkpoint",
@@ -99,7 +99,7 @@ def _exchange(calls: Sequence[Call]) -> str | None:
     """The exchange these calls are in: torch.distributed's name for it, or what travels."""
     names = [name for module, name in calls if module == "torch.distributed.distributed_c10d"]
     public = next((name for name in names if not name.startswith("_")), None)
-    if public is None and ("longspan.context_parallel.keys", "wait") in calls:
+    if public is None and ("longspan.context_parallel.move_keys", "wait") in calls:
         return "keys and values of other ranks"
     return public
 

@@ -49,13 +49,13 @@ class HeadMove:
         Raises:
             ValueError: the query heads do not divide by the group's size.
         """
-        key = ("head_move", ranks, n, m)
-        if key not in layout._memo:
+
+        def make() -> tuple:
             check_heads(n, len(ranks))
             order, inverse = _orders([layout.spans(r) for r in ranks], layout.local_length)
-            q_heads, kv_heads = split_heads(n, m, len(ranks))
-            layout._memo[key] = q_heads, kv_heads, order, inverse
-        return cls(group, *layout._memo[key])
+            return *split_heads(n, m, len(ranks)), order, inverse
+
+        return cls(group, *layout.once(("head_move", ranks, n, m), make))
 
 
 def check_heads(n: int, ranks: int, of: int | None = None) -> None:

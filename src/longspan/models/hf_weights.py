@@ -39,6 +39,7 @@ from torch.distributed.tensor import DTensor
 
 from longspan.config.model import TransformerConfig
 from longspan.errors import UserError
+from longspan.files import begin_folder, name_folder
 
 _OUTSIDE = {
     "embedding.word_embeddings": "model.embed_tokens",
@@ -396,9 +397,7 @@ class FolderWriter:
 
     def __init__(self, folder: Path, names: Names | None, dtype: torch.dtype | None):
         self.folder, self.names, self.dtype = folder, names, dtype
-        self.partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+        self.partial = begin_folder(folder)
         self.held: dict[str, Tensor] = {}
         self.stacks: dict[str, dict[int, Tensor]] = {}  # tensors whose parts have not all come yet
         self.bytes = 0
@@ -457,9 +456,7 @@ class FolderWriter:
                 json.dumps(index, indent=2), encoding="utf-8"
             )
         write_files(files, self.partial)
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        os.rename(self.partial, self.folder)
+        name_folder(self.partial, self.folder)
         return self.folder
 
 

@@ -16,10 +16,10 @@ from longspan import TransformerConfig
 from longspan.config.architecture import architecture_of
 from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
-from longspan.models import huggingface
+from longspan.models import hf_weights
 from longspan.training import checkpoint
 from longspan.training.export import export
-from longspan.training.loop import Trainer
+from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -145,14 +145,14 @@ def names(vocab):
         gated_linear_unit=True,
         add_bias_linear=False,
     )
-    return huggingface.Names(config, vocab)
+    return hf_weights.Names(config, vocab)
 
 
 def test_reading_takes_a_ranks_part_only(tmp_path):
     base = make_llama(tmp_path / "base", tied=False)
-    source = huggingface.SafetensorsFolder(base)
+    source = hf_weights.SafetensorsFolder(base)
     whole = source.slice("model.embed_tokens.weight")[:]
-    part = huggingface.read_part(
+    part = hf_weights.read_part(
         source, names(tiny.VOCAB), "embedding.word_embeddings.weight", (128, 32), [(64, 128), (0, 32)]
     )
     assert torch.equal(part[: tiny.VOCAB - 64], whole[64:])
@@ -161,20 +161,20 @@ def test_reading_takes_a_ranks_part_only(tmp_path):
 
 def test_broken_model_folders_are_refused(prefix, tmp_path):
     base = Path(make_llama(tmp_path / "base", tied=False))
-    source = huggingface.SafetensorsFolder(base)
+    source = hf_weights.SafetensorsFolder(base)
     with pytest.raises(UserError, match=r"tensor lm_nose.weight is missing"):
         source.slice("lm_nose.weight")
     with pytest.raises(UserError, match=r"has shape \[97, 32\], the config needs \[96, 32\]"):
-        huggingface.read_part(source, names(96), "output_layer.weight", (128, 32), [(0, 128), (0, 32)])
+        hf_weights.read_part(source, names(96), "output_layer.weight", (128, 32), [(0, 128), (0, 32)])
     first = sorted(base.glob("*.safetensors"))[0]
     first.write_bytes(first.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot be read"):
         for name in source.files:
-            huggingface.SafetensorsFolder(base).slice(name)
+            hf_weights.SafetensorsFolder(base).slice(name)
     for file in base.glob("*.safetensors*"):
         file.unlink()
     with pytest.raises(UserError, match=r"no model.safetensors"):
-        huggingface.SafetensorsFolder(base)
+        hf_weights.SafetensorsFolder(base)
 
 
 def longspan(folder, *arguments):
@@ -186,7 +186,7 @@ def trained_weights(prefix, folder):
         tiny.tiny_run(prefix, 1, params_dtype="float32", val_set_size=0, no_load_optim=True), CPU
     )
     trainer.resume(checkpoint.find(Path(folder)))
-    return dict(huggingface.whole_parameters(trainer.model))
+    return dict(hf_weights.whole_parameters(trainer.model))
 
 
 def test_convert_both_ways_and_train_from_base_model(prefix, tmp_path):
@@ -208,7 +208,7 @@ def test_convert_both_ways_and_train_from_base_model(prefix, tmp_path):
     a = pool.run(1, trained_weights, prefix, str(tmp_path / "out"))[0]
     b = pool.run(1, trained_weights, prefix, str(tmp_path / "again"))[0]
     for name in a:
-        real = tiny.VOCAB if name in huggingface.VOCABULARY else None
+        real = tiny.VOCAB if name in hf_weights.VOCABULARY else None
         assert torch.equal(a[name][:real], b[name][:real])
     # a run that starts from the export, and from the converted checkpoint, goes on from the same loss
     own = (
@@ -325,11 +325,11 @@ def test_an_index_that_leads_outside_its_folder_is_refused(tmp_path, place):
     index["weight_map"]["model.norm.weight"] = place
     file.write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"places model.norm.weight in .*, which is no file of this folder"):
-        huggingface.SafetensorsFolder(base)
+        hf_weights.SafetensorsFolder(base)
     for odd in ([1], {"weight_map": [1]}, {"weight_map": None}):
         file.write_text(json.dumps(odd))
         with pytest.raises(UserError, match=r"base_model .*base"):
-            huggingface.SafetensorsFolder(base)
+            hf_weights.SafetensorsFolder(base)
 
 
 def test_a_link_of_the_hubs_cache_is_followed(tmp_path):
@@ -338,7 +338,7 @@ def test_a_link_of_the_hubs_cache_is_followed(tmp_path):
     linked.mkdir()
     for path in base.iterdir():
         (linked / path.name).symlink_to(path)
-    huggingface.check_tensors(huggingface.SafetensorsFolder(linked), names(tiny.VOCAB))
+    hf_weights.check_tensors(hf_weights.SafetensorsFolder(linked), names(tiny.VOCAB))
 
 
 def rewrite(base, name, change):
@@ -355,11 +355,11 @@ def rewrite(base, name, change):
 def test_whole_numbers_are_no_weights(tmp_path):
     base = Path(make_llama(tmp_path / "base", tied=False))
     rewrite(base, "model.layers.1.mlp.up_proj.weight", lambda t: t.to(torch.int8))
-    source = huggingface.SafetensorsFolder(base)
+    source = hf_weights.SafetensorsFolder(base)
     with pytest.raises(UserError, match=r"up_proj.weight in model-.*safetensors is of type I8; weights are"):
-        huggingface.check_tensors(source, names(tiny.VOCAB))
+        hf_weights.check_tensors(source, names(tiny.VOCAB))
     with pytest.raises(UserError, match="is of type I8"):
-        huggingface.read_part(
+        hf_weights.read_part(
             source, names(tiny.VOCAB), "decoder.layers.1.mlp.linear_up.weight", (48, 32), [(0, 48), (0, 32)]
         )
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.config.model import CP_COMM_TYPES, hierarchy_proposal, normal_comm_type
-from longspan.context_parallel.heads import check_heads
 from longspan.context_parallel.layout import SequenceLayout
+from longspan.context_parallel.move_heads import check_heads
 from longspan.context_parallel.packed import PackedSeqParams
 
 

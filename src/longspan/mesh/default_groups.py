@@ -1,6 +1,6 @@
-"""The one default of public constructors: no process groups given -> the installed ones.
+"""The one default of public constructors: no process groups given -> those of the installed mesh.
 
-This is the only place inside longspan that looks up at ``parallel_state``.
+``parallel_state`` installs it for users. Inside longspan nothing but this default reads it: groups are arguments.
 """
 
 from __future__ import annotations
@@ -8,18 +8,35 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from longspan.mesh.mesh import ProcessGroupCollection
+from longspan.mesh.mesh import ParallelMesh, ProcessGroupCollection
+
+
+class Installed:
+    """The mesh that ``parallel_state`` has installed; None before, and after ``destroy_model_parallel``."""
+
+    mesh: ParallelMesh | None = None
+
+
+installed = Installed()
+
+
+def installed_mesh() -> ParallelMesh:
+    """The installed mesh.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if installed.mesh is None:
+        raise RuntimeError(
+            "model parallel groups are not initialised: call longspan.parallel_state."
+            "initialize_model_parallel(...) on every rank first."
+        )
+    return installed.mesh
 
 
 def process_groups(pg_collection: ProcessGroupCollection | None = None) -> ProcessGroupCollection:
     """The given groups, or the installed ones (RuntimeError when there are none)."""
-    if pg_collection is not None:
-        return pg_collection
-    from longspan import parallel_state
-
-    groups = parallel_state.get_process_groups()
-    assert groups is not None
-    return groups
+    return installed_mesh().groups if pg_collection is None else pg_collection
 
 
 def tensor_parallel_mesh(tp_group: dist.ProcessGroup | DeviceMesh | None) -> DeviceMesh:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,9 @@ from torch import Tensor, nn
 
 from longspan.config.lora import CONFIG_FILE, WEIGHTS_FILE, Lora, read_peft_config
 from longspan.errors import UserError
+from longspan.files import begin_folder, name_folder
 from longspan.models.gpt import GPTModel, OutputLayer
-from longspan.models.huggingface import (
+from longspan.models.hf_weights import (
     WEIGHT_DTYPES,
     FolderWriter,
     SafetensorsFolder,
@@ -171,16 +170,12 @@ def write_adapters(
         config: see ``Lora.peft_config``.
         files: what lies beside them: name -> content.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = begin_folder(folder)
     named = {peft_name(name): tensor.contiguous() for name, tensor in weights.items()}
     save_file(named, partial / WEIGHTS_FILE, metadata={"format": "pt"})
     (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_files(files, partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.rename(partial, folder)
+    name_folder(partial, folder)
 
 
 @torch.no_grad()

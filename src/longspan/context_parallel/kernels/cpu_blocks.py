@@ -21,7 +21,7 @@ from torch import Tensor
 from longspan.matmul import fast_dtypes, product
 
 if TYPE_CHECKING:
-    from longspan.context_parallel.kernels import Kernel
+    from longspan.context_parallel.kernels.protocol import Kernel
 
 #: rows of scores in a block, all heads of a group together, and keys
 ROWS, KEYS = 768, 1024
@@ -76,7 +76,7 @@ class CpuBlocks:
         small: the kernel that serves small tiles.
     """
 
-    name, packs = "cpu-blocks", False
+    name, varlen = "cpu-blocks", False
 
     def __init__(self, small: Kernel):
         self.small = small

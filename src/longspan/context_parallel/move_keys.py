@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.context_parallel.calls import Rows, calls_of
-from longspan.context_parallel.kernels import Kernel, merge
+from longspan.context_parallel.kernels.protocol import Kernel, merge
 from longspan.context_parallel.schedule import Message, Schedule, Step
 from longspan.context_parallel.tiles import Mask, Range
 

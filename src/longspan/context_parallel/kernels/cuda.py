@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from longspan.config.packages import has_package
-from longspan.context_parallel.calls import Pack
+from longspan.context_parallel.calls import VarlenCall
 from longspan.context_parallel.tiles import Mask
 from longspan.errors import UserError
 
@@ -51,9 +51,9 @@ def why_not(name: str, head_dim: int, deterministic: bool) -> str:
 
 
 class VarlenKernel:
-    """What the flash backends share: one tile is a pack of one sequence, unless a subclass knows better."""
+    """What the flash backends share: one tile is a call of one sequence, unless a subclass knows better."""
 
-    packs = True
+    varlen = True
 
     def __init__(self, deterministic: bool):
         self.deterministic = deterministic
@@ -61,14 +61,14 @@ class VarlenKernel:
     def forward(self, q, k, v, causal, scale):
         """q [s, b, n, d], k and v [t, b, m, d]: batch entries are folded into the heads."""
         s, b, n, d = q.shape
-        pack = Pack.single(s, k.shape[0], Mask.CAUSAL if causal else Mask.FULL, q.device)
-        out, lse = self.forward_packed(*(x.flatten(1, 2) for x in (q, k, v)), pack, scale)
+        call = VarlenCall.single(s, k.shape[0], Mask.CAUSAL if causal else Mask.FULL, q.device)
+        out, lse = self.forward_varlen(*(x.flatten(1, 2) for x in (q, k, v)), call, scale)
         return out.unflatten(1, (b, n)), lse.unflatten(0, (b, n))
 
     def backward(self, dout, q, k, v, out, lse, causal, scale):
-        pack = Pack.single(q.shape[0], k.shape[0], Mask.CAUSAL if causal else Mask.FULL, q.device)
+        call = VarlenCall.single(q.shape[0], k.shape[0], Mask.CAUSAL if causal else Mask.FULL, q.device)
         flat = (x.flatten(1, 2) for x in (dout, q, k, v, out))
-        grads = self.backward_packed(*flat, lse.flatten(0, 1), pack, scale)
+        grads = self.backward_varlen(*flat, lse.flatten(0, 1), call, scale)
         return tuple(g.unflatten(1, x.shape[1:3]) for g, x in zip(grads, (q, k, v)))
 
 
@@ -77,16 +77,16 @@ class CudaFlash(VarlenKernel):
 
     name = "cuda-flash"
 
-    def forward_packed(self, q, k, v, pack, scale):
-        causal, left, right = WINDOWS[pack.mask]
+    def forward_varlen(self, q, k, v, call, scale):
+        causal, left, right = WINDOWS[call.mask]
         out, lse, *_ = aten._flash_attention_forward(
             q,
             k,
             v,
-            pack.cu_q,
-            pack.cu_k,
-            pack.max_q,
-            pack.max_k,
+            call.cu_q,
+            call.cu_k,
+            call.max_q,
+            call.max_k,
             0.0,
             causal,
             False,
@@ -96,8 +96,8 @@ class CudaFlash(VarlenKernel):
         )
         return out, lse
 
-    def backward_packed(self, dout, q, k, v, out, lse, pack, scale):
-        causal, left, right = WINDOWS[pack.mask]
+    def backward_varlen(self, dout, q, k, v, out, lse, call, scale):
+        causal, left, right = WINDOWS[call.mask]
         state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # random numbers of dropout: none
         with _deterministic(self.deterministic):
             return aten._flash_attention_backward(
@@ -107,10 +107,10 @@ class CudaFlash(VarlenKernel):
                 v,
                 out.contiguous(),
                 lse.contiguous(),
-                pack.cu_q,
-                pack.cu_k,
-                pack.max_q,
-                pack.max_k,
+                call.cu_q,
+                call.cu_k,
+                call.max_q,
+                call.max_k,
                 0.0,
                 causal,
                 state,
@@ -140,7 +140,7 @@ def _deterministic(on: bool) -> Iterator[None]:
 class Cudnn:
     """PyTorch's cuDNN attention."""
 
-    name, packs = "cudnn", False
+    name, varlen = "cudnn", False
 
     def forward(self, q, k, v, causal, scale):
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
@@ -183,14 +183,14 @@ class FlashAttn(VarlenKernel):
 
             self._forward, self._backward = module._flash_attn_forward, module._flash_attn_backward
 
-    def _about(self, pack: Pack, scale: float) -> dict:
+    def _about(self, call: VarlenCall, scale: float) -> dict:
         """What both directions are told, by all releases' names."""
-        causal, left, right = WINDOWS[pack.mask]
+        causal, left, right = WINDOWS[call.mask]
         return {
-            "cu_seqlens_q": pack.cu_q,
-            "cu_seqlens_k": pack.cu_k,
-            "max_seqlen_q": pack.max_q,
-            "max_seqlen_k": pack.max_k,
+            "cu_seqlens_q": call.cu_q,
+            "cu_seqlens_k": call.cu_k,
+            "max_seqlen_q": call.max_q,
+            "max_seqlen_k": call.max_k,
             "dropout_p": 0.0,
             "softmax_scale": scale,
             "causal": causal,
@@ -200,8 +200,8 @@ class FlashAttn(VarlenKernel):
             "window_size": (left, right),
         }
 
-    def forward_packed(self, q, k, v, pack, scale):
-        out, lse, *_ = _call(self._forward, q=q, k=k, v=v, **self._about(pack, scale))
+    def forward_varlen(self, q, k, v, call, scale):
+        out, lse, *_ = _call(self._forward, q=q, k=k, v=v, **self._about(call, scale))
         if lse.shape != (q.shape[1], q.shape[0]):
             raise UserError(
                 f"{self.name} returned a log-sum-exp of shape {tuple(lse.shape)}, not [heads, rows] = "
@@ -210,7 +210,7 @@ class FlashAttn(VarlenKernel):
             )
         return out, lse
 
-    def backward_packed(self, dout, q, k, v, out, lse, pack, scale):
+    def backward_varlen(self, dout, q, k, v, out, lse, call, scale):
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         _call(
             self._backward,
@@ -223,7 +223,7 @@ class FlashAttn(VarlenKernel):
             dq=dq,
             dk=dk,
             dv=dv,
-            **self._about(pack, scale),
+            **self._about(call, scale),
             softcap=0.0,
             alibi_slopes=None,
             deterministic=self.deterministic,

@@ -1,0 +1,1 @@
+"""The backends of attention: one protocol, several kernels, and the choice between them."""

@@ -1,0 +1,106 @@
+"""Which backend computes: the fastest that can take the inputs, or the one that was asked for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from longspan.context_parallel.kernels import cpu_blocks
+from longspan.context_parallel.kernels.cpu_blocks import CpuBlocks
+from longspan.context_parallel.kernels.cpu_flash import CpuFlash
+from longspan.context_parallel.kernels.math import Math
+from longspan.context_parallel.kernels.protocol import Kernel
+from longspan.errors import UserError, did_you_mean
+
+
+class Choice(NamedTuple):
+    """A kernel, and why it was taken (for the start-up banner)."""
+
+    kernel: Kernel
+    reason: str
+
+
+#: in the order in which ``auto`` tries them
+BACKENDS = (
+    "auto",
+    "flash-attn-3",
+    "flash-attn-2",
+    "cuda-flash",
+    "cudnn",
+    "cpu-blocks",
+    "cpu-flash",
+    "math",
+)
+
+
+def select_kernel(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    backend: str = "auto",
+    deterministic: bool = False,
+) -> Choice:
+    """The kernel for these inputs; ``auto`` takes the fastest that can take them.
+
+    Args:
+        deterministic: two runs give equal bits. Gradients are always summed in a fixed order
+            around the kernels, so this asks it of the kernel's own backward.
+
+    Raises:
+        UserError: no such backend, or the backend cannot take these inputs.
+    """
+    if backend not in BACKENDS:
+        raise UserError(
+            f"attention_backend {backend!r}: one of {', '.join(BACKENDS)}.{did_you_mean(backend, BACKENDS)}"
+        )
+    reasons: list[str] = []
+    for name in BACKENDS[1:] if backend == "auto" else (backend,):
+        why_not = _why_not(name, device, dtype, head_dim, deterministic)
+        if not why_not:
+            reason = (
+                "asked for" if backend != "auto" else "; ".join(reasons) or "the fastest for these inputs"
+            )
+            return Choice(_kernel(name, deterministic), reason)
+        if name not in OTHER_DEVICE.get(device.type, ()):
+            reasons.append(f"{name} {why_not}")
+    raise UserError(f"attention_backend {backend!r} {why_not}. Use auto.")
+
+
+#: backends that nobody expects on a device
+OTHER_DEVICE = {
+    "cpu": ("flash-attn-3", "flash-attn-2", "cuda-flash", "cudnn"),
+    "cuda": ("cpu-blocks", "cpu-flash"),
+}
+
+
+def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool) -> str:
+    """Why a backend cannot take these inputs; empty where it can."""
+    if name == "math":
+        return ""
+    if name in OTHER_DEVICE.get(device.type, ()):
+        return f"runs on {'cpu' if name.startswith('cpu') else 'cuda'}, not on {device.type}"
+    if name == "cpu-flash":
+        return ""
+    if name == "cpu-blocks":
+        return cpu_blocks.why_not(device, dtype)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if head_dim > 256 or head_dim % 8:
+        return f"takes head sizes up to 256 that divide by 8, not {head_dim}"
+    from longspan.context_parallel.kernels.cuda import why_not
+
+    return why_not(name, head_dim, deterministic)
+
+
+def _kernel(name: str, deterministic: bool) -> Kernel:
+    if name in CPU_KERNELS:
+        return CPU_KERNELS[name]
+    from longspan.context_parallel.kernels.cuda import make_kernel
+
+    return make_kernel(name, deterministic)
+
+
+CPU_KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel for kernel in (CpuBlocks(CpuFlash()), CpuFlash(), Math())
+}

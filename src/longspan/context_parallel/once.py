@@ -1,0 +1,20 @@
+"""What follows from an immutable object, computed at the first request and kept with the object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Once:
+    """A base of frozen dataclasses whose last field is ``_made``, an empty dict."""
+
+    _made: dict
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` returns, made at the first call with ``key``."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]

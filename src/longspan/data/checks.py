@@ -1,0 +1,118 @@
+"""Whether prepared data can be trained on: what would fail or teach nothing is refused before any process starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from longspan.config.data_rules import PATHS, read_blend
+from longspan.config.resolve import Run
+from longspan.config.schema import DatasetConfig
+from longspan.data.loader import TokenDataset
+from longspan.data.splits import PARTS, named_files, open_datasets
+from longspan.errors import UserError
+
+#: how many tokens are looked at before a run; the rest are as they come
+SCANNED_TOKENS = 1 << 28
+
+
+def check_data(run: Run) -> TokenDataset:
+    """Opens a prepared config's data and refuses what would fail or teach nothing; before any process starts.
+
+    Raises:
+        UserError: no document on one side of the split, no token with a next one, or a token beyond the vocabulary.
+    """
+    train, *others = open_datasets(run)
+    names, sources = zip(*named_files(run.config))
+    for data, name in zip((train, *others), PARTS):
+        if data is not None and not data.has_targets(SCANNED_TOKENS):
+            raise UserError(_nothing_counts(run, data, name))
+    if run.config.hybrid_context_parallel:
+        ranks, most = run.sizes.dp * run.sizes.cp, run.config.max_seqlen_per_dp_cp_rank
+        assert most is not None
+        tokens = max(data.longest_document for data in (train, *others) if data is not None)
+        if tokens > ranks * most:
+            number = max(range(len(sources)), key=lambda i: int(sources[i].document_lengths.max(initial=0)))
+            document = int(sources[number].document_lengths.argmax())
+            raise UserError(
+                f"hybrid_context_parallel: document {document} of {names[number]} makes a sample of "
+                f"{tokens} tokens, but {ranks} ranks x max_seqlen_per_dp_cp_rank {most} hold {ranks * most}. "
+                "Raise max_seqlen_per_dp_cp_rank, lower sequence_len, or use more ranks."
+            )
+    vocab, left = run.config.vocab_size, SCANNED_TOKENS
+    assert vocab is not None
+    for source, name in zip(sources, names):
+        smallest, largest = source.token_range(left)
+        left = max(0, left - source.num_tokens)
+        if largest >= vocab or smallest < 0:
+            raise UserError(
+                f"{name} holds token {largest if largest >= vocab else smallest}, but vocab_size is {vocab}. "
+                "It was made with another tokenizer: give that tokenizer (tokenizer_config), or its vocab_size."
+            )
+    return train
+
+
+def _nothing_counts(run: Run, data: TokenDataset, name: str) -> str:
+    """Why no token of the training, evaluation or test set is a target, and what to do."""
+    text = f"{name} data: no token counts in the loss"
+    if not data.has_samples:
+        return (
+            f"{text}: no document has two tokens, so no token has a next one to learn. Look at the data, or tokenise it "
+            "again."
+        )
+    if data.num_excess and run.config.excess_length_strategy == "truncate":
+        return (
+            f"{text}: {data.num_excess} of {data.num_documents} samples are longer than sequence_len {run.config.sequence_len}, and "
+            "what is left of them after truncation holds no answer. Raise sequence_len, or shorten the prompts."
+        )
+    return f"{text}: no sample has an answer to learn. Look at the data, roles_to_train and message_field_training."
+
+
+def missing_sources(config) -> list[str]:
+    """Datasets that are not there, found before anything is tokenised or started."""
+    from longspan.data.sources import check_source
+
+    problems = []
+    for name in PATHS:
+        try:
+            for member in read_blend(name, values) if (values := getattr(config, name)) else []:
+                problems += [f"{name}: {problem}" for problem in missing_files(member.path)]
+        except UserError:  # the blend itself is wrong: the rules between keys say so
+            continue
+    for source in [*config.datasets, *config.test_datasets]:
+        stem = source.path[:-4] if source.path.endswith((".bin", ".idx")) else source.path
+        if source.prepared:
+            continue
+        if any(Path(stem + suffix).exists() for suffix in (".bin", ".idx")):
+            problems += unused_of_tokens(source)
+            continue
+        try:
+            check_source(source)
+        except UserError as error:
+            problems += [f"datasets: {problem}" for problem in error.problems]
+    return problems
+
+
+def unused_of_tokens(source: DatasetConfig) -> list[str]:
+    """Keys that say which records and texts to read, where there are tokens."""
+    given = [
+        name
+        for name in ("split", "field", "name", "data_files", "ds_type", "revision")
+        if getattr(source, name) != DatasetConfig.model_fields[name].default
+    ]
+    text = "{}: {} has no effect on token files, which are taken whole (val_set_size holds documents out). Leave it out."
+    return [f"datasets: {text.format(source.path, name)}" for name in given]
+
+
+def missing_files(prefix: str) -> list[str]:
+    """What is not there of a .bin/.idx pair."""
+    from longspan.data.indexed import bin_and_idx, missing_file
+
+    missing = next((path for path in reversed(bin_and_idx(prefix)) if not path.is_file()), None)
+    if missing is None:
+        return []
+    if Path(prefix).is_file():  # it has neither ending, or its own half would be there
+        return [
+            f"{prefix} is no .bin/.idx pair. Make one: longspan prepare --input {prefix} --output-prefix PREFIX, or train on "
+            "it by datasets."
+        ]
+    return [missing_file(missing)]

@@ -1,0 +1,1 @@
+"""What saves memory inside a model: recomputing, tiles, offloading."""

@@ -1,0 +1,221 @@
+"""Between a checkpoint and a Hugging Face folder, tensor by tensor; adapters put into their base model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longspan import __version__
+from longspan.config.load import read_yaml
+from longspan.config.schema import TrainConfig
+from longspan.errors import UserError
+from longspan.files import begin_folder, name_folder
+from longspan.training.lock import CONFIG
+
+if TYPE_CHECKING:
+    import torch
+
+
+def holds_tokenizer(path: Path) -> bool:
+    """Is this a tokenizer.json, or a folder with one?"""
+    return (path.is_file() and path.name == "tokenizer.json") or (path / "tokenizer.json").is_file()
+
+
+def config_of(path: Path) -> TrainConfig | None:
+    """The config of the run that a checkpoint (its own folder) lies in; None where it is not there or, with a line, cannot
+    be read."""
+    from longspan.config.load import load_config
+
+    config = path.parent.parent / CONFIG
+    try:
+        return load_config(config) if config.is_file() else None
+    except UserError as error:
+        print(f"{config}: left out, with the base model it names ({error.problems[0]})", file=sys.stderr)
+        return None
+
+
+def tokenizer_of(path: Path) -> Path | None:
+    """The tokenizer that the run of a checkpoint (its own folder) names, or has exported."""
+    run = path.parent.parent
+    config = run / CONFIG
+    named = read_yaml(config).get("tokenizer_config") if config.is_file() else None
+    return next((p for p in (Path(named or run / "hf"), run / "hf") if _is_tokenizer(p)), None)
+
+
+def _is_tokenizer(path: Path) -> bool:
+    return path.is_file() or holds_tokenizer(path)
+
+
+def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str) -> None:
+    """A checkpoint's weights -> a Hugging Face folder, tensor by tensor; its adapters -> a folder for PEFT.
+
+    Args:
+        path: the checkpoint's own folder (``checkpoint.find``).
+
+    Raises:
+        UserError: its files are damaged, or are not those of the model that it describes.
+    """
+    import torch
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from longspan.config.hugging_face import FIELDS, export_problem
+    from longspan.config.lora import Lora
+    from longspan.config.model import TransformerConfig
+    from longspan.config.schema import TrainConfig
+    from longspan.models.hf_weights import FolderWriter, Names
+    from longspan.models.peft import write_adapters
+    from longspan.training import checkpoint
+    from longspan.training.checkpoint_files import read_tensors
+    from longspan.training.model_files import files_of_adapters, files_of_run
+
+    run = config_of(path)
+    said = checkpoint.describe(path, "--checkpoint")
+    run = run or TrainConfig.model_validate({"base_model": said.get("base_model")})
+    defaults = {name: TrainConfig.model_fields[name].default for name in FIELDS}
+    model = defaults | said["model"] | said["settings"]
+    model |= {name: said.get(name) for name in ("init_method_std", "max_position_embeddings")}
+    if problem := export_problem(model):
+        raise UserError(f"--checkpoint {path}: {problem}")
+    fields = {name: model[name] for name in FIELDS if name in TransformerConfig.__dataclass_fields__}
+    config = TransformerConfig(**fields, share_embeddings_and_output_weights=model["tie_word_embeddings"])
+    metadata = checkpoint.verify(path, option="--checkpoint")
+    entries = metadata.state_dict_metadata
+
+    def whole(name: str) -> torch.Tensor:
+        about = entries.get(f"model.{name}")
+        if not isinstance(about, TensorStorageMetadata):
+            raise UserError(
+                f"--checkpoint {path}: {checkpoint.DESCRIPTION} describes a model with {name}, and there are no such weights. "
+                "Use another checkpoint."
+            )
+        state = {"model": {name: torch.empty(about.size, dtype=about.properties.dtype)}}
+        read_tensors(path, state, metadata, "--checkpoint", no_dist=True)
+        return state["model"][name]
+
+    if (adapter := said.get("adapter")) is not None:
+        names = [name.removeprefix("model.") for name in entries if name.startswith("model.")]
+        weights = {name: whole(name).to(getattr(torch, dtype)) for name in names}
+        lora = Lora(adapter["rank"], adapter["alpha"], tuple(adapter["targets"]), adapter["rslora"])
+        run = at_hand(run.model_copy(update={"base_model": adapter["base_model"]}))
+        files = files_of_adapters(run, tokenizer)
+        write_adapters(output, weights, lora.peft_config(adapter["base_model"]), files)
+        return
+    files = files_of_run(at_hand(run), model, dtype, tokenizer)
+    writer = FolderWriter(output, Names(config, model["vocab_size"]), getattr(torch, dtype))
+    for name in Names(config, model["vocab_size"]).all():
+        writer.add(name, whole(name))
+    writer.finish(files)
+
+
+def at_hand(config: TrainConfig) -> TrainConfig:
+    """A run's config without a base model that is not here any more; says what the export lacks for it."""
+    from longspan.training.model_files import origin_of
+
+    if config.base_model is None or config.reinit_weights:
+        return config
+    try:
+        here = origin_of(config.base_model).folder is not None
+    except UserError:
+        here = False
+    if here:
+        return config
+    text = f"base_model {config.base_model} is not here: its sampling settings and further end tokens are left out."
+    print(text, file=sys.stderr)
+    return config.model_copy(update={"base_model": None})
+
+
+def merge_adapters(
+    adapters: Path, model: str | None, output: Path, tokenizer: Path | None, dtype: str | None
+) -> None:
+    """Adapters in PEFT's format and their base model -> a plain Hugging Face folder, tensor by tensor."""
+    import torch
+
+    from longspan.config.architecture import model_config, model_folder
+    from longspan.config.lora import read_peft_config
+    from longspan.models.hf_weights import FolderWriter, SafetensorsFolder
+    from longspan.models.peft import merge
+    from longspan.training.model_files import files_of_merged
+
+    _, named = read_peft_config(adapters)
+    model = model or named
+    if model is None:
+        raise UserError(f"{adapters} does not name its base model. Give it with --model.")
+    base = model_folder(model)
+    weights = SafetensorsFolder(base)
+    # config.json may name none, auto, or one that the weights are not in
+    written = dtype or str(weights.dtype).removeprefix("torch.")
+    config = {k: v for k, v in model_config(str(base))[0].items() if k != "dtype"} | {"torch_dtype": written}
+    files = files_of_merged(config, base, adapters, tokenizer)
+    writer = FolderWriter(output, None, None if dtype is None else getattr(torch, dtype))
+    try:
+        merge(weights, adapters, writer)
+    except UserError:
+        writer.discard()
+        raise
+    writer.finish(files)
+
+
+def to_checkpoint(model: str, output: Path) -> None:
+    """A Hugging Face model -> a checkpoint of weights alone."""
+    import shutil
+
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import CheckpointException
+
+    from longspan.config.architecture import architecture_of, model_folder, unused_fields, vocabulary_of
+    from longspan.config.load import architecture_config
+    from longspan.config.model import padded_vocab_size
+    from longspan.config.resolve import resolve
+    from longspan.models.hf_weights import Names, SafetensorsFolder, check_tensors, read_part
+    from longspan.training.checkpoint import to_text
+    from longspan.training.checkpoint_files import SummingWriter, cause
+    from longspan.training.description import describe_model
+
+    values = architecture_of(model)
+    for line in unused_fields(model):
+        print(f"without effect here: {line}", file=sys.stderr)
+    config = architecture_config(values)
+    resolved = resolve(config, 1)
+    architecture = resolved.transformer_config()
+    vocab = vocabulary_of(values, model)
+    source = SafetensorsFolder(model_folder(model))
+    names = Names(architecture, vocab)
+    check_tensors(source, names)
+    weights = {}
+    for name in names.all():
+        place = names.place(name)
+        shape = list(source.slice(place.name).get_shape())
+        if place.transposed:
+            shape.reverse()
+        shape[0] //= place.parts
+        if names.rows(name) is not None:
+            shape[0] = padded_vocab_size(shape[0])
+        part = read_part(source, names, name, shape, [(0, size) for size in shape])
+        weights[name] = part.to(torch.float32).contiguous()
+    if config.tie_word_embeddings:
+        weights["output_layer.weight"] = weights["embedding.word_embeddings.weight"]
+    about = describe_model(resolved)
+    description = {
+        "longspan": __version__,
+        "torch": torch.__version__,
+        "layout": f"converted from {model}",
+        "global_batch_size": None,
+        **{k: about[k] for k in ("model", "settings", "init_method_std", "max_position_embeddings")},
+        "base_model": str(Path(model).resolve()) if Path(model).is_dir() else model,
+        "step": 0,
+        "tokens": 0,
+    }
+    partial = begin_folder(output)
+    try:
+        dcp.save(
+            {"model": weights}, storage_writer=SummingWriter(partial, to_text(description)), no_dist=True
+        )
+    except CheckpointException as error:
+        free = shutil.disk_usage(partial).free / 2**20
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"--output {output}: cannot write there: {cause(error)} ({free:,.0f} MiB were free there)"
+        ) from None
+    name_folder(partial, output)

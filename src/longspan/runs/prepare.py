@@ -1,0 +1,304 @@
+"""What a run needs before its processes start: tokens, tokenizer, weights and a checkpoint, found and checked."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from longspan.config.architecture import model_folder
+from longspan.config.data_rules import MOCK_VOCAB_SIZE, STREAM_KEYS, marks_documents
+from longspan.config.resolve import Run, resolve
+from longspan.config.schema import DatasetConfig, TrainConfig
+from longspan.errors import UserError
+from longspan.runs.counter import Counter
+from longspan.training.lock import unwritable
+
+
+def prepared(resolved: Run, show: bool) -> TrainConfig:
+    """The config with its data tokenised and checked, and its checkpoint found."""
+    from longspan.data.checks import check_data
+    from longspan.training.export import check_export
+
+    config = prepare_config(resolved.config, show=show)
+    checked = resolve(config, resolved.world_size)
+    check_data(checked)
+    check_weights(checked)
+    check_export(checked)
+    if config.use_tensorboard and config.tensorboard_dir is not None:
+        try:
+            Path(config.tensorboard_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(Path(config.tensorboard_dir), error, "tensorboard_dir") from None
+    resume = resume_point(checked, show)
+    if resume is None and config.resume is not None:
+        if show and config.resume != "auto":
+            print(f"no checkpoint at {config.resume}: the run starts anew", file=sys.stderr)
+        return config.model_copy(update={"resume": None, "no_load_optim": False, "no_load_rng": False})
+    return config.model_copy(update={"resume": resume})
+
+
+def resume_point(run: Run, show: bool = True) -> str | None:
+    """The checkpoint ``resume`` stands for, checked against the config before anything starts.
+
+    Args:
+        show: print which checkpoint was taken instead of another, and one without checksums.
+
+    Raises:
+        UserError: there is none, it is not whole, or it is of another model, batch or data.
+    """
+    config = run.config
+    if config.resume is None:
+        if config.no_load_optim or config.no_load_rng:
+            raise UserError(
+                "no_load_optim and no_load_rng say what to leave out of a resume: give resume too."
+            )
+        return None
+    from longspan.data.splits import open_datasets
+    from longspan.training.checkpoint import check_fits, find, newest, refuse_megatron
+    from longspan.training.checkpoint_folder import to_stderr
+    from longspan.training.description import describe_run
+
+    given = Path(config.resume)
+    look: dict[str, Any] = {
+        "verify": config.verify_checkpoint,
+        "say": to_stderr if show else (lambda line: None),
+    }
+    if config.resume == "auto":
+        path = newest(Path(config.output_dir) / "checkpoints", **look)
+    elif config.exit_on_missing_checkpoint or given.name.startswith("step_"):
+        path = find(given, **look)
+    else:
+        refuse_megatron(given)
+        path = newest(given, **look) or newest(given / "checkpoints", **look)
+    if path is None:
+        return None
+    check_fits(path, describe_run(run, open_datasets(run)[0]), weights_only=config.no_load_optim)
+    return str(path)
+
+
+def is_indexed(path: str) -> bool:
+    """Is this the prefix (or one of the files) of a ``.bin/.idx`` pair?"""
+    stem = path[:-4] if path.endswith((".bin", ".idx")) else path
+    return Path(stem + ".idx").is_file() or Path(stem + ".bin").is_file()
+
+
+def check_weights(run: Run) -> None:
+    """Finds the weights a run starts from, fetching them where that is needed, and holds their names against the model.
+
+    Raises:
+        UserError: they cannot be had, or are those of another model.
+    """
+    if not run.pretrained:
+        return
+    from longspan.models.hf_weights import Names, SafetensorsFolder, check_tensors
+
+    assert run.config.base_model is not None
+    assert run.config.vocab_size is not None
+    source = SafetensorsFolder(model_folder(run.config.base_model))
+    check_tensors(source, Names(run.transformer_config(), run.config.vocab_size))
+
+
+def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
+    """Tokenises the datasets of a config where that is not done yet.
+
+    Returns:
+        The config with each dataset's ``prepared`` prefix, the tokenizer's folder and
+        ``vocab_size`` filled in.
+
+    Raises:
+        UserError: a missing or broken source, no tokenizer, or a vocabulary that does not fit.
+    """
+    from longspan.data import prepare_dataset
+    from longspan.data.sources import is_text
+
+    folder, train_size = config.tokenizer_config, config.tokenizer_train_vocab_size
+    if config.vocab_file is not None and config.merge_file is not None:
+        from longspan.data.gpt2 import gpt2_tokenizer
+
+        folder = str(gpt2_tokenizer(config.vocab_file, config.merge_file, config.dataset_prepared_path))
+    if folder is None and train_size is None and config.base_model is not None:
+        own = model_folder(config.base_model) if not config.reinit_weights else Path(config.base_model)
+        folder = str(own) if (own / "tokenizer.json").is_file() else None
+    if folder is not None:
+        folder = own_tokenizer(config, folder)
+    sources = []
+    for source in [*config.datasets, *config.test_datasets]:
+        given = source.prepared or source.path
+        if source.prepared or is_indexed(given):
+            check_indexed(source, given)
+            sources.append(source.model_copy(update={"prepared": given}))
+            continue
+        if not is_text(source):
+            prefix = prepare_records(config, source, folder, show)
+            sources.append(source.model_copy(update={"prepared": str(prefix)}))
+            continue
+        if folder is None and train_size is None:
+            raise UserError(
+                f"datasets: {source.path!r} is text and there is no tokenizer. Give tokenizer_config (a folder with "
+                "tokenizer.json), or tokenizer_train_vocab_size to train one."
+            )
+        counter = Counter(source.path) if show else None
+        prefix, tokenizer_folder = prepare_dataset(
+            source.path,
+            cache_dir=config.dataset_prepared_path,
+            tokenizer_path=folder,
+            train_vocab_size=None if folder is not None else train_size,
+            field=source.field,
+            progress=counter,
+        )
+        if counter is not None:
+            counter.__exit__()
+        folder = folder or str(tokenizer_folder)  # one trained on the first dataset serves the others
+        sources.append(source.model_copy(update={"prepared": str(prefix)}))
+    vocab = config.vocab_size
+    if config.tokenizer_type == "NullTokenizer" and vocab is not None:
+        vocab += 1  # Megatron-LM's: one more token, which ends a document
+    if folder is not None:
+        vocab = check_vocabulary(config.model_copy(update={"vocab_size": vocab}), folder)
+    if vocab is None and config.mock_data:
+        vocab = MOCK_VOCAB_SIZE
+    end = config.eod_token_id
+    if end is None and marks_documents(config):
+        end = end_of_document(config, folder)
+    if vocab is None:
+        raise UserError(
+            "vocab_size: missing. The datasets are tokenised already and there is no tokenizer to ask."
+        )
+    return config.model_copy(
+        update={
+            "datasets": sources[: len(config.datasets)],
+            "test_datasets": sources[len(config.datasets) :],
+            # what is resolved is not resolved again
+            "tokenizer_config": folder,
+            "tokenizer_train_vocab_size": None,
+            "tokenizer_type": None,
+            "vocab_file": None,
+            "merge_file": None,
+            "vocab_size": vocab,
+            "eod_token_id": end,
+        }
+    )
+
+
+def check_vocabulary(config: TrainConfig, folder: str) -> int:
+    """The size of the vocabulary: what the config and its base_model say, else the tokenizer's.
+
+    Args:
+        folder: of the tokenizer, or its tokenizer.json.
+
+    Raises:
+        UserError: the tokenizer has more tokens than the model, or eod_token_id is none of them.
+    """
+    from longspan.data.text import load_tokenizer, vocabulary_size
+
+    size, vocab = vocabulary_size(load_tokenizer(folder)), config.vocab_size
+    if vocab is None or vocab >= size:
+        whole, end = vocab or size, config.eod_token_id
+        if end is not None and end >= whole:
+            raise UserError(
+                f"eod_token_id {end} is beyond the {whole} tokens of the tokenizer in {folder}, numbered from 0. Give its number, "
+                "or leave it out where the tokenizer names one."
+            )
+        return whole
+    if config.base_model is not None and not config.reinit_weights:
+        raise UserError(
+            f"the tokenizer in {folder} has {size} tokens, and base_model {config.base_model} has weights for {vocab}. Give the "
+            "model's own tokenizer (leave tokenizer_config out), or make the model larger first (transformers' "
+            f"resize_token_embeddings({size}))."
+        )
+    if config.base_model is not None:
+        raise UserError(
+            f"the tokenizer in {folder} has {size} tokens, and the model {vocab} (vocab_size, which base_model gives where the "
+            f"config does not). Set vocab_size to {size} or more."
+        )
+    raise UserError(
+        f"vocab_size {vocab} is smaller than the tokenizer's {size} tokens. Leave vocab_size out, or make it at "
+        f"least {size}."
+    )
+
+
+def end_of_document(config: TrainConfig, folder: str | None) -> int:
+    """The token that ends a document, of the tokenizer in ``folder`` or of none (NullTokenizer).
+
+    Raises:
+        UserError: nothing names one.
+    """
+    from longspan.data.text import eod_id, load_tokenizer
+
+    if config.tokenizer_type == "NullTokenizer" and config.vocab_size is not None:
+        return config.vocab_size  # Megatron-LM's: the token behind all others
+    end = eod_id(load_tokenizer(folder), folder) if folder is not None else None
+    if end is None:
+        names = " and ".join(name for name in STREAM_KEYS if getattr(config, name))
+        found = f"the tokenizer in {folder} names none" if folder is not None else "there is no tokenizer"
+        raise UserError(
+            f"{names}: which token ends a document is not known: {found}. Give its number, eod_token_id, or a tokenizer that has one."
+        )
+    return end
+
+
+def check_indexed(source: DatasetConfig, prefix: str) -> None:
+    """Refuses token files that are not there, and those whose type says what they cannot know."""
+    from longspan.data import IndexedDataset, open_masks
+
+    IndexedDataset(prefix)
+    if open_masks(prefix) is None and not source.prepared and source.type != "completion":
+        raise UserError(
+            f"datasets: {source.path} holds tokens, and no masks that say which of them are answers. Give the records (json, "
+            "parquet ...) as path, or leave type out to train on every token."
+        )
+
+
+def prepare_records(config: TrainConfig, source: DatasetConfig, folder: str | None, show: bool) -> Path:
+    """Makes the samples of a dataset of records where that is not done yet; returns their prefix."""
+    from longspan.data.instruct import Recipe
+    from longspan.data.samples import prepare_samples
+
+    if folder is None:
+        raise UserError(
+            f"datasets: {source.path!r} holds records and there is no tokenizer. Give tokenizer_config (a folder with "
+            "tokenizer.json), or a base_model that has one; a tokenizer is trained on text alone."
+        )
+    recipe = Recipe.make(
+        source, folder, config.train_on_inputs, config.chat_template, config.chat_template_jinja
+    )
+    with Counter(source.path, units="samples") if show else nullcontext() as counter:
+        return prepare_samples(
+            recipe,
+            config.dataset_prepared_path,
+            config.dataset_num_proc,
+            counter,
+            remark=lambda line: print(line, file=sys.stderr),
+        )
+
+
+def own_tokenizer(config: TrainConfig, folder: str) -> str:
+    """The tokenizer's folder, with the config's special_tokens and chat_template in it: a copy where they are not."""
+    from longspan.data.chat import find_template, own_template
+    from longspan.data.text import load_tokenizer, special_tokens
+    from longspan.data.tokenizer_files import changed_copy, folder_of
+
+    chosen = config.special_tokens or {}
+    tokenizer, now = load_tokenizer(folder), special_tokens(folder)
+    missing = [token for token in chosen.values() if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise UserError(
+            f"special_tokens: {', '.join(map(repr, missing))}: not in the vocabulary of {folder}. Add tokens to the tokenizer "
+            "and to base_model first, with transformers."
+        )
+    template = None
+    name, jinja = trained_template(config)
+    if name is not None or jinja is not None:
+        template = find_template(name, jinja, folder_of(folder), now | chosen, []).text
+        if template == own_template(folder_of(folder)):
+            template = None
+    return str(changed_copy(Path(folder), chosen, template, now, Path(config.dataset_prepared_path)))
+
+
+def trained_template(config: TrainConfig) -> tuple[str | None, str | None]:
+    """chat_template and chat_template_jinja of the run: its own, else what all of its datasets of chats agree on."""
+    own = (config.chat_template, config.chat_template_jinja)
+    chats = {(d.chat_template, d.chat_template_jinja) for d in config.datasets if d.type == "chat_template"}
+    return chats.pop() if own == (None, None) and len(chats) == 1 else own

@@ -1,0 +1,146 @@
+"""One training from start to end on this rank: trainer, sinks, resuming, signals, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from longspan.config.resolve import Run
+from longspan.errors import UserError
+from longspan.runs.finish import finish
+from longspan.training import loop
+from longspan.training.banner import last_lines, start_lines
+from longspan.training.checkpoint import SaveError
+from longspan.training.export import export, prepare_export
+from longspan.training.lock import CONFIG
+from longspan.training.metrics import Metrics
+from longspan.training.progress import Progress, make_progress
+from longspan.training.sinks import open_sinks
+from longspan.training.stopping import Stopping
+from longspan.training.trainer import NotFinite, Trainer
+from longspan.training.waiting import Watch, calls_of, late, lost, place, timed_out
+
+
+def train(run: Run, device: torch.device, stopping: Stopping) -> int:
+    """Trains; rank 0 speaks and writes. Returns the exit code.
+
+    Args:
+        stopping: hears the signals; before the first step is done they end the process, for there is nothing to save.
+    """
+    config, output = run.config, Path(run.config.output_dir)
+    first = dist.get_rank() == 0
+    trainer: Trainer | None = None
+
+    def step() -> int | None:
+        return None if trainer is None else trainer.step
+
+    # an exchange of NCCL that is not answered ends the process from within
+    watch = Watch(config.ddp_timeout, dist.get_rank(), step) if device.type == "cuda" else None
+    progress: Progress = Progress()
+    metrics = Metrics([])
+    try:
+        # read now: what lies beside the weights is that of the run's start, whatever becomes of those folders meanwhile
+        beside = prepare_export(run) if first and config.export_hf else None
+        trainer = Trainer(run, device)
+        resumed = Path(config.resume) if config.resume else None
+        if resumed:
+            trainer.resume(resumed)
+            if trainer.step >= trainer.steps and not config.no_load_optim:
+                return finish(trainer, resumed, output, beside)
+        if first:
+            how = "its weights alone: steps, schedule and data begin anew (no_load_optim)"
+            how = how if config.no_load_optim else f"after step {trainer.step}"
+            notes = [f"  resume     {resumed}, {how}"] if resumed else []
+            metrics, kept = open_sinks(run, output, trainer.step, resumed)
+            trainer.metrics = metrics
+            notes += [f"  an earlier run's {', '.join(kept)} are kept beside"] if kept else []
+            print("\n".join([start_lines(trainer, output), *notes]), flush=True)
+            megatron = config.log_format == "megatron"
+            progress = make_progress(trainer.steps, trainer.step, run.global_batch_size if megatron else None)
+        stop = trainer.stop
+        summary = loop.train(trainer, output, progress, started=lambda: stopping.saves(stop))
+        exported = config.export_hf and not trainer.stop_asked
+        if exported:
+            export(trainer, output / "hf", beside)
+    except SaveError as error:
+        if first:
+            print(
+                f"longspan: error: {error}. Checkpoints that were there before are untouched.",
+                file=sys.stderr,
+            )
+        return 1
+    except NotFinite as error:
+        if first:
+            print(f"longspan: error: {error}", file=sys.stderr)
+        return 1
+    except UserError:
+        raise
+    except Exception as error:
+        progress.close()  # a bar hides the cursor
+        leave(error, output, config.ddp_timeout, step())
+    finally:
+        progress.close()
+        metrics.close()
+        if watch is not None:
+            watch.close()
+    if first and (missing := missing_output(output, metrics, exported)):
+        print(
+            f"longspan: error: {summary['step']} steps were trained, but not all of it is kept:",
+            file=sys.stderr,
+        )
+        print("\n".join(f"  {text}" for text in missing), file=sys.stderr, flush=True)
+        return 1
+    if first:
+        print(last_lines(summary, trainer, output, exported), flush=True)
+    return 1 if trainer.step < trainer.steps and not trainer.ran_out else 0
+
+
+def missing_output(output: Path, metrics: Metrics, exported: bool) -> list[str]:
+    """What a run has written and is not there at its end: its folder vanished, or the disk was full."""
+    found = list(metrics.trouble)
+    if not (output / CONFIG).is_file():
+        found.append(f"{output / CONFIG} is gone: output_dir was removed or moved while the run went on")
+    if exported and not (output / "hf").is_dir():
+        found.append(f"{output / 'hf'} is gone")
+    return found
+
+
+def leave(error: Exception, output: Path, seconds: float, step: int | None = None) -> NoReturn:
+    """Ends this process at once with exit code 1: the other ranks wait for it in a collective, and torch's own
+    tear-down may wait for them in turn.
+
+    Args:
+        seconds: ddp_timeout, for the message of an exchange that was not answered.
+        step: the optimizer steps that are done; None where there is no trainer yet.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    many = dist.is_initialized() and dist.get_world_size() > 1
+    name = f"rank {rank}: " if many else ""
+    where = place(calls_of(error.__traceback__), step)
+    if isinstance(error, OSError):
+        print(
+            f"longspan: error: {name}{error.strerror or error}: {error.filename or output}", file=sys.stderr
+        )
+    elif isinstance(error, NotFinite):  # on all ranks at once
+        if rank == 0:
+            print(f"longspan: error: {error}", file=sys.stderr)
+    elif isinstance(error, SafetensorError):  # how an export finds that the disk is full
+        print(f"longspan: error: {name}{error}: {output}", file=sys.stderr)
+    elif many and timed_out(error):
+        print(f"longspan: error: {late(rank, where, seconds)}", file=sys.stderr)
+    elif many and lost(error):
+        why = str(error).partition("\n")[0]
+        text = f"lost the connection to another rank, which ended, in {where} ({why})."
+        print(f"longspan: {name}{text}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)

@@ -1,0 +1,249 @@
+"""Starting the processes of a run: where, how many, and by whom."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longspan.config.resolve import processes_asked_for
+from longspan.config.schema import TrainConfig
+from longspan.errors import UserError
+from longspan.parent import end_with_parent
+from longspan.runs.environment import LAUNCHER, RUN_ID
+from longspan.runs.ranks import run_together, serve_store
+from longspan.training.stopping import heeded
+
+if TYPE_CHECKING:
+    import torch
+
+#: more would keep the machine busy with starting them
+PROCESSES_PER_CORE = 64
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the processes of a run are started."""
+
+    processes: int | None = None  # over all machines
+    machines: int = 1
+    machine_rank: int = 0
+    ip: str = "127.0.0.1"
+    port: int = 0
+    torchrun_arguments: list[str] = field(default_factory=list)
+
+
+def under_torchrun() -> bool:
+    """Has a launcher started this process as one of many?"""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launcher() -> int | None:
+    """The process id of the longspan that started this process as one of many; None where nobody or torchrun did."""
+    return int(os.environ[LAUNCHER]) if under_torchrun() and LAUNCHER in os.environ else None
+
+
+def launched_world() -> int:
+    """The number of processes a launcher started.
+
+    Raises:
+        UserError: its variables are not what a launcher sets, as where one is left over in the environment.
+    """
+    texts = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE")}
+    remedy = "Start with torchrun, or unset RANK and WORLD_SIZE."
+    if not all(text.isdigit() for text in texts.values()) or int(texts["RANK"]) >= int(texts["WORLD_SIZE"]):
+        found = " ".join(f"{name}={text}" for name, text in texts.items())
+        raise UserError(f"{found} in the environment: a rank is from 0 to WORLD_SIZE - 1. {remedy}")
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(
+            f"RANK and WORLD_SIZE are set in the environment, {' and '.join(missing)} not. {remedy}"
+        )
+    return int(texts["WORLD_SIZE"])
+
+
+def choose_device(config: TrainConfig, launch: Launch) -> tuple[str, int]:
+    """The device type and the number of processes over all machines.
+
+    Raises:
+        UserError: CUDA is asked for and there are not as many GPUs as local processes, the processes do not
+            divide by the machines, or they are more than a machine can start.
+    """
+    device, processes = _choose(config, launch)
+    if processes % launch.machines:
+        raise UserError(
+            f"{processes} processes do not divide by {launch.machines} machines: each runs the same number. Choose parallel "
+            "sizes, or --num-processes, whose product is a multiple."
+        )
+    cores, local = os.cpu_count() or 1, processes // launch.machines
+    if local > PROCESSES_PER_CORE * cores and not under_torchrun():
+        raise UserError(
+            f"{local:,} processes on this machine, which has {cores} cores: at most {PROCESSES_PER_CORE} a core are started. "
+            "Choose smaller parallel sizes, or more machines (--num-machines). To check a config for others: longspan validate."
+        )
+    return device, processes
+
+
+def _choose(config: TrainConfig, launch: Launch) -> tuple[str, int]:
+    asked = launch.processes
+    if under_torchrun():
+        world = launched_world()
+        if asked not in (None, world):
+            raise UserError(f"--num-processes {asked}, but the launcher started {world}. Leave it out.")
+        asked = world
+        local: int | None = int(os.environ.get("LOCAL_WORLD_SIZE", asked))
+    else:
+        local = asked // launch.machines if asked else None
+    if config.device == "cpu":
+        return "cpu", asked or processes_asked_for(config)
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if config.device == "cuda" and (gpus == 0 or (local or 1) > gpus):
+        raise UserError(
+            f"device: cuda asks for {local or 1} GPUs on this machine and there are {gpus}. Use fewer processes, or "
+            "device: cpu."
+        )
+    if (
+        gpus
+        and (local is None or local <= gpus)
+        and (local is not None or processes_asked_for(config) <= gpus)
+    ):
+        return "cuda", asked or gpus * launch.machines
+    return "cpu", asked or processes_asked_for(config)
+
+
+def start(
+    launch: Launch, processes: int, arguments: Sequence[str], device: str, kept: Sequence[int] = ()
+) -> int:
+    """Runs ``python -m longspan ARGUMENTS`` in every local process and waits. Returns the exit code.
+
+    Args:
+        kept: descriptors that the processes inherit, such as the lock on their folder.
+    """
+    local = processes // launch.machines
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // local))
+    command = ["-m", "longspan", *arguments]
+    if launch.torchrun_arguments:
+        return _torchrun(launch, command, local)
+    store, port = None, launch.port
+    if launch.machine_rank == 0:
+        store, port = serve_store(launch.ip, launch.port, launch.machines)
+    together = {
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": local,
+        "GROUP_RANK": launch.machine_rank,
+        "MASTER_ADDR": launch.ip,
+        "MASTER_PORT": port,
+        LAUNCHER: os.getpid(),
+        # by these torch takes the store for the launcher's, which outlives every rank
+        "TORCHELASTIC_RUN_ID": RUN_ID,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+    }
+    environments = {}
+    for number_here in range(local):
+        rank = launch.machine_rank * local + number_here
+        own = together | {"RANK": rank, "LOCAL_RANK": number_here}
+        environments[rank] = os.environ | {name: str(value) for name, value in own.items()}
+    try:
+        return run_together([sys.executable, *command], environments, kept)
+    finally:
+        del store  # until here the ranks needed it
+
+
+def _torchrun(launch: Launch, command: list[str], local: int) -> int:
+    """torchrun with the user's arguments; the numbers of processes and machines are ours unless they name them."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    given = launch.torchrun_arguments
+    ours: dict[str, object] = {"--nproc-per-node": local}
+    if launch.machines > 1:
+        ours |= {
+            "--nnodes": launch.machines,
+            "--node-rank": launch.machine_rank,
+            "--master-addr": launch.ip,
+            "--master-port": launch.port,
+        }
+    named = option_names(given)
+    # the machines find each other another way
+    if named & {"--rdzv-endpoint", "--rdzv-backend", "--standalone"}:
+        ours = {name: ours[name] for name in ("--nproc-per-node", "--nnodes") if name in ours}
+    for name, value in torchrun_settings().items():
+        os.environ.setdefault(name, value)
+    try:
+        torchrun([*(f"{k}={v}" for k, v in ours.items() if k not in named), *given, *command])
+    except SignalException as error:
+        print(f"longspan: stopped by signal {error.sigval.name}", file=sys.stderr)
+        return 1
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return 2 if failure.exitcode == 2 else 1
+    except SystemExit as error:  # its own parser
+        return 2 if error.code else 0
+    return 0
+
+
+def option_names(given: Sequence[str]) -> set[str]:
+    """The options among torchrun's arguments, which it takes with dashes and with underscores."""
+    return {a.partition("=")[0].replace("_", "-") for a in given if a.startswith("-")}
+
+
+def torchrun_settings() -> dict[str, str]:
+    """Environment variables by which torchrun leaves ignored signals ignored (nohup), and waits for a step to be saved."""
+    stopping = ",".join([number.name for number in heeded()] + ["SIGQUIT"])
+    return {
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": stopping,
+        "PET_SIGNALS_TO_HANDLE": stopping,  # what stands for torchrun's argument, which is written over the other one
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(7 * 24 * 3600),  # a week, in seconds
+    }
+
+
+def end_with_launcher() -> None:
+    """Has this process end with the launcher that started it, longspan or torchrun; a shell that did may go."""
+    if launcher() is not None or (under_torchrun() and "TORCHELASTIC_RUN_ID" in os.environ):
+        end_with_parent(launcher())
+
+
+@contextmanager
+def joined(config: TrainConfig, device_type: str) -> Iterator[torch.device]:
+    """The process group of a launched process that finds its config ready; gives the device it computes on.
+
+    An error ends the process with a message, as in training.
+    """
+    end_with_launcher()
+    import torch
+
+    from longspan.mesh.mesh import close_distributed, init_distributed
+    from longspan.runs.session import leave
+
+    quiet_logs()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    try:
+        init_distributed(device_type, config.ddp_timeout)
+        local = int(os.environ["LOCAL_RANK"]) if device_type == "cuda" else None
+        yield torch.device(device_type, local) if local is not None else torch.device("cpu")
+        close_distributed()
+    except RuntimeError as error:
+        leave(error, Path(config.output_dir), config.ddp_timeout)
+
+
+def quiet_logs() -> None:
+    """Hides what torch says to its own developers; errors stay."""
+    import logging
+    import warnings
+
+    for name in (
+        "torch.distributed.tensor._redistribute",
+        "torch.distributed.device_mesh",
+        "torch.distributed.fsdp",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")

@@ -1,0 +1,63 @@
+"""The checkpoints of a run on the way: saved, announced when they are whole, and what becomes of a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from longspan.config.resolve import Run
+from longspan.training.checkpoint import Checkpointer, SaveError
+from longspan.training.progress import Progress
+
+
+class Saving:
+    """Saves checkpoints and reports on them.
+
+    A checkpoint is announced as whole when it is on disk, which may be some steps after its save began.
+
+    Args:
+        folder: of the checkpoints.
+        save: begins a checkpoint with this Checkpointer and returns its path.
+    """
+
+    def __init__(self, run: Run, folder: Path, save: Callable[[Checkpointer], Path], progress: Progress):
+        config = run.config
+        self.checkpointer = Checkpointer(folder, config.save_total_limit, config.async_save)
+        self._save, self.progress = save, progress
+        self.announced: Path | None = None
+
+    def settle(self) -> None:
+        """Gives a save on its way its name, where it has become whole."""
+        self.checkpointer.settle()
+        self._announce()
+
+    def save(self, last: bool) -> None:
+        """Saves; the failure of an earlier save is reported and does not stand in the way.
+
+        Raises:
+            SaveError: the ``last`` checkpoint could not be written. An earlier one's failure is a warning.
+        """
+        self.finish()
+        try:
+            self.progress.saving(self._save(self.checkpointer))
+            self._announce()
+        except SaveError as error:
+            if last:
+                raise
+            self.progress.warn(f"{error}. Training goes on; earlier checkpoints are as they were.")
+
+    def finish(self, last: bool = False) -> None:
+        """Waits for the save on its way; its failure is a warning, or with ``last`` a SaveError."""
+        try:
+            self.checkpointer.finish()
+        except SaveError as error:
+            if last:
+                raise
+            self.progress.warn(f"{error}. Earlier checkpoints are as they were.")
+        self._announce()
+
+    def _announce(self) -> None:
+        """Announces a checkpoint that has become whole since the last look; the first rank gives it its name."""
+        if self.checkpointer.named is not None and self.checkpointer.named != self.announced:
+            self.announced = self.checkpointer.named
+            self.progress.saved(self.announced)

@@ -1,0 +1,47 @@
+"""Where the records of a run go: into its folder, and to what else the config names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from longspan.config.resolve import Run
+from longspan.training.metrics import JsonLines, Metrics, Sink, TensorBoard, Wandb, keep_until, set_aside
+
+
+def open_sinks(run: Run, output: Path, step: int, resumed: Path | None) -> tuple[Metrics, list[str]]:
+    """The places records go; going on in the same folder goes on in its files, a new run keeps the old ones aside."""
+    kept = []
+    wandb = wandb_sinks(run, output)  # first: where it refuses, nothing has been moved
+    old = ["metrics.jsonl", "checkpoints", "hf", "tensorboard"]
+    if goes_on_in(output, resumed) and step:
+        keep_until(output / "metrics.jsonl", step)
+        old = ["hf"]  # of earlier weights
+    for name in old:
+        if aside := set_aside(output / name):
+            kept.append(aside.name)
+    return Metrics([*file_sinks(run, output, step), *wandb]), kept
+
+
+def wandb_sinks(run: Run, output: Path) -> list[Sink]:
+    c = run.config
+    if not c.use_wandb:
+        return []
+    names = {"project": c.wandb_project, "name": c.wandb_name, "entity": c.wandb_entity}
+    return [Wandb(names, c.wandb_mode, c.model_dump(), output)]
+
+
+def file_sinks(run: Run, output: Path, step: int) -> list[Sink]:
+    """metrics.jsonl and TensorBoard's files, which go on after a step."""
+    files: list[Sink] = [JsonLines(output / "metrics.jsonl")]
+    if run.config.use_tensorboard:
+        files.append(TensorBoard(tensorboard_folder(run, output), step + 1))
+    return files
+
+
+def tensorboard_folder(run: Run, output: Path) -> Path:
+    return Path(run.config.tensorboard_dir) if run.config.tensorboard_dir else output / "tensorboard"
+
+
+def goes_on_in(output: Path, resumed: Path | None) -> bool:
+    """Is this checkpoint of the run whose folder this is?"""
+    return resumed is not None and resumed.resolve().parent.parent == output.resolve()

@@ -1,0 +1,254 @@
+"""The trainer: a model, its optimizer and its data, and one step of them, the same at every layout.
+
+A step, on every rank:
+
+    micro-batches -> count of valid tokens (summed over dp)
+    each micro-batch: shard by the layout -> model -> sum of losses / global count -> backward
+    gradient norm over all axes -> clip -> AdamW
+
+Each rank's loss is its share of the global mean already, and gradients are summed (not
+averaged) by FSDP, so the loss and its gradient are those of one process (invariant I1).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.config.resolve import Run
+from longspan.context_parallel import SequenceLayout
+from longspan.data import Prefetcher, TokenDataset
+from longspan.data.splits import open_datasets
+from longspan.mesh.mesh import ParallelMesh, hold_waiting_time
+from longspan.models import GPTModel
+from longspan.training.build import build_model, groups_of, make_sharder
+from longspan.training.checkpoint import check_fits, load
+from longspan.training.description import describe_run
+from longspan.training.metrics import Metrics, peak_memory_gib
+from longspan.training.optimizer import (
+    clip_gradients,
+    gradient_norm,
+    make_optimizer,
+    parameter_norm,
+    set_learning_rate,
+)
+from longspan.training.schedule import learning_rate, training_steps, warmup_steps
+from longspan.training.sharding import LocalBatch
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradient is infinite or no number."""
+
+
+class Trainer:
+    """A model, its optimizer and its data on this rank of a mesh.
+
+    Args:
+        run: the resolved config, with ``vocab_size`` filled in.
+        device: where this rank computes.
+        metrics: where records go; rank 0 has sinks.
+        mesh: of the run's sizes; None makes one.
+    """
+
+    run: Run
+    mesh: ParallelMesh
+    model: GPTModel
+    optimizer: torch.optim.AdamW
+    step: int  # optimizer steps done, those without a target included
+    steps: int  # optimizer steps in all
+    tokens: int  # valid tokens trained on so far
+
+    def __init__(
+        self,
+        run: Run,
+        device: torch.device,
+        metrics: Metrics | None = None,
+        mesh: ParallelMesh | None = None,
+    ):
+        config = run.config
+        self.run, self.device, self.metrics = run, device, metrics or Metrics([])
+        self.train_data, self.valid_data, self.test_data = open_datasets(run)
+        self.steps = training_steps(run, len(self.train_data))
+        self.warmup = warmup_steps(config, self.steps)
+        self.step = self.tokens = 0
+        self.signalled = False  # this rank alone was asked to stop; a signal sets it at any moment
+        self.asked = False  # some rank was asked to stop; agreed in each step, as what follows
+        self.ran_out = False  # it is time to stop: exit_interval or exit_duration_in_mins
+        self.owed = False  # the evaluation of this step is due and not done: a resume makes up for it
+        self.begun = time.perf_counter()
+
+        self.mesh = mesh or ParallelMesh.build(run.sizes, device.type)
+        self.groups = groups_of(run, self.mesh)
+        self.model = build_model(run, self.mesh, self.groups, device)
+        self.optimizer = make_optimizer(self.model, config)
+        self.shard = make_sharder(run, self.groups, self._plan)
+        hold_waiting_time()
+
+    # --- resuming -------------------------------------------------------------------------
+
+    def description(self) -> dict:
+        """What a checkpoint says of itself: where it stands and what it fits."""
+        where = {"step": self.step, "tokens": self.tokens, "evaluation_due": self.owed}
+        return describe_run(self.run, self.train_data) | where
+
+    def resume(self, path: Path, option: str = "resume") -> None:
+        """Goes on from a checkpoint made at any layout: weights, optimizer, position; see ``checkpoint.check_fits``.
+
+        A checkpoint of the last step or beyond leaves nothing to do: ``step`` is then ``steps`` or more.
+
+        Args:
+            option: what named the checkpoint, for messages.
+        """
+        config = self.run.config
+        then = check_fits(path, self.description(), weights_only=config.no_load_optim)
+        optimizer = None if config.no_load_optim else self.optimizer
+        load(path, self.model, optimizer, not config.no_load_rng, config.verify_checkpoint, option)
+        if config.no_load_optim:
+            return
+        self.step, self.tokens = then["step"], then["tokens"]
+        self.owed = bool(then.get("evaluation_due"))
+
+    # --- one micro-batch ------------------------------------------------------------------
+
+    def _plan(self, layout: SequenceLayout) -> None:
+        for layer in self.model.decoder.layers:
+            layer.self_attention.core_attention.plan(layout)
+
+    def losses(self, batch: LocalBatch) -> Tensor:
+        """The loss of each of this rank's tokens of a micro-batch, [b, rows]; 0 where there is no target."""
+        tokens, labels = batch.tokens.to(self.device), batch.labels.to(self.device)
+        positions = None if batch.positions is None else batch.positions.to(self.device)
+        return self.model(tokens, position_ids=positions, labels=labels, layout=batch.layout)
+
+    # --- one step -------------------------------------------------------------------------
+
+    def micro_batches(self, step: int) -> list[LocalBatch]:
+        """This rank's part of the micro-batches of training step ``step`` (from 0)."""
+        return self.shard.training(self.train_data, step)
+
+    def compute_gradients(self, batches: list[LocalBatch]) -> tuple[float | None, int]:
+        """Forward and backward of a global batch. Returns (loss, valid tokens) of all ranks.
+
+        Where no token counts on any rank there is nothing to compute: the loss is None, and no gradient is made.
+        """
+        count = torch.tensor(sum(batch.num_valid for batch in batches), dtype=torch.int64)
+        dist.all_reduce(count, group=self.groups.dp_cp)
+        if not count:
+            return None, 0
+        self.model.train()
+        self.optimizer.zero_grad()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i, batch in enumerate(batches):
+            self.model.set_requires_all_reduce(i == len(batches) - 1)  # copies (HSDP) agree once a step
+            loss = self.losses(batch).sum()
+            (loss / count.item()).backward()
+            total += loss.detach()
+        dist.all_reduce(total, group=self.groups.dp_cp)
+        return (total / count).item(), int(count)
+
+    def apply_gradients(self, rate: float) -> float:
+        """Clips and updates the weights. Returns the gradient norm before clipping.
+
+        Args:
+            rate: the learning rate.
+        """
+        norm = gradient_norm(self.model)
+        if not torch.isfinite(norm):
+            raise NotFinite(
+                f"the gradient norm is {norm.item()} in step {self.step + 1}; the weights were not updated. Lower learning_rate, "
+                "or look at the data of this step."
+            )
+        clip_gradients(self.model, norm, self.run.config.max_grad_norm)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        return norm.item()
+
+    def _parameter_norm(self) -> dict[str, float]:
+        if not self.run.config.log_params_norm:
+            return {}
+        return {"params_norm": parameter_norm(self.model).item()}
+
+    def stop(self) -> str:
+        """Asks this rank to stop at the end of the step; a signal may at any moment. Returns what comes of it."""
+        self.signalled = True
+        if self.step >= self.steps:
+            return "the last step is done, and the run goes on to its end"
+        return f"step {self.step + 1} is finished and saved, however long it takes, then the run stops"
+
+    @property
+    def stop_asked(self) -> bool:
+        """Do all ranks stop after this step? After the last one there is nothing to stop."""
+        return (self.asked or self.ran_out) and self.step < self.steps
+
+    def run_out(self, now: float) -> bool:
+        """Is it time to save and stop before the last step: exit_interval, exit_duration_in_mins?"""
+        config = self.run.config
+        minutes = (now - self.begun) / 60
+        due = config.exit_interval is not None and self.step % config.exit_interval == 0
+        due |= config.exit_duration_in_mins is not None and minutes >= config.exit_duration_in_mins
+        return due and self.step < self.steps
+
+    def train_step(self, batches: list[LocalBatch]) -> dict:
+        """One optimizer step; returns its record.
+
+        A step in which no token counts on any rank has loss and gradient norm None. It changes neither weights nor
+        optimizer state (weight decay would act on the weights otherwise); the step number and the schedule go on.
+        """
+        start = time.perf_counter()
+        loss, count = self.compute_gradients(batches)
+        if loss is not None and not math.isfinite(loss):
+            raise NotFinite(
+                f"the loss is {loss} in step {self.step + 1}; the weights were not updated. Lower learning_rate, or look at "
+                "the data of this step."
+            )
+        rate = learning_rate(self.run.config, self.step + 1, self.steps, self.warmup)
+        norm = None if loss is None else self.apply_gradients(rate)
+        self.step += 1
+        self.tokens += count
+        # one small message: the largest memory of a rank, whether any was asked to stop, and whether it is time to
+        asked = [float(self.signalled), float(self.run_out(time.perf_counter()))]
+        shared = torch.tensor([peak_memory_gib(self.device), *asked], dtype=torch.float64)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        peak, self.asked, self.ran_out = shared[0], bool(shared[1]), bool(shared[2])
+        elapsed = time.perf_counter() - start
+        return self.metrics.write(
+            "train",
+            self.step,
+            loss=loss,
+            grad_norm=norm,
+            **self._parameter_norm(),
+            learning_rate=rate,
+            tokens=self.tokens,
+            step_time=elapsed,
+            tokens_per_second=count / elapsed,
+            peak_memory_gib=peak.item(),
+        )
+
+    # --- all steps -------------------------------------------------------------------------
+
+    def steps_ahead(self) -> Iterator[list[LocalBatch]]:
+        """The micro-batches of each step that is left, read ahead in a thread."""
+        with Prefetcher(self.micro_batches, self.step, self.steps) as ahead:
+            yield from ahead
+
+    @torch.no_grad()
+    def evaluate(self, data: TokenDataset | None = None, **more: str) -> dict:
+        """The mean loss over all valid tokens of the held-out set, or of ``data``; returns its record, with ``more`` in it."""
+        data = self.valid_data if data is None else data
+        assert data is not None
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, tokens
+        for batch in self.shard.evaluation(data):
+            sums[0] += self.losses(batch).sum()
+            sums[1] += batch.num_valid
+        dist.all_reduce(sums, group=self.groups.dp_cp)
+        loss, count = sums.tolist()
+        return self.metrics.write(
+            "eval", self.step, loss=loss / count if count else math.nan, tokens=int(count), **more
+        )
