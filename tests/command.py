@@ -4,7 +4,8 @@
     process = start("train", "config.yaml", cwd=folder)  pid, poll(), wait(); a process group of its own
 
 One server process imports what the commands need and forks once for each: working folder, environment, exit code and
-output are those of a process of its own. Processes that a command starts itself are started as always.
+output are those of a process of its own. The ranks that a launcher starts are forked too, from the launcher, which
+saves the imports of each; with ``new_ranks`` they are started as users' are. So are all other processes.
 """
 
 from __future__ import annotations
@@ -18,14 +19,27 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 SERVED = "torch.distributed.checkpoint torch.distributed.fsdp longspan.cli.main longspan.runs.session"
+
+
+#: commands that a test has started; ``end_all`` ends what is left of them
+started: list[Command] = []
+
+
+def end_all() -> None:
+    """Kills what a test has left behind, as one that failed does; the ranks end with their launcher."""
+    while started:
+        process = started.pop()
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
 
 
 class Command:
     """A started command; its output is in files until it is read."""
 
-    def __init__(self, arguments, cwd, env):
+    def __init__(self, arguments, cwd, env, new_ranks):
         self.folder = tempfile.TemporaryDirectory()
         self.arguments = list(map(str, arguments))
         request = {
@@ -33,8 +47,10 @@ class Command:
             "cwd": str(cwd),
             "env": {**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})},
             "folder": self.folder.name,
+            "new_ranks": new_ranks,
         }
         self.pid = _Server.get().fork(request)
+        started.append(self)
 
     def _file(self, name: str) -> str:
         path = Path(self.folder.name, name)
@@ -63,14 +79,14 @@ class Command:
         return self._file("stdout") + self._file("stderr")
 
 
-def start(*arguments, cwd, env=None) -> Command:
+def start(*arguments, cwd, env=None, new_ranks=False) -> Command:
     """Starts ``longspan ARGUMENTS``."""
-    return Command(arguments, cwd, env)
+    return Command(arguments, cwd, env, new_ranks)
 
 
-def run(*arguments, cwd, env=None, timeout: float = 240.0) -> subprocess.CompletedProcess:
+def run(*arguments, cwd, env=None, timeout: float = 240.0, new_ranks=False) -> subprocess.CompletedProcess:
     """Runs ``longspan ARGUMENTS`` to its end."""
-    return start(*arguments, cwd=cwd, env=env).wait(timeout)
+    return start(*arguments, cwd=cwd, env=env, new_ranks=new_ranks).wait(timeout)
 
 
 class _Server:
@@ -123,11 +139,25 @@ def _become(request: dict) -> None:
         os.dup2(file, number)
         setattr(sys, name, open(number, "w", buffering=1, closefd=False))  # noqa: SIM115
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+    def main() -> int:
+        from longspan.cli import main, ranks
+
+        if request["new_ranks"]:
+            return main.main(request["arguments"])
+        with mock.patch.object(ranks, "start_rank", ForkedRank):
+            return main.main(request["arguments"])
+
+    code = _exit_code(main)
+    Path(request["folder"], "code").write_text(str(code))
+    os._exit(code)
+
+
+def _exit_code(main) -> int:
+    """The exit code of a process that runs ``main``."""
     code = 1
     try:
-        from longspan.cli.main import main
-
-        code = main(request["arguments"])
+        code = main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
@@ -138,8 +168,52 @@ def _become(request: dict) -> None:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-        Path(request["folder"], "code").write_text(str(code))
-        os._exit(code)
+    return code
+
+
+class ForkedRank:
+    """A rank that a launcher forks instead of starting ``python -m longspan``; the part of Popen that it uses."""
+
+    def __init__(self, command, environment, kept):
+        self.args, self.returncode = command, None
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._become(command[command.index("longspan") + 1 :], environment)
+
+    @staticmethod
+    def _become(arguments, environment) -> None:
+        # descriptors stay open, not only the kept ones: objects that are copied with the process would close them again
+        os.setsid()
+        for number in signal.valid_signals():  # as a new program has them: what is not ignored is the default
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.clear()
+        os.environ.update(environment)
+
+        def main() -> int:
+            from longspan.cli.main import main
+
+            return main(arguments)
+
+        os._exit(_exit_code(main))
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout):
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.01)
+        return self.returncode
 
 
 if __name__ == "__main__":

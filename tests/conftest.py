@@ -5,6 +5,7 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 sys.path.insert(0, os.path.dirname(__file__))  # tests import `pool` and each other's helpers by name
 
+import command
 import hypothesis
 import pytest
 import torch
@@ -23,6 +24,12 @@ hypothesis.settings.load_profile("longspan")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_running():
+    yield
+    command.end_all()
 
 
 def pytest_collection_modifyitems(items):

@@ -93,7 +93,7 @@ def listening(pid):
 
 
 def test_a_killed_run_leaves_nothing_and_can_go_on_at_once(folder):
-    process = command.start("train", "config.yaml", "--save-steps", "5", cwd=folder)
+    process = command.start("train", "config.yaml", "--save-steps", "5", cwd=folder, new_ranks=True)
     wait_for(lambda: (folder / "out" / "checkpoints" / "latest").exists(), process)
     ranks = children(process.pid)
     assert sorted(ranks) == [0, 1]
@@ -117,7 +117,7 @@ def test_a_killed_run_leaves_nothing_and_can_go_on_at_once(folder):
     os.kill(ranks[1], signal.SIGSTOP)
     os.kill(process.pid, signal.SIGKILL)
     wait_until_gone(ranks.values())
-    again = command.start("train", "config.yaml", "--resume", "auto", cwd=folder)
+    again = command.start("train", "config.yaml", "--resume", "auto", cwd=folder, new_ranks=True)
     wait_for(lambda: "resume     out/checkpoints/step_" in again.output, again)
 
     # a hangup is a stop like others
@@ -135,7 +135,7 @@ def test_a_killed_run_leaves_nothing_and_can_go_on_at_once(folder):
 
 
 def test_a_rank_that_does_not_answer_is_waited_for_as_long_as_asked(folder):
-    process = command.start("train", "config.yaml", "--ddp-timeout", "15", cwd=folder)
+    process = command.start("train", "config.yaml", "--ddp-timeout", "15", cwd=folder, new_ranks=True)
     wait_for(lambda: steps(folder) > 2, process)
     ranks = children(process.pid)
     os.kill(ranks[1], signal.SIGSTOP)

@@ -82,10 +82,7 @@ def run_together(
     ranks: dict[int, subprocess.Popen] = {}
     try:
         for rank, environment in environments.items():
-            # a session of its own: a terminal's Ctrl-C comes to the launcher alone, which hands it on once
-            ranks[rank] = subprocess.Popen(
-                command, env=dict(environment), pass_fds=tuple(kept), start_new_session=True
-            )
+            ranks[rank] = start_rank(command, environment, kept)
         with outliving_reader():
             failures = _watch(ranks, asked)
     finally:
@@ -94,6 +91,13 @@ def run_together(
             signal.signal(number, handler)
     with outliving_reader():
         return _report(failures, asked)
+
+
+def start_rank(
+    command: Sequence[str], environment: Mapping[str, str], kept: Sequence[int]
+) -> subprocess.Popen:
+    """Starts one rank, in a session of its own: a terminal's Ctrl-C reaches the launcher alone, which hands it on once."""
+    return subprocess.Popen(command, env=dict(environment), pass_fds=tuple(kept), start_new_session=True)
 
 
 def _watch(ranks: Mapping[int, subprocess.Popen], asked: list[signal.Signals]) -> dict[int, int]:
