@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 
-.PHONY: quickstart test check format docs examples bench gpu-check gpu-wheels cuda-dry-run clean
+.PHONY: quickstart test quick check format docs examples bench gpu-check gpu-wheels cuda-dry-run clean
 
 quickstart: $(READY)
 	$(BIN)/longspan train examples/quickstart.yaml
@@ -13,6 +13,10 @@ quickstart: $(READY)
 
 test: $(DEV)
 	$(BIN)/python -m pytest
+
+# what needs no other process: an answer in under a minute
+quick: $(DEV)
+	$(BIN)/python -m pytest -m "not processes and not slow and not gpu"
 
 check: $(DEV)
 	$(BIN)/ruff check .

@@ -34,6 +34,9 @@ def _nothing_is_left_running():
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if {"pool", "command"} & vars(item.module).keys():
+            item.add_marker("processes")
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
