@@ -158,7 +158,7 @@ class Trainer:
         Args:
             rate: the learning rate.
         """
-        norm = gradient_norm(self.model)
+        norm = gradient_norm(self.model, self.run.sizes.pp)
         if not torch.isfinite(norm):
             raise NotFinite(
                 f"the gradient norm is {norm.item()} in step {self.step + 1}; the weights were not updated. Lower learning_rate, "
@@ -172,7 +172,7 @@ class Trainer:
     def _parameter_norm(self) -> dict[str, float]:
         if not self.run.config.log_params_norm:
             return {}
-        return {"params_norm": parameter_norm(self.model).item()}
+        return {"params_norm": parameter_norm(self.model, self.run.sizes.pp).item()}
 
     def stop(self) -> str:
         """Asks this rank to stop at the end of the step; a signal may at any moment. Returns what comes of it."""
