@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from longspan import autocast
 from longspan.config.model import AttnMaskType, TransformerConfig
-from longspan.context_parallel.kernels.choose import select_kernel
+from longspan.context_parallel.kernels.choose import chosen_kernel
 from longspan.context_parallel.layout import SequenceLayout
 from longspan.context_parallel.move_heads import HeadMove, lse_to_tokens, to_heads, to_tokens
 from longspan.context_parallel.move_keys import MoveKeys
@@ -76,7 +76,7 @@ def _attend(
     check_window(window, causal)
     check_shapes(q, k, v, layout, ranks)
     check_heads_of(comm_type, n, ranks, _levels(hierarchical_groups))
-    kernel, _ = select_kernel(q.device, q.dtype, q.shape[-1], backend, deterministic)
+    kernel = chosen_kernel(q.device, q.dtype, q.shape[-1], backend, deterministic)
     scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(q.shape[-1])
     rank = 0 if group is None else dist.get_rank(group)
     inner, outer = _moves(comm_type, group, hierarchical_groups)
@@ -107,11 +107,15 @@ def _plan(
     layout: SequenceLayout, rank: int, comm_type: str, inner: int, causal: bool, window: int | None
 ) -> tuple[Schedule, tuple[int, ...]]:
     """The schedule of the keys' move, and the ranks this one exchanges heads with (``inner`` of them)."""
-    groups = [tuple(range(first, first + inner)) for first in range(0, layout.ranks, inner)]
-    merged = layout if inner == 1 else layout.merged(groups)
-    at_once = comm_type == "all_gather"
-    schedule = Schedule.of(merged, rank // inner, causal=causal, window=window, all_at_once=at_once)
-    return schedule, groups[rank // inner]
+
+    def make() -> tuple[Schedule, tuple[int, ...]]:
+        groups = [tuple(range(first, first + inner)) for first in range(0, layout.ranks, inner)]
+        merged = layout if inner == 1 else layout.merged(groups)
+        at_once = comm_type == "all_gather"
+        schedule = Schedule.of(merged, rank // inner, causal=causal, window=window, all_at_once=at_once)
+        return schedule, groups[rank // inner]
+
+    return layout.once(("attention", rank, comm_type, inner, causal, window), make)
 
 
 def context_parallel_attention(
