@@ -14,7 +14,7 @@ from longspan import TransformerConfig, parallel_state
 from longspan.config.parallel import MeshSizes
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel, TransformerBlock, TransformerLayer
-from longspan.models.gpt import MLP
+from longspan.models.parts import MLP
 from longspan.parallelize import parallelize
 from longspan.tensor_parallel import (
     ColumnParallelLinear,

@@ -117,8 +117,8 @@ class Trainer:
     # --- one micro-batch ------------------------------------------------------------------
 
     def _plan(self, layout: SequenceLayout) -> None:
-        for layer in self.model.decoder.layers:
-            layer.self_attention.core_attention.plan(layout)
+        for layer in self.model.decoder.layers.values():
+            layer.plan(layout)
 
     def losses(self, batch: LocalBatch) -> Tensor:
         """The loss of each of this rank's tokens of a micro-batch, [b, rows]; 0 where there is no target."""
