@@ -134,7 +134,7 @@ def model(
         rows = len(layout.positions(0))
         with fake, device:
             gpt = GPTModel(config, 1000, length, pg_collection=mesh.groups)
-            for layer in gpt.decoder.layers:
+            for layer in gpt.decoder.layers.values():
                 layer.recompute = recompute
             tokens = torch.zeros(1, rows, dtype=torch.int64)
             loss = gpt(tokens, labels=tokens, layout=layout)

@@ -225,9 +225,9 @@ class Ours:
         reshard: bool = False,
     ) -> None:
         moved = Offload(self.device) if offload else None
-        for layer in self.model.decoder.layers:
+        for layer in self.model.decoder.layers.values():
             layer.set_reshard_after_forward(reshard)
-            layer.recompute, layer.offload, layer.mlp.tiles = recompute, moved, tiles
+            layer.recompute, layer.offload, layer.tiles = recompute, moved, tiles
         compile_parts(self.model, compiled)
 
     def step(self, length: int) -> None:

@@ -92,8 +92,8 @@ def bench(args: argparse.Namespace, folder: str) -> None:
         for layout in micro_batches(way, lengths, ranks, ROOM, LONGEST):
             tokens = torch.randint(MODEL["vocab_size"], (1, layout.local_length), generator=g)
             work.append(LocalBatch(tokens, tokens, layout))
-            for layer in trainer.model.decoder.layers:
-                layer.self_attention.core_attention.plan(layout)
+            for layer in trainer.model.decoder.layers.values():
+                layer.plan(layout)
         return lambda: trainer.compute_gradients(work)
 
     contestants = {way: (run(way), 1, True) for way in ("hybrid", "fixed", "padded")}

@@ -104,7 +104,7 @@ def count_kept(folder: str, args: argparse.Namespace, name: str, out: str) -> No
     everything = sum(t.untyped_storage().nbytes() for t in kept.values())
     kept.clear()
     offload = Offload(torch.device("cpu"))
-    for layer in trainer.model.decoder.layers:
+    for layer in trainer.model.decoder.layers.values():
         layer.offload = offload
     trainer.losses(batch)
     if dist.get_rank() == 0:

@@ -185,8 +185,6 @@ def run_all(folder: Path, data: Path, base: Path | None, resume_from: Path | Non
         *FLAGS.split(),
         "--data-path",
         str(data),
-        "--save",
-        str(output / "checkpoints"),
         "--device",
         "cpu",
     ]

@@ -9,8 +9,11 @@ from torch.distributed.fsdp import fully_shard
 import longspan
 import pool
 from longspan import TransformerConfig, finalize_model_grads, parallel_state
+from longspan.config.parallel import MeshSizes
 from longspan.context_parallel import SequenceLayout
+from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
+from longspan.tensor_parallel import ColumnParallelLinear
 from longspan.training.optimizer import gradient_norm
 
 VOCAB, LENGTH, SAMPLES = 300, 37, 2
@@ -93,6 +96,29 @@ def test_gradients_are_those_of_one_process(world, tp, cp, sequence_parallel, by
         for name, ref in expected.items():
             error = ((got[name] - ref).abs().max() / ref.abs().max().clamp_min(least)).item()
             assert error <= 1e-10, f"{name}: {error:.1e}"
+
+
+def norm_of_stages(sizes, sharded):
+    """The gradient norm of a pipeline whose stages have weights of different sizes, and what it has to be."""
+    mesh = ParallelMesh.build(sizes)
+    stage, c = dist.get_rank(mesh.groups.pp), config(sizes.tp, perform_initialization=False)
+    layer = ColumnParallelLinear(3, 4 + 2 * stage, c, bias=False, tp_group=mesh.groups.tp_mesh)
+    if sharded:
+        fully_shard(layer, mesh=mesh.device_mesh["dp_replicate", "fsdp"])
+    layer.weight.grad = torch.full_like(layer.weight, 1.0 + stage)
+    squares = [12.0, 18.0 * 4][: sizes.pp]
+    return gradient_norm(layer, sizes.pp).item(), sum(squares) ** 0.5
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize(
+    "sizes",
+    [MeshSizes(pp=2, tp=2), MeshSizes(pp=2, dp_shard=2), MeshSizes(pp=2, dp_replicate=2, tp=2)],
+    ids=str,
+)
+def test_each_stage_of_a_pipeline_counts_once_in_the_gradient_norm(sizes, sharded):
+    for norm, expected in pool.run(sizes.world_size, norm_of_stages, sizes, sharded):
+        assert norm == pytest.approx(expected, rel=1e-6)
 
 
 def plain_modules():

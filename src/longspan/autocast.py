@@ -5,6 +5,7 @@ Such a part does as PyTorch's own do: it takes its inputs in autocast's type, an
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 
@@ -20,8 +21,10 @@ def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def off(tensor: Tensor) -> torch.autocast:
+def off(tensor: Tensor) -> contextlib.AbstractContextManager:
     """A context without autocast on the tensor's device."""
+    if not torch.is_autocast_enabled(tensor.device.type):
+        return contextlib.nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
 
 

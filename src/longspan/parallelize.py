@@ -50,7 +50,7 @@ def parallelize(
         seed: of the initial weights; None leaves them to ``load_pretrained``.
         compute_dtype: bfloat16 computes in it while weights, gradients' reductions and the
             optimizer stay in the parameters' own dtype; None computes in that.
-        recompute: ``none``, ``selective`` or ``full``, see TransformerLayer; ``offload`` is full with
+        recompute: ``none``, ``selective`` or ``full``, see ``models.layer.Layer``; ``offload`` is full with
             ``activation_offloading``.
         reshard_after_forward: frees a layer's gathered weights after its forward pass and
             gathers them again for backward.
@@ -66,9 +66,9 @@ def parallelize(
     """
     moved = (activation_offloading or recompute == "offload") and device.type != "cpu"
     offload = Offload(device) if moved else None
-    for layer in model.decoder.layers:
+    for layer in model.decoder.layers.values():
         layer.recompute = "full" if recompute == "offload" else recompute
-        layer.offload, layer.mlp.tiles = offload, mlp_tiles
+        layer.offload, layer.tiles = offload, mlp_tiles
     if torch_compile:
         check_compiler(device)
         compile_parts(model)
@@ -100,7 +100,7 @@ def shard(
         ),
         "offload_policy": offload_policy,
     }
-    for layer in model.decoder.layers:
+    for layer in model.decoder.layers.values():
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **kwargs)
     fully_shard(model, reshard_after_forward=False, **kwargs)
     for module in model.modules():

@@ -61,7 +61,7 @@ def model_that_writes(folder, token, begin=True):
     shapes = {"embed_tokens": (420, 8), "lm_head": (420, 8), "norm": (8,), "layernorm": (8,)}
     weights = {}
     for name in Names(config, 420).all():
-        place = Names(config, 420).place(name).name
+        place = Names(config, 420).places(name)[0].name
         shape = next((s for part, s in shapes.items() if part in place), (8, 8))
         weights[place] = torch.ones(shape) if len(shape) == 1 or "embed" in place else torch.zeros(shape)
     weights["lm_head.weight"][token] = 1.0

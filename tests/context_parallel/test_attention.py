@@ -23,7 +23,7 @@ from longspan.context_parallel import (
 )
 from longspan.context_parallel.calls import VarlenCall
 from longspan.context_parallel.kernels import cpu_blocks
-from longspan.context_parallel.kernels.choose import CPU_KERNELS
+from longspan.context_parallel.kernels.choose import CPU_KERNELS, chosen_kernel
 from longspan.context_parallel.kernels.cuda import FlashAttn, VarlenKernel
 from longspan.context_parallel.kernels.protocol import merge
 from longspan.context_parallel.layout import LAYOUTS
@@ -272,10 +272,12 @@ def distributed_packed(cases, deterministic):
         return index_add(*args)
 
     torch.Tensor.index_add_ = count
+    chosen_kernel.cache_clear()
     try:
         return distributed(cases), PackedMath.calls, len(adds)
     finally:
         CPU_KERNELS["cpu-flash"], torch.Tensor.index_add_ = usual, index_add
+        chosen_kernel.cache_clear()
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -441,6 +443,15 @@ def installed_flash_attention(forward, backward=None):
     kernel.name, kernel.deterministic = "flash-attn-3", False
     kernel._forward, kernel._backward = forward, backward
     return kernel
+
+
+def test_a_kernel_is_chosen_once_for_all_calls_of_a_kind():
+    chosen_kernel.cache_clear()
+    x = torch.randn(8, 1, 12)
+    for layout in (SequenceLayout.zigzag(8, 1), SequenceLayout.contiguous(8, 1)):
+        for window in (None, 3):
+            context_parallel_attention(x, x, x, group=None, layout=layout, window=window)
+    assert chosen_kernel.cache_info().misses == 1
 
 
 def test_releases_of_flash_attention():

@@ -72,6 +72,49 @@ def test_every_token_is_held_once_by_ranks_with_equal_rows(lengths, ranks, multi
         assert torch.equal(whole[layout._inverse()], data)
 
 
+def made_with_rows(lengths, ranks, **more):
+    """Every way of making a layout by a pack's documents, with ``rows=`` and the like."""
+    cu = [0, *itertools.accumulate(lengths)]
+    yield SequenceLayout.contiguous(cu[-1], ranks, cu_seqlens=cu, **more)
+    yield SequenceLayout.zigzag(cu[-1], ranks, cu_seqlens=cu, **more)
+    yield SequenceLayout.per_document_zigzag(cu, ranks, **more)
+    yield SequenceLayout.balanced(cu, ranks, window=[None, 5], **more)
+    for name in ("auto", "contiguous", "zigzag", "per_document_zigzag", "balanced"):
+        for together in (n for n in (1, 2, 3) if ranks % n == 0):
+            yield SequenceLayout.make(name, cu[-1], ranks, cu_seqlens=cu, together=together, **more)
+
+
+@given(packs, st.integers(1, 6), st.sampled_from([1, 2, 3]), st.integers(0, 9))
+def test_rows_pad_every_rank_and_change_nothing_else(lengths, ranks, multiple, more):
+    plain = list(made_with_rows(lengths, ranks, multiple_of=multiple))
+    rows = max(layout.local_length for layout in plain) + more * multiple
+    padded = list(made_with_rows(lengths, ranks, multiple_of=multiple, rows=rows))
+    for before, after in zip(plain, padded, strict=True):
+        assert (after.name, after.local_length, after.total) == (before.name, rows, before.total)
+        assert (after.cu_seqlens, after.padded_total) == (before.cu_seqlens, rows * ranks)
+        held = torch.cat([after.positions(r) for r in range(ranks)])
+        assert sorted(held.tolist()) == list(range(rows * ranks))
+        for r in range(ranks):
+            assert after.segments(r) == before.segments(r)
+            assert torch.equal(after.positions(r)[: before.local_length], before.positions(r))
+        data = torch.randn(sum(lengths), 2)
+        whole = torch.cat([after.shard(data, r, pad_value=7) for r in range(ranks)])
+        assert torch.equal(whole[after._inverse()], data)
+
+
+@pytest.mark.parametrize("name", ["auto", "contiguous", "zigzag", "per_document_zigzag", "balanced"])
+def test_too_few_rows_are_refused(name):
+    make = functools.partial(SequenceLayout.make, name, 20, 2, cu_seqlens=[0, 8, 20], multiple_of=2)
+    least = make().local_length
+    assert make(rows=least) == make()
+    with pytest.raises(
+        ValueError, match=rf"rows={least - 2} are too few: .* holds {least} a rank. Give that"
+    ):
+        make(rows=least - 2)
+    with pytest.raises(ValueError, match=rf"rows={least + 1} are no multiple of 2: .* in multiples of 2"):
+        make(rows=least + 1)
+
+
 windows = st.one_of(st.none(), st.integers(1, 12))
 
 

@@ -145,8 +145,62 @@ def check_layout(tp, cp, pp, ep=1, etp=None, order="tp-cp-ep-dp-pp", replicate=1
         assert sorted(fsdp) == ranks
     else:
         assert sorted(mesh["dp_replicate", "fsdp"].mesh.flatten().tolist()) == ranks
+    check_expert_mesh(pp, replicate, expert, names)
     parallel_state.destroy_model_parallel()
     assert not parallel_state.model_parallel_is_initialized()
+
+
+def check_expert_mesh(pp, replicate, expert, names):
+    """Where experts live: the same ranks, as (pp, edp_replicate, edp, ep, etp); no group twice."""
+    whole = parallel_state.get_mesh()
+    mesh, groups = whole.expert_mesh, whole.groups
+    assert mesh.mesh_dim_names == ("pp", "edp_replicate", "edp", "ep", "etp")
+    assert tuple(mesh.mesh.shape) == (pp, replicate, expert["dp"] // replicate, expert["ep"], expert["tp"])
+    for name, axis in (("pp", "pp"), ("ep", "ep"), ("etp", "tp")):
+        assert mesh[name].mesh.tolist() == expected_ranks(expert, names, (axis,))
+        assert dist.get_process_group_ranks(mesh.get_group(name)) == mesh[name].mesh.tolist()
+    assert mesh["edp_replicate", "edp"].mesh.flatten().tolist() == expected_ranks(expert, names, ("dp",))
+    assert groups.ep_mesh.get_group() is groups.ep
+    assert groups.etp_mesh.get_group() is groups.etp
+    total = torch.tensor([1.0])
+    dist.all_reduce(total, group=mesh.get_group("edp"))
+    assert total.item() == expert["dp"] // replicate
+
+    every = [*whole.device_mesh.get_all_groups(), *mesh.get_all_groups()]
+    every += [group for group in vars(groups).values() if isinstance(group, dist.ProcessGroup)]
+    exchanges = [groups.cp, groups.dp_cp]
+    by_ranks = {}
+    for group in every:
+        if all(group is not other for other in exchanges):
+            by_ranks.setdefault(tuple(dist.get_process_group_ranks(group)), set()).add(group.group_name)
+    sizes = {ranks: len(names) for ranks, names in by_ranks.items() if len(ranks) > 1}
+    assert set(sizes.values()) <= {1}, sizes
+
+
+def made_groups(sizes):
+    """How many groups of more than one rank a mesh makes, and those of its expert DeviceMesh among them."""
+    before = set(dist.distributed_c10d._world.pg_map)
+    mesh = ParallelMesh.build(sizes)
+    new = {g.group_name for g in set(dist.distributed_c10d._world.pg_map) - before if g.size() > 1}
+    of_experts = {g.group_name for g in mesh.expert_mesh.get_all_groups()}
+    of_dense = {g.group_name for g in mesh.device_mesh.get_all_groups()}
+    return len(new), len((of_experts - of_dense) & new)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups", "of_experts"),
+    [
+        (MeshSizes(cp=2), 1, 0),  # cp; fsdp is the default group
+        (MeshSizes(dp_shard=2), 1, 0),
+        (MeshSizes(cp=2, dp_replicate=2), 4, 0),
+        (MeshSizes(tp=2, cp=2), 3, 0),
+        (MeshSizes(dp_shard=4, ep=2), 3, 2),
+    ],
+    ids=str,
+)
+def test_few_groups_are_made(sizes, groups, of_experts):
+    """Each takes threads over gloo, and a communicator on a GPU. Without expert parallelism experts add none."""
+    assert set(pool.run(sizes.world_size, made_groups, sizes)) == {(groups, of_experts)}
 
 
 def check_layouts(layouts):
@@ -169,6 +223,8 @@ def test_every_group_and_getter():
             dict(tp=2, cp=2, pp=1, ep=4, etp=1),  # the ranks of attention folded into experts
             dict(tp=2, cp=1, pp=1, ep=2),
             dict(tp=1, cp=2, pp=2, ep=2),
+            dict(tp=2, cp=1, pp=1, replicate=2, etp=1),
+            dict(tp=1, cp=2, pp=1, replicate=2, ep=2),
         ],
     )
 
@@ -245,6 +301,10 @@ def refusals():
         start(expert_model_parallel_size=3)
     with pytest.raises(ValueError, match=r"data_parallel_replicate_size 4 does not divide.*2.*divisor"):
         start(data_parallel_replicate_size=4)
+    with pytest.raises(
+        ValueError, match=r"edp 1 .*does not divide by dp_replicate 2: each copy of the model"
+    ):
+        start(data_parallel_replicate_size=2, expert_model_parallel_size=2)
     with pytest.raises(RuntimeError, match=r"tp has size 2 but order 'cp-ep-dp-pp' does not name it"):
         start(tensor_model_parallel_size=2, order="cp-ep-dp-pp")
     with pytest.raises(RuntimeError, match=r"ep has size 2 but order 'tp-cp-dp-pp' does not name it"):

@@ -26,7 +26,7 @@ from longspan.parallelize import parallelize
 from longspan.runs import check
 from longspan.runs.start import Launch
 from longspan.tensor_parallel.lora import Adapter
-from longspan.tensor_parallel.random import InitialValues
+from longspan.tensor_parallel.random import Normal
 from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -136,7 +136,7 @@ def with_adapters():
         attach(model, Lora(rank=2, alpha=4, targets=TARGETS))
     for module in model.modules():
         if isinstance(module, Adapter):  # B starts at zero, and A has no gradient then
-            module.initial["B"] = InitialValues(0.02)
+            module.initial["B"] = Normal(0.02)
     parallelize(model, mesh, seed=3, device=CPU)
     tokens, labels, cu = batch("packed")
     layout = SequenceLayout.contiguous(LENGTH, 1, cu_seqlens=cu)

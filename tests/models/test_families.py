@@ -194,9 +194,10 @@ def gradients(prefix, base, more):
     places = hf_weights.Names(trainer.model.config, tiny.VOCAB)
     found = {}
     for name, parameter in trainer.model.named_parameters():
-        place, grad = places.place(name), parameter.grad.full_tensor()[: places.rows(name)]
-        found.setdefault(place, grad.t() if place.transposed else grad)
-    return total.item(), {(p.name, p.part, p.parts, p.transposed): grad for p, grad in found.items()}
+        (place,), grad = places.places(name), parameter.grad.full_tensor()[: places.rows(name)]
+        key = (place.name, place.part, place.parts, place.transposed)
+        found.setdefault(key, grad.t() if place.transposed else grad)
+    return total.item(), found
 
 
 @pytest.mark.parametrize(

@@ -307,7 +307,8 @@ def uncut():
     sbhd = PackedSeqParams("sbhd", torch.tensor([0, 16]), max_seqlen_q=16)
     zigzag = SequenceLayout.zigzag(16, 2)
     hidden = torch.zeros(16, 1, 32, dtype=torch.float64)
-    decoder, layer, attention = model.decoder, model.decoder.layers[0], model.decoder.layers[0].self_attention
+    decoder, layer = model.decoder, TransformerLayer(config, seed=1)
+    attention = layer.self_attention
     heads = torch.zeros(16, 4, 8, dtype=torch.float64)
     for message, call in (
         (

@@ -364,6 +364,31 @@ def test_whole_numbers_are_no_weights(tmp_path):
         )
 
 
+class OfExperts:
+    """The table of names of one stacked parameter [3, 2, 4] whose rows are files of their own, the other way round."""
+
+    def places(self, name):
+        return [hf_weights.Place(f"experts.{i}.w", i, transposed=True) for i in range(3)]
+
+    def rows(self, name):
+        return None
+
+
+def test_one_parameter_may_lie_in_several_tensors(tmp_path):
+    whole = torch.arange(24.0).view(3, 2, 4)
+    writer = hf_weights.FolderWriter(tmp_path / "out", OfExperts(), None)
+    writer.add("experts", whole)
+    source = hf_weights.SafetensorsFolder(writer.finish({}))
+    assert sorted(source.files) == ["experts.0.w", "experts.1.w", "experts.2.w"]
+    assert torch.equal(source.slice("experts.1.w")[:], whole[1].t())
+    assert hf_weights.shape_of(source, OfExperts(), "experts") == [3, 2, 4]
+    for ranges in ([(0, 3), (0, 2), (0, 4)], [(1, 3), (1, 2), (0, 3)], [(2, 2), (0, 2), (0, 4)]):
+        part = hf_weights.read_part(source, OfExperts(), "experts", whole.shape, ranges)
+        assert torch.equal(part, whole[tuple(slice(*edges) for edges in ranges)])
+    with pytest.raises(UserError, match=r"experts.0.w has shape \[4, 2\], the config needs \[5, 2\]"):
+        hf_weights.read_part(source, OfExperts(), "experts", (3, 2, 5), [(0, 3), (0, 2), (0, 5)])
+
+
 def not_finite(prefix, base, more):
     """What each rank says of a model that has NaN in one row of one tensor."""
     run = tiny.tiny_run(prefix, dist.get_world_size(), **changes(base, **more))

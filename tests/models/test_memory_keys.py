@@ -39,7 +39,7 @@ def gradients(sizes, kind, options, keys, move=False):
         model = GPTModel(config, VOCAB, LENGTH, pg_collection=mesh.groups)
     parallelize(model, mesh, seed=3, device=CPU, **keys)
     offload = Offload(CPU, minimum=1) if move else None
-    for layer in model.decoder.layers:
+    for layer in model.decoder.layers.values():
         assert layer.offload is None
         layer.offload = offload
     tokens, labels, cu = batch(kind)
@@ -236,7 +236,7 @@ def test_the_keys_reach_the_layers(prefix):
 
 def what_layers_hold(prefix, changes):
     trainer = Trainer(tiny.tiny_run(prefix, 1, **changes), CPU)
-    (held,) = {(layer.recompute, layer.mlp.tiles) for layer in trainer.model.decoder.layers}
+    (held,) = {(layer.recompute, layer.tiles) for layer in trainer.model.decoder.layers.values()}
     return held
 
 

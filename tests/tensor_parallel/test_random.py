@@ -9,39 +9,46 @@ import pool
 from longspan import parallel_state
 from longspan.tensor_parallel import get_rng_tracker, model_parallel_seed
 from longspan.tensor_parallel import random as module
-from longspan.tensor_parallel.random import RNGStatesTracker, draw_rows, hash_seed
+from longspan.tensor_parallel.random import Constant, Normal, RNGStatesTracker, Uniform, draw_part, hash_seed
 
 
 def whole(shape, seed=1, name="layer.weight", std=0.5, dtype=torch.float32):
-    return draw_rows(seed, name, shape, std, (0, shape[0]), None, dtype)
+    return draw_part(Normal(std), seed, name, shape, [(0, size) for size in shape], dtype)
+
+
+def ramp(seed, name, shape, rows):
+    """Initial values of one's own: each row its number, and something random beside it."""
+    return torch.arange(*rows).view(-1, *[1] * (len(shape) - 1)) + Uniform(0.1)(seed, name, shape, rows)
 
 
 @st.composite
 def cuts(draw):
-    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
+    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
     if draw(st.booleans()):  # many blocks
         shape = (shape[0] * 7, *shape[1:])
 
     def cut(size):
         return tuple(sorted(draw(st.tuples(st.integers(0, size), st.integers(0, size)))))
 
-    columns = cut(shape[1]) if len(shape) > 1 and draw(st.booleans()) else None
-    return shape, cut(shape[0]), columns, draw(st.sampled_from([1, 8, 20, 1 << 20]))
+    return shape, [cut(size) for size in shape], draw(st.sampled_from([1, 8, 20, 1 << 20]))
 
 
 @settings(max_examples=200, deadline=None)
-@given(cut=cuts(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
-def test_any_part_is_the_slice_of_the_whole(cut, dtype):
-    shape, rows, columns, block = cut
+@given(
+    cut=cuts(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    initial=st.sampled_from([Normal(0.5), Uniform(0.2), Constant(3.0), ramp]),
+)
+def test_any_part_is_the_slice_of_the_whole(cut, dtype, initial):
+    shape, ranges, block = cut
     before = module.BLOCK_NUMEL
     module.BLOCK_NUMEL = block  # elements of a block: from one row each to all in one
     try:
-        part = draw_rows(1, "layer.weight", shape, 0.5, rows, columns, dtype)
-        want = whole(shape, dtype=dtype)[slice(*rows)]
+        part = draw_part(initial, 1, "layer.weight", shape, ranges, dtype)
+        want = draw_part(initial, 1, "layer.weight", shape, [(0, size) for size in shape], dtype)
     finally:
         module.BLOCK_NUMEL = before
-    if columns is not None:
-        want = want[:, slice(*columns)]
+    want = want[tuple(slice(*edges) for edges in ranges)]
     assert part.dtype == dtype
     assert part.shape == want.shape
     assert torch.equal(part, want)
@@ -50,11 +57,23 @@ def test_any_part_is_the_slice_of_the_whole(cut, dtype):
 def test_parts_of_a_tensor_of_many_real_blocks():
     shape = (700, 3001)  # 349 rows a block
     everything = whole(shape)
-    assert torch.equal(draw_rows(1, "layer.weight", shape, 0.5, (300, 699)), everything[300:699])
-    assert torch.equal(draw_rows(1, "layer.weight", shape, 0.5, (348, 350), (7, 9)), everything[348:350, 7:9])
+    for rows, columns in (((300, 699), (0, 3001)), ((348, 350), (7, 9))):
+        part = draw_part(Normal(0.5), 1, "layer.weight", shape, [rows, columns])
+        assert torch.equal(part, everything[slice(*rows), slice(*columns)])
     assert abs(everything.std() / 0.5 - 1) < 0.01
     assert abs(everything.mean()) < 0.002
     assert not torch.equal(everything[:300], everything[349:649])  # blocks differ
+
+
+def test_kinds_of_values():
+    parts = {
+        kind: draw_part(kind, 1, "a", (300, 40), [(0, 300), (0, 40)]) for kind in (Normal(0.2), Uniform(0.2))
+    }
+    for part in parts.values():
+        assert abs(part.std() / 0.2 - 1) < 0.02
+    assert parts[Normal(0.2)].abs().max() > 0.6
+    assert parts[Uniform(0.2)].abs().max() <= 0.2 * 3**0.5
+    assert (draw_part(Constant(-1.5), 1, "a", (3, 4), [(1, 3), (2, 4)]) == torch.full((2, 2), -1.5)).all()
 
 
 def test_depends_on_seed_and_name_alone():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from longspan import autocast
 from longspan.config.model import AttnMaskType, TransformerConfig
-from longspan.context_parallel.kernels.choose import select_kernel
+from longspan.context_parallel.kernels.choose import chosen_kernel
 from longspan.context_parallel.layout import SequenceLayout
 from longspan.context_parallel.move_heads import HeadMove, lse_to_tokens, to_heads, to_tokens
 from longspan.context_parallel.move_keys import MoveKeys
@@ -32,7 +32,6 @@ from longspan.context_parallel.refusals import (
     check_heads_of,
     check_packed,
     check_padded_rows,
-    check_rows,
     check_shapes,
     check_uncut,
     check_window,
@@ -76,7 +75,7 @@ def _attend(
     check_window(window, causal)
     check_shapes(q, k, v, layout, ranks)
     check_heads_of(comm_type, n, ranks, _levels(hierarchical_groups))
-    kernel, _ = select_kernel(q.device, q.dtype, q.shape[-1], backend, deterministic)
+    kernel = chosen_kernel(q.device, q.dtype, q.shape[-1], backend, deterministic)
     scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(q.shape[-1])
     rank = 0 if group is None else dist.get_rank(group)
     inner, outer = _moves(comm_type, group, hierarchical_groups)
@@ -107,11 +106,15 @@ def _plan(
     layout: SequenceLayout, rank: int, comm_type: str, inner: int, causal: bool, window: int | None
 ) -> tuple[Schedule, tuple[int, ...]]:
     """The schedule of the keys' move, and the ranks this one exchanges heads with (``inner`` of them)."""
-    groups = [tuple(range(first, first + inner)) for first in range(0, layout.ranks, inner)]
-    merged = layout if inner == 1 else layout.merged(groups)
-    at_once = comm_type == "all_gather"
-    schedule = Schedule.of(merged, rank // inner, causal=causal, window=window, all_at_once=at_once)
-    return schedule, groups[rank // inner]
+
+    def make() -> tuple[Schedule, tuple[int, ...]]:
+        groups = [tuple(range(first, first + inner)) for first in range(0, layout.ranks, inner)]
+        merged = layout if inner == 1 else layout.merged(groups)
+        at_once = comm_type == "all_gather"
+        schedule = Schedule.of(merged, rank // inner, causal=causal, window=window, all_at_once=at_once)
+        return schedule, groups[rank // inner]
+
+    return layout.once(("attention", rank, comm_type, inner, causal, window), make)
 
 
 def context_parallel_attention(
@@ -234,41 +237,12 @@ class DotProductAttention(nn.Module):
         check_heads_of(self.cp_comm_type, heads, _size(self.cp_group), levels)
         self.backend, self.deterministic = config.attention_backend, config.deterministic_mode
 
-    def rank_of_call(self, packed_seq_params: PackedSeqParams | None = None) -> int:
-        """This rank's place in the context parallel group of a call."""
-        group = group_of_call(packed_seq_params, self.cp_group)
-        return 0 if group is None else dist.get_rank(group)
-
-    def default_layout(self, rows: int, packed_seq_params: PackedSeqParams | None = None) -> SequenceLayout:
-        """Zigzag of the whole sequence, or of each padded document: what Megatron-style callers hand in.
-
-        Args:
-            rows: this rank's rows.
-        """
-        ranks = _size(group_of_call(packed_seq_params, self.cp_group))
-        if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
-            cu = packed_seq_params.cu_seqlens_q
-            padded = packed_seq_params.cu_seqlens_q_padded
-            if cu is None and padded is None:
-                raise ValueError("packed_seq_params with qkv_format 'thd' needs cu_seqlens_q.")
-            return SequenceLayout.per_document_zigzag(
-                padded if cu is None else cu, ranks, cu_seqlens_padded=cu if padded is None else padded
-            )
-        check_uncut(packed_seq_params, rows, ranks)
-        return _zigzag(rows * ranks, ranks)
-
-    def check_rows(
-        self, what: str, rows: int, layout: SequenceLayout, packed_seq_params: PackedSeqParams | None = None
-    ) -> None:
-        """ValueError where ``rows`` are not this rank's part of the layout; for callers that send something before."""
-        check_rows(what, rows, layout, _size(group_of_call(packed_seq_params, self.cp_group)))
-
     def plan(self, layout: SequenceLayout) -> None:
         """Computes ahead what ``forward`` needs of a layout: a loader's thread keeps it off the step's path."""
         inner, _ = _moves(self.cp_comm_type, self.cp_group, self.hierarchical_groups)
         _plan(
             layout,
-            self.rank_of_call(),
+            dist.get_rank(self.cp_group),
             self.cp_comm_type,
             _size(inner),
             self.attn_mask_type.is_causal,
@@ -310,7 +284,7 @@ class DotProductAttention(nn.Module):
         if packed:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         if layout is None:
-            layout = self.default_layout(query.shape[0], packed_seq_params)
+            layout = default_layout(self.cp_group, query.shape[0], packed_seq_params)
         causal = (attn_mask_type or self.attn_mask_type).is_causal
         check_padded_rows(packed_seq_params, layout.total, causal)
         context, lse = _attend(
@@ -328,6 +302,40 @@ class DotProductAttention(nn.Module):
             backend=self.backend,
         )
         return (context.squeeze(1), lse.squeeze(0)) if packed else (context, lse)
+
+
+def place_in_call(
+    cp_group: dist.ProcessGroup, packed_seq_params: PackedSeqParams | None = None
+) -> tuple[int, int]:
+    """(this rank's place, number of ranks) in the context parallel group of a call.
+
+    Args:
+        cp_group: the model's, which ``packed_seq_params`` may replace.
+    """
+    group = group_of_call(packed_seq_params, cp_group)
+    return (0 if group is None else dist.get_rank(group)), _size(group)
+
+
+def default_layout(
+    cp_group: dist.ProcessGroup, rows: int, packed_seq_params: PackedSeqParams | None = None
+) -> SequenceLayout:
+    """Zigzag of the whole sequence, or of each padded document: what Megatron-style callers hand in.
+
+    Args:
+        cp_group: the model's, which ``packed_seq_params`` may replace.
+        rows: this rank's rows.
+    """
+    ranks = _size(group_of_call(packed_seq_params, cp_group))
+    if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
+        cu = packed_seq_params.cu_seqlens_q
+        padded = packed_seq_params.cu_seqlens_q_padded
+        if cu is None and padded is None:
+            raise ValueError("packed_seq_params with qkv_format 'thd' needs cu_seqlens_q.")
+        return SequenceLayout.per_document_zigzag(
+            padded if cu is None else cu, ranks, cu_seqlens_padded=cu if padded is None else padded
+        )
+    check_uncut(packed_seq_params, rows, ranks)
+    return _zigzag(rows * ranks, ranks)
 
 
 @functools.lru_cache(maxsize=64)

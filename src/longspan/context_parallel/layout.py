@@ -66,7 +66,9 @@ class SequenceLayout(Once):
     # --- makers ---------------------------------------------------------------------------
 
     @classmethod
-    def contiguous(cls, total: int, ranks: int, *, cu_seqlens=None, multiple_of: int = 1) -> SequenceLayout:
+    def contiguous(
+        cls, total: int, ranks: int, *, cu_seqlens=None, multiple_of: int = 1, rows: int | None = None
+    ) -> SequenceLayout:
         """Rank r holds the r-th of P equal runs.
 
         Args:
@@ -74,31 +76,44 @@ class SequenceLayout(Once):
             cu_seqlens: document boundaries [d + 1]; None is one document.
             multiple_of: every rank's rows are padded to a multiple of this (sequence
                 parallelism needs a multiple of tp).
+            rows: every rank is padded to this many rows, so that all layouts of a run have
+                equally many (a pipeline needs that); None pads no more than is needed.
+
+        Raises:
+            ValueError: ``rows`` is too few, or no multiple of ``multiple_of``.
         """
         _check_sizes(total, ranks)
-        rows = _round_up(-(-total // ranks), multiple_of)
-        spans = [[(r * rows, (r + 1) * rows)] for r in range(ranks)]
-        return cls._make("contiguous", total, ranks, cu_seqlens, spans)
+        run = _round_up(-(-total // ranks), multiple_of)
+        spans = [[(r * run, (r + 1) * run)] for r in range(ranks)]
+        return cls._make("contiguous", total, ranks, cu_seqlens, spans)._padded(rows, multiple_of)
 
     @classmethod
-    def zigzag(cls, total: int, ranks: int, *, cu_seqlens=None, multiple_of: int = 1) -> SequenceLayout:
+    def zigzag(
+        cls, total: int, ranks: int, *, cu_seqlens=None, multiple_of: int = 1, rows: int | None = None
+    ) -> SequenceLayout:
         """Of 2P equal chunks, rank r holds the r-th and the r-th from the end: equal causal work.
 
         Args as for :meth:`contiguous`. (Megatron-LM; Zhu 2024, zigzag ring attention.)
         """
         _check_sizes(total, ranks)
         if ranks == 1:
-            rows = _round_up(total, multiple_of)
-            return cls._make("zigzag", total, 1, cu_seqlens, [[(0, rows)]])
+            spans = [[(0, _round_up(total, multiple_of))]]
+            return cls._make("zigzag", total, 1, cu_seqlens, spans)._padded(rows, multiple_of)
         chunk = -(-total // (2 * ranks))
         while 2 * chunk % multiple_of:
             chunk += 1
         spans = [_zigzag_chunks(r, ranks, chunk) for r in range(ranks)]
-        return cls._make("zigzag", total, ranks, cu_seqlens, spans)
+        return cls._make("zigzag", total, ranks, cu_seqlens, spans)._padded(rows, multiple_of)
 
     @classmethod
     def per_document_zigzag(
-        cls, cu_seqlens, ranks: int, *, cu_seqlens_padded=None, multiple_of: int = 1
+        cls,
+        cu_seqlens,
+        ranks: int,
+        *,
+        cu_seqlens_padded=None,
+        multiple_of: int = 1,
+        rows: int | None = None,
     ) -> SequenceLayout:
         """Zigzag of each document by itself, each padded to a multiple of 2P: what Megatron's ``thd`` code assumes.
 
@@ -106,6 +121,7 @@ class SequenceLayout(Once):
             cu_seqlens: document boundaries [d + 1].
             cu_seqlens_padded: boundaries with the padding the caller put behind each document;
                 every padded length must divide by 2P. None pads each document just enough.
+            multiple_of, rows: as for :meth:`contiguous`.
         """
         edges = _checked(cu_seqlens, None)  # an empty document may have padding
         total = edges[-1]
@@ -145,7 +161,7 @@ class SequenceLayout(Once):
             if short:
                 spans[r].append((spare, spare + short))
                 spare += short
-        return cls._make("per_document_zigzag", total, ranks, edges, spans)
+        return cls._make("per_document_zigzag", total, ranks, edges, spans)._padded(rows, multiple_of)
 
     @classmethod
     def balanced(
@@ -155,6 +171,7 @@ class SequenceLayout(Once):
         window: int | Sequence[int | None] | None = None,
         *,
         multiple_of: int = 1,
+        rows: int | None = None,
     ) -> SequenceLayout:
         """Chunks of the pack so that causal work is even (the busiest rank within about 2 %) and few rows travel.
 
@@ -164,6 +181,7 @@ class SequenceLayout(Once):
             cu_seqlens: document boundaries [d + 1].
             window: the sliding window, in tokens, or a list with the window of each layer:
                 what a query sees decides its work.
+            multiple_of, rows: as for :meth:`contiguous`.
         """
         bounds = _boundaries(cu_seqlens, None)
         total = bounds[-1]
@@ -177,10 +195,11 @@ class SequenceLayout(Once):
         windows = [None if w is None or w >= longest else w for w in windows]
         if ranks == 1 or (len(bounds) == 2 and windows == [None] * len(windows)):
             whole = cls.zigzag(total, ranks, multiple_of=multiple_of)
-            return cls._make("balanced", total, ranks, bounds, whole.all_spans)
+            made = cls._make("balanced", total, ranks, bounds, whole.all_spans)
+            return made._padded(rows, multiple_of)
         size, held = balanced_chunks(bounds, ranks, windows, multiple_of)
         spans = [[(i * size, (i + 1) * size) for i in chunks] for chunks in held]
-        return cls._make("balanced", total, ranks, bounds, spans)
+        return cls._make("balanced", total, ranks, bounds, spans)._padded(rows, multiple_of)
 
     @classmethod
     def from_spans(
@@ -223,6 +242,7 @@ class SequenceLayout(Once):
         windows: Sequence[int | None] = (None,),
         multiple_of: int = 1,
         together: int = 1,
+        rows: int | None = None,
     ) -> SequenceLayout:
         """A layout by name; ``auto`` takes what is even and moves least.
 
@@ -232,6 +252,7 @@ class SequenceLayout(Once):
             together: ranks that exchange heads in every layer. Keys then travel between groups of
                 so many, so ``auto`` and ``balanced`` deal out to the groups, and each cuts its
                 rows into runs.
+            multiple_of, rows: as for :meth:`contiguous`.
 
         ``auto``: one document without a window is ``zigzag``; else ``contiguous`` where that is even
         already (only neighbours talk), and ``balanced`` where it is not.
@@ -246,7 +267,7 @@ class SequenceLayout(Once):
                 windows=windows,
                 multiple_of=multiple_of * together,
             )
-            return whole._split(together)
+            return whole._split(together)._padded(rows, multiple_of)
         if name == "auto":
             longest = max(b - a for a, b in zip(cu, cu[1:]))
             if len(cu) == 2 and ranks > 1 and all(w is None or w >= longest for w in windows):
@@ -255,16 +276,32 @@ class SequenceLayout(Once):
                 plain = cls.contiguous(total, ranks, cu_seqlens=cu, multiple_of=multiple_of)
                 work = [sum(plain.area(r, w) for w in windows) for r in range(ranks)]
                 if max(work) * ranks <= TOLERANCE * sum(work):
-                    return plain
+                    return plain._padded(rows, multiple_of)
                 name = "balanced"
         if name == "balanced":
-            return cls.balanced(cu, ranks, list(windows), multiple_of=multiple_of)
+            return cls.balanced(cu, ranks, list(windows), multiple_of=multiple_of, rows=rows)
         if name == "per_document_zigzag":
-            return cls.per_document_zigzag(cu, ranks, multiple_of=multiple_of)
+            return cls.per_document_zigzag(cu, ranks, multiple_of=multiple_of, rows=rows)
         if name not in LAYOUTS:
             raise ValueError(f"layout {name!r}: auto or one of {', '.join(LAYOUTS)}.")
         make = getattr(cls, name)
-        return make(total, ranks, cu_seqlens=cu, multiple_of=multiple_of)
+        return make(total, ranks, cu_seqlens=cu, multiple_of=multiple_of, rows=rows)
+
+    def _padded(self, rows: int | None, multiple_of: int = 1) -> SequenceLayout:
+        """Every rank's rows followed by padding up to ``rows``."""
+        if rows is None:
+            return self
+        if rows % multiple_of or rows < self.local_length:
+            fault = f"are no multiple of {multiple_of}" if rows % multiple_of else "are too few"
+            raise ValueError(
+                f"rows={rows} {fault}: the {self.name} layout of {self.total} tokens over {self.ranks} ranks holds "
+                f"{self.local_length} a rank. Give that many or more, in multiples of {multiple_of}."
+            )
+        short, spare = rows - self.local_length, self.padded_total
+        spans = [
+            [*held, (spare + r * short, spare + (r + 1) * short)] for r, held in enumerate(self.all_spans)
+        ]
+        return self._make(self.name, self.total, self.ranks, self.cu_seqlens, spans)
 
     def _split(self, parts: int) -> SequenceLayout:
         """Every rank's rows cut into runs of equal length for ``parts`` ranks."""

@@ -16,6 +16,7 @@ one after another. All ranks merge alike, because they look at the heaviest of a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -114,7 +115,7 @@ class Schedule:
         """(query, key) pairs computed."""
         return sum(tile.area for step in self.steps for tile in step.tiles)
 
-    @property
+    @functools.cached_property
     def single_tile(self) -> bool:
         """One tile computes everything: no accumulation, no merge."""
         tiles = [tile for step in self.steps for tile in step.tiles]

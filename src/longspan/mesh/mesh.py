@@ -8,14 +8,18 @@ Two grids lie over the same ranks:
 where dp = dp_shard x dp_replicate (dp_shard varies faster: shards stay close together).
 Parameters are stored on a DeviceMesh ``(pp, dp_replicate, fsdp, tp)`` with
 fsdp = dp_shard x cp: context parallel ranks see different tokens with the same weights,
-which for parameters is data parallelism.
+which for parameters is data parallelism. Those of experts are stored on a second one,
+``(pp, edp_replicate, edp, ep, etp)``.
 
 Axes of size 1 have groups too, so no code asks "is it parallel?". Groups with the same
-ranks are made once; an axis of size 1 takes a group of this rank alone.
+ranks are made once, whatever grid they belong to, with one exception: context parallel
+exchanges do not share a group with FSDP, whose gathering of weights they would wait for.
+An axis of size 1 takes a group of this rank alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import socket
@@ -51,6 +55,9 @@ class ProcessGroupCollection:
     hcp: tuple[dist.ProcessGroup, ...] = ()
     #: 1-D DeviceMesh of ``tp``: where tensor parallel weights live as DTensors.
     tp_mesh: DeviceMesh | None = None
+    #: the same of ``ep`` and ``etp``: where experts' weights live.
+    ep_mesh: DeviceMesh | None = None
+    etp_mesh: DeviceMesh | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,8 @@ class ParallelMesh:
     groups: ProcessGroupCollection
     #: DeviceMesh (pp, dp_replicate, fsdp, tp): where parameters live.
     device_mesh: DeviceMesh
+    #: DeviceMesh (pp, edp_replicate, edp, ep, etp): where parameters of experts live.
+    expert_mesh: DeviceMesh
     dense: RankGenerator
     expert: RankGenerator
 
@@ -69,7 +78,8 @@ class ParallelMesh:
         """Makes every group of both grids. Collective: all ranks call it in the same order.
 
         Raises:
-            ValueError: the product of the sizes is not the world; the message prints the equation.
+            ValueError: the product of the sizes is not the world, and the message prints the equation; or the
+                expert grid does not fit the same ranks.
         """
         world, rank = dist.get_world_size(), dist.get_rank()
         if sizes.world_size != world:
@@ -83,6 +93,12 @@ class ParallelMesh:
             raise ValueError(
                 f"expert grid: etp {etp} x ep {sizes.ep} x pp {sizes.pp} does not divide {world} processes."
             ) from None
+        if edp % sizes.dp_replicate:
+            raise ValueError(
+                f"expert grid: edp {edp} (of etp {etp} x ep {sizes.ep} x edp {edp} x pp {sizes.pp} = {world}) does not divide by "
+                f"dp_replicate {sizes.dp_replicate}: each copy of the model has all experts. Choose a smaller ep, etp or "
+                "dp_replicate."
+            )
         dense = RankGenerator(sizes.tp, 1, sizes.dp, sizes.pp, sizes.cp, sizes.order)
         expert = RankGenerator(etp, sizes.ep, edp, sizes.pp, 1, sizes.order)
         if dense.get_ranks("pp") != expert.get_ranks("pp"):
@@ -92,74 +108,97 @@ class ParallelMesh:
             )
 
         wait = waiting_time()
-        made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        # By the rank lists of a whole axis and not by this rank's own, so that all ranks make the same groups.
+        made: dict[Axis, dist.ProcessGroup] = {}
 
         def group_of(rank_lists: list[list[int]]) -> dist.ProcessGroup:
-            if all(len(ranks) == 1 for ranks in rank_lists):
-                rank_lists = [[rank]]
-            mine = None
-            for ranks in rank_lists:
-                key = tuple(ranks)
-                if key not in made:
-                    alone = len(ranks) == 1  # only this rank knows of it, and nobody else has to
-                    made[key] = dist.new_group(ranks, timeout=wait, use_local_synchronization=alone)
-                if rank in ranks:
-                    mine = made[key]
-            assert mine is not None
-            return mine
+            axis = _axis(rank_lists)
+            if axis not in made:
+                alone = all(len(ranks) == 1 for ranks in rank_lists)
+                for ranks in [[rank]] if alone else rank_lists:
+                    # A group of this rank alone concerns no other rank.
+                    group = dist.new_group(ranks, timeout=wait, use_local_synchronization=alone)
+                    if rank in ranks:
+                        made[axis] = group
+            return made[axis]
 
-        # ranks as a tensor [pp, dp_replicate, dp_shard, cp, tp], whatever the order of the grid
-        order = [axis for axis in dense.order.split("-") if axis != "ep"]
-        shape = [dense.sizes[axis] for axis in reversed(order)]
-        grid = torch.arange(world).view(shape)
-        grid = grid.permute([len(order) - 1 - order.index(axis) for axis in ("pp", "dp", "cp", "tp")])
-        storage = grid.reshape(sizes.pp, sizes.dp_replicate, sizes.dp_shard * sizes.cp, sizes.tp)
+        storage = _grid(dense, ("pp", "dp", "cp", "tp"))
+        storage = storage.reshape(sizes.pp, sizes.dp_replicate, sizes.dp_shard * sizes.cp, sizes.tp)
         device_mesh = DeviceMesh(
             device_type, storage.contiguous(), mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp")
         )
-
         for group in device_mesh.get_all_groups():
             set_waiting_time(group, wait)  # torch's own default is half an hour
+        of_weights = {_axis(_lines(storage, dim)): device_mesh.get_group(dim) for dim in range(4)}
 
         levels: list[dist.ProcessGroup] = []
         if sizes.hierarchical_cp:
             nested = [hierarchical_groups(ranks, sizes.hierarchical_cp) for ranks in dense.get_ranks("cp")]
             for level in range(len(sizes.hierarchical_cp)):
                 levels.append(group_of([ranks for groups in nested for ranks in groups[level]]))
-
-        tp = device_mesh.get_group("tp")
-
-        def for_users(axes: str) -> dist.ProcessGroup:
-            """A group that nothing here uses: tp or the default group where its ranks are the same."""
-            ranks = dense.get_ranks(axes)
-            if ranks == dense.get_ranks("tp"):
-                return tp
-            if ranks != [list(range(world))]:
-                return group_of(ranks)
-            assert dist.group.WORLD is not None
-            return dist.group.WORLD
+        # dp_cp is what a hybrid run exchanges keys over.
+        cp, dp_cp = group_of(dense.get_ranks("cp")), group_of(dense.get_ranks("dp-cp"))
+        assert dist.group.WORLD is not None
+        for axis, group in (of_weights | {_axis([list(range(world))]): dist.group.WORLD}).items():
+            made.setdefault(axis, group)
 
         groups = ProcessGroupCollection(
-            tp=tp,
-            cp=group_of(dense.get_ranks("cp")),
+            tp=device_mesh.get_group("tp"),
+            cp=cp,
             dp=group_of(dense.get_ranks("dp")),
-            dp_cp=group_of(dense.get_ranks("dp-cp")),
+            dp_cp=dp_cp,
             pp=group_of(dense.get_ranks("pp")),
             tp_cp=group_of(dense.get_ranks("tp-cp")),
             ep=group_of(expert.get_ranks("ep")),
             etp=group_of(expert.get_ranks("tp")),
             edp=group_of(expert.get_ranks("dp")),
             tp_ep=group_of(expert.get_ranks("tp-ep")),
-            tp_pp=for_users("tp-pp"),
-            tp_dp=for_users("tp-dp"),
-            tp_dp_cp=for_users("tp-dp-cp"),
+            tp_pp=group_of(dense.get_ranks("tp-pp")),
+            tp_dp=group_of(dense.get_ranks("tp-dp")),
+            tp_dp_cp=group_of(dense.get_ranks("tp-dp-cp")),
             hcp=tuple(levels),
             tp_mesh=device_mesh["tp"],
         )
-        return cls(sizes, groups, device_mesh, dense, expert)
+        storage = _grid(expert, ("pp", "dp", "ep", "tp"))
+        storage = storage.reshape(sizes.pp, sizes.dp_replicate, edp // sizes.dp_replicate, sizes.ep, etp)
+        copies, shards = _lines(storage, 1), _lines(storage, 2)
+        expert_mesh = DeviceMesh.from_group(
+            [
+                groups.pp,
+                of_weights.get(_axis(copies)) or group_of(copies),
+                of_weights.get(_axis(shards)) or group_of(shards),
+                groups.ep,
+                groups.etp,
+            ],
+            device_type,
+            storage.contiguous(),
+            mesh_dim_names=("pp", "edp_replicate", "edp", "ep", "etp"),
+        )
+        groups = dataclasses.replace(groups, ep_mesh=expert_mesh["ep"], etp_mesh=expert_mesh["etp"])
+        return cls(sizes, groups, device_mesh, expert_mesh, dense, expert)
 
     def __str__(self) -> str:
         return self.sizes.equation(dist.get_world_size())
+
+
+#: an axis of a grid: the ranks of each of its groups
+Axis = frozenset[tuple[int, ...]]
+
+
+def _axis(rank_lists: list[list[int]]) -> Axis:
+    return frozenset(tuple(sorted(ranks)) for ranks in rank_lists)
+
+
+def _grid(ranks: RankGenerator, axes: tuple[str, ...]) -> torch.Tensor:
+    """The ranks of a grid as a tensor of these dims, whatever its order; axes that are left out have size 1."""
+    order = [axis for axis in ranks.order.split("-") if axis in axes]
+    grid = torch.arange(ranks.world_size).view([ranks.sizes[axis] for axis in reversed(order)])
+    return grid.permute([len(order) - 1 - order.index(axis) for axis in axes])
+
+
+def _lines(storage: torch.Tensor, dim: int) -> list[list[int]]:
+    """The rank lists of one dim of a tensor of ranks."""
+    return storage.movedim(dim, -1).reshape(-1, storage.shape[dim]).tolist()
 
 
 #: seconds in which the ranks of all machines have to be started; ddp_timeout, if that is longer

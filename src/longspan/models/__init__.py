@@ -1,5 +1,6 @@
 """Model architectures. They contain no collective and no layout logic."""
 
-from longspan.models.gpt import GPTModel, TransformerBlock, TransformerLayer
+from longspan.models.decoder import TransformerBlock, TransformerLayer
+from longspan.models.gpt import GPTModel
 
 __all__ = ["GPTModel", "TransformerBlock", "TransformerLayer"]

@@ -101,16 +101,18 @@ def hugging_face_name(name: str, gpt2: bool = False) -> str:
 
 
 class Place(NamedTuple):
-    """Where a parameter lies in Hugging Face's files.
+    """A tensor in Hugging Face's files that holds a parameter of ours, or rows of it.
 
     Attributes:
         name: of the tensor there.
-        part, parts: it is block ``part`` of ``parts`` equal ones along our dim 0.
+        rows: which of our dim 0 it holds, as an index: a slice, or a number where it is one row without that dim.
+        part, parts: those rows are block ``part`` of ``parts`` equal ones along the tensor's own dim 0.
         transposed: dims are the other way round.
         shift: what the tensor there is larger by.
     """
 
     name: str
+    rows: slice | int = slice(None)
     part: int = 0
     parts: int = 1
     transposed: bool = False
@@ -133,8 +135,8 @@ class Names:
     def gpt2(self) -> bool:
         return self.config.position_embedding_type == "learned_absolute"
 
-    def place(self, name: str) -> Place:
-        """Our parameter name -> its place.
+    def places(self, name: str) -> list[Place]:
+        """Our parameter name -> where its rows lie, in their order.
 
         Raises:
             ValueError: it has none.
@@ -143,12 +145,12 @@ class Names:
         module, kind = name.rsplit(".", 1)
         if "layernorm" in module:
             shifted = kind == "weight" and self.config.layernorm_zero_centered_gamma
-            return Place(theirs, shift=1.0 if shifted else 0.0)
+            return [Place(theirs, shift=1.0 if shifted else 0.0)]
         if not self.gpt2 or ".linear_" not in module:
-            return Place(theirs)
+            return [Place(theirs)]
         which = module.rsplit(".linear_", 1)[1]
         part, parts = ("qkv".index(which), 3) if which in ("q", "k", "v") else (0, 1)
-        return Place(theirs, part, parts, transposed=kind == "weight")
+        return [Place(theirs, part=part, parts=parts, transposed=kind == "weight")]
 
     def rows(self, name: str) -> int | None:
         """Real rows of a table of ours that is padded; None for any other parameter."""
@@ -290,8 +292,8 @@ def check_tensors(source: SafetensorsFolder, names: Names) -> None:
     Raises:
         UserError: fused or quantised weights, missing tensors, or some that the model has no place for.
     """
-    expected = {names.place(name).name for name in names.all()}
-    head, table = (names.place(name).name for name in reversed(VOCABULARY))
+    expected = {place.name for name in names.all() for place in names.places(name)}
+    head, table = (names.places(name)[0].name for name in reversed(VOCABULARY))
     tied = names.config.share_embeddings_and_output_weights
     others = [
         name
@@ -338,28 +340,63 @@ def read_part(source: SafetensorsFolder, names: Names, name: str, shape, ranges)
     Raises:
         UserError: the file's tensor has another shape, or a value in this part is infinite or no number.
     """
-    place = names.place(name)
+    real = names.rows(name) or shape[0]
+    start, stop = (min(edge, real) for edge in ranges[0])
+    whole, part = [real, *shape[1:]], [(start, stop), *ranges[1:]]
+    parts = [_read_place(source, place, whole, part) for place in names.places(name)]
+    missing = (ranges[0][1] - ranges[0][0]) - (stop - start)
+    if missing:
+        parts.append(parts[0].new_zeros(missing, *parts[0].shape[1:]))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _read_place(source: SafetensorsFolder, place: Place, whole: list[int], ranges) -> Tensor:
+    """What one tensor there holds of a part of our parameter; no rows where it holds others.
+
+    Args:
+        whole: the shape of our parameter without padding; ranges: the part, (start, stop) along each dim of it.
+    """
     lazy = source.weights(place.name)
-    first = names.rows(name) or shape[0]
-    expected = [first * place.parts, *shape[1:]]
+    held = range(whole[0])[place.rows]
+    single = isinstance(held, int)
+    held = range(held, held + 1) if isinstance(held, int) else held
+    before = place.part * len(held)
+    first, last = (min(max(edge, held.start), held.stop) - held.start for edge in ranges[0])
+    expected = [len(held) * place.parts, *whole[1:]]
+    index = [slice(before + first, before + last), *(slice(*edges) for edges in ranges[1:])]
+    if single:
+        expected, index = expected[1:], index[1:]
     if place.transposed:
         expected.reverse()
+        index.reverse()
     if list(lazy.get_shape()) != expected:
         raise UserError(
             f"base_model {source.folder}: {place.name} has shape {list(lazy.get_shape())}, the config needs {expected}. "
             "Leave the architecture to base_model, or set reinit_weights: true."
         )
-    rows = [place.part * first + min(edge, first) for edge in ranges[0]]
-    index = [slice(*rows), *(slice(*edges) for edges in ranges[1:])]
+    if single and first == last:
+        sizes = [stop - start for start, stop in ranges[1:]]
+        return torch.empty(0, *sizes, dtype=WEIGHT_DTYPES[lazy.get_dtype()])
+    part = lazy[tuple(index)] if len(index) > 1 else lazy[index[0]]
     if place.transposed:
-        part = lazy[tuple(reversed(index))].t()
-    else:
-        part = lazy[tuple(index)] if len(index) > 1 else lazy[index[0]]
+        part = part.t()
     if place.shift:
         part = part.to(torch.promote_types(part.dtype, torch.float32)) - place.shift
     check_finite(part, f"base_model {source.folder}", place.name, source.files[place.name])
-    missing = (ranges[0][1] - ranges[0][0]) - (rows[1] - rows[0])
-    return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
+    return part.unsqueeze(0) if single else part
+
+
+def shape_of(source: SafetensorsFolder, names: Names, name: str) -> list[int]:
+    """The shape of a parameter of ours by the tensors there, without a table's padding."""
+    rows, rest = 0, []
+    for place in names.places(name):
+        shape = list(source.slice(place.name).get_shape())
+        if place.transposed:
+            shape.reverse()
+        if isinstance(place.rows, int):
+            shape.insert(0, 1)
+        rows, rest = rows + shape[0] // place.parts, shape[1:]
+    return [rows, *rest]
 
 
 def check_finite(part: Tensor, where: str, name: str, file: str) -> None:
@@ -406,8 +443,11 @@ class FolderWriter:
     def add(self, name: str, whole: Tensor) -> None:
         """Takes a whole parameter, by our name."""
         assert self.names is not None
-        place = self.names.place(name)
         whole = whole[: self.names.rows(name)]
+        for place in self.names.places(name):
+            self._add(place, whole[place.rows])
+
+    def _add(self, place: Place, whole: Tensor) -> None:
         if place.shift:
             whole = whole + place.shift
         if place.parts > 1:

@@ -10,6 +10,7 @@ from longspan.config.model import TransformerConfig
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.memory.recomputed import rms_norm
 from longspan.tensor_parallel.layers import TensorParallelModule
+from longspan.tensor_parallel.random import Constant
 
 
 def normalised(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
@@ -42,10 +43,9 @@ class Norm(TensorParallelModule, Compilable):
         size = config.kv_channels if heads else config.hidden_size
         self.heads, self.epsilon = heads, config.layernorm_epsilon
         self.zero_centered = config.layernorm_zero_centered_gamma
-        self.weight = self._parameter("weight", (size,), None, 0.0 if self.zero_centered else None)
-        self.bias = (
-            self._parameter("bias", (size,), None, 0.0) if config.normalization == "LayerNorm" else None
-        )
+        self.weight = self._parameter("weight", (size,), None, Constant(0.0 if self.zero_centered else 1.0))
+        has_bias = config.normalization == "LayerNorm"
+        self.bias = self._parameter("bias", (size,), None, Constant(0.0)) if has_bias else None
 
     def operands(self) -> tuple[Tensor, Tensor | None, float]:
         """Weight, bias and epsilon, ready for :func:`normalised`."""

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from longspan.config.lora import CONFIG_FILE, WEIGHTS_FILE, Lora, read_peft_config
 from longspan.errors import UserError
 from longspan.files import begin_folder, name_folder
-from longspan.models.gpt import GPTModel, OutputLayer
+from longspan.models.embedding import OutputLayer
+from longspan.models.gpt import GPTModel
 from longspan.models.hf_weights import (
     WEIGHT_DTYPES,
     FolderWriter,

@@ -30,6 +30,9 @@ from torch import Tensor
 from longspan.config.model import TransformerConfig
 from longspan.config.rope import rope_type
 
+#: cos and sin of :func:`rotary_table`
+RotaryTable = tuple[Tensor, Tensor]
+
 
 def frequencies(head_dim: int, base: float, scaling: Mapping[str, Any] | None = None) -> Tensor:
     """Radians a token for each pair, float64 [d/2].
@@ -105,9 +108,7 @@ def at_length(config: TransformerConfig, length: int) -> TransformerConfig:
     )
 
 
-def rotary_table(
-    positions: Tensor, freqs: Tensor, dtype: torch.dtype, scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def rotary_table(positions: Tensor, freqs: Tensor, dtype: torch.dtype, scale: float = 1.0) -> RotaryTable:
     """cos and sin (times ``scale``) for positions [s] or [b, s] -> [s, 1 or b, 1, d/2], at least float32."""
     if positions.dim() == 1:
         positions = positions.unsqueeze(0)
@@ -116,7 +117,7 @@ def rotary_table(
     return (angles.cos() * scale).to(wide), (angles.sin() * scale).to(wide)
 
 
-def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
     """Turns x [s, b, n, d] by a table of its rows' positions; computed in the table's precision."""
     cos, sin = table
     first, second = x.to(cos.dtype).chunk(2, dim=-1)

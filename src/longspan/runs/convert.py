@@ -168,7 +168,7 @@ def to_checkpoint(model: str, output: Path) -> None:
     from longspan.config.load import architecture_config
     from longspan.config.model import padded_vocab_size
     from longspan.config.resolve import resolve
-    from longspan.models.hf_weights import Names, SafetensorsFolder, check_tensors, read_part
+    from longspan.models.hf_weights import Names, SafetensorsFolder, check_tensors, read_part, shape_of
     from longspan.training.checkpoint import to_text
     from longspan.training.checkpoint_files import SummingWriter, cause
     from longspan.training.description import describe_model
@@ -185,11 +185,7 @@ def to_checkpoint(model: str, output: Path) -> None:
     check_tensors(source, names)
     weights = {}
     for name in names.all():
-        place = names.place(name)
-        shape = list(source.slice(place.name).get_shape())
-        if place.transposed:
-            shape.reverse()
-        shape[0] //= place.parts
+        shape = shape_of(source, names, name)
         if names.rows(name) is not None:
             shape[0] = padded_vocab_size(shape[0])
         part = read_part(source, names, name, shape, [(0, size) for size in shape])

@@ -1,4 +1,4 @@
-"""Initial weights of whole modules: every parameter by (seed, name, shape), the same at every layout (invariant I2)."""
+"""Initial values of whole modules: every parameter by (seed, name, shape), the same at every layout (invariant I2)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from torch import nn
 
 from longspan.config.model import ModelParallelConfig
 from longspan.tensor_parallel.layers import TensorParallelModule
-from longspan.tensor_parallel.random import initial_seed
+from longspan.tensor_parallel.random import fill, initial_seed
 
 
 def init_weights(
     model: nn.Module, seed: int, kind: type[TensorParallelModule] = TensorParallelModule, prefix: str = ""
 ) -> None:
-    """Fills every parameter of a module's parallel layers by (seed, name, shape): the same at every layout.
+    """Fills what a module's parallel layers hold by (seed, name, shape): the same at every layout.
+
+    That is every parameter, and every buffer that is named in a layer's ``initial``.
 
     It serves a model of your own too: its layers get the names they have in it.
 
     Args:
-        kind: fills the parameters of such modules only.
+        kind: fills such modules only.
         prefix: of the names, for a module that is a part of a larger one.
     """
     done: set[int] = set()
@@ -29,10 +31,10 @@ def init_weights(
         if not isinstance(module, kind):
             continue
         for short, initial in module.initial.items():
-            parameter = getattr(module, short)
-            if id(parameter) not in done:  # tied ones are filled once
-                done.add(id(parameter))
-                initial.fill(parameter, seed, f"{path}.{short}")
+            tensor = getattr(module, short)
+            if id(tensor) not in done:  # tied ones are filled once
+                done.add(id(tensor))
+                fill(tensor, initial, seed, f"{path}.{short}")
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from longspan.matmul import linear
 from longspan.mesh import collectives
 from longspan.mesh.default_groups import tensor_parallel_mesh
 from longspan.tensor_parallel import mappings
-from longspan.tensor_parallel.random import InitialValues, lone_seed
+from longspan.tensor_parallel.random import Constant, FilledWhole, Initial, Normal, fill, lone_seed
 
 InitMethod = Callable[[Tensor], Any]
 
@@ -41,15 +41,12 @@ InitMethod = Callable[[Tensor], Any]
 class TensorParallelModule(nn.Module):
     """Shared ground: the group, the parameters as DTensors and how they are first filled.
 
-    A subclass makes its parameters with :meth:`_parameter`. ``initial`` records, for each of
-    them, how it is first filled; ``longspan.tensor_parallel.init_weights`` reads it. A layer that
-    is made by itself fills its parameters at once (see ``random.lone_seed``); one on ``meta`` draws nothing.
+    A subclass makes its parameters with :meth:`_parameter` and its buffers with :meth:`_buffer`. A layer
+    that is made by itself fills them at once (see ``random.lone_seed``); one on ``meta`` draws nothing.
 
     Attributes:
-        uniform: initial values come from a uniform distribution of that deviation, not a normal one.
+        initial: for each of them how it is first filled; ``longspan.tensor_parallel.init_weights`` reads it.
     """
-
-    uniform = False
 
     def __init__(self, config: ModelParallelConfig, tp_group: dist.ProcessGroup | DeviceMesh | None):
         super().__init__()
@@ -65,15 +62,10 @@ class TensorParallelModule(nn.Module):
             )
         self.dtype = config.params_dtype or (torch.bfloat16 if config.bf16 else torch.float32)
         self.perform_initialization = config.perform_initialization
-        self.initial: dict[str, InitialValues] = {}
+        self.initial: dict[str, Initial | FilledWhole] = {}
 
     def _parameter(
-        self,
-        name: str,
-        shape: Sequence[int],
-        dim: int | None,
-        std: float | None,
-        init_method: InitMethod | None = None,
+        self, name: str, shape: Sequence[int], dim: int | None, initial: Initial | FilledWhole
     ) -> nn.Parameter:
         """Makes a parameter of global ``shape``, cut over tensor parallel ranks along ``dim`` (None: copied).
 
@@ -81,6 +73,27 @@ class TensorParallelModule(nn.Module):
             ValueError: the dim does not divide by the tensor parallel size, or initial values have no seed
                 where there are copies.
         """
+        return nn.Parameter(self._tensor(name, shape, dim, initial, self.dtype))
+
+    def _buffer(
+        self,
+        name: str,
+        shape: Sequence[int],
+        dim: int | None,
+        initial: Initial | FilledWhole,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Registers a buffer, made as :meth:`_parameter` makes a parameter; it is part of checkpoints."""
+        self.register_buffer(name, self._tensor(name, shape, dim, initial, dtype or self.dtype))
+
+    def _tensor(
+        self,
+        name: str,
+        shape: Sequence[int],
+        dim: int | None,
+        initial: Initial | FilledWhole,
+        dtype: torch.dtype,
+    ) -> DTensor:
         shape, local = tuple(shape), list(shape)
         if dim is not None:
             if shape[dim] % self.tp_size:
@@ -89,14 +102,14 @@ class TensorParallelModule(nn.Module):
                     f"tensor parallel size {self.tp_size}. Choose a multiple of it."
                 )
             local[dim] //= self.tp_size
-        data = torch.empty(local, dtype=self.dtype)
+        data = torch.empty(local, dtype=dtype)
         placement = Replicate() if dim is None else Shard(dim)
-        parameter = DTensor.from_local(data, self.tp_mesh, [placement], run_check=False)
-        self.initial[name] = initial = InitialValues(std, init_method, self.uniform)
+        tensor = DTensor.from_local(data, self.tp_mesh, [placement], run_check=False)
+        self.initial[name] = initial
         if self.perform_initialization and not data.is_meta:
-            seed, prefix = lone_seed(self.tp_size) if initial.random else (0, "")
-            initial.fill(parameter, seed, prefix + name)
-        return nn.Parameter(parameter)
+            seed, prefix = (0, "") if isinstance(initial, Constant) else lone_seed(self.tp_size)
+            fill(tensor, initial, seed, prefix + name)
+        return tensor
 
     def replicated(self, parameter: Tensor, over_heads: bool = False) -> Tensor:
         """A copied parameter, ready for compute: where each rank computes a part, its gradient is summed over tp.
@@ -115,6 +128,11 @@ class TensorParallelModule(nn.Module):
             return held
         wide = held.to(torch.promote_types(held.dtype, torch.float32))
         return collectives.copy(wide, self.tp_group).to(held.dtype)
+
+
+def weights(std: float, init_method: InitMethod | None) -> Initial | FilledWhole:
+    """How a matrix is first filled: by ``init_method``, or from a normal distribution where that is None."""
+    return Normal(std) if init_method is None else FilledWhole(init_method)
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -182,9 +200,9 @@ class ColumnParallelLinear(TensorParallelModule):
         self.input_size, self.output_size = input_size, output_size
         self.gather_output, self.skip_bias_add = gather_output, skip_bias_add
         self.weight = self._parameter(
-            "weight", (output_size, input_size), 0, config.init_method_std, init_method
+            "weight", (output_size, input_size), 0, weights(config.init_method_std, init_method)
         )
-        self.bias = self._parameter("bias", (output_size,), 0, 0.0) if bias else None
+        self.bias = self._parameter("bias", (output_size,), 0, Constant(0.0)) if bias else None
         # an Adapter (tensor_parallel.lora), put here after the layer is made
         self.lora: Any = None
 
@@ -241,10 +259,9 @@ class RowParallelLinear(TensorParallelModule):
             raise ValueError("sequence_parallel needs input_is_parallel=True: the input is cut by features.")
         self.input_size, self.output_size = input_size, output_size
         self.input_is_parallel, self.skip_bias_add = input_is_parallel, skip_bias_add
-        self.weight = self._parameter(
-            "weight", (output_size, input_size), 1, init_std or config.init_method_std, init_method
-        )
-        self.bias = self._parameter("bias", (output_size,), None, 0.0) if bias else None
+        initial = weights(init_std or config.init_method_std, init_method)
+        self.weight = self._parameter("weight", (output_size, input_size), 1, initial)
+        self.bias = self._parameter("bias", (output_size,), None, Constant(0.0)) if bias else None
         self.lora: Any = None  # as in ColumnParallelLinear
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
@@ -293,7 +310,7 @@ class VocabParallelEmbedding(TensorParallelModule):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.reduce_scatter_embeddings = reduce_scatter_embeddings
         self.weight = self._parameter(
-            "weight", (num_embeddings, embedding_dim), 0, config.init_method_std, init_method
+            "weight", (num_embeddings, embedding_dim), 0, weights(config.init_method_std, init_method)
         )
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from longspan.tensor_parallel.layers import (
     TensorParallelModule,
     local,
 )
+from longspan.tensor_parallel.random import Constant, Uniform
 
 
 class Adapter(TensorParallelModule):
@@ -36,8 +37,6 @@ class Adapter(TensorParallelModule):
         scale: of the product.
     """
 
-    uniform = True
-
     def __init__(
         self,
         layer: ColumnParallelLinear | RowParallelLinear,
@@ -47,9 +46,9 @@ class Adapter(TensorParallelModule):
     ):
         super().__init__(config, layer.tp_mesh)
         self.scale, self.column = scale, isinstance(layer, ColumnParallelLinear)
-        std = (3 * layer.input_size) ** -0.5  # of the uniform distribution above
-        self.A = self._parameter("A", (rank, layer.input_size), None if self.column else 1, std)
-        self.B = self._parameter("B", (layer.output_size, rank), 0 if self.column else None, 0.0)
+        initial = Uniform((3 * layer.input_size) ** -0.5)
+        self.A = self._parameter("A", (rank, layer.input_size), None if self.column else 1, initial)
+        self.B = self._parameter("B", (layer.output_size, rank), 0 if self.column else None, Constant(0.0))
 
     def operands(self) -> LowRank:
         """A, B and the scale, ready for compute."""

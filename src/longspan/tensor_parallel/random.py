@@ -3,6 +3,7 @@
 *Initial weights* (invariant I2) depend on (seed, parameter name, shape) alone. A tensor is
 drawn in blocks of rows, each from a generator seeded by a hash of (seed, name, block), so a
 rank draws just the blocks its rows lie in, and nobody ever holds a whole large tensor.
+``Normal``, ``Uniform`` and ``Constant`` are kinds of values, and a function may be another.
 Outside the trainer the seed is ``model_parallel_seed``'s, or one that a model is given
 (``tensor_parallel.initial``).
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,58 +37,139 @@ def hash_seed(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+# --- initial values -----------------------------------------------------------------------
+
+Range = tuple[int, int]
+#: A kind of initial values: (seed, name, shape of the whole tensor, (start, stop) of dim 0) -> those rows, whole.
+#: The rows must not depend on how many are asked for at once. A function of one's own may build on the kinds below.
+Initial = Callable[[int, str, tuple[int, ...], Range], Tensor]
+
+
 def draw_rows(
     seed: int,
     name: str,
     shape: tuple[int, ...],
-    std: float,
-    rows: tuple[int, int],
-    columns: tuple[int, int] | None = None,
-    dtype: torch.dtype = torch.float32,
-    uniform: bool = False,
+    rows: Range,
+    draw: Callable[[Tensor, torch.Generator], Any],
 ) -> Tensor:
-    """Part of a normal tensor: ``rows`` (and ``columns`` of dim 1) of the tensor named ``name``.
+    """Rows of the random tensor that (seed, name, shape) stand for.
 
     Args:
-        seed, name, shape, std: what the whole tensor is drawn from; float32 on the CPU always,
-            so that device and precision do not change it.
         rows: half-open range of dim 0.
-        columns: half-open range of dim 1; None takes all.
-        uniform: of a uniform tensor of that deviation instead, in +-sqrt(3) std.
+        draw: fills a tensor from a generator.
 
     Returns:
-        [rows, columns, ...] in ``dtype``.
+        [rows, *shape[1:]], float32 on the CPU always, so that device and precision do not change it.
     """
-    start, stop = rows
-    row_numel = max(1, torch.Size(shape[1:]).numel())
-    block = max(1, BLOCK_NUMEL // row_numel)
-    width = slice(*columns) if columns is not None else slice(None)
-    parts = []
-    for index in range(start // block, -(-stop // block)):
+    block, parts = _block_rows(shape), []
+    for index in range(rows[0] // block, -(-rows[1] // block)):
         first = index * block
         generator = torch.Generator("cpu").manual_seed(hash_seed(seed, name, index))
         drawn = torch.empty(min(block, shape[0] - first), *shape[1:], dtype=torch.float32, device="cpu")
-        if uniform:
-            drawn.uniform_(-(3**0.5) * std, 3**0.5 * std, generator=generator)
-        else:
-            drawn.normal_(0.0, std, generator=generator)
-        drawn = drawn[max(0, start - first) : stop - first]
-        parts.append((drawn[:, width] if columns is not None else drawn).to(dtype))
-    if not parts:  # no rows
-        empty = torch.empty(0, *shape[1:], dtype=dtype, device="cpu")
-        return empty[:, width] if columns is not None else empty
-    return torch.cat(parts)
+        draw(drawn, generator)
+        parts.append(drawn[max(0, rows[0] - first) : rows[1] - first])
+    if not parts:
+        return torch.empty(0, *shape[1:], dtype=torch.float32, device="cpu")
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def local_ranges(parameter: DTensor) -> list[tuple[int, int]]:
+def _block_rows(shape: tuple[int, ...]) -> int:
+    """Rows of a block."""
+    return max(1, BLOCK_NUMEL // max(1, torch.Size(shape[1:]).numel()))
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Values from a normal distribution of this standard deviation."""
+
+    std: float
+
+    def __call__(self, seed: int, name: str, shape: tuple[int, ...], rows: Range) -> Tensor:
+        return draw_rows(seed, name, shape, rows, lambda x, g: x.normal_(0.0, self.std, generator=g))
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Values from a uniform distribution of this standard deviation: in +-sqrt(3) std."""
+
+    std: float
+
+    def __call__(self, seed: int, name: str, shape: tuple[int, ...], rows: Range) -> Tensor:
+        end = 3**0.5 * self.std
+        return draw_rows(seed, name, shape, rows, lambda x, g: x.uniform_(-end, end, generator=g))
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One value everywhere; no seed is needed."""
+
+    value: float
+
+    def __call__(self, seed: int, name: str, shape: tuple[int, ...], rows: Range) -> Tensor:
+        return torch.full((rows[1] - rows[0], *shape[1:]), self.value, dtype=torch.float32, device="cpu")
+
+
+@dataclass(frozen=True)
+class FilledWhole:
+    """Megatron's ``init_method``: it fills the whole tensor in place, from the default generator.
+
+    It sees the whole tensor (its fan-in, say) on every rank, so that every layout gets the same values.
+    """
+
+    method: Callable[[Tensor], Any]
+
+    def whole(self, seed: int, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        whole, before = torch.empty(shape, dtype=dtype, device="cpu"), torch.get_rng_state()
+        torch.default_generator.manual_seed(hash_seed(seed, name))
+        try:
+            self.method(whole)
+        finally:
+            torch.set_rng_state(before)
+        return whole
+
+
+def draw_part(
+    initial: Initial | FilledWhole,
+    seed: int,
+    name: str,
+    shape: tuple[int, ...],
+    ranges: Sequence[Range],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The part of a tensor's initial values that lies in ``ranges``, (start, stop) along each dim."""
+    if isinstance(initial, FilledWhole):
+        return initial.whole(seed, name, shape, dtype)[tuple(slice(*edges) for edges in ranges)]
+    (start, stop), rest = ranges[0], tuple(slice(*edges) for edges in ranges[1:])
+    # A block of rows is cut along the other dims before the next one is made: a rank never holds all of them.
+    block = _block_rows(shape)
+    edges = [start, *range(start // block * block + block, stop, block), stop]
+    parts = [initial(seed, name, shape, rows)[:, *rest].to(dtype) for rows in zip(edges, edges[1:])]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, initial: Initial | FilledWhole, seed: int, name: str) -> None:
+    """Fills this rank's part of a parameter or a buffer; one that is no DTensor is whole on every rank."""
+    if isinstance(tensor, DTensor):
+        held, ranges = tensor.to_local(), local_ranges(tensor)
+    else:
+        held, ranges = tensor, [(0, size) for size in tensor.shape]
+    held.copy_(draw_part(initial, seed, name, tuple(tensor.shape), ranges, held.dtype))
+
+
+#: mesh axes that cut a weight for the layers that compute with it; data axes cut what these leave
+MODEL_AXES = ("ep", "etp", "tp")
+
+
+def local_ranges(parameter: DTensor) -> list[Range]:
     """Which part of the whole tensor this rank holds: (start, stop) along each dim.
 
-    Tensor parallelism cuts first, FSDP cuts dim 0 of what is left into even runs (the last
+    Tensor and expert parallelism cut first, FSDP cuts dim 0 of what is left into even runs (the last
     ones shorter or empty).
     """
     ranges = [(0, size) for size in parameter.shape]
     names = parameter.device_mesh.mesh_dim_names or ("tp",)  # the mesh of a bare group has no names
-    for axis in sorted(range(len(names)), key=lambda i: names[i] != "tp"):
+    for axis in sorted(range(len(names)), key=lambda i: names[i] not in MODEL_AXES):
         placement = parameter.placements[axis]
         if placement.is_replicate():
             continue
@@ -101,47 +183,7 @@ def local_ranges(parameter: DTensor) -> list[tuple[int, int]]:
     return ranges
 
 
-@dataclass(frozen=True)
-class InitialValues:
-    """How a parameter is first filled.
-
-    Attributes:
-        std: the standard deviation of its values; 0 stands for zeros and None for ones.
-        method: fills the whole tensor instead.
-        uniform: values come from a uniform distribution of that deviation, not from a normal one.
-    """
-
-    std: float | None
-    method: Callable[[Tensor], Any] | None = None
-    uniform: bool = False
-
-    @property
-    def random(self) -> bool:
-        """Whether a seed decides the values."""
-        return self.method is not None or bool(self.std)
-
-    @torch.no_grad()
-    def fill(self, parameter: DTensor, seed: int, name: str) -> None:
-        """Fills this rank's part of a parameter with its part of the tensor that (seed, name, shape) stand for."""
-        held, shape = parameter.to_local(), tuple(parameter.shape)
-        if not self.random:
-            held.fill_(1.0 if self.std is None else 0.0)
-            return
-        ranges = local_ranges(parameter)
-        if self.method is None:
-            assert self.std is not None
-            columns = ranges[1] if len(shape) > 1 else None
-            part = draw_rows(seed, name, shape, self.std, ranges[0], columns, held.dtype, self.uniform)
-        else:
-            # The method sees the whole tensor (its fan-in, say), so that every layout gets the same.
-            whole, before = torch.empty(shape, dtype=held.dtype, device="cpu"), torch.get_rng_state()
-            torch.default_generator.manual_seed(hash_seed(seed, name))
-            try:
-                self.method(whole)
-            finally:
-                torch.set_rng_state(before)
-            part = whole[tuple(slice(*r) for r in ranges)]
-        held.copy_(part)
+# --- generator states ---------------------------------------------------------------------
 
 
 class RNGStatesTracker:

@@ -142,7 +142,7 @@ def load(
     if optimizer is not None:
         own_optimizer = optimizer_state(model, optimizer)
         # without the groups' settings, which older checkpoints hold as pickles: they are the config's
-        state["optimizer"] = {"state": own_optimizer["state"]}
+        state["optimizer"] = _tensors(own_optimizer)
     own = f"rng.{dist.get_rank()}"
     if rng and own in metadata.state_dict_metadata:  # at another number of ranks each starts from its seed
         state[own] = torch.get_rng_state()
@@ -151,19 +151,31 @@ def load(
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     if optimizer is not None:
         # the moments are the checkpoint's; weight decay, betas and the like are the config's, as the learning rate is
-        set_optimizer_state_dict(model, optimizer, own_optimizer | state["optimizer"])
+        set_optimizer_state_dict(model, optimizer, own_optimizer | state["optimizer"], options=FLAT)
     if own in state:
         torch.set_rng_state(state[own])
 
 
+#: Optimizer state has one level of names, so that the stages of a pipeline add theirs to one checkpoint without a clash.
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state by the parameters' names; an optimizer that has not stepped is left as if it had not."""
+    """The optimizer's tensors as ``state.NAME.exp_avg``, by the parameters' names, and the groups' settings.
+
+    An optimizer that has not stepped is left as if it had not.
+    """
     if not optimizer.state:
         # torch makes the missing state by a step with learning rate and gradients of zero, which Adam counts
         get_optimizer_state_dict(model, optimizer)
         for held in optimizer.state.values():
             held["step"].zero_()
-    return get_optimizer_state_dict(model, optimizer)
+    return get_optimizer_state_dict(model, optimizer, options=FLAT)
+
+
+def _tensors(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of an optimizer's flat state; the groups' settings are the config's and no part of a checkpoint."""
+    return {name: value for name, value in optimizer.items() if name.startswith("state.")}
 
 
 # --- writing --------------------------------------------------------------------------------
@@ -219,8 +231,7 @@ class Checkpointer:
             raise SaveError(f"cannot write {partial}: {told[0]}")
         state: dict[str, Any] = {
             "model": trained_state(model),
-            # tensors only: the groups' settings are the config's
-            "optimizer": {"state": optimizer_state(model, optimizer)["state"]},
+            "optimizer": _tensors(optimizer_state(model, optimizer)),
             f"rng.{dist.get_rank()}": torch.get_rng_state(),
         }
         writer = SummingWriter(partial, to_text(description))

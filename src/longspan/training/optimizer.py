@@ -35,26 +35,31 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def gradient_norm(model: nn.Module) -> torch.Tensor:
+def gradient_norm(model: nn.Module, stages: int = 1) -> torch.Tensor:
     """The norm of the whole gradient, each element counted once: one number, one all-reduce.
 
     A rank counts the squares of what it holds, divided by the number of ranks that hold the
-    same (copies over dp_replicate; norm weights over tp).
+    same (copies over dp_replicate; norm weights over tp; every weight of a model without FSDP over dp and cp).
+
+    Args:
+        model: what this rank holds of the whole model, in a pipeline its stage.
+        stages: pipeline stages; a parameter lies on the ranks of one of them only.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients, "no parameter has a gradient"
-    return _norm(gradients)
+    return _norm(gradients, stages)
 
 
 @torch.no_grad()
-def parameter_norm(model: nn.Module) -> torch.Tensor:
+def parameter_norm(model: nn.Module, stages: int = 1) -> torch.Tensor:
     """The norm of all weights, counted as :func:`gradient_norm` counts; tied ones count once."""
-    return _norm(list(model.parameters()))
+    return _norm(list(model.parameters()), stages)
 
 
-def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def _norm(tensors: Sequence[torch.Tensor], stages: int) -> torch.Tensor:
     total = None
     world = dist.get_world_size()
+    holders = world // stages
     for whole in tensors:
         assert isinstance(whole, DTensor)
         held, mesh = whole.to_local(), whole.device_mesh
@@ -62,7 +67,7 @@ def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         for axis, placement in enumerate(whole.placements):
             shards *= 1 if placement.is_replicate() else mesh.size(axis)  # _StridedShard is no Shard
         wide = torch.promote_types(held.dtype, torch.float32)
-        square = torch.linalg.vector_norm(held, dtype=wide).square() * (shards / world)
+        square = torch.linalg.vector_norm(held, dtype=wide).square() * (shards / holders)
         total = square if total is None else total + square
     assert total is not None
     if world > 1:

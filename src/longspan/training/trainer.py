@@ -117,8 +117,8 @@ class Trainer:
     # --- one micro-batch ------------------------------------------------------------------
 
     def _plan(self, layout: SequenceLayout) -> None:
-        for layer in self.model.decoder.layers:
-            layer.self_attention.core_attention.plan(layout)
+        for layer in self.model.decoder.layers.values():
+            layer.plan(layout)
 
     def losses(self, batch: LocalBatch) -> Tensor:
         """The loss of each of this rank's tokens of a micro-batch, [b, rows]; 0 where there is no target."""
@@ -158,7 +158,7 @@ class Trainer:
         Args:
             rate: the learning rate.
         """
-        norm = gradient_norm(self.model)
+        norm = gradient_norm(self.model, self.run.sizes.pp)
         if not torch.isfinite(norm):
             raise NotFinite(
                 f"the gradient norm is {norm.item()} in step {self.step + 1}; the weights were not updated. Lower learning_rate, "
@@ -172,7 +172,7 @@ class Trainer:
     def _parameter_norm(self) -> dict[str, float]:
         if not self.run.config.log_params_norm:
             return {}
-        return {"params_norm": parameter_norm(self.model).item()}
+        return {"params_norm": parameter_norm(self.model, self.run.sizes.pp).item()}
 
     def stop(self) -> str:
         """Asks this rank to stop at the end of the step; a signal may at any moment. Returns what comes of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,14 @@ def select_kernel(
         if name not in OTHER_DEVICE.get(device.type, ()):
             reasons.append(f"{name} {why_not}")
     raise UserError(f"attention_backend {backend!r} {why_not}. Use auto.")
+
+
+@functools.lru_cache(maxsize=64)
+def chosen_kernel(
+    device: torch.device, dtype: torch.dtype, head_dim: int, backend: str, deterministic: bool
+) -> Kernel:
+    """The kernel of :func:`select_kernel`, kept: every layer of every forward pass needs the same one."""
+    return select_kernel(device, dtype, head_dim, backend, deterministic).kernel
 
 
 #: backends that nobody expects on a device

@@ -1,0 +1,148 @@
+"""A decoder's layer (attention, then MLP, each after a norm and added to the residual stream), and the stack of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from longspan.config.model import TransformerConfig, unsupported
+from longspan.context_parallel import PackedSeqParams, SequenceLayout
+from longspan.mesh.default_groups import process_groups
+from longspan.mesh.mesh import ProcessGroupCollection
+from longspan.models.layer import Layer, Rows, make_rows, refuse_mask
+from longspan.models.norm import Norm
+from longspan.models.parts import MLP, SelfAttention
+from longspan.models.rotary import RotaryTable
+from longspan.tensor_parallel.initial import filled_by_name
+
+
+class DecoderLayer(Layer):
+    """``x + attention(norm(x))``, and of that sum ``y``: ``y + mlp(norm(y))``.
+
+    Args:
+        number: from 1; made by itself, the layer has the initial weights of that layer of a whole model.
+        seed: of the initial weights, as for :class:`GPTModel`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        number: int,
+        pg_collection: ProcessGroupCollection,
+        *,
+        seed: int | None = None,
+    ):
+        super().__init__(number)
+        for message in unsupported(config):
+            raise ValueError(message)
+        with filled_by_name(self, config, pg_collection.tp.size(), seed, f"decoder.layers.{number - 1}"):
+            self.input_layernorm = Norm(config, pg_collection)
+            self.self_attention = SelfAttention(config, number, pg_collection)
+            self.pre_mlp_layernorm = Norm(config, pg_collection)
+            self.mlp = MLP(config, pg_collection)
+
+    @property
+    def tiles(self) -> int | None:
+        """See ``parts.MLP``."""
+        return self.mlp.tiles
+
+    @tiles.setter
+    def tiles(self, tiles: int | None) -> None:
+        self.mlp.tiles = tiles
+
+    def plan(self, layout: SequenceLayout) -> None:
+        self.self_attention.core_attention.plan(layout)
+
+    def compute(self, x: Tensor, rows: Rows, run: Callable[..., Any]) -> Tensor:
+        q, k, v = run(self._before, x, rows.rotary)
+        context, _ = self.self_attention.core_attention(
+            q, k, v, packed_seq_params=rows.packed_seq_params, layout=rows.layout
+        )
+        return run(self._after, x, context, rows)
+
+    def _before(self, x: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attention.heads(self.input_layernorm(x), rotary)
+
+    def _after(self, x: Tensor, context: Tensor, rows: Rows) -> Tensor:
+        x, normalised = self.pre_mlp_layernorm.after_adding(x, self.self_attention.output(context))
+        return x + self.mlp(normalised, rows)
+
+
+class TransformerLayer(DecoderLayer):
+    """Megatron's layer: ``forward(hidden_states [s, b, h], ...) -> (hidden_states, context)``; context is None.
+
+    Args:
+        layer_number, seed: as for :class:`DecoderLayer`.
+        pg_collection: None takes the installed groups.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        seed: int | None = None,
+    ):
+        groups = process_groups(pg_collection)
+        super().__init__(config, layer_number, groups, seed=seed)
+        self.config, self.groups = config, groups
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        layout: SequenceLayout | None = None,
+    ) -> tuple[Tensor, None]:
+        refuse_mask(attention_mask)
+        rows = make_rows(self.config, self.groups, hidden_states, packed_seq_params, layout)
+        return super().forward(hidden_states, rows), None
+
+
+class TransformerBlock(nn.Module):
+    """All layers (and the final norm with ``post_process``).
+
+    ``forward(hidden_states [s, b, h], ...) -> (hidden_states, context)``; context is None in a decoder.
+
+    Args:
+        seed: of the initial weights, as for :class:`GPTModel`; the names are those of a whole model.
+
+    Attributes:
+        layers: by their index in the whole model, from 0, as a text.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pre_process: bool = True,
+        post_process: bool = True,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        seed: int | None = None,
+    ):
+        super().__init__()
+        self.groups = groups = process_groups(pg_collection)
+        self.config, self.pre_process = config, pre_process
+        with filled_by_name(self, config, groups.tp.size(), seed, "decoder"):
+            layers = [DecoderLayer(config, number, groups) for number in range(1, config.num_layers + 1)]
+            self.layers = nn.ModuleDict({str(layer.number - 1): layer for layer in layers})
+            self.final_layernorm = Norm(config, groups) if post_process else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        layout: SequenceLayout | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        refuse_mask(attention_mask)
+        rows = make_rows(self.config, self.groups, hidden_states, packed_seq_params, layout, position_ids)
+        for layer in self.layers.values():
+            hidden_states = layer(hidden_states, rows)
+        if self.final_layernorm is not None:
+            hidden_states = self.final_layernorm(hidden_states)
+        return hidden_states, None

@@ -1,0 +1,182 @@
+"""The contract of a layer, and what travels beside the activations.
+
+    x [s, b, h], rows -> x [s, b, h]
+
+s is the number of rows that this rank holds; with sequence parallelism, of those of its tensor
+parallel rank. A model makes ``Rows`` once in a forward pass and gives them to every layer. Whatever
+handles layers (recomputation, FSDP, the trainer) uses the attributes and methods of ``Layer`` and
+nothing inside one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longspan.config.model import TransformerConfig
+from longspan.context_parallel import PackedSeqParams, SequenceLayout
+from longspan.context_parallel.attention import default_layout, place_in_call
+from longspan.context_parallel.refusals import check_packed, check_rows
+from longspan.mesh.mesh import ProcessGroupCollection
+from longspan.models.memory.offload import Offload
+from longspan.models.rotary import RotaryTable, attention_factor, frequencies, rotary_table
+from longspan.tensor_parallel.layers import local
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a forward pass on this rank, the same for all layers.
+
+    Attributes:
+        layout: which tokens each context parallel rank holds.
+        rank: this process among those ranks.
+        rotary: cos and sin of the rows' positions; None without rotary embeddings.
+        packed_seq_params: the context parallel group of this call, where it is not the model's; the
+            documents are in ``layout``.
+        real: bool, one for each row of the activations (so cut as they are under sequence parallelism):
+            False where the row is padding of the layout. None where all rows are tokens.
+    """
+
+    layout: SequenceLayout
+    rank: int
+    rotary: RotaryTable | None = None
+    packed_seq_params: PackedSeqParams | None = None
+    real: Tensor | None = None
+
+
+def make_rows(
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    hidden_states: Tensor,
+    packed_seq_params: PackedSeqParams | None = None,
+    layout: SequenceLayout | None = None,
+    position_ids: Tensor | None = None,
+) -> Rows:
+    """Rows of activations [s, b, h], for a module that is called as Megatron's are.
+
+    Args:
+        layout: None is what Megatron's callers mean: zigzag, of each padded document where there are any.
+        position_ids: [s], [1, s] or [b, s]; None takes the places in their documents from the layout.
+
+    Raises:
+        ValueError: the activations are not this rank's rows of the layout.
+    """
+    count = sequence_rows(config, groups, hidden_states)
+    if layout is None:
+        batch = hidden_states.shape[1]
+        layout, packed_seq_params = layout_of_call(groups.cp, count, batch, packed_seq_params)
+    rank, ranks = place_in_call(groups.cp, packed_seq_params)
+    check_rows("hidden_states", count, layout, ranks)
+    if position_ids is None:
+        position_ids = layout.document_positions(rank)
+    rotary = _rotary(config, position_ids, hidden_states)
+    part, parts = (groups.tp.rank(), groups.tp.size()) if config.sequence_parallel else (0, 1)
+    real = _real(layout, rank, part, parts, hidden_states.device)
+    return Rows(layout, rank, rotary, packed_seq_params, real)
+
+
+def sequence_rows(config: TransformerConfig, groups: ProcessGroupCollection, hidden_states: Tensor) -> int:
+    """How many rows of the sequence this rank's attention sees: all tensor parallel ranks' with sequence parallelism."""
+    return hidden_states.shape[0] * (groups.tp.size() if config.sequence_parallel else 1)
+
+
+def layout_of_call(
+    cp_group: dist.ProcessGroup, rows: int, batch: int, packed_seq_params: PackedSeqParams | None
+) -> tuple[SequenceLayout, PackedSeqParams | None]:
+    """The layout of a call that gives none, and what remains of the parameters beside it."""
+    if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" and batch != 1:
+        raise ValueError(f"packed documents (thd) come as one row: [t, 1, h], not {rows} rows of {batch}.")
+    check_packed(packed_seq_params, batch, None)
+    layout = default_layout(cp_group, rows, packed_seq_params)
+    return layout, packed_seq_params and packed_seq_params.group_only()
+
+
+def _rotary(config: TransformerConfig, positions: Tensor, like: Tensor) -> RotaryTable | None:
+    if config.position_embedding_type != "rope":
+        return None
+    freqs = frequencies(config.kv_channels, config.rotary_base, config.rope_scaling)
+    scale = attention_factor(config.rope_scaling)
+    return rotary_table(positions, freqs.to(like.device), like.dtype, scale)
+
+
+def _real(layout: SequenceLayout, rank: int, part: int, parts: int, device: torch.device) -> Tensor | None:
+    """Which rows are no padding, of this part of ``parts`` equal ones; kept with the layout."""
+
+    def make() -> Tensor | None:
+        count = layout.local_length // parts
+        first, last = part * count, (part + 1) * count
+        ends = ((s.row, s.row + s.stop - s.start) for s in layout.segments(rank))
+        if sum(max(0, min(stop, last) - max(start, first)) for start, stop in ends) == count:
+            return None
+        real = layout.positions(rank)[first:last] < layout.total
+        return real.to(device, non_blocking=True)
+
+    return layout.once(("real", rank, part, parts, device), make)
+
+
+def refuse_mask(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask is not supported: a mask of size s x s is never built. Give packed_seq_params or a "
+            "layout with cu_seqlens to keep documents apart."
+        )
+
+
+class Layer(nn.Module):
+    """``forward(x [s, b, h], rows) -> x [s, b, h]``. A subclass writes :meth:`compute`, and :meth:`plan`.
+
+    Attributes:
+        number: from 1, in the whole model.
+        recompute: ``"none"``; ``"full"`` keeps only the layer's input; ``"selective"`` keeps that and
+            what passes between the layer's parts, so that attention and its exchange run once.
+        offload: where what is kept goes to the CPU's memory; None keeps it on the device.
+        tiles: runs of tokens that an MLP computes one after another, as in ``parts.MLP``.
+    """
+
+    tiles: int | None
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number, self.recompute = number, "none"
+        self.offload: Offload | None = None
+
+    def plan(self, layout: SequenceLayout) -> None:
+        """Computes ahead what :meth:`forward` needs of a layout: a loader's thread keeps it off the step's path."""
+
+    def compute(self, x: Tensor, rows: Rows, run: Callable[..., Any]) -> Tensor:
+        """The layer itself.
+
+        Args:
+            run: ``run(part, *args)`` returns ``part(*args)``, a part that ``selective`` recomputes.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.compute(x, rows, _run)
+        with self._offloading(rows):
+            if self.recompute == "full":
+                return _recomputed(self.compute, x, rows, _run)
+            return self.compute(x, rows, _run if self.recompute == "none" else _recomputed)
+
+    def _offloading(self, rows: Rows) -> contextlib.AbstractContextManager:
+        """Around a forward pass: moves what is kept, but for weights and what all layers share."""
+        if self.offload is None:
+            return contextlib.nullcontext()
+        return self.offload.layer([*(local(p.detach()) for p in self.parameters()), *(rows.rotary or ())])
+
+
+def _run(part: Callable[..., Any], *args: Any) -> Any:
+    return part(*args)
+
+
+def _recomputed(part: Callable[..., Any], *args: Any) -> Any:
+    # There is no dropout whose random numbers would have to be the same again.
+    return checkpoint(part, *args, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,128 @@
+"""The two halves of a layer: self-attention with its projections, and the MLP. Activations are [s, b, h].
+
+Each projection and each norm works on one row at a time, so its formula is a function of plain tensors
+(``projected_heads``, ``mlp_product``), which can be compiled. What needs other ranks is in the linear layers
+and in core attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan.compiled import Compilable
+from longspan.config.model import AttnMaskType, TransformerConfig
+from longspan.context_parallel import DotProductAttention
+from longspan.mesh.mesh import ProcessGroupCollection
+from longspan.models.layer import Rows
+from longspan.models.memory.recomputed import gated_linear
+from longspan.models.memory.tiled import tiled
+from longspan.models.norm import Norm, normalised
+from longspan.models.rotary import RotaryTable, apply_rotary
+from longspan.tensor_parallel.layers import ColumnParallelLinear, Operands, RowParallelLinear, projected
+
+
+def _residual_std(config: TransformerConfig) -> float:
+    """Layers that add to the residual stream start smaller, by the number of additions (GPT-2)."""
+    return config.init_method_std / (2 * config.num_layers) ** 0.5
+
+
+def projected_heads(
+    x: Tensor, linears: tuple[Operands, ...], norms: tuple | None, rotary: RotaryTable | None, head_dim: int
+) -> list[Tensor]:
+    """[s, b, h] -> query [s, b, n, d], key and value [s, b, m, d]; norms of query and key where there are any."""
+    q, k, v = (projected(x, linear).unflatten(-1, (-1, head_dim)) for linear in linears)
+    if norms is not None:
+        q, k = normalised(q, *norms[0]), normalised(k, *norms[1])
+    if rotary is not None:
+        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+    return [q, k, v]
+
+
+def mlp_product(
+    x: Tensor, gate: Operands | None, up: Operands, down: Operands, activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """[.., h] as every rank has it -> this rank's part of the sum [.., h]; each token by itself."""
+    if gate is None:
+        return projected(activation(projected(x, up)), down)
+    gates, ups = projected(x, gate), projected(x, up)
+    y = gated_linear(gates, ups, down.weight, activation)
+    if down.lora is not None:
+        y = y + down.lora.expand(gated_linear(gates, ups, down.lora.a, activation))
+    return y
+
+
+class SelfAttention(nn.Module, Compilable):
+    """Projections to heads, norms of heads, rotary embedding, core attention, projection back."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection):
+        super().__init__()
+        self.head_dim = d = config.kv_channels
+        heads, groups, h = config.num_attention_heads, config.num_query_groups, config.hidden_size
+        bias, tp = config.add_bias_linear, pg_collection.tp_mesh
+        kwargs = {"bias": bias or config.add_qkv_bias, "tp_group": tp}
+        self.linear_q = ColumnParallelLinear(h, heads * d, config, **kwargs)
+        self.linear_k = ColumnParallelLinear(h, groups * d, config, **kwargs)
+        self.linear_v = ColumnParallelLinear(h, groups * d, config, **kwargs)
+        self.q_layernorm = Norm(config, pg_collection, heads=True) if config.qk_layernorm else None
+        self.k_layernorm = Norm(config, pg_collection, heads=True) if config.qk_layernorm else None
+        self.core_attention = DotProductAttention(
+            config, layer_number, AttnMaskType.causal, pg_collection=pg_collection
+        )
+        self.linear_proj = RowParallelLinear(
+            heads * d, h, config, bias=bias, init_std=_residual_std(config), tp_group=tp
+        )
+
+    def heads(self, x: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[s, b, h] -> query [s, b, n, d], key and value [s, b, m, d] of this rank's heads; the input is gathered once."""
+        entered = self.linear_q.enter(x)
+        linears = tuple(layer.operands() for layer in (self.linear_q, self.linear_k, self.linear_v))
+        norms = None
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            norms = self.q_layernorm.operands(), self.k_layernorm.operands()
+        q, k, v = self.part(projected_heads)(entered, linears, norms, rotary, self.head_dim)
+        return q, k, v
+
+    def output(self, context: Tensor) -> Tensor:
+        """[s, b, n, d] -> [s, b, h]"""
+        return self.linear_proj(context.flatten(2))
+
+
+class MLP(nn.Module, Compilable):
+    """h -> ffn -> h; gated: down(act(gate(x)) * up(x)).
+
+    Attributes:
+        tiles: runs of tokens that go through one after another, in forward and backward, so that activations
+            [t, ffn] exist for one of them only (``models/memory/tiled.py``); None: tokens / hidden size, rounded up.
+            The input is gathered and the output summed over tensor parallel ranks once, around all tiles: as
+            much travels as without them.
+    """
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection):
+        super().__init__()
+        h, ffn = config.hidden_size, config.ffn_hidden_size
+        kwargs = {"bias": config.add_bias_linear, "tp_group": pg_collection.tp_mesh}
+        func = config.activation_func
+        self.activation = getattr(F, func) if isinstance(func, str) else func
+        self.linear_gate = (
+            ColumnParallelLinear(h, ffn, config, **kwargs) if config.gated_linear_unit else None
+        )
+        self.linear_up = ColumnParallelLinear(h, ffn, config, **kwargs)
+        self.linear_down = RowParallelLinear(ffn, h, config, init_std=_residual_std(config), **kwargs)
+        self.tiles: int | None = 1
+
+    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
+        """[s, b, h] -> [s, b, h]. Padding costs nothing more than its rows here, so ``rows`` is not read."""
+        x = self.linear_up.enter(x)
+        tiles = self.tiles or -(-x.shape[0] * x.shape[1] // x.shape[2])
+        if tiles == 1:
+            return self.linear_down.leave(self._product(x))
+        y = tiled(self._product, x.flatten(0, 1), list(self.parameters()), tiles)
+        return self.linear_down.leave(y.view(*x.shape[:2], -1))
+
+    def _product(self, x: Tensor) -> Tensor:
+        gate = None if self.linear_gate is None else self.linear_gate.operands()
+        up, down = self.linear_up.operands(), self.linear_down.operands()
+        return self.part(mlp_product)(x, gate, up, down, self.activation)
