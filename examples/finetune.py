@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from longspan.runs.generate import generate
 from longspan.data.instruct import ALPACA
+from longspan.runs.generate import generate
 
 HERE = Path(__file__).parent
 BASE = {

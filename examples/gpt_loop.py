@@ -15,8 +15,8 @@ import torch.distributed as dist
 from longspan import TransformerConfig, finalize_model_grads, parallel_state
 from longspan.context_parallel import get_batch_on_this_cp_rank
 from longspan.models import GPTModel
-from longspan.training.optimizer import gradient_norm
 from longspan.tensor_parallel import model_parallel_seed
+from longspan.training.optimizer import gradient_norm
 
 VOCAB, LENGTH = 256, 512
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from longspan.cli.options import key_help, number, take_options
-from longspan.config.architecture import architecture_of, is_hub_id, unused_fields
 from longspan.config.data_rules import PATHS, marks_documents, read_blend
+from longspan.config.hub import architecture_of, is_hub_id, unused_fields
 from longspan.config.load import Overrides, Reading, make_config, parse_overrides, read_yaml
 from longspan.config.megatron import parse_megatron_flags
 from longspan.config.megatron_messages import by_flags

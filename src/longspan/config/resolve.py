@@ -10,20 +10,17 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from pydantic import ValidationError
 
-from longspan.config.architecture import architecture_of
+from longspan.config.architecture import SHAPE_KEYS, Architecture, architecture_problems
 from longspan.config.data_rules import data_problems, keeps_documents_apart
-from longspan.config.hugging_face import FIELDS, PIECES, export_problem
+from longspan.config.hub import architecture_of
+from longspan.config.hugging_face import export_problem
 from longspan.config.lora import Lora, lora_of, lora_problems
 from longspan.config.memory_rules import memory_problems
-from longspan.config.model import (
-    TransformerConfig,
-    architecture_problems,
-)
+from longspan.config.model import TransformerConfig, cut_problems
 from longspan.config.output_rules import output_problems
 from longspan.config.parallel import MeshSizes
 from longspan.config.parallel_rules import parallel_problems
@@ -69,7 +66,9 @@ class Run:
 
     def transformer_config(self, params_dtype=None) -> TransformerConfig:
         """The model's architecture and how it is cut."""
-        return TransformerConfig(params_dtype=params_dtype, **_architecture(self.config), **self._parallel())
+        model = Architecture.of(self.config)
+        values = {one.name: getattr(model, one.name) for one in dataclasses.fields(model)}
+        return TransformerConfig(params_dtype=params_dtype, **values, **self._parallel())
 
     @property
     def mlp_tiles(self) -> int | None:
@@ -102,44 +101,6 @@ class Run:
             attention_backend=self.config.attention_backend,
             deterministic_mode=self.config.deterministic_mode,
         )
-
-
-def architecture(config: TrainConfig) -> dict[str, Any]:
-    """What a Hugging Face config.json says of the model, by our keys (``config.hugging_face.FIELDS``)."""
-    model = TransformerConfig(**_architecture(config))
-    return {name: getattr(config, name) for name in FIELDS} | {
-        name: getattr(model, name) for name in FIELDS if hasattr(model, name)
-    }
-
-
-def _architecture(config: TrainConfig) -> dict:
-    """Keys of TransformerConfig."""
-    learned = config.position_embedding_type == "learned_absolute"
-    return dict(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_query_groups,
-        kv_channels=config.kv_channels,
-        ffn_hidden_size=config.ffn_hidden_size,
-        normalization=config.normalization,
-        layernorm_epsilon=config.layernorm_epsilon,
-        layernorm_zero_centered_gamma=config.layernorm_zero_centered_gamma,
-        gated_linear_unit=config.gated_linear_unit,
-        activation_func=config.activation_func,
-        add_bias_linear=config.add_bias_linear,
-        add_qkv_bias=config.add_qkv_bias,
-        qk_layernorm=config.qk_layernorm,
-        max_position_embeddings=config.max_position_embeddings or (config.sequence_len if learned else None),
-        position_embedding_type=config.position_embedding_type,
-        attention_dropout=config.attention_dropout,
-        hidden_dropout=config.hidden_dropout,
-        rotary_base=config.rotary_base,
-        rope_scaling=config.rope_scaling,
-        sliding_window=config.sliding_window,
-        share_embeddings_and_output_weights=config.tie_word_embeddings,
-        init_method_std=config.init_method_std,
-    )
 
 
 def processes_asked_for(config: TrainConfig) -> int:
@@ -205,10 +166,7 @@ def resolve(
     found += memory_problems(config)
     found += schedule_problems(config)
     if None not in (config.num_layers, config.hidden_size, config.num_attention_heads):
-        wrong = _model_problems(config)
-        found += wrong
-        if config.export_hf and not wrong and (problem := export_problem(architecture(config))):
-            found.append((("export_hf", *PIECES), f"export_hf: {problem} Set export_hf: false."))
+        found += _model_problems(config)
     messages = list(earlier) + [text for fields, text in found if not bad.intersection(fields)]
     if messages:
         raise UserError(messages)
@@ -344,29 +302,20 @@ def _required(config: TrainConfig, found: list[Problem]) -> None:
 
 
 def _model_problems(config: TrainConfig) -> list[Problem]:
-    """TransformerConfig's own rules, all at once and by our key names."""
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    assert heads is not None
-    assert hidden is not None
-    if config.kv_channels is None and hidden % heads:
-        return [
-            (
-                ("hidden_size", "num_attention_heads"),
-                f"hidden_size {hidden} is not divisible by num_attention_heads {heads}. Choose divisible sizes, or give "
-                "kv_channels (the head size).",
-            )
-        ]
-    fields = {f.name: f.default for f in dataclasses.fields(TransformerConfig)}
-    fields |= _architecture(config) | {
-        "tensor_model_parallel_size": config.tensor_parallel_size,
-        "context_parallel_size": config.context_parallel_size,
-        "cp_comm_type": config.cp_comm_type,
-        "hierarchical_context_parallel_sizes": config.hierarchical_context_parallel_sizes,
-        "kv_channels": config.kv_channels or hidden // heads,
-    }
-    ours = {"tensor_model_parallel_size": "tensor_parallel_size"}
-    found = architecture_problems(SimpleNamespace(**fields))
-    return [(tuple(ours.get(name, name) for name in names), text) for names, text in found]
+    """The rules of the architecture and of its cut, and whether it can leave for Hugging Face."""
+    model = Architecture.of(config)
+    found = architecture_problems(model)
+    if model.kv_channels is not None:
+        found += cut_problems(
+            model,
+            tp=config.tensor_parallel_size,
+            cp=config.context_parallel_size,
+            cp_comm_type=config.cp_comm_type,
+            hierarchy=config.hierarchical_context_parallel_sizes,
+        )
+    if config.export_hf and not found and (problem := export_problem(model)):
+        found.append((("export_hf", *SHAPE_KEYS), f"export_hf: {problem} Set export_hf: false."))
+    return found
 
 
 def _recompute(config: TrainConfig) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from longspan.config.architecture import unused_fields
+from longspan.config.hub import unused_fields
 from longspan.config.load import Reading
 from longspan.config.resolve import Run, resolve
 from longspan.data.checks import missing_sources
