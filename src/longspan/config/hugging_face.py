@@ -392,7 +392,7 @@ def hugging_face_config(
         return no_tokens | base | common | _gpt2_fields(model, longest)
     scaled = rope_type(model.rope_scaling) != "default"
     # transformers 5 reads rope_parameters, 4 reads the other two; both are written
-    scaling = {k: v for k, v in model.rope_scaling.items() if k != "type"} if scaled else {}
+    scaling = {k: v for k, v in (model.rope_scaling or {}).items() if k != "type"} if scaled else {}
     scaling = {"rope_type": rope_type(model.rope_scaling), **scaling}
     fields = {
         "num_hidden_layers": model.num_layers,

@@ -1,15 +1,13 @@
-"""From what the user wrote to what is run: arithmetic and the rules between keys.
+"""From what the user wrote to a complete config: the rules between keys, and the arithmetic.
 
-``resolve`` fills in everything that follows from the config and the number of processes,
-and refuses with all broken rules at once. It needs neither torch nor a process group.
+``resolve`` fills in everything that follows from the config, the number of processes and the device, and
+refuses with all broken rules at once. It needs neither torch nor a process group.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,89 +16,17 @@ from longspan.config.architecture import SHAPE_KEYS, Architecture, architecture_
 from longspan.config.data_rules import data_problems, keeps_documents_apart
 from longspan.config.hub import architecture_of
 from longspan.config.hugging_face import export_problem
-from longspan.config.lora import Lora, lora_of, lora_problems
+from longspan.config.lora import lora_problems
 from longspan.config.memory_rules import memory_problems
-from longspan.config.model import TransformerConfig, cut_problems
+from longspan.config.model import cut_problems
 from longspan.config.output_rules import output_problems
 from longspan.config.parallel import MeshSizes
 from longspan.config.parallel_rules import parallel_problems
 from longspan.config.rope import rope_type, with_original_length
+from longspan.config.run import Checked, sizes_of
 from longspan.config.schedule_rules import schedule_problems
 from longspan.config.schema import TrainConfig
 from longspan.errors import Problem, UserError
-
-
-@dataclass(frozen=True)
-class Run:
-    """A config with its arithmetic done.
-
-    Attributes:
-        config: with architecture keys filled in from base_model.
-        sizes: ranks an axis.
-        micro_batch_size, accumulation, global_batch_size: sequences, micro-batches, sequences.
-        sequence_parallel: what the key's default came to.
-        model: the architecture; None while the vocabulary's size is not known.
-    """
-
-    config: TrainConfig
-    sizes: MeshSizes
-    micro_batch_size: int
-    accumulation: int
-    global_batch_size: int
-    sequence_parallel: bool
-    recompute: str
-
-    @property
-    def world_size(self) -> int:
-        return self.sizes.world_size
-
-    @property
-    def pretrained(self) -> bool:
-        """Do the weights come from base_model?"""
-        return self.config.base_model is not None and not self.config.reinit_weights
-
-    @property
-    def lora(self) -> Lora | None:
-        """The adapters that are trained beside frozen weights; None where all weights are trained."""
-        return lora_of(self.config)
-
-    def transformer_config(self, params_dtype=None) -> TransformerConfig:
-        """The model's architecture and how it is cut."""
-        model = Architecture.of(self.config)
-        values = {one.name: getattr(model, one.name) for one in dataclasses.fields(model)}
-        return TransformerConfig(params_dtype=params_dtype, **values, **self._parallel())
-
-    @property
-    def mlp_tiles(self) -> int | None:
-        """Tiles of the MLP: 1 without ``tiled_mlp``; None: from the number of tokens, as they come."""
-        return self.config.tiled_mlp_num_shards if self.config.tiled_mlp else 1
-
-    @property
-    def windows(self) -> list[int | None]:
-        """The sliding windows of the layers, one a layer."""
-        model = self.transformer_config()
-        return [model.window_of_layer(number) for number in range(1, model.num_layers + 1)]
-
-    @property
-    def ranks_together(self) -> int:
-        """Context parallel ranks that exchange heads in every layer; 1 where some layer moves keys alone."""
-        model, cp = self.transformer_config(), self.sizes.cp
-        types = {model.comm_type_of_layer(number) for number in range(1, model.num_layers + 1)}
-        if cp == 1 or not types <= {"a2a", "a2a+p2p"}:
-            return 1
-        return cp if types == {"a2a"} else self.sizes.hierarchical_cp[0]
-
-    def _parallel(self) -> dict:
-        return dict(
-            tensor_model_parallel_size=self.sizes.tp,
-            context_parallel_size=self.sizes.cp,
-            pipeline_model_parallel_size=self.sizes.pp,
-            sequence_parallel=self.sequence_parallel,
-            cp_comm_type=self.config.cp_comm_type,
-            hierarchical_context_parallel_sizes=self.config.hierarchical_context_parallel_sizes,
-            attention_backend=self.config.attention_backend,
-            deterministic_mode=self.config.deterministic_mode,
-        )
 
 
 def processes_asked_for(config: TrainConfig) -> int:
@@ -114,17 +40,33 @@ def processes_asked_for(config: TrainConfig) -> int:
     )
 
 
-def resolve(
+def resolve(config: TrainConfig, world_size: int | None = None, **known: Any) -> Checked:
+    """Checks the rules between keys and does the arithmetic; arguments and errors are those of :func:`complete`."""
+    return Checked.of(complete(config, world_size, **known))
+
+
+def compiles(config: TrainConfig, device: str) -> bool:
+    """Is the model compiled, if the machine has a compiler? ``torch_compile: auto`` is: on CUDA."""
+    if config.torch_compile == "auto":
+        return device == "cuda" and not config.deterministic_mode
+    return config.torch_compile
+
+
+def complete(
     config: TrainConfig,
     world_size: int | None = None,
     *,
+    device: str | None = None,
+    compiler: bool = True,
     bad_keys: Iterable[str] = (),
     earlier: Iterable[str] = (),
-) -> Run:
-    """Checks the rules between keys and does the arithmetic.
+) -> TrainConfig:
+    """The config with every key filled in that follows from others, from base_model or from where it runs.
 
     Args:
         world_size: processes; None takes the product of the parallel sizes.
+        device: ``cpu`` or ``cuda``, where it runs; None takes the config's, and the CPU for ``auto``.
+        compiler: the machine has one for that device.
         bad_keys: keys already found wrong: rules about them are not reported again.
         earlier: problems already found; raised together with the new ones.
 
@@ -156,7 +98,6 @@ def resolve(
     world = world_size if world_size is not None else processes_asked_for(config)
     sizes = _sizes(config, world, found)
     micro, accumulation, total = _batch(config, sizes.dp, found)
-    sequence_parallel = sizes.tp > 1 if config.sequence_parallel is None else config.sequence_parallel
     _required(config, found)
     found += data_problems(config)
     found += parallel_problems(config)
@@ -170,8 +111,22 @@ def resolve(
     messages = list(earlier) + [text for fields, text in found if not bad.intersection(fields)]
     if messages:
         raise UserError(messages)
-    return Run(
-        config, sizes, micro, accumulation, total, sequence_parallel and sizes.tp > 1, _recompute(config)
+    if device is None:
+        device = "cpu" if config.device == "auto" else config.device
+    bf16, parallel = config.bf16, config.sequence_parallel
+    return config.model_copy(
+        update={
+            "device": device,
+            "bf16": device == "cuda" and config.params_dtype == "float32" if bf16 == "auto" else bf16,
+            "tf32": config.tf32 is True,
+            "torch_compile": compiles(config, device) and compiler,
+            "micro_batch_size": micro,
+            "gradient_accumulation_steps": accumulation,
+            "global_batch_size": total,
+            "dp_shard_size": sizes.dp_shard,
+            # None where tp is 1: there the key has no effect
+            "sequence_parallel": None if sizes.tp == 1 else True if parallel is None else parallel,
+        }
     )
 
 
@@ -221,14 +176,7 @@ def _sizes(config: TrainConfig, world: int, found: list[Problem]) -> MeshSizes:
         * config.dp_replicate_size
     )
     shard = config.dp_shard_size or max(1, world // fixed)
-    sizes = MeshSizes(
-        tp=config.tensor_parallel_size,
-        cp=config.context_parallel_size,
-        pp=config.pipeline_parallel_size,
-        dp_shard=shard,
-        dp_replicate=config.dp_replicate_size,
-        hierarchical_cp=tuple(config.hierarchical_context_parallel_sizes or ()),
-    )
+    sizes = sizes_of(config.model_copy(update={"dp_shard_size": shard}))
     keys = ("tensor_parallel_size", "context_parallel_size", "dp_shard_size", "dp_replicate_size")
     if sizes.world_size != world:
         remedy = (
@@ -316,8 +264,3 @@ def _model_problems(config: TrainConfig) -> list[Problem]:
     if config.export_hf and not found and (problem := export_problem(model)):
         found.append((("export_hf", *SHAPE_KEYS), f"export_hf: {problem} Set export_hf: false."))
     return found
-
-
-def _recompute(config: TrainConfig) -> str:
-    given = config.gradient_checkpointing
-    return given if isinstance(given, str) else "full" if given else "none"

@@ -112,7 +112,7 @@ def generate(folder: str, prompt: str, count: int, temperature: float, seed: int
         mesh = ParallelMesh.build(run.sizes, "cpu")
         with torch.device("meta"):
             model = GPTModel(
-                run.transformer_config(), vocabulary, config.sequence_len, pg_collection=mesh.groups
+                run.transformer_config(), vocabulary, run.batch.sequence_len, pg_collection=mesh.groups
             )
         if lora is not None:
             attach(model, lora)

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from longspan import __version__
 from longspan.config.architecture import Architecture, key_of
 from longspan.config.data_rules import STREAM_KEYS
-from longspan.config.resolve import Run
+from longspan.config.run import Run
 from longspan.config.schema import TrainConfig
 from longspan.data import TokenDataset
 from longspan.data.blend import BlendedDataset
@@ -222,6 +222,6 @@ def describe_run(run: Run, data: TokenDataset) -> dict:
         "longspan": __version__,
         "torch": torch.__version__,
         "layout": run.sizes.equation(),
-        "global_batch_size": run.global_batch_size,
+        "global_batch_size": run.batch.global_size,
         "adapter": adapter_description(run),
     }

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from longspan.config.architecture import Architecture
 from longspan.config.hub import model_config, model_file
 from longspan.config.hugging_face import hugging_face_config
-from longspan.config.resolve import Run
+from longspan.config.run import Run
 from longspan.config.schema import DatasetConfig, TrainConfig
 from longspan.data.instruct import Encoder, Recipe
 from longspan.data.text import begin_ids, eod_id, load_tokenizer, special_tokens
