@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from longspan.config.load import make_config
 from longspan.config.resolve import resolve
+from longspan.config.run import Run
 from longspan.context_parallel import SequenceLayout, hybrid
 from longspan.context_parallel.needed import rows_matrix
 from longspan.training.sharding import LocalBatch
@@ -78,7 +79,7 @@ def make_trainer(folder: str, ranks: int):
         }
     )
     assert reading.config is not None, reading.problems
-    return Trainer(resolve(reading.config, ranks), torch.device("cpu"))
+    return Trainer(Run.of(resolve(reading.config, ranks).config), torch.device("cpu"))
 
 
 def bench(args: argparse.Namespace, folder: str) -> None:

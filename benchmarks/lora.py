@@ -25,6 +25,7 @@ import torch
 
 from longspan.config.load import make_config
 from longspan.config.resolve import resolve
+from longspan.config.run import Run
 from longspan.data import IndexedDatasetWriter
 from longspan.mesh.mesh import close_distributed, init_distributed
 from longspan.training.adapters import parameter_counts
@@ -58,7 +59,7 @@ def one(folder: str, seq: int, bf16: bool, rank: int) -> dict:
     reading = make_config(values)
     assert reading.config is not None, reading.problems
     init_distributed("cpu")
-    trainer = Trainer(resolve(reading.config, 1), torch.device("cpu"))
+    trainer = Trainer(Run.of(resolve(reading.config, 1).config), torch.device("cpu"))
     records = [trainer.train_step(trainer.micro_batches(step)) for step in range(1 + STEPS)]
     close_distributed()
     counts = parameter_counts(trainer.model)

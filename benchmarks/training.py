@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from longspan.config.load import make_config
 from longspan.config.resolve import resolve
+from longspan.config.run import Run
 from longspan.data import IndexedDatasetWriter
 from longspan.training.trainer import Trainer
 
@@ -65,7 +66,7 @@ def make_trainer(folder: str, seq: int, bf16: bool, ranks: int, **changes) -> Tr
     }
     reading = make_config(values | changes)
     assert reading.config is not None, reading.problems
-    return Trainer(resolve(reading.config, ranks), torch.device("cpu"))
+    return Trainer(Run.of(resolve(reading.config, ranks).config), torch.device("cpu"))
 
 
 class Peer:

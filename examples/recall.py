@@ -51,13 +51,14 @@ def answers_right(config: str) -> float:
 
     from longspan.config.load import load_config
     from longspan.config.resolve import resolve
+    from longspan.config.run import Run
     from longspan.mesh.mesh import close_distributed, init_distributed
     from longspan.training.checkpoint import newest
     from longspan.training.trainer import Trainer
 
     init_distributed("cpu")
     loaded = load_config(config, ["--context-parallel-size", "1", "--no-load-optim"])
-    trainer = Trainer(resolve(loaded, 1), torch.device("cpu"))
+    trainer = Trainer(Run.of(resolve(loaded, 1).config), torch.device("cpu"))
     trainer.resume(newest(Path(loaded.output_dir) / "checkpoints"))
     right = asked = 0
     with torch.no_grad():

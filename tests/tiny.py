@@ -4,6 +4,7 @@ import numpy as np
 
 from longspan.config.load import make_config
 from longspan.config.resolve import resolve
+from longspan.config.run import Run
 from longspan.data import IndexedDatasetWriter
 
 VOCAB = 97
@@ -46,7 +47,12 @@ def values(prefix, **changes):
     } | changes
 
 
-def tiny_run(prefix, world, **changes):
+def checked(prefix, world, **changes):
     read = make_config(values(prefix, **changes))
     assert not read.problems, read.problems
     return resolve(read.config, world)
+
+
+def tiny_run(prefix, world, **changes):
+    """A run on data that is prepared already."""
+    return Run.of(checked(prefix, world, **changes).config)

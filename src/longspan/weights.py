@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from longspan.config.architecture import model_folder
-from longspan.config.resolve import Run
+from longspan.config.hub import model_folder
+from longspan.config.run import Run
 from longspan.errors import UserError
 from longspan.models.gpt import GPTModel
 from longspan.models.hf_weights import Names, SafetensorsFolder, read_part
@@ -27,9 +27,8 @@ def fill(model: GPTModel, run: Run) -> None:
     Raises:
         UserError: as :func:`load_pretrained` and :func:`load_adapters`.
     """
-    if run.pretrained:
-        assert run.config.base_model is not None
-        load_pretrained(model, SafetensorsFolder(model_folder(run.config.base_model)))
+    if run.pretrained is not None:
+        load_pretrained(model, SafetensorsFolder(model_folder(run.pretrained)))
     if run.lora is not None:
         fill_adapters(model, run)
 

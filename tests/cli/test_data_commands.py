@@ -10,7 +10,7 @@ from chats import write_tokenizer
 from longspan.cli.main import main
 from longspan.data import IndexedDataset, load_tokenizer
 from longspan.errors import UserError
-from longspan.runs.prepare import prepare_config
+from longspan.runs.prepare import prepare_data
 
 
 @pytest.fixture
@@ -247,16 +247,17 @@ def test_the_token_that_ends_a_document_is_the_tokenizers(folder):
     }
 
     def prepared(**changes):
-        return prepare_config(tiny.tiny_run("none", 1, **mock | changes).config, show=False)
+        return prepare_data(tiny.checked("none", 1, **mock | changes), show=False)
 
-    config = prepared(tokenizer_type="NullTokenizer", vocab_size=50)
+    run = prepared(tokenizer_type="NullTokenizer", vocab_size=50)
+    config = run.config
     assert (config.eod_token_id, config.vocab_size) == (50, 51)
-    assert prepare_config(config, show=False).eod_token_id == 50
+    assert prepare_data(run, show=False).config.eod_token_id == 50
     write_tokenizer(folder / "tokenizer")
-    config = prepared(tokenizer_config="tokenizer", vocab_size=None)
+    config = prepared(tokenizer_config="tokenizer", vocab_size=None).config
     assert config.eod_token_id == load_tokenizer("tokenizer").token_to_id("</s>")
-    assert prepared(eod_token_id=7).eod_token_id == 7
-    assert prepared(reset_position_ids=False).eod_token_id is None
+    assert prepared(eod_token_id=7).config.eod_token_id == 7
+    assert prepared(reset_position_ids=False).config.eod_token_id is None
     with pytest.raises(
         UserError, match="reset_position_ids: which token ends a document is not known: there is no tokenizer"
     ):

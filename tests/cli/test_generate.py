@@ -11,6 +11,7 @@ from chats import write_tokenizer
 from longspan import TransformerConfig
 from longspan.cli import main
 from longspan.config.load import make_config
+from longspan.config.parameters import parameter_shapes
 from longspan.data import load_tokenizer
 from longspan.data.instruct import Encoder, Recipe
 from longspan.models.hf_weights import Names
@@ -60,7 +61,7 @@ def model_that_writes(folder, token, begin=True):
                                normalization="RMSNorm", gated_linear_unit=True, add_bias_linear=False)  # fmt: skip
     shapes = {"embed_tokens": (420, 8), "lm_head": (420, 8), "norm": (8,), "layernorm": (8,)}
     weights = {}
-    for name in Names(config, 420).all():
+    for name in parameter_shapes(config, 420):
         place = Names(config, 420).places(name)[0].name
         shape = next((s for part, s in shapes.items() if part in place), (8, 8))
         weights[place] = torch.ones(shape) if len(shape) == 1 or "embed" in place else torch.zeros(shape)

@@ -13,7 +13,7 @@ import tiny
 from longspan.cli import layout as command
 from longspan.cli.main import main
 from longspan.context_parallel import Schedule, SequenceLayout
-from longspan.context_parallel.costs import Costs, LayerKind
+from longspan.context_parallel.costs import AlikeLayers, Costs
 
 DOCUMENTS = [188, 8, 81, 409, 72, 1, 311, 75, 409, 23, 279]
 
@@ -161,7 +161,7 @@ def test_steps_are_counted_as_the_schedule_counts_them():
         for name in ("contiguous", "zigzag", "balanced"):
             layout = SequenceLayout.make(name, sum(lengths), ranks, cu_seqlens=cumulative(lengths))
             for comm_type, window in (("p2p", None), ("p2p", 300), ("all_gather", 300)):
-                steps = Costs.of(layout, [LayerKind(comm_type, window)]).steps
+                steps = Costs.of(layout, [AlikeLayers(comm_type, window)]).steps
                 at_once = comm_type == "all_gather"
                 expected = [
                     Schedule.of(layout, r, window=window, all_at_once=at_once).steps for r in range(ranks)

@@ -53,7 +53,7 @@ def record(**changes):
 
 
 def result(got, expected, prefix):
-    return verify.errors(tiny.tiny_run(prefix, 1), 1, "float64", got, expected)
+    return verify.errors(tiny.tiny_run(prefix, 1), 1, got, expected)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pool
 import tiny
 from longspan.config.load import FOREIGN, make_config
 from longspan.config.resolve import resolve
+from longspan.config.run import Run
 from longspan.config.schema import names
 from longspan.errors import UserError
 from longspan.runs.check import checked
@@ -147,7 +148,7 @@ def test_a_thousand_configs_are_taken_or_refused_by_name(prefix, changes):
 
 def losses(values, world):
     """Two steps and an evaluation; (losses, held-out loss)."""
-    run = resolve(make_config(values).config, world)
+    run = Run.of(resolve(make_config(values).config, world).config)
     trainer = Trainer(run, torch.device("cpu"))
     train = [trainer.train_step(batches)["loss"] for batches in trainer.steps_ahead()]
     return train, trainer.evaluate()["loss"] if trainer.valid_data is not None else None
@@ -178,17 +179,17 @@ def test_thirty_generated_configs_train_as_one_process_does(prefix):
             return
         values = tiny.values(prefix, **{"max_steps": 2, "save_last": False, "export_hf": False} | changes)
         run, _ = run_of(values)
-        if run is None or run.world_size > 4 or run.config.vocab_size < tiny.VOCAB:
+        if run is None or run.sizes.world_size > 4 or run.config.vocab_size < tiny.VOCAB:
             return
         done["trained"] += 1
-        many = pool.run(run.world_size, losses, values, run.world_size)
+        many = pool.run(run.sizes.world_size, losses, values, run.sizes.world_size)
         assert all(m == many[0] for m in many), changes
-        exact = run.config.params_dtype == "float64" and run.config.bf16 is not True
-        if run.world_size == 1 or not exact:
+        exact = run.precision.compute_dtype == "float64"
+        if run.sizes.world_size == 1 or not exact:
             assert all(torch.isfinite(torch.tensor(many[0][0]))), changes
             return
         done["compared"] += 1
-        alone = values | ALONE | {"global_batch_size": run.global_batch_size}
+        alone = values | ALONE | {"global_batch_size": run.batch.global_size}
         one = pool.run(1, losses, {k: v for k, v in alone.items() if v is not None}, 1)[0]
         assert many[0][0] == pytest.approx(one[0], rel=1e-9), changes
         if one[1] is not None:
@@ -215,7 +216,11 @@ def test_ten_generated_configs_through_the_command_line(prefix, tmp_path, number
     def collect(changes):
         values = tiny.values(prefix, **{"max_steps": 1, "output_dir": str(tmp_path / "out")} | changes)
         run, problems = run_of(values)
-        if bool(problems) == bool(number % 2) and (run is None or run.world_size <= 2) and len(changes) > 1:
+        if (
+            bool(problems) == bool(number % 2)
+            and (run is None or run.sizes.world_size <= 2)
+            and len(changes) > 1
+        ):
             found.append(values)
 
     collect()

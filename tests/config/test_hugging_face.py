@@ -1,14 +1,18 @@
 """config.json as keys, keys as config.json, and the table of known architectures; no torch, no network."""
 
 import json
+import math
 
 import pytest
 
-from longspan.config.architecture import architecture_of, model_folder, unused_fields
-from longspan.config.hugging_face import FIELDS, export_problem, hugging_face_config, keys_of, windows_of
+from longspan.config.architecture import Architecture
+from longspan.config.hub import architecture_of, model_folder, unused_fields
+from longspan.config.hugging_face import export_problem, hugging_face_config, keys_of, windows_of
 from longspan.config.known_models import KNOWN_MODELS
 from longspan.config.load import architecture_config, make_config
-from longspan.config.resolve import architecture, resolve
+from longspan.config.model import padded_vocab_size
+from longspan.config.parameters import VOCABULARY, parameter_shapes
+from longspan.config.resolve import resolve
 from longspan.errors import UserError
 
 SHAPE = {
@@ -87,13 +91,22 @@ def test_refusals(kind, fields, words):
 
 
 def model(**changes):
-    """The keys of a model, as an export reads them."""
+    """A model, as an export reads it."""
     keys = read("llama", head_dim=16)
     read_ = make_config(
         keys | {"learning_rate": 0, "datasets": [{"path": "x"}], "sequence_len": 64} | changes
     )
     assert not read_.problems, read_.problems
-    return architecture(read_.config)
+    return Architecture.of(read_.config)
+
+
+def keys(model):
+    """All config keys of a model."""
+    return model.keys("shapes") | model.keys("numbers") | model.keys("training")
+
+
+#: what a config.json names beside the architecture
+BESIDE = {"vocab_size": 128, "sequence_len": 64}
 
 
 GPT = {
@@ -125,16 +138,17 @@ GPT = {
 def test_what_is_written_reads_back_the_same(changes, kind):
     ours = model(**changes)
     assert export_problem(ours) is None
-    written = json.loads(json.dumps(hugging_face_config(ours, "float32")))
+    written = json.loads(json.dumps(hugging_face_config(ours, **BESIDE, dtype="float32")))
     assert written["model_type"] == kind
-    back = architecture(architecture_config(keys_of(written, "x"), ours["sequence_len"]))
+    read_back = architecture_config(keys_of(written, "x"), BESIDE["sequence_len"])
+    assert read_back.vocab_size == BESIDE["vocab_size"]
+    back = Architecture.of(read_back)
     assert windows_of(back) == windows_of(ours)
-    del back["sliding_window"], ours["sliding_window"]
-    longest = ours.pop("max_position_embeddings"), back.pop("max_position_embeddings")
-    assert longest[1] >= 64
-    for name in ("rotary_base",) if kind == "gpt2" else ():
-        ours.pop(name), back.pop(name)
-    assert back == ours
+    assert back.max_position_embeddings >= 64
+    others = {"sliding_window", "max_position_embeddings"} | ({"rotary_base"} if kind == "gpt2" else set())
+    assert {k: v for k, v in keys(back).items() if k not in others} == {
+        k: v for k, v in keys(ours).items() if k not in others
+    }
 
 
 @pytest.mark.parametrize(
@@ -167,11 +181,10 @@ def test_models_without_an_architecture(changes, words):
 @pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_every_known_model_is_one(name):
     config = architecture_config(architecture_of(name))
-    fields = architecture(resolve(config, 1).config)
-    assert set(fields) == set(FIELDS)
-    assert fields["hidden_size"] % 64 == 0
-    assert fields["vocab_size"] >= 32000
-    assert export_problem(fields) is None
+    model = Architecture.of(resolve(config, 1).config)
+    assert model.hidden_size % 64 == 0
+    assert config.vocab_size >= 32000
+    assert export_problem(model) is None
 
 
 #: parameters in billions, as the models' own pages give them
@@ -207,11 +220,11 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_figures_give_the_published_number_of_parameters(name):
-    a = architecture(resolve(architecture_config(architecture_of(name)), 1).config)
-    h, d, heads, groups = a["hidden_size"], a["kv_channels"], a["num_attention_heads"], a["num_query_groups"]
-    layer = h * d * (2 * heads + 2 * groups) + 3 * h * a["ffn_hidden_size"] + 2 * h
-    layer += d * (heads + 2 * groups) if a["add_qkv_bias"] else 0
-    total = a["num_layers"] * layer + h + a["vocab_size"] * h * (1 if a["tie_word_embeddings"] else 2)
+    config = architecture_config(architecture_of(name))
+    shapes = parameter_shapes(Architecture.of(config), config.vocab_size)
+    total = sum(map(math.prod, shapes.values()))
+    padding = padded_vocab_size(config.vocab_size) - config.vocab_size
+    total -= padding * config.hidden_size * sum(name in VOCABULARY for name in shapes)
     assert total / 1e9 == pytest.approx(SIZES[name], abs=0.006 if SIZES[name] < 100 else 0.01)
 
 
@@ -271,7 +284,12 @@ def test_a_longer_sequence_than_base_models_is_an_extension():
     config = resolve(make_config(yarn).config, 1).config
     assert config.rope_scaling["original_max_position_embeddings"] == 8192
     assert config.max_position_embeddings == 20000
-    assert hugging_face_config(architecture(config), "bfloat16")["max_position_embeddings"] == 32768
+    assert (
+        hugging_face_config(
+            Architecture.of(config), vocab_size=128, sequence_len=config.sequence_len, dtype="bfloat16"
+        )["max_position_embeddings"]
+        == 32768
+    )
     again = resolve(make_config(config.model_dump()).config, 1).config  # as a worker reads the resolved file
     assert again == config
     same = resolve(make_config(base | {"sequence_len": 4096}).config, 1).config

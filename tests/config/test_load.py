@@ -179,7 +179,7 @@ def test_any_two_batch_keys_give_the_third(given, world, expected):
     values = tiny.values("prefix")
     del values["global_batch_size"]
     run = resolve(make_config(values | given).config, world)
-    assert (run.micro_batch_size, run.accumulation, run.global_batch_size) == expected
+    assert (run.batch.micro, run.batch.accumulation, run.batch.global_size) == expected
 
 
 def test_steps_and_warm_up():

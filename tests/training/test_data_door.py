@@ -11,10 +11,11 @@ import pool
 import tiny
 from longspan.config.load import make_config
 from longspan.config.resolve import resolve
+from longspan.config.run import Run
 from longspan.data.blend import BlendedDataset
 from longspan.data.checks import check_data, missing_sources
 from longspan.errors import UserError
-from longspan.runs.prepare import prepare_config
+from longspan.runs.prepare import prepare_data
 from longspan.training import loop
 from longspan.training.description import describe_run
 from longspan.training.metrics import JsonLines, Metrics
@@ -24,12 +25,16 @@ from longspan.training.trainer import Trainer
 CPU = torch.device("cpu")
 
 
-def door_run(world, **changes):
+def door_checked(world, **changes):
     values = tiny.values("unused", **changes)
     del values["datasets"], values["val_set_size"]
     reading = make_config(values)
     assert not reading.problems, reading.problems
     return resolve(reading.config, world)
+
+
+def door_run(world, **changes):
+    return Run.of(door_checked(world, **changes).config)
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +124,10 @@ def test_missing_files_are_found_first(blend, tmp_path):
 
 def test_vocabularies_at_this_door(blend, tmp_path):
     def vocab(**changes):
-        run = door_run(1, **changes)
-        done = prepare_config(run.config, show=False)
-        again = prepare_config(done, show=False)  # a launched process prepares what is prepared
+        done = prepare_data(door_checked(1, **changes), show=False)
+        again = prepare_data(done, show=False)  # a launched process prepares what is prepared
         assert again == done
-        return done
+        return done.config
 
     assert vocab(mock_data=True, vocab_size=None).vocab_size == 32768
     assert vocab(data_path=blend, vocab_size=97).vocab_size == 97

@@ -7,7 +7,6 @@ import pytest
 import tiny
 from chats import write_tokenizer
 from longspan.config.load import make_config
-from longspan.config.resolve import architecture
 from longspan.data.tokenizer_files import read_tokenizer_files, write_tokenizer_files
 from longspan.errors import UserError
 from longspan.models.hf_weights import write_files
@@ -48,7 +47,7 @@ def exit_of(folder, tmp_path, base=None, tokenizer=None, name="hf", **changes):
     values |= {"base_model": str(base)} if base else {}
     config = make_config(tiny.values("data", **(values | changes))).config
     own = None if tokenizer is None else own_tokenizer(config, str(tokenizer))
-    files = files_of_run(config, architecture(config), "float32", own)
+    files = files_of_run(config, config, "float32", own)
     write_files(files, tmp_path / name)
     return read(tmp_path / name)
 

@@ -17,7 +17,7 @@ from longspan.data import IndexedDataset, open_masks
 from longspan.data.checks import check_data
 from longspan.data.splits import open_datasets
 from longspan.errors import UserError
-from longspan.runs.prepare import prepare_config
+from longspan.runs.prepare import prepare_data
 from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ def run_of(folder, world, **changes):
     read = make_config(values)
     assert not read.problems, read.problems
     run = resolve(read.config, world)
-    return resolve(prepare_config(run.config, show=False), world)
+    return prepare_data(run, show=False)
 
 
 def token_losses(folder, changes):
@@ -313,8 +313,8 @@ def test_preparing_again_finds_everything_and_special_tokens_are_used(data, tmp_
         assert first[-1] == 4
     kept = (tmp_path / "x").parent.rglob("*")
     stamps = {p: p.stat().st_mtime_ns for p in kept if p.is_file()}
-    again = resolve(prepare_config(run.config.model_copy(update={"datasets": [
-        d.model_copy(update={"prepared": None}) for d in run.config.datasets]}), show=False), 1)  # fmt: skip
+    again = prepare_data(run.with_keys(datasets=[
+        d.model_copy(update={"prepared": None}) for d in run.config.datasets]), show=False)  # fmt: skip
     assert again.config == run.config
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == stamps
     settings = json.loads((tmp_path / run.config.tokenizer_config / "tokenizer_config.json").read_text())

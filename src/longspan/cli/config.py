@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from longspan.cli.options import key_help, number, read_config, take_options
 from longspan.cli.reference import markdown
 from longspan.config.load import to_yaml
-from longspan.config.resolve import resolve
+from longspan.config.resolve import complete
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError
 
@@ -46,15 +46,9 @@ def run(arguments: Sequence[str]) -> int:
     assert reading.config is not None
     # nothing is trained here: a learning rate that is still to come stays open
     unsaid = {"learning_rate"} if reading.config.learning_rate is None else set()
-    resolved = resolve(reading.config, world, bad_keys=reading.bad | unsaid, earlier=reading.problems)
-    config = resolved.config.model_copy(
-        update={
-            "micro_batch_size": resolved.micro_batch_size,
-            "gradient_accumulation_steps": resolved.accumulation,
-            "global_batch_size": resolved.global_batch_size,
-            "dp_shard_size": resolved.sizes.dp_shard,
-            "sequence_parallel": resolved.sequence_parallel,
-        }
-    )
+    config = complete(reading.config, world, bad_keys=reading.bad | unsaid, earlier=reading.problems)
+    # these follow from the machine that trains, which need not be this one
+    open_keys = ("device", "bf16", "tf32", "torch_compile")
+    config = config.model_copy(update={name: getattr(reading.config, name) for name in open_keys})
     print(json.dumps(config.model_dump(), indent=2) if "--json" in taken else to_yaml(config), end="")
     return 0

@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longspan.cli.launch import HELP
-from longspan.cli.options import key_help, number
-from longspan.cli.train import read_run
+from longspan.cli.options import key_help, number, take_options
+from longspan.cli.train import read_checked
 from longspan.config.data_rules import evaluates
 from longspan.config.load import to_yaml
-from longspan.config.resolve import resolve
 from longspan.errors import UserError
-from longspan.runs.evaluate import weights, work
-from longspan.runs.prepare import prepare_config
-from longspan.runs.start import quiet_logs, start, under_torchrun
+from longspan.runs.evaluate import with_weights, work
+from longspan.runs.prepare import prepare_data
+from longspan.runs.start import WORKER, quiet_logs, read_run, start, under_torchrun
 
 USAGE = f"""\
 usage: longspan eval CONFIG [--checkpoint PATH] [--any-key value] [--needles N] [--json]
@@ -30,7 +29,7 @@ held-out text, and the text ends with its first half. At any layout, whatever la
                      right), needles (length, depth, right, probability)
 {HELP}"""
 
-OPTIONS = {"--checkpoint": True, "--needles": True, "--json": False, "--worker": True}
+OPTIONS = {"--checkpoint": True, "--needles": True, "--json": False, WORKER: True}
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -39,30 +38,29 @@ def run(arguments: Sequence[str]) -> int:
         print(key_help())
         return 0
     own: dict[str, str] = {}
-    resolved, launch, device = read_run("eval", arguments, OPTIONS, own)
+    if WORKER in arguments:
+        taken, rest, _ = take_options(arguments, OPTIONS)
+        return work(read_run(rest[0]), int(taken["--needles"]), Path(taken[WORKER]))
+    checked, launch = read_checked("eval", arguments, OPTIONS, own)
     problems: list[str] = []
     trials = number(own, "--needles", problems, least=0)
     trials = 2 if trials is None else trials
-    if not evaluates(resolved.config):
+    if not evaluates(checked.config):
         problems.append(
             "longspan eval needs held-out documents: val_set_size is 0. Give --val-set-size 0.02, say, or test_datasets (for "
             "data_path: --split 99,1,0)."
         )
     if problems:
         raise UserError(problems)
-    if "--worker" in own:
-        return work(resolved, device, trials, Path(own["--worker"]))
     if under_torchrun() or launch.machines > 1:
         raise UserError("longspan eval starts its processes itself, on one machine: run it without torchrun.")
     quiet_logs()
-    config = prepare_config(resolved.config, show="--json" not in own)
-    resolved = resolve(config, resolved.world_size)
-    config = config.model_copy(update=weights(resolved, own.get("--checkpoint")))
+    run = with_weights(prepare_data(checked, show="--json" not in own), own.get("--checkpoint"))
     with tempfile.TemporaryDirectory() as folder:
         path, result = Path(folder) / "config.yaml", Path(folder) / "result.json"
-        path.write_text(to_yaml(config), encoding="utf-8")
-        worker = ["eval", str(path), "--needles", str(trials), "--worker", str(result)]
-        code = start(launch, resolved.world_size, worker, device)
+        path.write_text(to_yaml(run.config), encoding="utf-8")
+        worker = ["eval", str(path), "--needles", str(trials), WORKER, str(result)]
+        code = start(launch, run.sizes.world_size, worker, run.device)
         if code:
             return code
         found = json.loads(result.read_text())

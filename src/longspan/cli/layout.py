@@ -20,17 +20,18 @@ from typing import TYPE_CHECKING
 from longspan.cli.options import key_help, number, read_config, take_options
 from longspan.config.data_rules import keeps_documents_apart
 from longspan.config.packages import has_package
-from longspan.config.resolve import Run, resolve
+from longspan.config.resolve import resolve
+from longspan.config.run import Checked
 from longspan.data.checks import missing_sources
 from longspan.errors import UserError
-from longspan.runs.prepare import prepare_config
+from longspan.runs.prepare import prepare_data
 from longspan.training.schedule import training_steps
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
     from rich.table import Table
 
-    from longspan.context_parallel.costs import Costs, LayerKind
+    from longspan.context_parallel.costs import AlikeLayers, Costs
     from longspan.context_parallel.layout import SequenceLayout
 
 USAGE = """\
@@ -89,7 +90,7 @@ def run(arguments: Sequence[str]) -> int:
     from longspan.context_parallel.costs import Costs
     from longspan.context_parallel.layout import LAYOUTS
 
-    layers, model = layer_kinds(resolved, max(lengths)), resolved.transformer_config()
+    layers, model = alike_layers(resolved, max(lengths)), resolved.model
     n, m = (count // resolved.sizes.tp for count in (model.num_attention_heads, model.num_query_groups))
     costs = {name: Costs.of(make_layout(resolved, lengths, name), layers, n, m) for name in LAYOUTS}
     result = describe(resolved, lengths, layers, costs)
@@ -108,7 +109,7 @@ def run(arguments: Sequence[str]) -> int:
 # --- what is asked -----------------------------------------------------------------------------
 
 
-def read(arguments: Sequence[str]) -> tuple[Run, list[int], Path | None, bool]:
+def read(arguments: Sequence[str]) -> tuple[Checked, list[int], Path | None, bool]:
     """(the run, the tokens of each document, where the picture goes, JSON?).
 
     Raises:
@@ -171,49 +172,38 @@ def read_picture(text: str, problems: list[str]) -> Path:
     return path
 
 
-def lengths_of_step(run: Run, step: int) -> list[int]:
+def lengths_of_step(run: Checked, step: int) -> list[int]:
     """The documents of the first micro-batch of a training step, as the first data parallel rank takes it."""
     from longspan.data import make_batch
     from longspan.data.splits import open_datasets
 
-    run = resolve(prepare_config(run.config, show=True), run.world_size)
-    data, *_ = open_datasets(run)
-    if step >= (steps := training_steps(run, len(data))):
+    prepared = prepare_data(run, show=True)
+    data, *_ = open_datasets(prepared)
+    if step >= (steps := training_steps(prepared, len(data))):
         raise UserError(f"--step {step}: the config trains {steps} steps, so it is from 0 to {steps - 1}.")
-    samples = data.global_batch(step, run.global_batch_size)[: run.micro_batch_size]
+    samples = data.global_batch(step, run.batch.global_size)[: run.batch.micro]
     pack = make_batch([data.row(i) for i in samples], apart=True)
     assert pack.cu_seqlens is not None
     return pack.cu_seqlens.diff().tolist()
 
 
-def make_layout(run: Run, lengths: Sequence[int], name: str) -> SequenceLayout:
+def make_layout(run: Checked, lengths: Sequence[int], name: str) -> SequenceLayout:
     """The layout that training makes of such a pack."""
-    from longspan.context_parallel.layout import SequenceLayout
+    from longspan.context_parallel.run_layout import run_layout
 
-    return SequenceLayout.make(
-        name,
-        sum(lengths),
-        run.sizes.cp,
-        cu_seqlens=[0, *itertools.accumulate(lengths)],
-        windows=run.windows,
-        multiple_of=run.sizes.tp if run.sequence_parallel else 1,
-        together=run.ranks_together,
-    )
+    return run_layout(run, sum(lengths), [0, *itertools.accumulate(lengths)], name)
 
 
-def layer_kinds(run: Run, longest: int) -> list[LayerKind]:
+def alike_layers(run: Checked, longest: int) -> list[AlikeLayers]:
     """The layers by what they cost; one layer where all are alike."""
-    from longspan.context_parallel.costs import LayerKind
+    from longspan.context_parallel.costs import AlikeLayers
 
-    model, cp = run.transformer_config(), run.sizes.cp
-    inner = (run.config.hierarchical_context_parallel_sizes or [1])[0]
     found: Counter[tuple] = Counter()
-    for layer in range(1, model.num_layers + 1):
-        comm_type, window = model.comm_type_of_layer(layer), model.window_of_layer(layer)
-        together = {"a2a": cp, "a2a+p2p": inner}.get(comm_type, 1) if cp > 1 else 1
-        found[comm_type, window if window is not None and window < longest else None, together] += 1
+    for layer in run.layers:
+        window = layer.window if layer.window is not None and layer.window < longest else None
+        found[layer.comm_type, window, run.head_group(layer)] += 1
     return [
-        LayerKind(comm_type, window, together, count=count if len(found) > 1 else 1)
+        AlikeLayers(comm_type, window, together, count=count if len(found) > 1 else 1)
         for (comm_type, window, together), count in found.items()
     ]
 
@@ -221,7 +211,7 @@ def layer_kinds(run: Run, longest: int) -> list[LayerKind]:
 # --- the answer ---------------------------------------------------------------------------------
 
 
-def describe(run: Run, lengths: list[int], layers: list[LayerKind], costs: dict[str, Costs]) -> dict:
+def describe(run: Checked, lengths: list[int], layers: list[AlikeLayers], costs: dict[str, Costs]) -> dict:
     """What ``--json`` prints."""
     asked, total, ranks = run.config.cp_layout, sum(lengths), run.sizes.cp
     name = make_layout(run, lengths, asked).name
@@ -279,14 +269,14 @@ def exact(value: float) -> int | float:
     return int(value) if value == int(value) else round(float(value), 2)
 
 
-def notes(run: Run, lengths: list[int], layers: list[LayerKind], costs: Costs) -> list[str]:
+def notes(run: Checked, lengths: list[int], layers: list[AlikeLayers], costs: Costs) -> list[str]:
     """What a reader of the figures should know."""
     config, found = run.config, []
     if config.hybrid_context_parallel:
         found.append(
             "hybrid_context_parallel is on: training deals the documents of a whole step out over all ranks of dp x cp"
         )
-    rows = run.micro_batch_size if keeps_documents_apart(config) else 1
+    rows = run.batch.micro if keeps_documents_apart(config) else 1
     if sum(lengths) != rows * config.sequence_len:
         text = f"{rows} x {config.sequence_len:,}" if rows > 1 else f"{config.sequence_len:,}"
         found.append(f"the pack has {sum(lengths):,} tokens; the config trains on {text} (sequence_len)")
@@ -317,12 +307,12 @@ def better(name: str, costs: dict[str, Costs]) -> list[str]:
     return found
 
 
-def kind_text(layer: LayerKind) -> str:
+def kind_text(layer: AlikeLayers) -> str:
     inside = f" in groups of {layer.together}" if layer.comm_type == "a2a+p2p" else ""
     return layer.comm_type + inside + (f" window {layer.window:,}" if layer.window is not None else "")
 
 
-def report(result: dict, layers: list[LayerKind]) -> None:
+def report(result: dict, layers: list[AlikeLayers]) -> None:
     """Prints the result for people."""
     from rich.console import Console
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from longspan.context_parallel.costs import Costs, LayerKind
+from longspan.context_parallel.costs import AlikeLayers, Costs
 from longspan.context_parallel.layout import Segment, SequenceLayout
 from longspan.files import write_whole
 
@@ -48,7 +48,7 @@ LOOK = {
 }
 
 
-def draw(costs: Costs, layers: Sequence[LayerKind], result: dict, path: Path) -> None:
+def draw(costs: Costs, layers: Sequence[AlikeLayers], result: dict, path: Path) -> None:
     """Writes the picture, whole or not at all.
 
     Args:
@@ -138,7 +138,7 @@ def ribbon(axes: Axes, layout: SequenceLayout) -> None:
         side.set_visible(False)
 
 
-def causal_area(axes: Axes, costs: Costs, layers: Sequence[LayerKind]) -> None:
+def causal_area(axes: Axes, costs: Costs, layers: Sequence[AlikeLayers]) -> None:
     """Each (query, key) pair that counts in the colour of the rank that computes it; in the free corner each rank's work."""
     layout, together = costs.layout, min(layer.together for layer in layers)
     held, palette = layout, colours(layout.ranks)
@@ -196,7 +196,7 @@ def work(axes: Axes, costs: Costs) -> None:
         axes.spines[side].set_visible(False)
 
 
-def traffic(axes: Axes, costs: Costs, layers: Sequence[LayerKind]) -> None:
+def traffic(axes: Axes, costs: Costs, layers: Sequence[AlikeLayers]) -> None:
     """[users, owners]: the rows that travel in a forward pass, with what each rank receives in all."""
     P, wire = costs.layout.ranks, costs.wire
     shown = np.ma.masked_array(wire, np.eye(P, dtype=bool))

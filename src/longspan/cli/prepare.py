@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from longspan.cli.options import number, read_config, take_options
 from longspan.cli.preprocess import FILE_OPTIONS, prepare_files
 from longspan.config.resolve import resolve
-from longspan.runs.prepare import prepare_config
+from longspan.runs.prepare import prepare_data
 
 USAGE = """\
 usage: longspan prepare CONFIG [--show N] [--json] [--any-key value]
@@ -48,8 +48,8 @@ def run(arguments: Sequence[str]) -> int:
     show, as_json = number(own, "--show", problems), "--json" in own
     reading = read_config("prepare", rest, list(OPTIONS), problems)
     assert reading.config is not None
-    config = resolve(reading.config, bad_keys=reading.bad, earlier=reading.problems).config
-    config = prepare_config(config, show=not as_json)
+    checked = resolve(reading.config, bad_keys=reading.bad, earlier=reading.problems)
+    config = prepare_data(checked, show=not as_json).config
     if as_json:
         from longspan.cli.show_samples import describe
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from longspan.cli.launch import HELP, OPTIONS, read_launch
 from longspan.cli.options import key_help, read_config, take_options
+from longspan.config.run import Checked
 from longspan.runs.check import checked
-from longspan.runs.train import start_or_join
-
-if TYPE_CHECKING:
-    pass
+from longspan.runs.start import WORKER, Launch, read_run
+from longspan.runs.train import join, start_or_join
 
 USAGE = f"""\
 usage: longspan train CONFIG [--any-key value] [launcher options] [--launcher torchrun -- torchrun arguments]
@@ -25,14 +23,21 @@ def run(arguments: Sequence[str]) -> int:
         print(USAGE)
         print(key_help())
         return 0
-    return start_or_join(*read_run("train", arguments))
+    if WORKER in arguments:
+        return join(read_run(arguments[0]))
+    return start_or_join(*read_checked("train", arguments))
 
 
-def read_run(command: str, arguments: Sequence[str], more_options: dict[str, bool] | None = None, taken=None):
+def read_checked(
+    command: str,
+    arguments: Sequence[str],
+    more_options: dict[str, bool] | None = None,
+    taken: dict[str, str] | None = None,
+) -> tuple[Checked, Launch]:
     """Reads config, overrides and launcher options, and checks all rules.
 
     Returns:
-        (Run, Launch, device type). ``taken`` (a dict) receives the command's own options.
+        (Checked, Launch). ``taken`` (a dict) receives the command's own options.
 
     Raises:
         UserError: with all problems at once.

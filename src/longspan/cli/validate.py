@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from longspan.cli.options import key_help, number, take_options
-from longspan.config.architecture import architecture_of, is_hub_id, unused_fields
 from longspan.config.data_rules import PATHS, marks_documents, read_blend
+from longspan.config.hub import architecture_of, is_hub_id, unused_fields
 from longspan.config.load import Overrides, Reading, make_config, parse_overrides, read_yaml
 from longspan.config.megatron import parse_megatron_flags
 from longspan.config.megatron_messages import by_flags
-from longspan.config.resolve import Run, resolve
+from longspan.config.resolve import complete
+from longspan.config.run import batch_of, sizes_of
 from longspan.config.schema import DatasetConfig, TrainConfig
 from longspan.errors import UserError
 from longspan.runs.prepare import check_vocabulary, end_of_document
@@ -96,17 +97,17 @@ def check(name: str, reading: Reading, world: int | None) -> dict[str, Any]:
                 "heads are not checked"
             )
     try:
-        resolved = resolve(config, world, bad_keys=bad, earlier=reading.problems)
+        whole = complete(config, world, bad_keys=bad, earlier=reading.problems)
     except UserError as error:
         return result | {"problems": error.problems, "without_effect": reading.notes}
     try:
         check_templates(config)
         if folder := tokenizer_here(config):
-            check_vocabulary(resolved.config, folder)
+            check_vocabulary(whole, folder)
         elif config.tokenizer_config is not None and config.vocab_file is None:
             not_checked.append(f"tokenizer_config: {config.tokenizer_config} is not on this machine")
         elif not has_tokenizer(config) and config.eod_token_id is None and marks_documents(config):
-            end_of_document(resolved.config, None)
+            end_of_document(whole, None)
     except UserError as error:
         return result | {"problems": error.problems, "without_effect": reading.notes}
     if config.base_model is not None and config.rope_scaling is None and "base_model" not in bad:
@@ -118,7 +119,7 @@ def check(name: str, reading: Reading, world: int | None) -> dict[str, Any]:
     not_checked += [f"{name}: {path} is not on this machine" for name, path in paths if not is_here(path)]
     return (
         result
-        | summary(resolved, world)
+        | summary(whole, world)
         | {"valid": True, "without_effect": reading.notes, "not_checked": not_checked}
     )
 
@@ -158,10 +159,9 @@ def is_here(path: str) -> bool:
     return path == "python-stdlib" or any(Path(path + suffix).exists() for suffix in ("", ".bin", ".idx"))
 
 
-def summary(run: Run, world: int | None) -> dict[str, Any]:
+def summary(config: TrainConfig, world: int | None) -> dict[str, Any]:
     """Mesh, batch, sequence, steps and model, as numbers and as the lines people read."""
-    config, sizes = run.config, run.sizes
-    tokens = run.global_batch_size * config.sequence_len
+    sizes, batch = sizes_of(config), batch_of(config)
     rows = -(-config.sequence_len // sizes.cp)
     moves = config.cp_comm_type if isinstance(config.cp_comm_type, str) else "/".join(config.cp_comm_type)
     axes = {
@@ -178,8 +178,7 @@ def summary(run: Run, world: int | None) -> dict[str, Any]:
             if world is None
             else ""
         ),
-        "batch": f"micro {run.micro_batch_size} x accumulation {run.accumulation} x dp {sizes.dp} = "
-        f"{run.global_batch_size} sequences = {tokens:,} tokens a step",
+        "batch": batch.equation(sizes.dp),
         "sequence": f"{config.sequence_len:,} tokens"
         + (
             f", {rows:,} on each of {sizes.cp} context parallel ranks before padding ({moves})"
@@ -199,11 +198,11 @@ def summary(run: Run, world: int | None) -> dict[str, Any]:
         "lines": lines,
         "mesh": axes | {"processes": sizes.world_size},
         "batch": {
-            "micro_batch_size": run.micro_batch_size,
-            "gradient_accumulation_steps": run.accumulation,
+            "micro_batch_size": batch.micro,
+            "gradient_accumulation_steps": batch.accumulation,
             "dp": sizes.dp,
-            "global_batch_size": run.global_batch_size,
-            "tokens": tokens,
+            "global_batch_size": batch.global_size,
+            "tokens": batch.tokens_a_step,
         },
         "sequence": {"tokens": config.sequence_len, "cp": sizes.cp, "tokens_of_a_rank": rows},
         "steps": config.max_steps,

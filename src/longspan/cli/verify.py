@@ -7,20 +7,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from longspan.cli.launch import HELP
-from longspan.cli.options import key_help, number
-from longspan.cli.train import read_run
+from longspan.cli.options import key_help, number, take_options
+from longspan.cli.train import read_checked
 from longspan.config.load import to_yaml
-from longspan.config.resolve import resolve
 from longspan.errors import UserError
-from longspan.runs.prepare import check_weights, prepare_config
-from longspan.runs.start import quiet_logs, start, under_torchrun
+from longspan.runs.prepare import check_weights, prepare_data
+from longspan.runs.start import WORKER, quiet_logs, read_run, start, under_torchrun
 from longspan.runs.verify import TOLERANCES, compare, relative, variants, work
-
-if TYPE_CHECKING:
-    pass
 
 USAGE = f"""\
 usage: longspan verify CONFIG [--any-key value] [--steps N] [--dtype float64|float32] [--all] [--json]
@@ -33,7 +28,7 @@ Runs the first steps and an evaluation at the config's layout and on one process
 Exit code 0: within tolerance, 1: not.
 {HELP}"""
 
-OPTIONS = {"--steps": True, "--dtype": True, "--all": False, "--json": False, "--worker": True}
+OPTIONS = {"--steps": True, "--dtype": True, "--all": False, "--json": False, WORKER: True}
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -42,7 +37,11 @@ def run(arguments: Sequence[str]) -> int:
         print(key_help())
         return 0
     own: dict[str, str] = {}
-    resolved, launch, device = read_run("verify", arguments, OPTIONS, own)
+    if WORKER in arguments:
+        taken, rest, _ = take_options(arguments, OPTIONS)
+        runs = variants(read_run(rest[0]), "--all" in taken)
+        return work(runs, int(taken["--steps"]), Path(taken[WORKER]))
+    checked, launch = read_checked("verify", arguments, OPTIONS, own)
     problems: list[str] = []
     steps = number(own, "--steps", problems) or 2
     dtype = own.get("--dtype", "float64")
@@ -50,33 +49,30 @@ def run(arguments: Sequence[str]) -> int:
         problems.append(f"--dtype {dtype!r}: one of {', '.join(TOLERANCES)}.")
     if problems:
         raise UserError(problems)
-    if "--worker" in own:
-        return work(variants(resolved, "--all" in own), device, steps, Path(own["--worker"]))
     if under_torchrun() or launch.machines > 1:
         raise UserError(
             "longspan verify starts its processes itself, on one machine: run it without torchrun."
         )
     quiet_logs()
-    changes = {"params_dtype": dtype, "bf16": False, "use_tensorboard": False}
-    config = prepare_config(resolved.config, show=True).model_copy(update=changes)
     from longspan.data.checks import check_data
 
-    resolved = resolve(config, resolved.world_size)
-    check_data(resolved)
-    check_weights(resolved)
-    runs = variants(resolved, "--all" in own)
+    run = prepare_data(checked, show=True)
+    run = run.with_keys(params_dtype=dtype, bf16=False, tf32=False, use_tensorboard=False)
+    check_data(run)
+    check_weights(run)
+    runs = variants(run, "--all" in own)
     with tempfile.TemporaryDirectory() as folder:
         path, result = Path(folder) / "config.yaml", Path(folder) / "result.pt"
-        path.write_text(to_yaml(config), encoding="utf-8")
+        path.write_text(to_yaml(run.config), encoding="utf-8")
         times = f", {len(runs)} times" if len(runs) > 1 else ""
-        say(own, f"running {steps} steps at {resolved.sizes.equation()}{times}")
-        worker = ["verify", str(path), "--steps", str(steps), "--worker", str(result)]
+        say(own, f"running {steps} steps at {run.sizes.equation()}{times}")
+        worker = ["verify", str(path), "--steps", str(steps), WORKER, str(result)]
         worker += ["--all"] if "--all" in own else []
-        code = start(launch, resolved.world_size, worker, device)
+        code = start(launch, run.sizes.world_size, worker, run.device)
         if code:
             return code
         say(own, "running them on one process")
-        results = compare(runs, steps, dtype, result, device)
+        results = compare(runs, steps, result)
     if "--all" in own:
         return report_all(results, "--json" in own)
     return report(results[0], "--json" in own)

@@ -1,129 +1,221 @@
-"""Where a ``base_model`` is found: a local folder, the table of known architectures, or the hub."""
+"""Architecture: every field that makes a model, once, without torch.
+
+A field is declared here and in ``config/keys/model.py`` (its key). From here follow TransformerConfig
+(``config.model``), what a checkpoint records of its model (``longspan.json``), config.json in and out
+(``config.hugging_face``), and the names and shapes of the parameters (``config.parameters``).
+
+Each field has in its metadata what it decides, and the name of its key where that is another one:
+
+    shapes      which weights there are and what they stand for: a checkpoint of another value does not fit
+    numbers     what is computed with the weights: a run is resumed with the same value only
+    training    how training begins or goes on: neither of the two
+"""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
-from longspan.config.hugging_face import ignored_fields, keys_of
-from longspan.config.json_text import parse_json
-from longspan.config.known_models import known_model
-from longspan.errors import UserError
+from longspan.config.rope import rope_problems
+from longspan.errors import Problem
+
+if TYPE_CHECKING:
+    from longspan.config.schema import TrainConfig
+
+#: names activation_func takes
+ACTIVATIONS = ("silu", "gelu", "relu")
+
+#: how a model knows positions
+POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
 
 
-def model_file(base_model: str, name: str, network: bool = True) -> Path:
-    """A file of a model: in a local folder, or fetched from the hub for an id such as ``org/name``.
+SHAPES, NUMBERS, TRAINING = ({"decides": what} for what in ("shapes", "numbers", "training"))
 
-    Args:
-        network: False takes what an earlier run fetched, and asks nobody.
 
-    Raises:
-        UserError: it is in neither.
+def key_of(one: Field) -> str:
+    """The config key of a field of :class:`Architecture`."""
+    return one.metadata.get("key") or one.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialValues:
+    """What a layer alone needs of a model: how its weights begin."""
+
+    init_method_std: float = field(default=0.02, metadata=TRAINING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(InitialValues):
+    """The architecture of a decoder, with Megatron-LM's defaults.
+
+    Sizes are numbers of features, heads or layers. ``num_query_groups`` is the number of
+    key/value heads (GQA); None means as many as query heads. ``kv_channels`` is the size of
+    a head; None means hidden_size / num_attention_heads. ``ffn_hidden_size`` None means
+    4 x hidden_size. ``activation_func`` is a name (``"gelu"``, ``"silu"``) or a callable.
+    ``max_position_embeddings`` is the number of rows of a learned table of positions (None:
+    GPTModel's max_sequence_length) and where ``dynamic`` scaling of rotary embeddings begins.
+    ``sliding_window`` (tokens a query sees, itself included; None is no limit) holds for all
+    layers, or is a list cycled over the layers.
+
+    An object may break rules: :func:`architecture_problems` finds them.
     """
-    path = Path(base_model) / name
-    if path.is_file():
-        return path
-    if not Path(base_model).exists() and is_hub_id(base_model):
-        try:
-            from huggingface_hub import hf_hub_download
 
-            return Path(hf_hub_download(base_model, name, local_files_only=not network))
-        except Exception as error:  # offline, no such model, no access: the remedy is the same
-            raise UserError(_not_fetched(base_model, name, error)) from None
-    raise UserError(
-        f"base_model {base_model!r}: there is no {name} in it. Give a folder that holds a Hugging Face "
-        "config.json, or leave base_model out and give num_layers, hidden_size and num_attention_heads."
+    num_layers: int = field(metadata=SHAPES)
+    hidden_size: int = field(metadata=SHAPES)
+    num_attention_heads: int = field(metadata=SHAPES)
+    num_query_groups: int = field(default=None, metadata=SHAPES)  # type: ignore[assignment]
+    kv_channels: int = field(default=None, metadata=SHAPES)  # type: ignore[assignment]
+    ffn_hidden_size: int = field(default=None, metadata=SHAPES)  # type: ignore[assignment]
+    normalization: str = field(default="LayerNorm", metadata=SHAPES)
+    layernorm_zero_centered_gamma: bool = field(default=False, metadata=SHAPES)
+    gated_linear_unit: bool = field(default=False, metadata=SHAPES)
+    activation_func: str | Callable = field(default="gelu", metadata=SHAPES)
+    add_bias_linear: bool = field(default=True, metadata=SHAPES)
+    add_qkv_bias: bool = field(default=False, metadata=SHAPES)
+    qk_layernorm: bool = field(default=False, metadata=SHAPES)
+    position_embedding_type: str = field(default="rope", metadata=SHAPES)
+    share_embeddings_and_output_weights: bool = field(
+        default=False, metadata=SHAPES | {"key": "tie_word_embeddings"}
     )
+    # it decides shapes with a learned table of positions alone
+    max_position_embeddings: int | None = field(default=None, metadata=SHAPES)
+
+    rotary_base: float = field(default=10000.0, metadata=NUMBERS)
+    rope_scaling: Mapping[str, Any] | None = field(default=None, metadata=NUMBERS)
+    sliding_window: int | list[int | None] | None = field(default=None, metadata=NUMBERS)
+    layernorm_epsilon: float = field(default=1e-5, metadata=NUMBERS)
+
+    attention_dropout: float = field(default=0.0, metadata=TRAINING)
+    hidden_dropout: float = field(default=0.0, metadata=TRAINING)
+
+    def __post_init__(self) -> None:
+        heads = self.num_attention_heads
+        if self.num_query_groups is None:
+            object.__setattr__(self, "num_query_groups", heads)
+        # where it does not divide, the size of a head stays open, and architecture_problems finds that
+        if self.kv_channels is None and heads >= 1 and self.hidden_size % heads == 0:
+            object.__setattr__(self, "kv_channels", self.hidden_size // heads)
+        if self.ffn_hidden_size is None:
+            object.__setattr__(self, "ffn_hidden_size", 4 * self.hidden_size)
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Architecture:
+        """The architecture of a config that gives layers, hidden_size and heads."""
+        values = {one.name: getattr(config, key_of(one)) for one in fields(Architecture)}
+        if config.position_embedding_type == "learned_absolute":
+            values["max_position_embeddings"] = config.max_position_embeddings or config.sequence_len
+        return cls(**values)
+
+    def keys(self, decides: str) -> dict[str, Any]:
+        """Config key -> value of the fields that decide ``shapes``, ``numbers`` or ``training``."""
+        found = {
+            key_of(one): getattr(self, one.name)
+            for one in fields(Architecture)
+            if one.metadata["decides"] == decides
+        }
+        if not self.learned_positions:
+            found.pop("max_position_embeddings", None)
+        return found
+
+    @property
+    def learned_positions(self) -> bool:
+        """Is there a table of positions?"""
+        return self.position_embedding_type == "learned_absolute"
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The sliding windows that are cycled over the layers."""
+        given = self.sliding_window
+        return list(given) if isinstance(given, list | tuple) else [given]
+
+    def window_of_layer(self, layer_number: int) -> int | None:
+        """The sliding window of layer ``layer_number`` (from 1), None for none."""
+        windows = self.windows
+        return windows[(layer_number - 1) % len(windows)]
 
 
-def is_hub_id(base_model: str) -> bool:
-    """Is this of the form ``org/name``?"""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model) is not None
+#: keys of the fields that decide shapes
+SHAPE_KEYS = tuple(key_of(one) for one in fields(Architecture) if one.metadata["decides"] == "shapes")
 
 
-def _not_fetched(base_model: str, what: str, error: Exception) -> str:
-    name = base_model.split("/")[-1]
-    reason = "huggingface_hub is not installed" if isinstance(error, ImportError) else type(error).__name__
-    return (
-        f"base_model {base_model!r} is no local folder and {what} could not be fetched from the hub ({reason}). Download the "
-        f"model where the hub can be reached, with 'hf download {base_model} --local-dir {name}', and give base_model: {name}."
+def architecture_problems(model: Architecture) -> list[Problem]:
+    """All broken rules of an architecture, as (fields involved, message)."""
+    found: list[Problem] = []
+
+    def rule(holds: bool, names: tuple[str, ...], message: str) -> None:
+        if not holds:
+            found.append((names, message))
+
+    sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+    for name in (*sizes, "ffn_hidden_size", "max_position_embeddings"):
+        size = getattr(model, name)
+        rule(size is None or size >= 1, (name,), f"{name}={size}: a size is at least 1.")
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    rule(
+        model.kv_channels is not None or bool(found),
+        ("hidden_size", "num_attention_heads"),
+        f"hidden_size {model.hidden_size} is not divisible by num_attention_heads {heads}. Choose divisible sizes, or give "
+        "kv_channels (the head size).",
     )
-
-
-def model_folder(base_model: str) -> Path:
-    """The folder of a model with its weights and tokenizer; a hub id is fetched whole (safetensors, tokenizer and JSON only).
-
-    Raises:
-        UserError: it is no folder and cannot be fetched.
-    """
-    if Path(base_model).is_dir():
-        return Path(base_model)
-    if not is_hub_id(base_model):
-        return model_file(base_model, "config.json").parent  # which says that there is none
-    try:
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
-        return Path(snapshot_download(base_model, allow_patterns=patterns))
-    except Exception as error:  # offline, no such model, no access: the remedy is the same
-        remedy = " To start from random weights of this architecture: reinit_weights: true."
-        raise UserError(_not_fetched(base_model, "its weights", error) + remedy) from None
-
-
-def model_config(base_model: str, network: bool = True) -> tuple[dict[str, Any], str]:
-    """What a model's ``config.json`` holds, and its name for messages: from a folder, the table, or the hub.
-
-    Raises:
-        UserError: it is in none of them, or no JSON object.
-    """
-    if not Path(base_model).exists() and (known := known_model(base_model)) is not None:
-        return known, f"the known architecture of {base_model}"
-    path = model_file(base_model, "config.json", network)
-    try:
-        data = parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"base_model: {path} cannot be read ({error.strerror}). Put its permissions right."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"base_model: {path} is not valid JSON ({error}).") from None
-    if not isinstance(data, dict):
-        raise UserError(f"base_model: {path} holds {type(data).__name__}, not an object of fields.")
-    return data, str(path)
-
-
-def architecture_of(base_model: str, network: bool = True) -> dict[str, Any]:
-    """The architecture keys of a model; of a known one without its folder and without a network.
-
-    Args:
-        network: as in :func:`model_file`.
-
-    Raises:
-        UserError: no such folder, no config.json, or a model that is not supported.
-    """
-    return keys_of(*model_config(base_model, network))
-
-
-def unused_fields(base_model: str) -> list[str]:
-    """A line for what a model's ``config.json`` names and nobody reads; nothing is fetched.
-
-    Args:
-        base_model: one whose architecture was read already.
-    """
-    data, where = model_config(base_model, network=False)
-    named = ", ".join(ignored_fields(data))
-    return [f"rope_scaling of {where}: {named} (transformers ignores it too)"] if named else []
-
-
-def vocabulary_of(values: dict[str, Any], base_model: str) -> int:
-    """The vocabulary's size among the architecture keys of a model.
-
-    Raises:
-        UserError: its config.json names none, and transformers' default would not fit its weights but by chance.
-    """
-    if values.get("vocab_size") is None:
-        raise UserError(
-            f"base_model {base_model}: its config.json names no vocab_size. Download the model again."
+    if found:
+        return found
+    rule(
+        heads % groups == 0,
+        ("num_attention_heads", "num_query_groups"),
+        f"num_attention_heads {heads} is not divisible by num_query_groups {groups} (key/value heads): "
+        "each key/value head serves the same number of query heads.",
+    )
+    rule(
+        model.kv_channels % 2 == 0 or model.position_embedding_type != "rope",
+        ("kv_channels",),
+        f"kv_channels {model.kv_channels} (head size) is odd: rotary embeddings turn pairs. Use an even size.",
+    )
+    rule(
+        model.normalization in ("RMSNorm", "LayerNorm"),
+        ("normalization",),
+        f"normalization {model.normalization!r}: RMSNorm or LayerNorm.",
+    )
+    rule(
+        model.position_embedding_type in POSITION_EMBEDDINGS,
+        ("position_embedding_type",),
+        f"position_embedding_type {model.position_embedding_type!r}: one of {', '.join(POSITION_EMBEDDINGS)}.",
+    )
+    for name in ("attention_dropout", "hidden_dropout"):
+        rule(
+            getattr(model, name) == 0.0,
+            (name,),
+            f"{name}={getattr(model, name)}: dropout is not supported yet, because its pattern would depend "
+            "on the layout. Set it to 0.",
         )
-    return values["vocab_size"]
+    windows = model.windows
+    rule(
+        bool(windows) and all(w is None or (isinstance(w, int) and w >= 1) for w in windows),
+        ("sliding_window",),
+        f"sliding_window {model.sliding_window}: tokens a query sees, itself included, so 1 or more; null for no limit; or a "
+        "list of these, cycled over the layers.",
+    )
+    rule(
+        not isinstance(model.activation_func, str) or model.activation_func in ACTIVATIONS,
+        ("activation_func",),
+        f"activation_func {model.activation_func!r}: one of {', '.join(ACTIVATIONS)}, or a callable.",
+    )
+    rule(
+        not model.rope_scaling or model.position_embedding_type == "rope",
+        ("rope_scaling", "position_embedding_type"),
+        f"rope_scaling has no effect with position_embedding_type {model.position_embedding_type}. Leave one out.",
+    )
+    if model.position_embedding_type == "rope":
+        found += [(("rope_scaling",), message) for message in rope_problems(model)]
+    return found
+
+
+def divisors(n: int) -> str:
+    """The divisors of a number, for messages."""
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def common_divisors(a: int, b: int) -> str:
+    """Those that two numbers have in common."""
+    return divisors(math.gcd(a, b))

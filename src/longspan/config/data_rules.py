@@ -266,12 +266,18 @@ def _stream(config: TrainConfig, found: list[Problem]) -> None:
     if config.eod_token_id is not None and not marks_documents(config):
         text = f"eod_token_id {config.eod_token_id} has no effect without {', '.join(STREAM_KEYS[:-1])} or {STREAM_KEYS[-1]}. Leave it out."
         found.append((("eod_token_id",), text))
-    if None not in (config.eod_token_id, config.vocab_size) and config.tokenizer_type != "NullTokenizer":
-        assert config.eod_token_id is not None
-        assert config.vocab_size is not None
-        if config.eod_token_id >= config.vocab_size:
-            text = f"eod_token_id {config.eod_token_id} is beyond vocab_size {config.vocab_size}: tokens are numbered from 0. Give its number."
-            found.append((("eod_token_id", "vocab_size"), text))
+    if config.tokenizer_type != "NullTokenizer":
+        found += [
+            (("eod_token_id", "vocab_size"), text)
+            for text in end_problems(config.eod_token_id, config.vocab_size)
+        ]
+
+
+def end_problems(end: int | None, vocab: int | None) -> list[str]:
+    """What is wrong with the number of the token that ends a document, beside the size of the vocabulary."""
+    if end is None or vocab is None or end < vocab:
+        return []
+    return [f"eod_token_id {end} is beyond vocab_size {vocab}: tokens are numbered from 0. Give its number."]
 
 
 #: a dataset's keys that only its type reads

@@ -18,30 +18,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from longspan.config.architecture import Architecture
 from longspan.config.rope import ROPE_TYPES, reach, rope_type
 from longspan.errors import UserError
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "gpt2")
-
-#: keys that say which architecture of Hugging Face a model is
-PIECES = (
-    "normalization",
-    "layernorm_zero_centered_gamma",
-    "gated_linear_unit",
-    "activation_func",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "position_embedding_type",
-)
-
-#: all that a config.json says of a model
-FIELDS = (
-    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
-    *("ffn_hidden_size", "vocab_size", "tie_word_embeddings", "layernorm_epsilon", "rotary_base"),
-    *("rope_scaling", "sliding_window", "init_method_std", "sequence_len", "max_position_embeddings"),
-    *PIECES,
-)
 
 #: Hugging Face's name -> ours
 _KEYS = {
@@ -276,70 +257,73 @@ def _gpt2(data: Mapping[str, Any], where: str) -> dict[str, Any]:
 # --- out ------------------------------------------------------------------------------------
 
 
-def windows_of(model: Mapping[str, Any]) -> list[int | None]:
+def windows_of(model: Architecture) -> list[int | None]:
     """The sliding window of each layer."""
-    given = model["sliding_window"]
-    windows = (list(given) or [None]) if isinstance(given, list | tuple) else [given]
-    return [windows[i % len(windows)] for i in range(model["num_layers"])]
+    return [model.window_of_layer(number) for number in range(1, model.num_layers + 1)]
 
 
-def export_problem(model: Mapping[str, Any]) -> str | None:
-    """Why no architecture of Hugging Face holds this model; None where one does.
-
-    Args:
-        model: as for :func:`hugging_face_config`.
-    """
-    windows = set(windows_of(model)) if model["num_layers"] else set()
-    sizes = windows - {None}
+def export_problem(model: Architecture) -> str | None:
+    """Why no architecture of Hugging Face holds this model; None where one does."""
+    sizes = set(windows_of(model)) - {None}
     if len(sizes) > 1:
         return (
-            f"sliding_window {model['sliding_window']}: a model whose layers have windows of different sizes has no Hugging Face "
+            f"sliding_window {model.sliding_window}: a model whose layers have windows of different sizes has no Hugging Face "
             "architecture (Ministral has one size, in some of its layers)."
         )
-    if model["position_embedding_type"] == "learned_absolute":
+    if model.learned_positions:
         needs = {
             "normalization": "LayerNorm",
             "gated_linear_unit": False,
             "add_bias_linear": True,
             "qk_layernorm": False,
             "sliding_window": None,
-            "num_query_groups": model["num_attention_heads"],
-            "kv_channels": model["hidden_size"] // model["num_attention_heads"],
+            "num_query_groups": model.num_attention_heads,
+            "kv_channels": model.hidden_size // model.num_attention_heads,
         }
-        wrong = [f"{k} {_shown(model[k])} (needs {_shown(v)})" for k, v in needs.items() if model[k] != v]
+        wrong = _others(model, needs)
         return (
             f"learned positions leave as a GPT-2, which has no place for {', '.join(wrong)}."
             if wrong
             else None
         )
-    needs = {"position_embedding_type": "rope", "normalization": "RMSNorm", "gated_linear_unit": True}
-    wrong = [f"{k} {_shown(model[k])} (needs {_shown(v)})" for k, v in needs.items() if model[k] != v]
+    wrong = _others(
+        model, {"position_embedding_type": "rope", "normalization": "RMSNorm", "gated_linear_unit": True}
+    )
     if wrong:
         return (
             f"no Hugging Face architecture that longspan writes has {', '.join(wrong)}: Llama, Mistral and Qwen have rotary "
             "positions, RMSNorm and gated MLPs, and GPT-2 has learned positions, LayerNorm, plain MLPs and biases."
         )
-    special = [k for k in ("add_bias_linear", "add_qkv_bias", "qk_layernorm") if model[k]]
+    special = [k for k in ("add_bias_linear", "add_qkv_bias", "qk_layernorm") if getattr(model, k)]
     if "qk_layernorm" in special and len(special) > 1:
         return f"{' with '.join(special)} has no Hugging Face architecture: Qwen3 has normalised heads and no biases."
-    if sizes and model["add_bias_linear"]:
+    if sizes and model.add_bias_linear:
         return "sliding_window with add_bias_linear has no Hugging Face architecture: Mistral has no biases."
     return None
+
+
+def _others(model: Architecture, needs: Mapping[str, Any]) -> list[str]:
+    """Fields of another value than needed, with both values."""
+    return [
+        f"{name} {_shown(getattr(model, name))} (needs {_shown(value)})"
+        for name, value in needs.items()
+        if getattr(model, name) != value
+    ]
 
 
 def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _type_of(model: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+def _type_of(model: Architecture, base: Mapping[str, Any]) -> str:
     windows = set(windows_of(model))
-    if model["position_embedding_type"] == "learned_absolute":
+    if model.learned_positions:
         return "gpt2"
-    if model["qk_layernorm"]:
+    if model.qk_layernorm:
         return "qwen3"
-    if model["add_bias_linear"]:
+    if model.add_bias_linear:
         return "llama"
-    if model["add_qkv_bias"]:
+    if model.add_qkv_bias:
         return "qwen2"
     if len(windows) > 1:
         return "ministral"
@@ -357,12 +341,18 @@ _CLASSES = {
 
 
 def hugging_face_config(
-    model: Mapping[str, Any], dtype: str, base: Mapping[str, Any] | None = None
+    model: Architecture,
+    *,
+    vocab_size: int,
+    sequence_len: int,
+    dtype: str,
+    base: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The ``config.json`` of a model, by the pieces it has.
 
     Args:
-        model: the values of ``FIELDS``.
+        vocab_size: tokens, without padding.
+        sequence_len: tokens, the longest the model is made for where it names no max_position_embeddings.
         dtype: of the written weights, such as ``bfloat16``.
         base: the config.json the model started from; fields beside the architecture are kept.
 
@@ -388,44 +378,44 @@ def hugging_face_config(
     common = {
         "architectures": [_CLASSES[kind]],
         "model_type": kind,
-        "vocab_size": model["vocab_size"],
-        "tie_word_embeddings": model["tie_word_embeddings"],
-        "initializer_range": model["init_method_std"],
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": model.share_embeddings_and_output_weights,
+        "initializer_range": model.init_method_std,
         "torch_dtype": dtype,
     }
-    longest = max(model["max_position_embeddings"] or model["sequence_len"], reach(model["rope_scaling"]))
+    longest = max(model.max_position_embeddings or sequence_len, reach(model.rope_scaling))
     if kind == "gpt2":
         no_tokens = {
             "bos_token_id": None,
             "eos_token_id": None,
         }  # else transformers takes those of the first GPT-2
         return no_tokens | base | common | _gpt2_fields(model, longest)
-    scaled = rope_type(model["rope_scaling"]) != "default"
+    scaled = rope_type(model.rope_scaling) != "default"
     # transformers 5 reads rope_parameters, 4 reads the other two; both are written
-    scaling = {k: v for k, v in model["rope_scaling"].items() if k != "type"} if scaled else {}
-    scaling = {"rope_type": rope_type(model["rope_scaling"]), **scaling}
+    scaling = {k: v for k, v in (model.rope_scaling or {}).items() if k != "type"} if scaled else {}
+    scaling = {"rope_type": rope_type(model.rope_scaling), **scaling}
     fields = {
-        "num_hidden_layers": model["num_layers"],
-        "hidden_size": model["hidden_size"],
-        "num_attention_heads": model["num_attention_heads"],
-        "num_key_value_heads": model["num_query_groups"],
-        "head_dim": model["kv_channels"],
-        "intermediate_size": model["ffn_hidden_size"],
-        "rms_norm_eps": model["layernorm_epsilon"],
-        "rope_theta": model["rotary_base"],
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.kv_channels,
+        "intermediate_size": model.ffn_hidden_size,
+        "rms_norm_eps": model.layernorm_epsilon,
+        "rope_theta": model.rotary_base,
         "rope_scaling": scaling if scaled else None,
-        "rope_parameters": {"rope_theta": model["rotary_base"], **scaling},
+        "rope_parameters": {"rope_theta": model.rotary_base, **scaling},
         "max_position_embeddings": longest,
-        "hidden_act": model["activation_func"],
+        "hidden_act": model.activation_func,
     }
     if kind in ("llama", "qwen3"):
-        fields["attention_bias"] = model["add_bias_linear"]
+        fields["attention_bias"] = model.add_bias_linear
     if kind == "llama":
-        fields["mlp_bias"] = model["add_bias_linear"]
+        fields["mlp_bias"] = model.add_bias_linear
     return base | common | fields | _window_fields(model, kind)
 
 
-def _window_fields(model: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def _window_fields(model: Architecture, kind: str) -> dict[str, Any]:
     windows = windows_of(model)
     size = next((w for w in windows if w is not None), None)
     if kind == "llama":
@@ -444,16 +434,16 @@ def _window_fields(model: Mapping[str, Any], kind: str) -> dict[str, Any]:
     }
 
 
-def _gpt2_fields(model: Mapping[str, Any], positions: int) -> dict[str, Any]:
+def _gpt2_fields(model: Architecture, positions: int) -> dict[str, Any]:
     return {
-        "n_layer": model["num_layers"],
-        "n_embd": model["hidden_size"],
-        "n_head": model["num_attention_heads"],
-        "n_inner": model["ffn_hidden_size"],
+        "n_layer": model.num_layers,
+        "n_embd": model.hidden_size,
+        "n_head": model.num_attention_heads,
+        "n_inner": model.ffn_hidden_size,
         "n_positions": positions,
         "n_ctx": positions,
-        "layer_norm_epsilon": model["layernorm_epsilon"],
-        "activation_function": model["activation_func"],
+        "layer_norm_epsilon": model.layernorm_epsilon,
+        "activation_function": model.activation_func,
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,

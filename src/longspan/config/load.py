@@ -474,7 +474,7 @@ def architecture_config(values: Mapping[str, Any], sequence_len: int | None = No
     """A config of an architecture alone, for commands that do not train.
 
     Args:
-        values: as ``architecture.architecture_of`` gives them.
+        values: as ``hub.architecture_of`` gives them.
         sequence_len: None takes the longest the model is made for.
 
     Raises:

@@ -1,27 +1,27 @@
-"""TransformerConfig: the architecture and how it is cut, in two frozen dataclasses.
+"""TransformerConfig: an Architecture and how it is cut, as one frozen dataclass.
 
 Field names and defaults are Megatron-LM's. All rules between the fields are checked when
-an object is made; a ValueError says what was found, the rule and the remedy.
+an object is made; a ValueError holds what was found, the rule and the remedy.
 """
 
 from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longspan.config.rope import rope_problems
+from longspan.config.architecture import (
+    Architecture,
+    InitialValues,
+    architecture_problems,
+    common_divisors,
+    divisors,
+)
 from longspan.errors import Problem, did_you_mean
 
 VOCAB_MULTIPLE = 128
-
-#: names activation_func takes
-ACTIVATIONS = ("silu", "gelu", "relu")
-
-#: how a model knows positions
-POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
 
 #: the label of a token that has no target
 IGNORE_INDEX = -100
@@ -83,7 +83,7 @@ NOT_YET = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelParallelConfig:
+class ModelParallelConfig(InitialValues):
     """How a model is cut. Sizes are numbers of ranks.
 
     Raises:
@@ -102,7 +102,6 @@ class ModelParallelConfig:
     perform_initialization: bool = True
     params_dtype: Any = None  # torch.dtype; None is float32
     bf16: bool = False
-    init_method_std: float = 0.02
 
     def __new__(cls, *args: Any, **fields: Any) -> ModelParallelConfig:
         for name in fields.keys() - cls.__dataclass_fields__.keys():
@@ -131,43 +130,13 @@ class ModelParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig(ModelParallelConfig):
+class TransformerConfig(Architecture, ModelParallelConfig):
     """The architecture of a decoder and how it is cut.
 
-    Sizes are numbers of features, heads or layers. ``num_query_groups`` is the number of
-    key/value heads (GQA); None means as many as query heads. ``kv_channels`` is the size of
-    a head; None means hidden_size / num_attention_heads. ``activation_func`` is a name
-    (``"gelu"``, ``"silu"``) or a callable. ``max_position_embeddings`` is the number of rows of a
-    learned table of positions (None: GPTModel's max_sequence_length) and where ``dynamic``
-    scaling of rotary embeddings begins. ``cp_comm_type`` and ``sliding_window`` (tokens a
-    query sees, itself included; None is no limit) hold for all layers, or are a list cycled
-    over the layers.
+    ``cp_comm_type`` holds for all layers, or is a list cycled over the layers.
     """
 
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int = None  # type: ignore[assignment]  # filled in below
-    kv_channels: int = None  # type: ignore[assignment]
-    ffn_hidden_size: int = None  # type: ignore[assignment]
-    normalization: str = "LayerNorm"
-    layernorm_epsilon: float = 1e-5
-    layernorm_zero_centered_gamma: bool = False
-    gated_linear_unit: bool = False
-    activation_func: str | Callable = "gelu"
-    add_bias_linear: bool = True
-    add_qkv_bias: bool = False
-    qk_layernorm: bool = False
-    attention_dropout: float = 0.0
-    hidden_dropout: float = 0.0
-    position_embedding_type: str = "rope"
-    max_position_embeddings: int | None = None
-    rotary_base: float = 10000.0
-    rope_scaling: Mapping[str, Any] | None = None
-    share_embeddings_and_output_weights: bool = False
-
     cp_comm_type: str | list[str] | None = None
-    sliding_window: int | list[int | None] | None = None
     softmax_type: str = "vanilla"
     attn_logit_softcapping: float | None = None
     multi_latent_attention: bool = False
@@ -181,42 +150,32 @@ class TransformerConfig(ModelParallelConfig):
     moe_token_dispatcher_type: str = "allgather"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        optional = ("num_query_groups", "kv_channels", "ffn_hidden_size", "max_position_embeddings")
-        for name in ("num_layers", "hidden_size", "num_attention_heads", *optional):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"{name}={size}: a size is at least 1.")
-        if self.num_query_groups is None:
-            object.__setattr__(self, "num_query_groups", self.num_attention_heads)
-        if self.kv_channels is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
-                    f"{self.num_attention_heads}. Choose divisible sizes, or give kv_channels (the head size)."
-                )
-            object.__setattr__(self, "kv_channels", self.hidden_size // self.num_attention_heads)
-        if self.ffn_hidden_size is None:
-            object.__setattr__(self, "ffn_hidden_size", 4 * self.hidden_size)
+        ModelParallelConfig.__post_init__(self)
+        Architecture.__post_init__(self)
         for _, message in architecture_problems(self):
             raise ValueError(message)
+        problems = cut_problems(
+            self,
+            tp=self.tensor_model_parallel_size,
+            cp=self.context_parallel_size,
+            cp_comm_type=self.cp_comm_type,
+            hierarchy=self.hierarchical_context_parallel_sizes,
+        )
+        for _, message in problems:
+            raise ValueError(message)
+        for name, off, what in (
+            ("softmax_type", "vanilla", "attention sinks are"),
+            ("attn_logit_softcapping", None, "soft-capping of attention logits is"),
+            ("multi_latent_attention", False, "multi-latent attention (MLA) is"),
+        ):
+            if getattr(self, name) != off:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: {what} not supported yet. Leave it {off!r}."
+                )
 
     def comm_type_of_layer(self, layer_number: int) -> str:
-        """The communication type of layer ``layer_number`` (from 1); a list is cycled over the layers."""
-        types = self.cp_comm_type or "p2p"
-        chosen = types if isinstance(types, str) else types[(layer_number - 1) % len(types)]
-        return normal_comm_type(chosen)
-
-    def window_of_layer(self, layer_number: int) -> int | None:
-        """The sliding window of layer ``layer_number`` (from 1), None for none."""
-        windows = self.windows
-        return windows[(layer_number - 1) % len(windows)]
-
-    @property
-    def windows(self) -> list[int | None]:
-        """The sliding windows that are cycled over the layers."""
-        given = self.sliding_window
-        return list(given) if isinstance(given, list | tuple) else [given]
+        """The communication type of layer ``layer_number`` (from 1)."""
+        return comm_type_of_layer(self.cp_comm_type, layer_number)
 
 
 def unsupported(config: TransformerConfig) -> list[str]:
@@ -245,38 +204,39 @@ def unsupported(config: TransformerConfig) -> list[str]:
     return found
 
 
-def architecture_problems(c: Any) -> list[Problem]:
-    """All broken rules of an architecture and its cut, as (fields involved, message).
+def cut_problems(
+    model: Architecture,
+    *,
+    tp: int,
+    cp: int,
+    cp_comm_type: str | Sequence[str] | None,
+    hierarchy: Sequence[int] | None,
+) -> list[Problem]:
+    """All broken rules of how an architecture is cut, as (config keys involved, message).
 
     Args:
-        c: a TransformerConfig, or anything with its fields.
+        tp, cp: ranks of the two axes.
+        hierarchy: hierarchical_context_parallel_sizes.
     """
-    tp, tp_key = c.tensor_model_parallel_size, "tensor_model_parallel_size"
-    heads, groups = c.num_attention_heads, c.num_query_groups or c.num_attention_heads
-    ffn = c.ffn_hidden_size or 4 * c.hidden_size
+    heads, groups, ffn = model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size
+    tp_key = "tensor_parallel_size"
     found: list[Problem] = []
 
-    def rule(holds: bool, fields: tuple[str, ...], message: str) -> None:
+    def rule(holds: bool, keys: tuple[str, ...], message: str) -> None:
         if not holds:
-            found.append((fields, message))
+            found.append((keys, message))
 
-    rule(
-        heads % groups == 0,
-        ("num_attention_heads", "num_query_groups"),
-        f"num_attention_heads {heads} is not divisible by num_query_groups {groups} (key/value heads): "
-        "each key/value head serves the same number of query heads.",
-    )
     rule(
         heads % tp == 0,
         ("num_attention_heads", tp_key),
         f"num_attention_heads {heads} is not divisible by tensor_parallel_size {tp}: every tensor parallel "
-        f"rank holds the same number of heads. Use one of {_divisors(heads)}.",
+        f"rank holds the same number of heads. Use one of {divisors(heads)}.",
     )
     rule(
         groups % tp == 0,
         ("num_query_groups", tp_key),
         f"num_query_groups {groups} (key/value heads) is not divisible by tensor_parallel_size {tp}. "
-        f"Use one of {_divisors(math.gcd(heads, groups))}, and context_parallel_size for the other ranks.",
+        f"Use one of {common_divisors(heads, groups)}, and context_parallel_size for the other ranks.",
     )
     rule(
         ffn % tp == 0,
@@ -287,87 +247,35 @@ def architecture_problems(c: Any) -> list[Problem]:
         VOCAB_MULTIPLE % tp == 0,
         (tp_key,),
         f"tensor_parallel_size {tp} does not divide {VOCAB_MULTIPLE}, the unit the vocabulary is padded to. "
-        f"Use one of {_divisors(VOCAB_MULTIPLE)}.",
+        f"Use one of {divisors(VOCAB_MULTIPLE)}.",
     )
-    rule(
-        c.kv_channels % 2 == 0 or c.position_embedding_type != "rope",
-        ("kv_channels",),
-        f"kv_channels {c.kv_channels} (head size) is odd: rotary embeddings turn pairs. Use an even size.",
-    )
-    rule(
-        c.normalization in ("RMSNorm", "LayerNorm"),
-        ("normalization",),
-        f"normalization {c.normalization!r}: RMSNorm or LayerNorm.",
-    )
-    rule(
-        c.position_embedding_type in POSITION_EMBEDDINGS,
-        ("position_embedding_type",),
-        f"position_embedding_type {c.position_embedding_type!r}: one of {', '.join(POSITION_EMBEDDINGS)}.",
-    )
-    for name in ("attention_dropout", "hidden_dropout"):
-        rule(
-            getattr(c, name) == 0.0,
-            (name,),
-            f"{name}={getattr(c, name)}: dropout is not supported yet, because its pattern would depend "
-            "on the layout. Set it to 0.",
-        )
-    types = c.cp_comm_type or []
-    for given in [types] if isinstance(types, str) else types:
+    types = [cp_comm_type] if isinstance(cp_comm_type, str) else cp_comm_type or []
+    for given in types:
         rule(
             normal_comm_type(given) in CP_COMM_TYPES,
             ("cp_comm_type",),
             f"cp_comm_type {given!r}: one of {', '.join(CP_COMM_TYPES)}.{did_you_mean(given, CP_COMM_TYPES)}",
         )
     rule(
-        c.cp_comm_type != [],
+        cp_comm_type != [],
         ("cp_comm_type",),
         f"cp_comm_type is an empty list: name one of {', '.join(CP_COMM_TYPES)}.",
     )
-    found += _head_move_problems(c)
-    windows = c.sliding_window if isinstance(c.sliding_window, list | tuple) else [c.sliding_window]
-    rule(
-        bool(windows) and all(w is None or (isinstance(w, int) and w >= 1) for w in windows),
-        ("sliding_window",),
-        f"sliding_window {c.sliding_window}: tokens a query sees, itself included, so 1 or more; null for no limit; or a "
-        "list of these, cycled over the layers.",
-    )
-    for name, off, what in (
-        ("softmax_type", "vanilla", "attention sinks are"),
-        ("attn_logit_softcapping", None, "soft-capping of attention logits is"),
-        ("multi_latent_attention", False, "multi-latent attention (MLA) is"),
-    ):
-        rule(
-            getattr(c, name) == off,
-            (name,),
-            f"{name}={getattr(c, name)!r}: {what} not supported yet. Leave it {off!r}.",
-        )
-    rule(
-        not isinstance(c.activation_func, str) or c.activation_func in ACTIVATIONS,
-        ("activation_func",),
-        f"activation_func {c.activation_func!r}: one of {', '.join(ACTIVATIONS)}, or a callable.",
-    )
-    rule(
-        not c.rope_scaling or c.position_embedding_type == "rope",
-        ("rope_scaling", "position_embedding_type"),
-        f"rope_scaling has no effect with position_embedding_type {c.position_embedding_type}. Leave one out.",
-    )
-    if c.position_embedding_type == "rope":
-        found += [(("rope_scaling",), message) for message in rope_problems(c)]
+    if hierarchy and (problem := hierarchy_problem(hierarchy, cp)):
+        found.append((("hierarchical_context_parallel_sizes", "context_parallel_size"), problem))
+    elif cp > 1 and heads % tp == 0:
+        found += _head_move_problems(heads // tp, cp, {normal_comm_type(name) for name in types}, hierarchy)
     return found
 
 
-def _head_move_problems(c: Any) -> list[Problem]:
-    """Broken rules of communication types that move heads."""
-    cp, sizes = c.context_parallel_size, c.hierarchical_context_parallel_sizes
-    given = [c.cp_comm_type] if isinstance(c.cp_comm_type, str) else c.cp_comm_type or []
-    types = {normal_comm_type(name) for name in given}
+def _head_move_problems(heads: int, cp: int, types: set[str], sizes: Sequence[int] | None) -> list[Problem]:
+    """Broken rules of communication types that move heads.
+
+    Args:
+        heads: query heads of a tensor parallel rank.
+    """
     found: list[Problem] = []
     hierarchy = "hierarchical_context_parallel_sizes"
-    if sizes and (problem := hierarchy_problem(sizes, cp)):
-        return [((hierarchy, "context_parallel_size"), problem)]
-    if cp == 1 or c.num_attention_heads % c.tensor_model_parallel_size:
-        return found
-    heads = c.num_attention_heads // c.tensor_model_parallel_size
     if "a2a+p2p" in types and (not sizes or len(sizes) != 2):
         found.append(
             (
@@ -410,10 +318,12 @@ def hierarchy_proposal(cp: int, heads: int | None = None) -> list[int]:
     return [inner, cp // inner]
 
 
+def comm_type_of_layer(types: str | Sequence[str] | None, layer_number: int) -> str:
+    """The communication type of layer ``layer_number`` (from 1); a list is cycled over the layers."""
+    types = types or "p2p"
+    return normal_comm_type(types if isinstance(types, str) else types[(layer_number - 1) % len(types)])
+
+
 def normal_comm_type(name: str) -> str:
     """``allgather`` is accepted for ``all_gather``."""
     return "all_gather" if name == "allgather" else name
-
-
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

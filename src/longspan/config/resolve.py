@@ -1,145 +1,32 @@
-"""From what the user wrote to what is run: arithmetic and the rules between keys.
+"""From what the user wrote to a complete config: the rules between keys, and the arithmetic.
 
-``resolve`` fills in everything that follows from the config and the number of processes,
-and refuses with all broken rules at once. It needs neither torch nor a process group.
+``resolve`` fills in everything that follows from the config, the number of processes and the device, and
+refuses with all broken rules at once. It needs neither torch nor a process group.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from pydantic import ValidationError
 
-from longspan.config.architecture import architecture_of
+from longspan.config.architecture import SHAPE_KEYS, Architecture, architecture_problems
 from longspan.config.data_rules import data_problems, keeps_documents_apart
-from longspan.config.hugging_face import FIELDS, PIECES, export_problem
-from longspan.config.lora import Lora, lora_of, lora_problems
+from longspan.config.hub import architecture_of
+from longspan.config.hugging_face import export_problem
+from longspan.config.lora import lora_problems
 from longspan.config.memory_rules import memory_problems
-from longspan.config.model import (
-    TransformerConfig,
-    architecture_problems,
-)
+from longspan.config.model import cut_problems
 from longspan.config.output_rules import output_problems
 from longspan.config.parallel import MeshSizes
 from longspan.config.parallel_rules import parallel_problems
 from longspan.config.rope import rope_type, with_original_length
+from longspan.config.run import Checked, sizes_of
 from longspan.config.schedule_rules import schedule_problems
 from longspan.config.schema import TrainConfig
 from longspan.errors import Problem, UserError
-
-
-@dataclass(frozen=True)
-class Run:
-    """A config with its arithmetic done.
-
-    Attributes:
-        config: with architecture keys filled in from base_model.
-        sizes: ranks an axis.
-        micro_batch_size, accumulation, global_batch_size: sequences, micro-batches, sequences.
-        sequence_parallel: what the key's default came to.
-        model: the architecture; None while the vocabulary's size is not known.
-    """
-
-    config: TrainConfig
-    sizes: MeshSizes
-    micro_batch_size: int
-    accumulation: int
-    global_batch_size: int
-    sequence_parallel: bool
-    recompute: str
-
-    @property
-    def world_size(self) -> int:
-        return self.sizes.world_size
-
-    @property
-    def pretrained(self) -> bool:
-        """Do the weights come from base_model?"""
-        return self.config.base_model is not None and not self.config.reinit_weights
-
-    @property
-    def lora(self) -> Lora | None:
-        """The adapters that are trained beside frozen weights; None where all weights are trained."""
-        return lora_of(self.config)
-
-    def transformer_config(self, params_dtype=None) -> TransformerConfig:
-        """The model's architecture and how it is cut."""
-        return TransformerConfig(params_dtype=params_dtype, **_architecture(self.config), **self._parallel())
-
-    @property
-    def mlp_tiles(self) -> int | None:
-        """Tiles of the MLP: 1 without ``tiled_mlp``; None: from the number of tokens, as they come."""
-        return self.config.tiled_mlp_num_shards if self.config.tiled_mlp else 1
-
-    @property
-    def windows(self) -> list[int | None]:
-        """The sliding windows of the layers, one a layer."""
-        model = self.transformer_config()
-        return [model.window_of_layer(number) for number in range(1, model.num_layers + 1)]
-
-    @property
-    def ranks_together(self) -> int:
-        """Context parallel ranks that exchange heads in every layer; 1 where some layer moves keys alone."""
-        model, cp = self.transformer_config(), self.sizes.cp
-        types = {model.comm_type_of_layer(number) for number in range(1, model.num_layers + 1)}
-        if cp == 1 or not types <= {"a2a", "a2a+p2p"}:
-            return 1
-        return cp if types == {"a2a"} else self.sizes.hierarchical_cp[0]
-
-    def _parallel(self) -> dict:
-        return dict(
-            tensor_model_parallel_size=self.sizes.tp,
-            context_parallel_size=self.sizes.cp,
-            pipeline_model_parallel_size=self.sizes.pp,
-            sequence_parallel=self.sequence_parallel,
-            cp_comm_type=self.config.cp_comm_type,
-            hierarchical_context_parallel_sizes=self.config.hierarchical_context_parallel_sizes,
-            attention_backend=self.config.attention_backend,
-            deterministic_mode=self.config.deterministic_mode,
-        )
-
-
-def architecture(config: TrainConfig) -> dict[str, Any]:
-    """What a Hugging Face config.json says of the model, by our keys (``config.hugging_face.FIELDS``)."""
-    model = TransformerConfig(**_architecture(config))
-    return {name: getattr(config, name) for name in FIELDS} | {
-        name: getattr(model, name) for name in FIELDS if hasattr(model, name)
-    }
-
-
-def _architecture(config: TrainConfig) -> dict:
-    """Keys of TransformerConfig."""
-    learned = config.position_embedding_type == "learned_absolute"
-    return dict(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_query_groups,
-        kv_channels=config.kv_channels,
-        ffn_hidden_size=config.ffn_hidden_size,
-        normalization=config.normalization,
-        layernorm_epsilon=config.layernorm_epsilon,
-        layernorm_zero_centered_gamma=config.layernorm_zero_centered_gamma,
-        gated_linear_unit=config.gated_linear_unit,
-        activation_func=config.activation_func,
-        add_bias_linear=config.add_bias_linear,
-        add_qkv_bias=config.add_qkv_bias,
-        qk_layernorm=config.qk_layernorm,
-        max_position_embeddings=config.max_position_embeddings or (config.sequence_len if learned else None),
-        position_embedding_type=config.position_embedding_type,
-        attention_dropout=config.attention_dropout,
-        hidden_dropout=config.hidden_dropout,
-        rotary_base=config.rotary_base,
-        rope_scaling=config.rope_scaling,
-        sliding_window=config.sliding_window,
-        share_embeddings_and_output_weights=config.tie_word_embeddings,
-        init_method_std=config.init_method_std,
-    )
 
 
 def processes_asked_for(config: TrainConfig) -> int:
@@ -153,17 +40,33 @@ def processes_asked_for(config: TrainConfig) -> int:
     )
 
 
-def resolve(
+def resolve(config: TrainConfig, world_size: int | None = None, **known: Any) -> Checked:
+    """Checks the rules between keys and does the arithmetic; arguments and errors are those of :func:`complete`."""
+    return Checked.of(complete(config, world_size, **known))
+
+
+def compiles(config: TrainConfig, device: str) -> bool:
+    """Is the model compiled, if the machine has a compiler? ``torch_compile: auto`` is: on CUDA."""
+    if config.torch_compile == "auto":
+        return device == "cuda" and not config.deterministic_mode
+    return config.torch_compile
+
+
+def complete(
     config: TrainConfig,
     world_size: int | None = None,
     *,
+    device: str | None = None,
+    compiler: bool = True,
     bad_keys: Iterable[str] = (),
     earlier: Iterable[str] = (),
-) -> Run:
-    """Checks the rules between keys and does the arithmetic.
+) -> TrainConfig:
+    """The config with every key filled in that follows from others, from base_model or from where it runs.
 
     Args:
         world_size: processes; None takes the product of the parallel sizes.
+        device: ``cpu`` or ``cuda``, where it runs; None takes the config's, and the CPU for ``auto``.
+        compiler: the machine has one for that device.
         bad_keys: keys already found wrong: rules about them are not reported again.
         earlier: problems already found; raised together with the new ones.
 
@@ -195,7 +98,6 @@ def resolve(
     world = world_size if world_size is not None else processes_asked_for(config)
     sizes = _sizes(config, world, found)
     micro, accumulation, total = _batch(config, sizes.dp, found)
-    sequence_parallel = sizes.tp > 1 if config.sequence_parallel is None else config.sequence_parallel
     _required(config, found)
     found += data_problems(config)
     found += parallel_problems(config)
@@ -205,15 +107,26 @@ def resolve(
     found += memory_problems(config)
     found += schedule_problems(config)
     if None not in (config.num_layers, config.hidden_size, config.num_attention_heads):
-        wrong = _model_problems(config)
-        found += wrong
-        if config.export_hf and not wrong and (problem := export_problem(architecture(config))):
-            found.append((("export_hf", *PIECES), f"export_hf: {problem} Set export_hf: false."))
+        found += _model_problems(config)
     messages = list(earlier) + [text for fields, text in found if not bad.intersection(fields)]
     if messages:
         raise UserError(messages)
-    return Run(
-        config, sizes, micro, accumulation, total, sequence_parallel and sizes.tp > 1, _recompute(config)
+    if device is None:
+        device = "cpu" if config.device == "auto" else config.device
+    bf16, parallel = config.bf16, config.sequence_parallel
+    return config.model_copy(
+        update={
+            "device": device,
+            "bf16": device == "cuda" and config.params_dtype == "float32" if bf16 == "auto" else bf16,
+            "tf32": config.tf32 is True,
+            "torch_compile": compiles(config, device) and compiler,
+            "micro_batch_size": micro,
+            "gradient_accumulation_steps": accumulation,
+            "global_batch_size": total,
+            "dp_shard_size": sizes.dp_shard,
+            # None where tp is 1: there the key has no effect
+            "sequence_parallel": None if sizes.tp == 1 else True if parallel is None else parallel,
+        }
     )
 
 
@@ -263,14 +176,7 @@ def _sizes(config: TrainConfig, world: int, found: list[Problem]) -> MeshSizes:
         * config.dp_replicate_size
     )
     shard = config.dp_shard_size or max(1, world // fixed)
-    sizes = MeshSizes(
-        tp=config.tensor_parallel_size,
-        cp=config.context_parallel_size,
-        pp=config.pipeline_parallel_size,
-        dp_shard=shard,
-        dp_replicate=config.dp_replicate_size,
-        hierarchical_cp=tuple(config.hierarchical_context_parallel_sizes or ()),
-    )
+    sizes = sizes_of(config.model_copy(update={"dp_shard_size": shard}))
     keys = ("tensor_parallel_size", "context_parallel_size", "dp_shard_size", "dp_replicate_size")
     if sizes.world_size != world:
         remedy = (
@@ -344,31 +250,17 @@ def _required(config: TrainConfig, found: list[Problem]) -> None:
 
 
 def _model_problems(config: TrainConfig) -> list[Problem]:
-    """TransformerConfig's own rules, all at once and by our key names."""
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    assert heads is not None
-    assert hidden is not None
-    if config.kv_channels is None and hidden % heads:
-        return [
-            (
-                ("hidden_size", "num_attention_heads"),
-                f"hidden_size {hidden} is not divisible by num_attention_heads {heads}. Choose divisible sizes, or give "
-                "kv_channels (the head size).",
-            )
-        ]
-    fields = {f.name: f.default for f in dataclasses.fields(TransformerConfig)}
-    fields |= _architecture(config) | {
-        "tensor_model_parallel_size": config.tensor_parallel_size,
-        "context_parallel_size": config.context_parallel_size,
-        "cp_comm_type": config.cp_comm_type,
-        "hierarchical_context_parallel_sizes": config.hierarchical_context_parallel_sizes,
-        "kv_channels": config.kv_channels or hidden // heads,
-    }
-    ours = {"tensor_model_parallel_size": "tensor_parallel_size"}
-    found = architecture_problems(SimpleNamespace(**fields))
-    return [(tuple(ours.get(name, name) for name in names), text) for names, text in found]
-
-
-def _recompute(config: TrainConfig) -> str:
-    given = config.gradient_checkpointing
-    return given if isinstance(given, str) else "full" if given else "none"
+    """The rules of the architecture and of its cut, and whether it can leave for Hugging Face."""
+    model = Architecture.of(config)
+    found = architecture_problems(model)
+    if model.kv_channels is not None:
+        found += cut_problems(
+            model,
+            tp=config.tensor_parallel_size,
+            cp=config.context_parallel_size,
+            cp_comm_type=config.cp_comm_type,
+            hierarchy=config.hierarchical_context_parallel_sizes,
+        )
+    if config.export_hf and not found and (problem := export_problem(model)):
+        found.append((("export_hf", *SHAPE_KEYS), f"export_hf: {problem} Set export_hf: false."))
+    return found

@@ -43,7 +43,7 @@ GROUPS: dict[str, type[BaseModel]] = {
 class TrainConfig(OutputKeys, MemoryKeys, OptimizerKeys, ScheduleKeys, ParallelKeys, DataKeys, ModelKeys):
     """What ``longspan train`` is told."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     # One validator does both, because those of pydantic run last first: a limit of its own would see the text.
     @field_validator("*", mode="before")

@@ -24,7 +24,7 @@ from longspan.context_parallel.schedule import ROWS_A_STEP, exchanges
 
 
 @dataclass(frozen=True)
-class LayerKind:
+class AlikeLayers:
     """Attention layers that are alike; ``count`` of them.
 
     Attributes:
@@ -60,7 +60,11 @@ class Costs:
 
     @classmethod
     def of(
-        cls, layout: SequenceLayout, layers: Sequence[LayerKind] = (LayerKind("p2p"),), n: int = 1, m: int = 1
+        cls,
+        layout: SequenceLayout,
+        layers: Sequence[AlikeLayers] = (AlikeLayers("p2p"),),
+        n: int = 1,
+        m: int = 1,
     ) -> Costs:
         """The costs of attention layers with ``n`` query and ``m`` key/value heads a rank."""
         P = layout.ranks
@@ -105,7 +109,7 @@ class Costs:
         return self.layout.local_length - sum(s.stop - s.start for s in self.layout.segments(rank))
 
 
-def _steps(layout: SequenceLayout, layer: LayerKind) -> np.ndarray:
+def _steps(layout: SequenceLayout, layer: AlikeLayers) -> np.ndarray:
     """[P] steps of each rank's Schedule, without making its tiles: the own one, and all up to the last with a message."""
     window, ranks = effective_window(layout, layer.window), np.arange(layout.ranks)
     matrix = rows_matrix(layout, window=window)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longspan.config.data_rules import PATHS, read_blend
-from longspan.config.resolve import Run
+from longspan.config.run import Run
 from longspan.config.schema import DatasetConfig
-from longspan.data.loader import TokenDataset
-from longspan.data.splits import PARTS, named_files, open_datasets
 from longspan.errors import UserError
+
+if TYPE_CHECKING:
+    from longspan.data.loader import TokenDataset
 
 #: how many tokens are looked at before a run; the rest are as they come
 SCANNED_TOKENS = 1 << 28
@@ -21,14 +23,16 @@ def check_data(run: Run) -> TokenDataset:
     Raises:
         UserError: no document on one side of the split, no token with a next one, or a token beyond the vocabulary.
     """
+    # these need torch, and whether a source is there must be found without it
+    from longspan.data.splits import PARTS, named_files, open_datasets
+
     train, *others = open_datasets(run)
     names, sources = zip(*named_files(run.config))
     for data, name in zip((train, *others), PARTS):
         if data is not None and not data.has_targets(SCANNED_TOKENS):
             raise UserError(_nothing_counts(run, data, name))
-    if run.config.hybrid_context_parallel:
-        ranks, most = run.sizes.dp * run.sizes.cp, run.config.max_seqlen_per_dp_cp_rank
-        assert most is not None
+    if (most := run.batch.most_tokens) is not None:
+        ranks = run.sizes.dp * run.sizes.cp
         tokens = max(data.longest_document for data in (train, *others) if data is not None)
         if tokens > ranks * most:
             number = max(range(len(sources)), key=lambda i: int(sources[i].document_lengths.max(initial=0)))
@@ -38,8 +42,7 @@ def check_data(run: Run) -> TokenDataset:
                 f"{tokens} tokens, but {ranks} ranks x max_seqlen_per_dp_cp_rank {most} hold {ranks * most}. "
                 "Raise max_seqlen_per_dp_cp_rank, lower sequence_len, or use more ranks."
             )
-    vocab, left = run.config.vocab_size, SCANNED_TOKENS
-    assert vocab is not None
+    vocab, left = run.vocab_size, SCANNED_TOKENS
     for source, name in zip(sources, names):
         smallest, largest = source.token_range(left)
         left = max(0, left - source.num_tokens)

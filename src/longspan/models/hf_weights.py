@@ -37,7 +37,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from longspan.config.model import TransformerConfig
+from longspan.config.architecture import Architecture
+from longspan.config.parameters import POSITIONS, VOCABULARY, parameter_shapes
 from longspan.errors import UserError
 from longspan.files import begin_folder, name_folder
 
@@ -75,11 +76,6 @@ _GPT2_INSIDE = {
     "mlp.linear_up": "mlp.c_fc",
     "mlp.linear_down": "mlp.c_proj",
 }
-
-#: parameters whose dim 0 is the vocabulary
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
-#: whose dim 0 is positions
-POSITIONS = "embedding.position_embeddings.weight"
 
 SHARD_BYTES = 4 * 2**30
 
@@ -124,16 +120,16 @@ class Names:
     """Where the parameters of one model lie in Hugging Face's files.
 
     Args:
-        config: of the model.
+        model: its architecture.
         vocab_size: real tokens; tables of ours are padded.
     """
 
-    config: TransformerConfig
+    model: Architecture
     vocab_size: int
 
     @property
     def gpt2(self) -> bool:
-        return self.config.position_embedding_type == "learned_absolute"
+        return self.model.learned_positions
 
     def places(self, name: str) -> list[Place]:
         """Our parameter name -> where its rows lie, in their order.
@@ -144,7 +140,7 @@ class Names:
         theirs = hugging_face_name(name, self.gpt2)
         module, kind = name.rsplit(".", 1)
         if "layernorm" in module:
-            shifted = kind == "weight" and self.config.layernorm_zero_centered_gamma
+            shifted = kind == "weight" and self.model.layernorm_zero_centered_gamma
             return [Place(theirs, shift=1.0 if shifted else 0.0)]
         if not self.gpt2 or ".linear_" not in module:
             return [Place(theirs)]
@@ -156,27 +152,7 @@ class Names:
         """Real rows of a table of ours that is padded; None for any other parameter."""
         if name in VOCABULARY:
             return self.vocab_size
-        return self.config.max_position_embeddings if name == POSITIONS else None
-
-    def all(self) -> Iterator[str]:
-        """Our names of all parameters of the model; tied ones once."""
-        c = self.config
-        norm = ("weight", "bias") if c.normalization == "LayerNorm" else ("weight",)
-        linear = ("weight", "bias") if c.add_bias_linear else ("weight",)
-        qkv = ("weight", "bias") if c.add_bias_linear or c.add_qkv_bias else ("weight",)
-        inside = {"input_layernorm": norm, "pre_mlp_layernorm": norm, "self_attention.linear_proj": linear}
-        inside |= {f"self_attention.linear_{x}": qkv for x in "qkv"}
-        inside |= {f"self_attention.{x}_layernorm": norm for x in "qk"} if c.qk_layernorm else {}
-        inside |= {f"mlp.linear_{x}": linear for x in ("gate", "up", "down")[not c.gated_linear_unit :]}
-        yield VOCABULARY[0]
-        if self.gpt2:
-            yield POSITIONS
-        for layer in range(c.num_layers):
-            for module, kinds in inside.items():
-                yield from (f"decoder.layers.{layer}.{module}.{kind}" for kind in kinds)
-        yield from (f"decoder.final_layernorm.{kind}" for kind in norm)
-        if not c.share_embeddings_and_output_weights:
-            yield VOCABULARY[1]
+        return self.model.max_position_embeddings if name == POSITIONS else None
 
 
 # --- in -------------------------------------------------------------------------------------
@@ -292,9 +268,10 @@ def check_tensors(source: SafetensorsFolder, names: Names) -> None:
     Raises:
         UserError: fused or quantised weights, missing tensors, or some that the model has no place for.
     """
-    expected = {place.name for name in names.all() for place in names.places(name)}
+    ours = parameter_shapes(names.model, names.vocab_size)
+    expected = {place.name for name in ours for place in names.places(name)}
     head, table = (names.places(name)[0].name for name in reversed(VOCABULARY))
-    tied = names.config.share_embeddings_and_output_weights
+    tied = names.model.share_embeddings_and_output_weights
     others = [
         name
         for name in source.files
@@ -384,19 +361,6 @@ def _read_place(source: SafetensorsFolder, place: Place, whole: list[int], range
         part = part.to(torch.promote_types(part.dtype, torch.float32)) - place.shift
     check_finite(part, f"base_model {source.folder}", place.name, source.files[place.name])
     return part.unsqueeze(0) if single else part
-
-
-def shape_of(source: SafetensorsFolder, names: Names, name: str) -> list[int]:
-    """The shape of a parameter of ours by the tensors there, without a table's padding."""
-    rows, rest = 0, []
-    for place in names.places(name):
-        shape = list(source.slice(place.name).get_shape())
-        if place.transposed:
-            shape.reverse()
-        if isinstance(place.rows, int):
-            shape.insert(0, 1)
-        rows, rest = rows + shape[0] // place.parts, shape[1:]
-    return [rows, *rest]
 
 
 def check_finite(part: Tensor, where: str, name: str, file: str) -> None:

@@ -59,26 +59,24 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
     import torch
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from longspan.config.hugging_face import FIELDS, export_problem
+    from longspan.config.architecture import Architecture
+    from longspan.config.hugging_face import export_problem
     from longspan.config.lora import Lora
-    from longspan.config.model import TransformerConfig
-    from longspan.config.schema import TrainConfig
+    from longspan.config.parameters import parameter_shapes
     from longspan.models.hf_weights import FolderWriter, Names
     from longspan.models.peft import write_adapters
     from longspan.training import checkpoint
     from longspan.training.checkpoint_files import read_tensors
+    from longspan.training.description import config_of_model
     from longspan.training.model_files import files_of_adapters, files_of_run
 
     run = config_of(path)
     said = checkpoint.describe(path, "--checkpoint")
     run = run or TrainConfig.model_validate({"base_model": said.get("base_model")})
-    defaults = {name: TrainConfig.model_fields[name].default for name in FIELDS}
-    model = defaults | said["model"] | said["settings"]
-    model |= {name: said.get(name) for name in ("init_method_std", "max_position_embeddings")}
+    described = config_of_model(said)
+    model = Architecture.of(described)
     if problem := export_problem(model):
         raise UserError(f"--checkpoint {path}: {problem}")
-    fields = {name: model[name] for name in FIELDS if name in TransformerConfig.__dataclass_fields__}
-    config = TransformerConfig(**fields, share_embeddings_and_output_weights=model["tie_word_embeddings"])
     metadata = checkpoint.verify(path, option="--checkpoint")
     entries = metadata.state_dict_metadata
 
@@ -101,9 +99,10 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
         files = files_of_adapters(run, tokenizer)
         write_adapters(output, weights, lora.peft_config(adapter["base_model"]), files)
         return
-    files = files_of_run(at_hand(run), model, dtype, tokenizer)
-    writer = FolderWriter(output, Names(config, model["vocab_size"]), getattr(torch, dtype))
-    for name in Names(config, model["vocab_size"]).all():
+    files = files_of_run(at_hand(run), described, dtype, tokenizer)
+    vocab = said["model"]["vocab_size"]
+    writer = FolderWriter(output, Names(model, vocab), getattr(torch, dtype))
+    for name in parameter_shapes(model, vocab):
         writer.add(name, whole(name))
     writer.finish(files)
 
@@ -131,7 +130,7 @@ def merge_adapters(
     """Adapters in PEFT's format and their base model -> a plain Hugging Face folder, tensor by tensor."""
     import torch
 
-    from longspan.config.architecture import model_config, model_folder
+    from longspan.config.hub import model_config, model_folder
     from longspan.config.lora import read_peft_config
     from longspan.models.hf_weights import FolderWriter, SafetensorsFolder
     from longspan.models.peft import merge
@@ -164,11 +163,12 @@ def to_checkpoint(model: str, output: Path) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import CheckpointException
 
-    from longspan.config.architecture import architecture_of, model_folder, unused_fields, vocabulary_of
+    from longspan.config.architecture import Architecture
+    from longspan.config.hub import architecture_of, model_folder, unused_fields, vocabulary_of
     from longspan.config.load import architecture_config
-    from longspan.config.model import padded_vocab_size
+    from longspan.config.parameters import parameter_shapes
     from longspan.config.resolve import resolve
-    from longspan.models.hf_weights import Names, SafetensorsFolder, check_tensors, read_part, shape_of
+    from longspan.models.hf_weights import Names, SafetensorsFolder, check_tensors, read_part
     from longspan.training.checkpoint import to_text
     from longspan.training.checkpoint_files import SummingWriter, cause
     from longspan.training.description import describe_model
@@ -176,23 +176,19 @@ def to_checkpoint(model: str, output: Path) -> None:
     values = architecture_of(model)
     for line in unused_fields(model):
         print(f"without effect here: {line}", file=sys.stderr)
-    config = architecture_config(values)
-    resolved = resolve(config, 1)
-    architecture = resolved.transformer_config()
+    config = resolve(architecture_config(values), 1).config
+    architecture = Architecture.of(config)
     vocab = vocabulary_of(values, model)
     source = SafetensorsFolder(model_folder(model))
     names = Names(architecture, vocab)
     check_tensors(source, names)
     weights = {}
-    for name in names.all():
-        shape = shape_of(source, names, name)
-        if names.rows(name) is not None:
-            shape[0] = padded_vocab_size(shape[0])
+    for name, shape in parameter_shapes(architecture, vocab).items():
         part = read_part(source, names, name, shape, [(0, size) for size in shape])
         weights[name] = part.to(torch.float32).contiguous()
     if config.tie_word_embeddings:
         weights["output_layer.weight"] = weights["embedding.word_embeddings.weight"]
-    about = describe_model(resolved)
+    about = describe_model(config)
     description = {
         "longspan": __version__,
         "torch": torch.__version__,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from longspan.config.resolve import Run
+from longspan.config.run import Run
 from longspan.errors import UserError
 from longspan.runs.prepare import check_weights
 
 
-def weights(resolved: Run, checkpoint: str | None) -> dict:
-    """The config's changes that make a run start from the weights in question.
+def with_weights(run: Run, checkpoint: str | None) -> Run:
+    """The run that starts from the weights in question.
 
     Raises:
         UserError: there are none, or they are of another model.
@@ -20,25 +20,25 @@ def weights(resolved: Run, checkpoint: str | None) -> dict:
     from longspan.training.checkpoint import check_fits, find, newest
     from longspan.training.description import describe_run
 
-    data = check_data(resolved)
-    check_weights(resolved)
-    folder = Path(resolved.config.output_dir) / "checkpoints"
-    verify = resolved.config.verify_checkpoint
+    data = check_data(run)
+    check_weights(run)
+    folder = Path(run.config.output_dir) / "checkpoints"
+    verify = run.config.verify_checkpoint
     if checkpoint is None:
         path = newest(folder, "--checkpoint", verify=verify)
     else:
         path = find(Path(checkpoint), "--checkpoint", verify=verify)
     if path is None:
-        if resolved.pretrained:
-            return {"resume": None, "no_load_optim": False, "no_load_rng": False}
+        if run.pretrained is not None:
+            return run.with_keys(resume=None, no_load_optim=False, no_load_rng=False)
         raise UserError(
             f"there is no checkpoint in {folder}. Train first, or give --checkpoint PATH or base_model."
         )
-    check_fits(path, describe_run(resolved, data), weights_only=True)
-    return {"resume": str(path), "no_load_optim": True, "no_load_rng": True}
+    check_fits(path, describe_run(run, data), weights_only=True)
+    return run.with_keys(resume=str(path), no_load_optim=True, no_load_rng=True)
 
 
-def work(run: Run, device_type: str, trials: int, result: Path) -> int:
+def work(run: Run, trials: int, result: Path) -> int:
     """One rank; the first writes the result."""
     import torch.distributed as dist
 
@@ -47,7 +47,7 @@ def work(run: Run, device_type: str, trials: int, result: Path) -> int:
     from longspan.training.evaluate import loss_by_position, needles
     from longspan.training.trainer import Trainer
 
-    with joined(run.config, device_type) as device:
+    with joined(run) as device:
         trainer = Trainer(run, device)
         checkpoint = run.config.resume
         if checkpoint is not None:

@@ -74,7 +74,7 @@ def generate(folder: str, prompt: str, count: int, temperature: float, seed: int
     """
     import torch
 
-    from longspan.config.architecture import architecture_of, model_folder, unused_fields, vocabulary_of
+    from longspan.config.hub import architecture_of, model_folder, unused_fields, vocabulary_of
     from longspan.config.load import architecture_config
     from longspan.config.lora import CONFIG_FILE, read_peft_config
     from longspan.config.resolve import resolve
@@ -112,7 +112,7 @@ def generate(folder: str, prompt: str, count: int, temperature: float, seed: int
         mesh = ParallelMesh.build(run.sizes, "cpu")
         with torch.device("meta"):
             model = GPTModel(
-                run.transformer_config(), vocabulary, config.sequence_len, pg_collection=mesh.groups
+                run.transformer_config(), vocabulary, run.batch.sequence_len, pg_collection=mesh.groups
             )
         if lora is not None:
             attach(model, lora)

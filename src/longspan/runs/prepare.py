@@ -7,36 +7,40 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from longspan.config.architecture import model_folder
-from longspan.config.data_rules import MOCK_VOCAB_SIZE, STREAM_KEYS, marks_documents
-from longspan.config.resolve import Run, resolve
+from longspan.config.data_rules import MOCK_VOCAB_SIZE, STREAM_KEYS, end_problems, marks_documents
+from longspan.config.hub import model_folder
+from longspan.config.run import Checked, Run
 from longspan.config.schema import DatasetConfig, TrainConfig
 from longspan.errors import UserError
 from longspan.runs.counter import Counter
 from longspan.training.lock import unwritable
 
 
-def prepared(resolved: Run, show: bool) -> TrainConfig:
-    """The config with its data tokenised and checked, and its checkpoint found."""
+def prepare(checked: Checked, show: bool) -> Run:
+    """What is run: with its data tokenised and checked, and its checkpoint found.
+
+    Raises:
+        UserError: something a run needs is not there, or does not fit.
+    """
     from longspan.data.checks import check_data
     from longspan.training.export import check_export
 
-    config = prepare_config(resolved.config, show=show)
-    checked = resolve(config, resolved.world_size)
-    check_data(checked)
-    check_weights(checked)
-    check_export(checked)
+    run = prepare_data(checked, show=show)
+    config = run.config
+    check_data(run)
+    check_weights(run)
+    check_export(run)
     if config.use_tensorboard and config.tensorboard_dir is not None:
         try:
             Path(config.tensorboard_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise unwritable(Path(config.tensorboard_dir), error, "tensorboard_dir") from None
-    resume = resume_point(checked, show)
+    resume = resume_point(run, show)
     if resume is None and config.resume is not None:
         if show and config.resume != "auto":
             print(f"no checkpoint at {config.resume}: the run starts anew", file=sys.stderr)
-        return config.model_copy(update={"resume": None, "no_load_optim": False, "no_load_rng": False})
-    return config.model_copy(update={"resume": resume})
+        return run.with_keys(resume=None, no_load_optim=False, no_load_rng=False)
+    return run.with_keys(resume=resume)
 
 
 def resume_point(run: Run, show: bool = True) -> str | None:
@@ -90,21 +94,18 @@ def check_weights(run: Run) -> None:
     Raises:
         UserError: they cannot be had, or are those of another model.
     """
-    if not run.pretrained:
+    if run.pretrained is None:
         return
     from longspan.models.hf_weights import Names, SafetensorsFolder, check_tensors
 
-    assert run.config.base_model is not None
-    assert run.config.vocab_size is not None
-    source = SafetensorsFolder(model_folder(run.config.base_model))
-    check_tensors(source, Names(run.transformer_config(), run.config.vocab_size))
+    check_tensors(SafetensorsFolder(model_folder(run.pretrained)), Names(run.model, run.vocab_size))
 
 
-def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
+def prepare_data(checked: Checked, show: bool) -> Run:
     """Tokenises the datasets of a config where that is not done yet.
 
     Returns:
-        The config with each dataset's ``prepared`` prefix, the tokenizer's folder and
+        The run whose config has each dataset's ``prepared`` prefix, the tokenizer's folder and
         ``vocab_size`` filled in.
 
     Raises:
@@ -113,6 +114,7 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
     from longspan.data import prepare_dataset
     from longspan.data.sources import is_text
 
+    config = checked.config
     folder, train_size = config.tokenizer_config, config.tokenizer_train_vocab_size
     if config.vocab_file is not None and config.merge_file is not None:
         from longspan.data.gpt2 import gpt2_tokenizer
@@ -166,11 +168,13 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
         raise UserError(
             "vocab_size: missing. The datasets are tokenised already and there is no tokenizer to ask."
         )
-    return config.model_copy(
+    if problems := end_problems(end, vocab):
+        raise UserError(problems)
+    prepared = config.model_copy(
         update={
             "datasets": sources[: len(config.datasets)],
             "test_datasets": sources[len(config.datasets) :],
-            # what is resolved is not resolved again
+            # the folder stands for all of these
             "tokenizer_config": folder,
             "tokenizer_train_vocab_size": None,
             "tokenizer_type": None,
@@ -180,6 +184,7 @@ def prepare_config(config: TrainConfig, show: bool) -> TrainConfig:
             "eod_token_id": end,
         }
     )
+    return Run.of(prepared)
 
 
 def check_vocabulary(config: TrainConfig, folder: str) -> int:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from longspan.config.resolve import Run
+from longspan.config.run import Run
 from longspan.errors import UserError
 from longspan.runs.finish import finish
 from longspan.training import loop
@@ -63,7 +63,7 @@ def train(run: Run, device: torch.device, stopping: Stopping) -> int:
             notes += [f"  an earlier run's {', '.join(kept)} are kept beside"] if kept else []
             print("\n".join([start_lines(trainer, output), *notes]), flush=True)
             megatron = config.log_format == "megatron"
-            progress = make_progress(trainer.steps, trainer.step, run.global_batch_size if megatron else None)
+            progress = make_progress(trainer.steps, trainer.step, run.batch.global_size if megatron else None)
         stop = trainer.stop
         summary = loop.train(trainer, output, progress, started=lambda: stopping.saves(stop))
         exported = config.export_hf and not trainer.stop_asked

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longspan.config.load import load_config
 from longspan.config.resolve import processes_asked_for
+from longspan.config.run import Run
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError
 from longspan.parent import end_with_parent
@@ -20,6 +22,9 @@ from longspan.training.stopping import heeded
 
 if TYPE_CHECKING:
     import torch
+
+#: the option of a process that a launcher has started on a prepared config: its Run is made of it as it is
+WORKER = "--worker"
 
 #: more would keep the machine busy with starting them
 PROCESSES_PER_CORE = 64
@@ -211,9 +216,23 @@ def end_with_launcher() -> None:
         end_with_parent(launcher())
 
 
+def read_run(path: str) -> Run:
+    """The Run of a config that the launcher has prepared and written, in one of the processes it starts.
+
+    Raises:
+        UserError: the file cannot be read, or another number of processes was started than it is for.
+    """
+    run = Run.of(load_config(path))
+    if (world := launched_world()) != run.sizes.world_size:
+        raise UserError(
+            f"parallel sizes: {run.sizes.equation(world)}. The product must be the number of processes."
+        )
+    return run
+
+
 @contextmanager
-def joined(config: TrainConfig, device_type: str) -> Iterator[torch.device]:
-    """The process group of a launched process that finds its config ready; gives the device it computes on.
+def joined(run: Run) -> Iterator[torch.device]:
+    """The process group of a launched process; gives the device it computes on.
 
     An error ends the process with a message, as in training.
     """
@@ -224,11 +243,12 @@ def joined(config: TrainConfig, device_type: str) -> Iterator[torch.device]:
     from longspan.runs.session import leave
 
     quiet_logs()
+    config = run.config
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     try:
-        init_distributed(device_type, config.ddp_timeout)
-        local = int(os.environ["LOCAL_RANK"]) if device_type == "cuda" else None
-        yield torch.device(device_type, local) if local is not None else torch.device("cpu")
+        init_distributed(run.device, config.ddp_timeout)
+        local = int(os.environ["LOCAL_RANK"]) if run.device == "cuda" else None
+        yield torch.device(run.device, local) if local is not None else torch.device("cpu")
         close_distributed()
     except RuntimeError as error:
         leave(error, Path(config.output_dir), config.ddp_timeout)

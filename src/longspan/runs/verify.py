@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longspan.config.parallel import MeshSizes
-from longspan.config.resolve import Run, resolve
+from longspan.config.run import Run
 from longspan.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,70 +27,63 @@ EVALUATION_SAMPLES = 4
 MORE_STEPS = 100
 
 
-def variants(resolved: Run, everything: bool) -> list[Run]:
+def variants(run: Run, everything: bool) -> list[Run]:
     """The runs to compare: the config's own, or one for each communication type and layout that fits.
 
     Raises:
         UserError: everything is asked for where context parallelism is off.
     """
     if not everything:
-        return [resolved]
+        return [run]
     from longspan.config.model import CP_COMM_TYPES, hierarchy_proposal
     from longspan.context_parallel.layout import LAYOUTS
 
     whole = {"hybrid_context_parallel": False, "max_seqlen_per_dp_cp_rank": None}
-    config, cp = resolved.config.model_copy(update=whole), resolved.sizes.cp
+    run, cp = run.with_keys(**whole), run.sizes.cp
     if cp == 1:
         raise UserError(
             "--all varies how the sequence is cut, but context_parallel_size is 1. Raise it (--context-parallel-size 2), or "
             "leave --all out."
         )
-    assert config.num_attention_heads is not None
-    heads = config.num_attention_heads // resolved.sizes.tp
-    sizes = config.hierarchical_context_parallel_sizes or hierarchy_proposal(cp, heads)
+    heads = run.model.num_attention_heads // run.sizes.tp
+    sizes = run.sizes.hierarchical_cp or hierarchy_proposal(cp, heads)
     runs = []
     for kind in CP_COMM_TYPES:
         if heads % {"a2a": cp, "a2a+p2p": sizes[0]}.get(kind, 1):
             continue
         for layout in LAYOUTS:
-            changes = {
-                "cp_comm_type": kind,
-                "cp_layout": layout,
-                "hierarchical_context_parallel_sizes": list(sizes) if kind == "a2a+p2p" else None,
-            }
-            runs.append(resolve(config.model_copy(update=changes), resolved.world_size))
+            hierarchy = list(sizes) if kind == "a2a+p2p" else None
+            runs.append(
+                run.with_keys(
+                    cp_comm_type=kind, cp_layout=layout, hierarchical_context_parallel_sizes=hierarchy
+                )
+            )
     return runs
 
 
-def one_process(resolved: Run) -> Run:
+def one_process(run: Run) -> Run:
     """The same run on one process: the same global batch, plain attention, everything kept for backward."""
-    config = resolved.config.model_copy(
-        update={
-            "tensor_parallel_size": 1,
-            "context_parallel_size": 1,
-            "pipeline_parallel_size": 1,
-            "dp_shard_size": 1,
-            "dp_replicate_size": 1,
-            "sequence_parallel": None,
-            "gradient_accumulation_steps": None,
-            "attention_backend": "math",
-            "cp_comm_type": "p2p",
-            "hierarchical_context_parallel_sizes": None,
-            "hybrid_context_parallel": False,
-            "max_seqlen_per_dp_cp_rank": None,
-            # the keys that save memory are held against doing without them
-            "gradient_checkpointing": False,
-            "activation_offloading": False,
-            "offload_params": False,
-            "tiled_mlp": False,
-            "tiled_mlp_num_shards": None,
-            "torch_compile": False,
-        }
+    return run.with_keys(
+        tensor_parallel_size=1,
+        context_parallel_size=1,
+        pipeline_parallel_size=1,
+        dp_shard_size=1,
+        dp_replicate_size=1,
+        sequence_parallel=None,
+        gradient_accumulation_steps=run.batch.global_size // run.batch.micro,
+        attention_backend="math",
+        cp_comm_type="p2p",
+        hierarchical_context_parallel_sizes=None,
+        hybrid_context_parallel=False,
+        max_seqlen_per_dp_cp_rank=None,
+        # the keys that save memory are held against doing without them
+        gradient_checkpointing=False,
+        activation_offloading=False,
+        offload_params=False,
+        tiled_mlp=False,
+        tiled_mlp_num_shards=None,
+        torch_compile=False,
     )
-    alone = resolve(config, 1)
-    assert alone.sizes == MeshSizes()
-    assert alone.global_batch_size == resolved.global_batch_size
-    return alone
 
 
 def measure(run: Run, device, steps: int, mesh: ParallelMesh | None = None) -> dict:
@@ -106,7 +99,8 @@ def measure(run: Run, device, steps: int, mesh: ParallelMesh | None = None) -> d
     from longspan.training.schedule import learning_rate
     from longspan.training.trainer import Trainer
 
-    run.config.eval_max_samples = min(run.config.eval_max_samples or EVALUATION_SAMPLES, EVALUATION_SAMPLES)
+    few = min(run.config.eval_max_samples or EVALUATION_SAMPLES, EVALUATION_SAMPLES)
+    run = run.with_keys(eval_max_samples=few)
     trainer = Trainer(run, device, mesh=mesh)
     first = dist.get_rank() == 0
     result: dict = {"losses": [], "norms": [], "gradients": {}}
@@ -136,7 +130,7 @@ def measure(run: Run, device, steps: int, mesh: ParallelMesh | None = None) -> d
     return result | {"evaluation": evaluation["loss"], "evaluation_tokens": evaluation["tokens"]}
 
 
-def work(runs: list[Run], device_type: str, steps: int, result: Path) -> int:
+def work(runs: list[Run], steps: int, result: Path) -> int:
     """One rank of the layout's runs; rank 0 writes the results."""
     import torch
     import torch.distributed as dist
@@ -144,14 +138,14 @@ def work(runs: list[Run], device_type: str, steps: int, result: Path) -> int:
     from longspan.mesh.mesh import ParallelMesh
     from longspan.runs.start import joined
 
-    with joined(runs[0].config, device_type) as device:
+    with joined(runs[0]) as device:
         meshes: dict[
             MeshSizes, ParallelMesh
         ] = {}  # groups take threads, so runs that are cut alike share them
         measured = []
         for run in runs:
             if run.sizes not in meshes:
-                meshes[run.sizes] = ParallelMesh.build(run.sizes, device_type)
+                meshes[run.sizes] = ParallelMesh.build(run.sizes, run.device)
             measured.append(measure(run, device, steps, meshes[run.sizes]))
         if dist.get_rank() == 0:
             torch.save(measured, result)
@@ -172,20 +166,20 @@ def _with_nan_last(error: float) -> tuple[bool, float]:
     return math.isnan(error), error
 
 
-def compare(runs: list[Run], steps: int, dtype: str, result: Path, device_type: str) -> list[dict]:
+def compare(runs: list[Run], steps: int, result: Path) -> list[dict]:
     """Runs the reference in this process and holds the layout's results against it."""
     import torch
 
     from longspan.mesh.mesh import close_distributed, init_distributed
 
-    init_distributed(device_type)
-    expected = measure(one_process(runs[0]), torch.device(device_type), steps)
+    init_distributed(runs[0].device)
+    expected = measure(one_process(runs[0]), torch.device(runs[0].device), steps)
     close_distributed()
     measured = torch.load(result, weights_only=True)
-    return [errors(run, steps, dtype, got, expected) for run, got in zip(runs, measured)]
+    return [errors(run, steps, got, expected) for run, got in zip(runs, measured)]
 
 
-def errors(run: Run, steps: int, dtype: str, got: dict, expected: dict) -> dict:
+def errors(run: Run, steps: int, got: dict, expected: dict) -> dict:
     """One run's result beside the reference's."""
     losses = list(map(relative, got["losses"], expected["losses"]))
     # without a token that counts, which both must find, there is no loss to compare
@@ -201,6 +195,7 @@ def errors(run: Run, steps: int, dtype: str, got: dict, expected: dict) -> dict:
         for name, whole in wholes.items()
     }
     worst = max(gradients, key=lambda name: _with_nan_last(gradients[name]))
+    dtype = run.precision.params_dtype
     numbers = {
         "loss_error": largest(losses),
         "grad_norm_error": largest(map(relative, got["norms"], expected["norms"])),

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from longspan.config.architecture import model_folder
-from longspan.config.resolve import Run
+from longspan.config.hub import model_folder
+from longspan.config.run import Run
 from longspan.models import GPTModel
 from longspan.models.hf_weights import SafetensorsFolder, whole_parameters
 from longspan.models.peft import is_adapter, write_adapters
@@ -30,10 +30,9 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 def adapter_description(run: Run) -> dict[str, Any] | None:
     """What a checkpoint says of its adapters and the base model they belong to; None for full training."""
-    lora, base = run.lora, run.config.base_model
-    if lora is None:
+    lora, base = run.lora, run.pretrained
+    if lora is None or base is None:
         return None
-    assert base is not None
     return lora.description() | {
         "base_model": base,
         "base_fingerprint": _fingerprint(base),
@@ -90,21 +89,19 @@ def trained_state(model: nn.Module) -> dict[str, Any]:
 
 
 def export_adapters(
-    model: GPTModel, run: Run, folder: Path, dtype: torch.dtype, files: Mapping[str, bytes]
+    model: GPTModel, config: dict[str, Any], folder: Path, dtype: torch.dtype, files: Mapping[str, bytes]
 ) -> None:
     """Writes the adapters in PEFT's format, with the files beside them; collective.
 
     Args:
+        config: PEFT's, see ``Lora.peft_config``.
         dtype, files: of the weights, and what lies beside them; read on the first rank.
     """
-    lora, base = run.lora, run.config.base_model
-    assert lora is not None
-    assert base is not None
     weights = {
         name: whole.to(dtype)
         for name, whole in whole_parameters(model, only=is_adapter)
         if dist.get_rank() == 0
     }
     if dist.get_rank() == 0:
-        write_adapters(folder, weights, lora.peft_config(base), files)
+        write_adapters(folder, weights, config, files)
     dist.barrier()

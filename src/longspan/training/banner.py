@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 
 from longspan.config.data_rules import keeps_documents_apart
-from longspan.config.resolve import Run
-from longspan.config.schema import TrainConfig
-from longspan.context_parallel import SequenceLayout
+from longspan.config.run import Run
 from longspan.context_parallel.kernels.choose import select_kernel
+from longspan.context_parallel.run_layout import run_layout
 from longspan.training.adapters import parameter_counts
 from longspan.training.lock import CONFIG
 from longspan.training.progress import loss_text
@@ -30,23 +29,24 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
         filling: what a sequence is made of.
         learned: how many samples there are, and how many of their tokens are learned.
     """
-    c, sizes = run.config, run.sizes
-    dtype = torch.bfloat16 if c.bf16 is True else getattr(torch, c.params_dtype)
-    model = run.transformer_config()
+    c, sizes, model, batch, precision = run.config, run.sizes, run.model, run.batch, run.precision
     kernel, reason = select_kernel(
-        device, dtype, model.kv_channels, c.attention_backend, c.deterministic_mode
+        device,
+        getattr(torch, precision.compute_dtype),
+        model.kv_channels,
+        c.attention_backend,
+        c.deterministic_mode,
     )
-    tokens = run.global_batch_size * c.sequence_len
     layout: str = c.cp_layout
     if layout == "auto":
-        plain = SequenceLayout.make(layout, c.sequence_len, sizes.cp, windows=run.windows)
-        layout = "balanced where documents are uneven" if keeps_documents_apart(c) else plain.name
+        plain = run_layout(run, batch.sequence_len).name
+        layout = "balanced where documents are uneven" if keeps_documents_apart(c) else plain
     moves = c.cp_comm_type if isinstance(c.cp_comm_type, str) else "/".join(c.cp_comm_type)
-    epochs = steps * run.global_batch_size / samples
+    epochs = steps * batch.global_size / samples
     on = {True: "on", False: "off"}
     rows = {
         "model": f"{parameters / 1e6:,.1f}M parameters: {model.num_layers} layers, hidden {model.hidden_size}, "
-        f"{model.num_attention_heads} heads ({model.num_query_groups} key/value), vocabulary {c.vocab_size}",
+        f"{model.num_attention_heads} heads ({model.num_query_groups} key/value), vocabulary {run.vocab_size}",
         **(
             {
                 "adapters": f"LoRA rank {run.lora.rank}, scale {run.lora.scale:g}, on {', '.join(run.lora.targets)}: "
@@ -56,9 +56,8 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
             else {}
         ),
         "mesh": f"{sizes.equation()} processes on {device.type}",
-        "batch": f"micro {run.micro_batch_size} x accumulation {run.accumulation} x dp {sizes.dp} = "
-        f"{run.global_batch_size} sequences = {tokens:,} tokens a step",
-        "sequence": f"{c.sequence_len:,} tokens, "
+        "batch": batch.equation(sizes.dp),
+        "sequence": f"{batch.sequence_len:,} tokens, "
         + (
             f"at most {local_rows:,} of a micro-batch on each of {sizes.dp * sizes.cp} ranks (hybrid, {moves})"
             if c.hybrid_context_parallel
@@ -67,11 +66,11 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
         + f"; sequence parallelism {on[run.sequence_parallel]}; "
         + filling,
         "samples": learned,
-        "attention": f"{kernel.name} on {device.type}, {str(dtype).removeprefix('torch.')} ({reason})",
-        "precision": f"compute {str(dtype).removeprefix('torch.')}, weights and optimizer {c.params_dtype}"
-        + ("; TensorFloat-32" if c.tf32 is True and device.type == "cuda" else "")
-        + ("; frozen weights bfloat16" if run.lora is not None and c.bf16 is True else ""),
-        "memory": "; ".join(memory_lines(c, run.recompute, device.type)),
+        "attention": f"{kernel.name} on {device.type}, {precision.compute_dtype} ({reason})",
+        "precision": f"compute {precision.compute_dtype}, weights and optimizer {precision.params_dtype}"
+        + ("; TensorFloat-32" if precision.tf32 and device.type == "cuda" else "")
+        + ("; frozen weights bfloat16" if run.lora is not None and precision.mixed else ""),
+        "memory": "; ".join(memory_lines(run, device.type)),
         "steps": f"{steps} ({epochs:.2f} epochs of {samples} sequences), {warmup} of warm-up, "
         f"{c.lr_scheduler} from {c.learning_rate:g}{_without_effect(run, steps, warmup)}",
         "loss": "mean over all valid tokens of the global batch, at every layout"
@@ -85,27 +84,28 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
     return "\n".join(["longspan", *(f"  {name:<{width}}  {text}" for name, text in rows.items())])
 
 
-def memory_lines(config: TrainConfig, recompute: str, device_type: str) -> list[str]:
+def memory_lines(run: Run, device_type: str) -> list[str]:
     """What the keys come to on a device, for the banner.
 
     On the CPU nothing can be moved to the CPU's memory. That is said, not refused: a config made for GPUs runs there
     unchanged, with the same numbers.
     """
-    lines = [f"recompute {recompute}"]
-    if config.tiled_mlp:
-        tiles = config.tiled_mlp_num_shards
+    memory = run.memory
+    lines = [f"recompute {memory.recompute}"]
+    if run.config.tiled_mlp:
+        tiles = memory.mlp_tiles
         lines[0] += f"; MLP in {tiles if tiles else 'tokens / hidden_size'} tiles"
-    if config.torch_compile is True:
+    if memory.torch_compile:
         lines.append("compiled between the exchanges")
     if device_type != "cpu":
-        moved = {"activations": config.activation_offloading, "weights and optimizer": config.offload_params}
+        moved = {"activations": memory.activation_offloading, "weights and optimizer": memory.offload_params}
         lines += [f"{name} in the CPU's memory" for name, on in moved.items() if on]
         return lines
     asked = {
-        "gradient_checkpointing: offload (it is full)": config.gradient_checkpointing == "offload",
-        "activation_offloading": config.activation_offloading,
-        "offload_params": config.offload_params,
-        "tf32": config.tf32 is True,
+        "gradient_checkpointing: offload (it is full)": memory.recompute == "offload",
+        "activation_offloading": memory.activation_offloading,
+        "offload_params": memory.offload_params,
+        "tf32": run.precision.tf32,
     }
     if idle := [name for name, on in asked.items() if on]:
         lines.append(f"without effect on the CPU: {', '.join(idle)}")

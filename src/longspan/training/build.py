@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from longspan.config.resolve import Run
+from longspan.config.run import Run
 from longspan.context_parallel import SequenceLayout
 from longspan.mesh.mesh import ParallelMesh, ProcessGroupCollection
 from longspan.models import GPTModel
@@ -36,16 +36,15 @@ def build_model(
     Raises:
         UserError: its weights cannot be had, or are those of another model.
     """
-    config = run.config
+    config, memory = run.config, run.memory
     if device.type == "cuda":  # for the whole process, as PyTorch has it
-        torch.set_float32_matmul_precision("high" if config.tf32 is True else "highest")
-    compute_dtype = torch.bfloat16 if config.bf16 is True else None
-    assert config.vocab_size is not None
+        torch.set_float32_matmul_precision("high" if run.precision.tf32 else "highest")
+    compute_dtype = getattr(torch, run.precision.compute_dtype) if run.precision.mixed else None
     with torch.device("meta"):
         model = GPTModel(
-            run.transformer_config(getattr(torch, config.params_dtype)),
-            config.vocab_size,
-            config.sequence_len,
+            run.transformer_config(getattr(torch, run.precision.params_dtype)),
+            run.vocab_size,
+            run.batch.sequence_len,
             pg_collection=groups,
         )
     if run.lora is not None:
@@ -53,15 +52,15 @@ def build_model(
     model = parallelize(
         model,
         mesh,
-        seed=None if run.pretrained else config.seed,
+        seed=config.seed if run.pretrained is None else None,
         device=device,
         compute_dtype=compute_dtype,
-        recompute=run.recompute,
-        reshard_after_forward=config.reshard_after_forward,
-        activation_offloading=config.activation_offloading,
-        mlp_tiles=run.mlp_tiles,
-        offload_params=config.offload_params,
-        torch_compile=config.torch_compile is True,
+        recompute=memory.recompute,
+        reshard_after_forward=memory.reshard_after_forward,
+        activation_offloading=memory.activation_offloading,
+        mlp_tiles=memory.mlp_tiles,
+        offload_params=memory.offload_params,
+        torch_compile=memory.torch_compile,
     )
     fill(model, run)
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +12,9 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from longspan import __version__
+from longspan.config.architecture import Architecture, key_of
 from longspan.config.data_rules import STREAM_KEYS
-from longspan.config.hugging_face import FIELDS, PIECES
-from longspan.config.resolve import Run
+from longspan.config.run import Run
 from longspan.config.schema import TrainConfig
 from longspan.data import TokenDataset
 from longspan.data.blend import BlendedDataset
@@ -21,29 +22,8 @@ from longspan.errors import UserError
 from longspan.training.adapters import adapter_description, adapter_problems
 from longspan.training.checkpoint_files import DESCRIPTION
 
-#: what must be the same for weights to fit
-MODEL_KEYS = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "ffn_hidden_size",
-    *PIECES,
-)
-#: what must be the same for a run to go on as if it had not stopped
-SETTINGS = (
-    "sequence_len",
-    "sample_packing",
-    "seed",
-    "val_set_size",
-    "rotary_base",
-    "rope_scaling",
-    "sliding_window",
-    "layernorm_epsilon",
-)
-
-
+#: what must be the same, beside the architecture's numbers, for a run to go on as if it had not stopped
+SETTINGS = ("sequence_len", "sample_packing", "seed", "val_set_size")
 #: what must be the same too where samples are trained on
 SAMPLE_SETTINGS = ("train_on_inputs", "excess_length_strategy")
 
@@ -106,17 +86,26 @@ def _odd_values(found: dict[str, Any]) -> list[str]:
         if not (_is_count(value, least) or (name == "global_batch_size" and value is None)):
             odd.append(f"{name} {_short(value)}")
     if not odd:
-        # the fields of an architecture are keys of a config too, with their types and bounds
-        values = found["model"] | found["settings"]
-        values |= {
-            name: found[name] for name in ("init_method_std", "max_position_embeddings") if name in found
-        }
-        odd += [
-            f"{name} {_short(values[name])}"
-            for name in FIELDS
-            if name in values and not _fits(name, values[name])
-        ]
+        values = _model_keys(found)
+        odd += [f"{name} {_short(value)}" for name, value in values.items() if not _fits(name, value)]
     return odd + _odd_adapter(found.get("adapter"))
+
+
+def _model_keys(description: dict[str, Any]) -> dict[str, Any]:
+    """The config keys of the model that a description holds, which is what an older one records of them."""
+    values = description["model"] | description["settings"]
+    values |= {
+        name: description[name]
+        for name in ("init_method_std", "max_position_embeddings")
+        if name in description
+    }
+    names = [*map(key_of, fields(Architecture)), "vocab_size", "sequence_len"]
+    return {name: values[name] for name in names if name in values}
+
+
+def config_of_model(description: dict[str, Any]) -> TrainConfig:
+    """A config with the keys of a checkpoint's model, as far as :func:`describe` found them; the others are defaults."""
+    return TrainConfig.model_construct(**_model_keys(description))
 
 
 def _odd_adapter(adapter: Any) -> list[str]:
@@ -190,6 +179,8 @@ def check_fits(path: Path, now: dict[str, Any], weights_only: bool) -> dict[str,
     ]
     problems += adapter_problems(path.name, then.get("adapter"), now["adapter"])
     if not weights_only:
+        # a checkpoint that is older than a field of the architecture was computed with the field's default
+        settings = {key_of(one): one.default for one in fields(Architecture)} | then["settings"]
         if then["global_batch_size"] != now["global_batch_size"]:
             problems.append(
                 f"resume: {path.name} was trained with global_batch_size {then['global_batch_size']}, the config gives "
@@ -197,33 +188,30 @@ def check_fits(path: Path, now: dict[str, Any], weights_only: bool) -> dict[str,
                 "gradient_accumulation_steps, or take only the weights with no_load_optim: true."
             )
         problems += [
-            f"resume: {path.name} was trained with {name} {then['settings'].get(name)!r}, the config gives {value!r}. Keep it, "
+            f"resume: {path.name} was trained with {name} {settings.get(name)!r}, the config gives {value!r}. Keep it, "
             "or take only the weights with no_load_optim: true."
             for name, value in now["settings"].items()
-            if then["settings"].get(name) != value
+            if settings.get(name) != value
         ]
     if problems:
         raise UserError(problems)
     return then
 
 
-def describe_model(run: Run) -> dict:
+def describe_model(config: TrainConfig) -> dict[str, Any]:
     """The part of a checkpoint's description that follows from the config alone."""
-    model, config = run.transformer_config(), run.config
-    learned = model.position_embedding_type == "learned_absolute"
+    model = Architecture.of(config)
     return {
-        "model": {name: getattr(model, name) for name in MODEL_KEYS}
-        | {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
-        | ({"max_position_embeddings": model.max_position_embeddings} if learned else {}),
-        "settings": {name: getattr(config, name) for name in SETTINGS},
-        "init_method_std": config.init_method_std,
+        "model": model.keys("shapes") | {"vocab_size": config.vocab_size},
+        "settings": {name: getattr(config, name) for name in SETTINGS} | model.keys("numbers"),
+        "init_method_std": model.init_method_std,
         "max_position_embeddings": model.max_position_embeddings,
     }
 
 
 def describe_run(run: Run, data: TokenDataset) -> dict:
     """The part of a checkpoint's description that follows from the config and the data."""
-    about, config = describe_model(run), run.config
+    about, config = describe_model(run.config), run.config
     weights = data.counts if isinstance(data, BlendedDataset) else None
     about["settings"] |= {"weights": list(weights) if weights else None, "split": config.split}
     about["settings"]["training tokens"] = data.num_tokens
@@ -234,6 +222,6 @@ def describe_run(run: Run, data: TokenDataset) -> dict:
         "longspan": __version__,
         "torch": torch.__version__,
         "layout": run.sizes.equation(),
-        "global_batch_size": run.global_batch_size,
+        "global_batch_size": run.batch.global_size,
         "adapter": adapter_description(run),
     }

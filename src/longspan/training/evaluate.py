@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.config.model import IGNORE_INDEX
-from longspan.context_parallel import SequenceLayout
+from longspan.context_parallel.run_layout import run_layout
 from longspan.data import TokenDataset
 from longspan.training.sharding import LocalBatch
 from longspan.training.trainer import Trainer
@@ -45,7 +45,7 @@ def loss_by_position(trainer: Trainer) -> list[dict]:
     """
     assert trainer.valid_data is not None
     trainer.model.eval()
-    edges = position_edges(trainer.run.config.sequence_len)
+    edges = position_edges(trainer.run.batch.sequence_len)
     rank = dist.get_rank(trainer.groups.cp)
     sums = torch.zeros(3, len(edges) - 1, dtype=torch.float64)
     inner = torch.tensor(edges[1:-1])
@@ -84,23 +84,14 @@ def needles(trainer: Trainer, lengths: Sequence[int], trials: int) -> list[dict]
     assert trainer.valid_data is not None
     trainer.model.eval()
     run, group = trainer.run, trainer.groups.cp
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    rank = dist.get_rank(group)
     results = []
     for length in lengths:
-        layout = SequenceLayout.make(
-            "auto",
-            length,
-            ranks,
-            windows=run.windows,
-            multiple_of=run.sizes.tp if run.sequence_parallel else 1,
-            together=run.ranks_together,
-        )
+        layout = run_layout(run, length, name="auto")
         for depth in DEPTHS:
             sums = torch.zeros(2, dtype=torch.float64)
             for trial in range(trials):
-                tokens, labels = needle_text(
-                    trainer.valid_data, run.config.vocab_size or 0, length, depth, trial
-                )
+                tokens, labels = needle_text(trainer.valid_data, run.vocab_size, length, depth, trial)
                 local = (
                     layout.shard(tokens, rank, dim=1),
                     layout.shard(labels, rank, dim=1, pad_value=IGNORE_INDEX),

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longspan.config.architecture import model_config, model_folder
-from longspan.config.resolve import Run
+from longspan.config.hub import model_config, model_folder
+from longspan.config.run import Run
 from longspan.errors import UserError
 from longspan.models.hf_weights import (
     WEIGHT_DTYPES,
@@ -41,10 +41,9 @@ def export_dtype(run: Run, base: dict[str, Any] | None) -> torch.dtype:
         return torch.float32  # small, and trained in it
     said = None if base is None else base.get("torch_dtype") or base.get("dtype")
     if said in (None, "auto"):
-        if run.pretrained:
-            assert config.base_model is not None
-            return SafetensorsFolder(model_folder(config.base_model)).dtype
-        return torch.bfloat16 if config.bf16 is True else torch.float32
+        if run.pretrained is not None:
+            return SafetensorsFolder(model_folder(run.pretrained)).dtype
+        return torch.bfloat16 if run.precision.compute_dtype == "bfloat16" else torch.float32
     name = said.removeprefix("torch.") if isinstance(said, str) else None
     dtype = next((d for d in WEIGHT_DTYPES.values() if str(d) == f"torch.{name}"), None)
     if dtype is None:
@@ -92,11 +91,10 @@ def export(trainer: Trainer, folder: Path, prepared: tuple[torch.dtype, Files] |
     run = trainer.run
     first = dist.get_rank() == 0
     dtype, files = (prepared or prepare_export(run)) if first else (torch.float32, {})
-    if run.lora is not None:
-        export_adapters(trainer.model, run, folder, dtype, files)
+    if run.lora is not None and run.pretrained is not None:
+        export_adapters(trainer.model, run.lora.peft_config(run.pretrained), folder, dtype, files)
         return
-    assert run.config.vocab_size is not None
-    names = Names(trainer.model.config, run.config.vocab_size)
+    names = Names(run.model, run.vocab_size)
     writer = FolderWriter(folder, names, dtype) if first else None
     for name, whole in whole_parameters(trainer.model):
         if writer is not None:

@@ -43,11 +43,11 @@ def train(
     begun, tokens = time.perf_counter(), trainer.tokens
     record = learned = evaluation = None
     idle = 0  # steps in a row in which nothing counted
-    an_epoch = len(trainer.train_data) / run.global_batch_size
+    an_epoch = len(trainer.train_data) / run.batch.global_size
     eval_every = interval(config.eval_steps, config.evals_per_epoch, trainer.steps, an_epoch)
     save_every = interval(config.save_steps, config.saves_per_epoch, trainer.steps, an_epoch)
     every = config.logging_steps or min(10, max(1, trainer.steps // 200))
-    if config.torch_compile is True:
+    if run.memory.torch_compile:
         progress.compiling()
     if _still_owed(trainer, output):
         evaluation = trainer.evaluate()

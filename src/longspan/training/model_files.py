@@ -14,9 +14,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from longspan.config.architecture import model_config, model_file
+from longspan.config.architecture import Architecture
+from longspan.config.hub import model_config, model_file
 from longspan.config.hugging_face import hugging_face_config
-from longspan.config.resolve import Run, architecture
+from longspan.config.run import Run
 from longspan.config.schema import DatasetConfig, TrainConfig
 from longspan.data.instruct import Encoder, Recipe
 from longspan.data.text import begin_ids, eod_id, load_tokenizer, special_tokens
@@ -209,11 +210,12 @@ def model_files(config: dict[str, Any], origin: Origin, trained: Trained, ends: 
 # --- the exits ------------------------------------------------------------------------------
 
 
-def files_of_run(config: TrainConfig, model: Mapping[str, Any], dtype: str, tokenizer: Path | None) -> Files:
+def files_of_run(config: TrainConfig, described: TrainConfig, dtype: str, tokenizer: Path | None) -> Files:
     """The files of a whole model that a run trained.
 
     Args:
-        model: see ``hugging_face_config``.
+        config: of the run: the base model and the data it names.
+        described: a config with the model's own keys, as a checkpoint's description has them.
         dtype: of the written weights, such as ``bfloat16``.
     """
     pretrained = config.base_model is not None and not config.reinit_weights
@@ -221,7 +223,15 @@ def files_of_run(config: TrainConfig, model: Mapping[str, Any], dtype: str, toke
     # a base model whose tokenizer is no tokenizer.json still has files of it
     trained = trained_tokenizer(tokenizer or (origin.folder if pretrained else None))
     ends = turn_ends(config, tokenizer) if tokenizer is not None else []
-    return model_files(hugging_face_config(model, dtype, origin.config), origin, trained, ends)
+    assert described.vocab_size is not None
+    made = hugging_face_config(
+        Architecture.of(described),
+        vocab_size=described.vocab_size,
+        sequence_len=described.sequence_len,
+        dtype=dtype,
+        base=origin.config,
+    )
+    return model_files(made, origin, trained, ends)
 
 
 def files_of_adapters(config: TrainConfig, tokenizer: Path | None) -> Files:
@@ -258,4 +268,4 @@ def files_beside(run: Run, dtype: str) -> Files:
     path = Path(tokenizer) if tokenizer else None
     if run.lora is not None:
         return files_of_adapters(run.config, path)
-    return files_of_run(run.config, architecture(run.config), dtype, path)
+    return files_of_run(run.config, run.config, dtype, path)

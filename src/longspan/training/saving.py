@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from longspan.config.resolve import Run
+from longspan.config.run import Run
 from longspan.training.checkpoint import Checkpointer, SaveError
 from longspan.training.progress import Progress
 

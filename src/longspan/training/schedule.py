@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 
-from longspan.config.resolve import Run
+from longspan.config.run import Run
 from longspan.config.schema import TrainConfig
 
 
 def training_steps(run: Run, samples: int) -> int:
     """Optimizer steps: max_steps, or the epochs' samples over the global batch, rounded up."""
     config = run.config
-    return config.max_steps or max(1, math.ceil(samples * config.num_epochs / run.global_batch_size))
+    return config.max_steps or max(1, math.ceil(samples * config.num_epochs / run.batch.global_size))
 
 
 def warmup_steps(config: TrainConfig, steps: int) -> int:
@@ -75,4 +75,4 @@ def _lowest(config: TrainConfig, peak: float) -> float:
 def evaluation_limit(run: Run) -> int | None:
     """Sequences of an evaluation at most; None for all of them."""
     config = run.config
-    return config.eval_iters * run.global_batch_size if config.eval_iters else config.eval_max_samples
+    return config.eval_iters * run.batch.global_size if config.eval_iters else config.eval_max_samples

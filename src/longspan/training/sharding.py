@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from longspan.config.model import IGNORE_INDEX
-from longspan.config.resolve import Run
+from longspan.config.run import Run
 from longspan.context_parallel import SequenceLayout, hybrid
+from longspan.context_parallel.run_layout import run_layout
 from longspan.data import Batch, TokenDataset
 from longspan.errors import UserError
 from longspan.training.schedule import evaluation_limit
@@ -53,19 +54,18 @@ class Sharder:
 
     def __init__(self, run: Run, dp_rank: int, cp_rank: int, plan: Callable[[SequenceLayout], None]):
         self.run, self.dp_rank, self.cp_rank, self.plan = run, dp_rank, cp_rank, plan
-        self.windows, self.together = run.windows, run.ranks_together
         self._plain = lru_cache(maxsize=4)(self._make_layout)
 
     def local_rows(self) -> int:
         """Tokens of a sequence on this rank, padding included."""
-        return self._plain(self.run.config.sequence_len).local_length
+        return self._plain(self.run.batch.sequence_len).local_length
 
     def training(self, data: TokenDataset, step: int) -> list[LocalBatch]:
         """This rank's part of the micro-batches of a training step (from 0)."""
         batches = data.micro_batches(
             step,
-            global_batch_size=self.run.global_batch_size,
-            micro_batch_size=self.run.micro_batch_size,
+            global_batch_size=self.run.batch.global_size,
+            micro_batch_size=self.run.batch.micro,
             dp_rank=self.dp_rank,
             dp_size=self.run.sizes.dp,
         )
@@ -74,7 +74,7 @@ class Sharder:
     def evaluation(self, data: TokenDataset) -> Iterator[LocalBatch]:
         """This rank's part of every held-out sample, once; equally many micro-batches on each rank."""
         batches = data.evaluation_batches(
-            micro_batch_size=self.run.micro_batch_size,
+            micro_batch_size=self.run.batch.micro,
             dp_rank=self.dp_rank,
             dp_size=self.run.sizes.dp,
             limit=evaluation_limit(self.run),
@@ -82,15 +82,7 @@ class Sharder:
         return map(self._cut, batches)
 
     def _make_layout(self, total: int, cu_seqlens=None) -> SequenceLayout:
-        layout = SequenceLayout.make(
-            self.run.config.cp_layout,
-            total,
-            self.run.sizes.cp,
-            cu_seqlens=cu_seqlens,
-            windows=self.windows,
-            multiple_of=_row_multiple(self.run),
-            together=self.together,
-        )
+        layout = run_layout(self.run, total, cu_seqlens)
         self.plan(layout)
         return layout
 
@@ -120,8 +112,8 @@ class HybridSharder:
 
     def __init__(self, run: Run, rank: int, ranks: int, plan: Callable[[SequenceLayout], None]):
         self.run, self.rank, self.ranks, self.plan = run, rank, ranks, plan
-        assert run.config.max_seqlen_per_dp_cp_rank is not None
-        self.max_tokens = run.config.max_seqlen_per_dp_cp_rank
+        assert run.batch.most_tokens is not None
+        self.max_tokens = run.batch.most_tokens
 
     def local_rows(self) -> int:
         """The most tokens this rank holds."""
@@ -129,12 +121,12 @@ class HybridSharder:
 
     def training(self, data: TokenDataset, step: int) -> list[LocalBatch]:
         """As :meth:`Sharder.training`; the number of micro-batches differs from step to step, never from rank to rank."""
-        return list(self._micro_batches(data, data.global_batch(step, self.run.global_batch_size)))
+        return list(self._micro_batches(data, data.global_batch(step, self.run.batch.global_size)))
 
     def evaluation(self, data: TokenDataset) -> Iterator[LocalBatch]:
         """As :meth:`Sharder.evaluation`."""
         count = min(len(data), evaluation_limit(self.run) or len(data))
-        width = self.run.micro_batch_size * self.run.sizes.dp
+        width = self.run.batch.micro * self.run.sizes.dp
         for begin in range(0, count, width):
             yield from self._micro_batches(data, list(range(begin, min(begin + width, count))))
 
@@ -146,7 +138,7 @@ class HybridSharder:
         lengths = [stop - start for _, start, stop in documents]
         read = lru_cache(maxsize=len(samples))(data.row)
         for micro_batch in hybrid.schedule(lengths, self.ranks, self.max_tokens):
-            _, layout = hybrid.layout_of(lengths, micro_batch, _row_multiple(self.run))
+            _, layout = hybrid.layout_of(lengths, micro_batch, self.run.row_multiple)
             self.plan(layout)
             tokens = torch.zeros(1, layout.local_length, dtype=torch.int64)
             labels = torch.full_like(tokens, IGNORE_INDEX)
@@ -162,10 +154,6 @@ class HybridSharder:
             yield LocalBatch(tokens, labels, layout, positions if _positions_differ(self.run) else None)
 
 
-def _row_multiple(run: Run) -> int:
-    return run.sizes.tp if run.sequence_parallel else 1
-
-
 def _positions_differ(run: Run) -> bool:
     """Is a token's position another number than its place among the tokens that attend to each other?
 
@@ -176,8 +164,7 @@ def _positions_differ(run: Run) -> bool:
 
 def _check_tokens(run: Run, tokens: Tensor, labels: Tensor) -> None:
     """UserError for a token beyond the vocabulary."""
-    vocab = run.config.vocab_size
-    assert vocab is not None
+    vocab = run.vocab_size
     largest, smallest = int(max(tokens.max(), labels.max())), int(tokens.min())
     if largest >= vocab or smallest < 0:
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from longspan.config.resolve import Run
+from longspan.config.run import Run
 from longspan.training.metrics import JsonLines, Metrics, Sink, TensorBoard, Wandb, keep_until, set_aside
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.config.resolve import Run
+from longspan.config.run import Run
 from longspan.context_parallel import SequenceLayout
 from longspan.data import Prefetcher, TokenDataset
 from longspan.data.splits import open_datasets

@@ -1,0 +1,129 @@
+"""Where a ``base_model`` is found: a local folder, the table of known architectures, or the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from longspan.config.hugging_face import ignored_fields, keys_of
+from longspan.config.json_text import parse_json
+from longspan.config.known_models import known_model
+from longspan.errors import UserError
+
+
+def model_file(base_model: str, name: str, network: bool = True) -> Path:
+    """A file of a model: in a local folder, or fetched from the hub for an id such as ``org/name``.
+
+    Args:
+        network: False takes what an earlier run fetched, and asks nobody.
+
+    Raises:
+        UserError: it is in neither.
+    """
+    path = Path(base_model) / name
+    if path.is_file():
+        return path
+    if not Path(base_model).exists() and is_hub_id(base_model):
+        try:
+            from huggingface_hub import hf_hub_download
+
+            return Path(hf_hub_download(base_model, name, local_files_only=not network))
+        except Exception as error:  # offline, no such model, no access: the remedy is the same
+            raise UserError(_not_fetched(base_model, name, error)) from None
+    raise UserError(
+        f"base_model {base_model!r}: there is no {name} in it. Give a folder that holds a Hugging Face "
+        "config.json, or leave base_model out and give num_layers, hidden_size and num_attention_heads."
+    )
+
+
+def is_hub_id(base_model: str) -> bool:
+    """Is this of the form ``org/name``?"""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model) is not None
+
+
+def _not_fetched(base_model: str, what: str, error: Exception) -> str:
+    name = base_model.split("/")[-1]
+    reason = "huggingface_hub is not installed" if isinstance(error, ImportError) else type(error).__name__
+    return (
+        f"base_model {base_model!r} is no local folder and {what} could not be fetched from the hub ({reason}). Download the "
+        f"model where the hub can be reached, with 'hf download {base_model} --local-dir {name}', and give base_model: {name}."
+    )
+
+
+def model_folder(base_model: str) -> Path:
+    """The folder of a model with its weights and tokenizer; a hub id is fetched whole (safetensors, tokenizer and JSON only).
+
+    Raises:
+        UserError: it is no folder and cannot be fetched.
+    """
+    if Path(base_model).is_dir():
+        return Path(base_model)
+    if not is_hub_id(base_model):
+        return model_file(base_model, "config.json").parent  # which says that there is none
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+        return Path(snapshot_download(base_model, allow_patterns=patterns))
+    except Exception as error:  # offline, no such model, no access: the remedy is the same
+        remedy = " To start from random weights of this architecture: reinit_weights: true."
+        raise UserError(_not_fetched(base_model, "its weights", error) + remedy) from None
+
+
+def model_config(base_model: str, network: bool = True) -> tuple[dict[str, Any], str]:
+    """What a model's ``config.json`` holds, and its name for messages: from a folder, the table, or the hub.
+
+    Raises:
+        UserError: it is in none of them, or no JSON object.
+    """
+    if not Path(base_model).exists() and (known := known_model(base_model)) is not None:
+        return known, f"the known architecture of {base_model}"
+    path = model_file(base_model, "config.json", network)
+    try:
+        data = parse_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"base_model: {path} cannot be read ({error.strerror}). Put its permissions right."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"base_model: {path} is not valid JSON ({error}).") from None
+    if not isinstance(data, dict):
+        raise UserError(f"base_model: {path} holds {type(data).__name__}, not an object of fields.")
+    return data, str(path)
+
+
+def architecture_of(base_model: str, network: bool = True) -> dict[str, Any]:
+    """The architecture keys of a model; of a known one without its folder and without a network.
+
+    Args:
+        network: as in :func:`model_file`.
+
+    Raises:
+        UserError: no such folder, no config.json, or a model that is not supported.
+    """
+    return keys_of(*model_config(base_model, network))
+
+
+def unused_fields(base_model: str) -> list[str]:
+    """A line for what a model's ``config.json`` names and nobody reads; nothing is fetched.
+
+    Args:
+        base_model: one whose architecture was read already.
+    """
+    data, where = model_config(base_model, network=False)
+    named = ", ".join(ignored_fields(data))
+    return [f"rope_scaling of {where}: {named} (transformers ignores it too)"] if named else []
+
+
+def vocabulary_of(values: dict[str, Any], base_model: str) -> int:
+    """The vocabulary's size among the architecture keys of a model.
+
+    Raises:
+        UserError: its config.json names none, and transformers' default would not fit its weights but by chance.
+    """
+    if values.get("vocab_size") is None:
+        raise UserError(
+            f"base_model {base_model}: its config.json names no vocab_size. Download the model again."
+        )
+    return values["vocab_size"]

@@ -1,0 +1,53 @@
+"""The names and shapes of a model's parameters, from its architecture alone; no tensor is made."""
+
+from __future__ import annotations
+
+from longspan.config.architecture import Architecture
+from longspan.config.model import padded_vocab_size
+
+#: tables whose dim 0 is the vocabulary
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+#: the table whose dim 0 is positions
+POSITIONS = "embedding.position_embeddings.weight"
+
+
+def parameter_shapes(model: Architecture, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every whole parameter of a GPTModel; tied ones once.
+
+    Args:
+        vocab_size: tokens without padding; the shapes of tables contain it.
+    """
+    h, ffn, vocabulary = model.hidden_size, model.ffn_hidden_size, padded_vocab_size(vocab_size)
+    q, kv = (model.kv_channels * n for n in (model.num_attention_heads, model.num_query_groups))
+    found: dict[str, tuple[int, ...]] = {VOCABULARY[0]: (vocabulary, h)}
+
+    def norm(name: str, size: int) -> None:
+        found[f"{name}.weight"] = (size,)
+        if model.normalization == "LayerNorm":
+            found[f"{name}.bias"] = (size,)
+
+    def linear(name: str, inputs: int, outputs: int, bias: bool = model.add_bias_linear) -> None:
+        found[f"{name}.weight"] = (outputs, inputs)
+        if bias:
+            found[f"{name}.bias"] = (outputs,)
+
+    if model.learned_positions:
+        assert model.max_position_embeddings is not None
+        found[POSITIONS] = (padded_vocab_size(model.max_position_embeddings), h)
+    for index in range(model.num_layers):
+        layer = f"decoder.layers.{index}"
+        norm(f"{layer}.input_layernorm", h)
+        for letter, size in (("q", q), ("k", kv), ("v", kv)):
+            bias = model.add_bias_linear or model.add_qkv_bias
+            linear(f"{layer}.self_attention.linear_{letter}", h, size, bias)
+        linear(f"{layer}.self_attention.linear_proj", q, h)
+        for letter in "qk" if model.qk_layernorm else "":
+            norm(f"{layer}.self_attention.{letter}_layernorm", model.kv_channels)
+        norm(f"{layer}.pre_mlp_layernorm", h)
+        for part in ("gate", "up") if model.gated_linear_unit else ("up",):
+            linear(f"{layer}.mlp.linear_{part}", h, ffn)
+        linear(f"{layer}.mlp.linear_down", ffn, h)
+    norm("decoder.final_layernorm", h)
+    if not model.share_embeddings_and_output_weights:
+        found[VOCABULARY[1]] = (vocabulary, h)
+    return found

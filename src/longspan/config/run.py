@@ -1,0 +1,264 @@
+"""What is run, complete and frozen: no value that is still open, no "auto". Needs no torch.
+
+Two states, each made from a *complete* config, in which every key that follows from others has its value:
+
+    Checked     the rules hold and the arithmetic is done (``config.resolve.resolve``)
+    Run         the same, and the data is prepared: tokens, the size of the vocabulary, the tokenizer, the
+                checkpoint to resume from (``runs.prepare.prepare``)
+
+``of`` makes either from a complete config without a rule, a file or the network, so a process that finds the
+written config builds the same Run as the one that wrote it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Self
+
+from longspan.config.architecture import Architecture
+from longspan.config.lora import Lora, lora_of
+from longspan.config.model import TransformerConfig, comm_type_of_layer
+from longspan.config.parallel import MeshSizes
+from longspan.config.schema import TrainConfig
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """One layer of a model.
+
+    Attributes:
+        number: from 1, in the whole model.
+        window: tokens a query sees, itself included; None for no limit.
+        comm_type: how keys reach queries, one of ``CP_COMM_TYPES``.
+    """
+
+    number: int
+    mixer: str = "attention"
+    mlp: str = "dense"
+    window: int | None = None
+    comm_type: str = "p2p"
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """The batch of an optimizer step.
+
+    Attributes:
+        micro: sequences of a micro-batch of a data parallel rank.
+        accumulation: micro-batches of a step.
+        global_size: sequences of a step, over all ranks.
+        sequence_len: tokens of a sequence.
+        most_tokens: of a micro-batch on one rank, with hybrid context parallelism; None without it.
+    """
+
+    micro: int
+    accumulation: int
+    global_size: int
+    sequence_len: int
+    most_tokens: int | None = None
+
+    @property
+    def tokens_a_step(self) -> int:
+        return self.global_size * self.sequence_len
+
+    def equation(self, dp: int) -> str:
+        """``micro 1 x accumulation 2 x dp 2 = 4 sequences = 200 tokens a step``, with ``dp`` data parallel ranks."""
+        return (
+            f"micro {self.micro} x accumulation {self.accumulation} x dp {dp} = {self.global_size} sequences = "
+            f"{self.tokens_a_step:,} tokens a step"
+        )
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Names of torch's dtypes.
+
+    Attributes:
+        params_dtype: of weights and optimizer.
+        compute_dtype: of products and activations.
+        tf32: float32 products on CUDA are TensorFloat-32.
+    """
+
+    params_dtype: str
+    compute_dtype: str
+    tf32: bool
+
+    @property
+    def mixed(self) -> bool:
+        """Is computed in another dtype than weights are held in?"""
+        return self.compute_dtype != self.params_dtype
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is kept in memory, and where.
+
+    Attributes:
+        recompute: none, selective, full or offload.
+        mlp_tiles: 1 computes the MLP as a whole; None takes the tiles from the number of tokens, as they come.
+        reshard_after_forward, activation_offloading, offload_params, torch_compile: as the keys of these names.
+    """
+
+    recompute: str
+    mlp_tiles: int | None
+    reshard_after_forward: bool
+    activation_offloading: bool
+    offload_params: bool
+    torch_compile: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A config whose rules hold, with its arithmetic done.
+
+    Attributes:
+        config: complete; for printing, and for keys that act in one place only.
+        device: ``cpu`` or ``cuda``.
+        sizes: ranks of each axis.
+        sequence_parallel: activations between tensor parallel layers are cut along the sequence.
+        layers: every layer of the model, in order.
+        lora: the adapters that are trained beside frozen weights; None where all weights are trained.
+        pretrained: the model the weights come from; None where they are drawn.
+    """
+
+    config: TrainConfig
+    device: str
+    sizes: MeshSizes
+    sequence_parallel: bool
+    model: Architecture
+    layers: tuple[LayerKind, ...]
+    batch: BatchSizes
+    precision: Precision
+    memory: Memory
+    lora: Lora | None
+    pretrained: str | None
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Self:
+        """From a complete config; the same config gives the same object."""
+        model = Architecture.of(config)
+        return cls(
+            config=config,
+            device=config.device,
+            sizes=sizes_of(config),
+            sequence_parallel=bool(config.sequence_parallel),
+            model=model,
+            layers=tuple(
+                LayerKind(
+                    number,
+                    window=model.window_of_layer(number),
+                    comm_type=comm_type_of_layer(config.cp_comm_type, number),
+                )
+                for number in range(1, model.num_layers + 1)
+            ),
+            batch=batch_of(config),
+            precision=_precision(config),
+            memory=_memory(config),
+            lora=lora_of(config),
+            pretrained=None if config.reinit_weights else config.base_model,
+        )
+
+    def with_keys(self, **keys: Any) -> Self:
+        """The same with other values of some keys, which must leave the config complete; no rule is checked."""
+        return type(self).of(self.config.model_copy(update=keys))
+
+    def transformer_config(self, params_dtype: Any = None) -> TransformerConfig:
+        """The model's architecture and how it is cut.
+
+        Args:
+            params_dtype: a torch.dtype; None is float32.
+        """
+        return TransformerConfig(
+            **{one.name: getattr(self.model, one.name) for one in dataclasses.fields(self.model)},
+            params_dtype=params_dtype,
+            tensor_model_parallel_size=self.sizes.tp,
+            context_parallel_size=self.sizes.cp,
+            pipeline_model_parallel_size=self.sizes.pp,
+            sequence_parallel=self.sequence_parallel,
+            cp_comm_type=self.config.cp_comm_type,
+            hierarchical_context_parallel_sizes=self.sizes.hierarchical_cp or None,
+            attention_backend=self.config.attention_backend,
+            deterministic_mode=self.config.deterministic_mode,
+        )
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The sliding window of each layer."""
+        return [layer.window for layer in self.layers]
+
+    def head_group(self, layer: LayerKind) -> int:
+        """Context parallel ranks that exchange heads in a layer; 1 where it moves keys alone."""
+        inner = self.sizes.hierarchical_cp[0] if self.sizes.hierarchical_cp else 1
+        return {"a2a": self.sizes.cp, "a2a+p2p": inner}.get(layer.comm_type, 1)
+
+    @property
+    def row_multiple(self) -> int:
+        """The rows of a rank are a multiple of this: with sequence parallelism they are cut over tp."""
+        return self.sizes.tp if self.sequence_parallel else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Checked):
+    """What is run: a Checked with its data prepared.
+
+    Attributes:
+        vocab_size: tokens of the vocabulary, without padding.
+    """
+
+    vocab_size: int
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Self:
+        """From the complete config of prepared data; the same config gives the same object."""
+        checked = Checked.of(config)
+        parts = {one.name: getattr(checked, one.name) for one in dataclasses.fields(checked)}
+        return cls(**parts, vocab_size=_filled(config.vocab_size))
+
+
+def sizes_of(config: TrainConfig) -> MeshSizes:
+    """The ranks of each axis, of a config that gives dp_shard_size."""
+    return MeshSizes(
+        tp=config.tensor_parallel_size,
+        cp=config.context_parallel_size,
+        pp=config.pipeline_parallel_size,
+        dp_shard=_filled(config.dp_shard_size),
+        dp_replicate=config.dp_replicate_size,
+        hierarchical_cp=tuple(config.hierarchical_context_parallel_sizes or ()),
+    )
+
+
+def batch_of(config: TrainConfig) -> BatchSizes:
+    """The batch of a complete config."""
+    return BatchSizes(
+        _filled(config.micro_batch_size),
+        _filled(config.gradient_accumulation_steps),
+        _filled(config.global_batch_size),
+        config.sequence_len,
+        config.max_seqlen_per_dp_cp_rank if config.hybrid_context_parallel else None,
+    )
+
+
+def _precision(config: TrainConfig) -> Precision:
+    assert "auto" not in (config.bf16, config.tf32), "the config is not complete"
+    return Precision(
+        config.params_dtype, "bfloat16" if config.bf16 else config.params_dtype, bool(config.tf32)
+    )
+
+
+def _memory(config: TrainConfig) -> Memory:
+    assert config.torch_compile != "auto", "the config is not complete"
+    given = config.gradient_checkpointing
+    return Memory(
+        recompute=given if isinstance(given, str) else "full" if given else "none",
+        mlp_tiles=config.tiled_mlp_num_shards if config.tiled_mlp else 1,
+        reshard_after_forward=config.reshard_after_forward,
+        activation_offloading=config.activation_offloading,
+        offload_params=config.offload_params,
+        torch_compile=bool(config.torch_compile),
+    )
+
+
+def _filled(value: int | None) -> int:
+    assert value is not None, "the config is not complete"
+    return value
