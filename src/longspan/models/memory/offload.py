@@ -125,7 +125,7 @@ class Offload:
         return host
 
     def _let_go(self, group: _Group | None) -> None:
-        """Frees a layer's tensors on the device; the stream awaits their copies before it reuses the memory."""
+        """Frees a layer's tensors on the device; the stream awaits their copies before it reuses memory."""
         if group is not None:
             if group.ready is not None:
                 torch.cuda.current_stream(self.device).wait_event(group.ready)
