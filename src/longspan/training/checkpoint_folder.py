@@ -197,7 +197,7 @@ def check_small_files(path: Path, option: str, say: Say) -> None:
 
 
 def small_files_changed(path: Path, metadata: Metadata) -> list[str]:
-    """The files that ``checksums.json`` lacks; if none, those that differ of the two read before the tensors."""
+    """The files that ``checksums.json`` lacks; if none, those read before the tensors that differ."""
     try:
         manifest = Manifest(path)
     except ValueError:

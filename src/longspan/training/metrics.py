@@ -152,7 +152,7 @@ class Metrics:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drops the lines of summaries and of steps after ``step``, which are run again; replaces the file whole."""
+    """Drops the lines of summaries and of steps after ``step``, which are run again; replaces the file."""
     if not path.is_file():
         return
     kept = [
@@ -182,7 +182,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Renames an earlier run's file or folder to the next free ``NAME.1``, ``NAME.2`` ...; None without one."""
+    """Renames an earlier run's file or folder to the next free ``NAME.1``, ``NAME.2`` ...; None if absent."""
     if not path.exists():
         return None
     number = 1

@@ -55,7 +55,7 @@ class Origin:
 
 
 def origin_of(base_model: str | None, pretrained: bool = True) -> Origin:
-    """The files of base_model on this machine; without its weights (``pretrained`` False) only its config.json.
+    """The files of base_model that are on this machine; without ``pretrained`` no generation_config.json.
 
     Raises:
         UserError: its config.json is not on this machine, or one of its files cannot be read.
@@ -109,7 +109,7 @@ class Trained:
 
 
 def trained_tokenizer(path: str | Path | None) -> Trained:
-    """Reads a tokenizer. Where its files name no bos or eos, it gets the tokens that training put around texts.
+    """Reads a tokenizer; where its files name no bos or eos, it gets the tokens that training put there.
 
     Raises:
         UserError: a file cannot be read.
