@@ -1,6 +1,7 @@
-"""torch.autocast for parts whose autograd functions are written by hand, which autocast does not look into.
+"""torch.autocast for parts with autograd functions written by hand, inside of which autocast has no effect.
 
-Such a part does as PyTorch's own do: it takes its inputs in autocast's type, and computes with autocast off.
+Such a part follows PyTorch's own functions: it casts its inputs to autocast's type and computes without
+autocast.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as they are; where autocast is on, in its type. float64 stays: it was asked for by name."""
+    """The tensors, in autocast's type if autocast is on; float64 stays, because the user chose it."""
     if not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
@@ -29,7 +30,7 @@ def off(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 def state(tensor: Tensor) -> Callable[[], torch.autocast]:
-    """Makes contexts with autocast as it is now on the tensor's device: for what is computed again in backward."""
+    """Makes contexts with the present autocast state of the tensor's device, for recomputing in backward."""
     kind = tensor.device.type
     return partial(
         torch.autocast, kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)

@@ -1,9 +1,9 @@
-"""torch.compile for what lies between two exchanges: pure functions of tensors, each compiled once for all layers.
+"""torch.compile for the computation between two exchanges: pure functions, compiled once for all layers.
 
-A module that has such parts derives from :class:`Compilable` and calls them by :meth:`Compilable.part`. The parts take
-this rank's plain tensors, never modules, DTensors or groups. So FSDP's hooks, recomputation and every collective stay
-outside, and a compiled part fits all layers of the same shapes. Where a shape changes from call to call, the second
-one compiles a version for any size.
+A module with such parts derives from :class:`Compilable` and calls them by :meth:`Compilable.part`. The parts
+take this rank's plain tensors, never modules, DTensors or groups. So FSDP's hooks, recomputation and every
+collective stay outside, and a compiled part serves all layers of the same shapes. When a shape changes from
+one call to the next, the second call compiles a version for any size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 
 from longspan.errors import UserError
 
-#: torch.compile's; a test takes one that generates no code, which is where most of the wait comes from
+#: The backend of torch.compile. A test uses one that generates no code, because that step takes most of the
+#: time.
 BACKEND = "inductor"
 
 
@@ -25,13 +26,13 @@ class Compilable:
     """A module with parts that can be compiled.
 
     Attributes:
-        compiled: whether they are.
+        compiled: whether the parts run in their compiled form.
     """
 
     compiled = False
 
     def part(self, function: Callable) -> Callable:
-        """A function of tensors as this module runs it."""
+        """The form of a function of tensors that this module runs: compiled or plain."""
         return compiled(function) if self.compiled else function
 
 
@@ -42,17 +43,18 @@ def compiled(function: Callable) -> Callable:
 
 
 def compile_parts(model: torch.nn.Module, on: bool = True) -> None:
-    """Switches all parts of a model."""
+    """Switches all parts of a model to their compiled form, or back."""
     for module in model.modules():
         if isinstance(module, Compilable):
             module.compiled = on
 
 
 def check_compiler(device: torch.device) -> None:
-    """Refuses where torch.compile cannot work on this machine.
+    """Refuses a machine on which torch.compile cannot work.
 
     Raises:
-        UserError: no C++ compiler on the CPU; no Triton, or no C compiler to build its launchers with, on CUDA.
+        UserError: the CPU lacks a C++ compiler; or CUDA lacks Triton, or a C compiler that builds its
+        launchers.
     """
     names = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "gcc", "clang")
     found = any(shutil.which(os.environ.get(name, "") if name.isupper() else name) for name in names)

@@ -1,6 +1,6 @@
-"""The one exception of a user's mistake, and how its messages are made.
+"""The one exception for a user's mistake, and helpers for its messages.
 
-Every message says what was found, the rule, and the remedy. The command line prints
+Every message names what was found, the rule, and the remedy. The command line prints
 it without a traceback and exits with code 2.
 """
 
@@ -14,10 +14,10 @@ Problem = tuple[tuple[str, ...], str]
 
 
 class UserError(ValueError):
-    """Something the user can put right: a key, a flag, a file, a shape or a layout.
+    """A mistake that the user can correct: a key, a flag, a file, a shape or a layout.
 
     Args:
-        problems: one message, or all messages of one look (a config shows all its
+        problems: one message, or all messages of one check (a config shows all its
             problems at once).
     """
 

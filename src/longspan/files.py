@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written beside their place and renamed."""
+"""Files and folders that are never half written: they are written under a hidden name and then renamed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file whole, or leaves what was there.
+    """Writes a whole file; if that fails, the earlier file stays.
 
     Args:
-        content: text is written as UTF-8, with the line ends it has.
+        content: text is written as UTF-8; its line ends are not changed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -23,7 +23,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def begin_folder(folder: Path) -> Path:
-    """An empty folder beside ``folder``, to be filled and given its name by :func:`name_folder`."""
+    """Makes an empty folder beside ``folder``. The caller fills it, then :func:`name_folder` renames it."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -31,7 +31,7 @@ def begin_folder(folder: Path) -> Path:
 
 
 def name_folder(partial: Path, folder: Path) -> None:
-    """Gives a filled folder its name; what was there goes."""
+    """Gives a filled folder its final name; a folder that has this name already is deleted."""
     if folder.exists():
         shutil.rmtree(folder)
     os.rename(partial, folder)

@@ -1,6 +1,7 @@
 """Gradients of a model in your own loop: summed over the ranks that see different tokens.
 
-FSDP2 does this by itself in the trainer (``parallelize``); a model without it needs one call after backward.
+In the trainer FSDP2 does this by itself (``parallelize``); a model without FSDP2 needs one call after
+backward.
 """
 
 from __future__ import annotations
@@ -23,32 +24,35 @@ def finalize_model_grads(
     num_tokens: Tensor | int | None = None,
     pg_collection: ProcessGroupCollection | None = None,
 ) -> None:
-    """Sums a model's gradients over the axes they are partial over: data and context parallel ranks.
+    """Sums a model's gradients over the data and context parallel ranks, each of which has a part of the sum.
 
-    Call it on every rank after the last backward of a step, before the gradient norm, clipping and the optimizer.
-    Gradients are summed, never averaged, in at least float32. Over tensor parallel ranks nothing is left to sum, with
-    sequence parallelism or without: the layers do it in backward.
+    Call it on every rank after the last backward of a step, before the gradient norm, clipping and the
+    optimizer. Gradients are summed, never averaged, in at least float32. Over tensor parallel ranks nothing
+    is left to sum, with or without sequence parallelism, because the layers do it in backward.
 
-    What is summed is decided by the loss. Each rank's is of its own tokens, and either
+    The loss decides what the sum means. Each rank's loss covers its own tokens, and either
 
-    - each rank divides the *sum* of its losses by the number of valid tokens of the whole step, over all micro-batches and
-      all data and context parallel ranks (the sum of ``(labels != -100)`` over ``pg_collection.dp_cp``); or
-    - each rank's loss is a plain sum and ``num_tokens`` is given (Megatron's ``calculate_per_token_loss``): the gradients
-      are then divided here, by its sum over those ranks.
+    - each rank divides the *sum* of its losses by the number of valid tokens of the whole step, over all
+      micro-batches and all data and context parallel ranks (the sum of ``(labels != -100)`` over
+      ``pg_collection.dp_cp``); or
+    - each rank's loss is a plain sum and ``num_tokens`` is given (Megatron's ``calculate_per_token_loss``):
+      this function then divides the gradients by the sum of ``num_tokens`` over those ranks.
 
-    Both give the gradient of the mean over all valid tokens, whatever the layout. A rank's own *mean* would be wrong: ranks
-    have different numbers of valid tokens. (Megatron's other convention, a mean a micro-batch divided by the number of
-    micro-batches and averaged over data parallel ranks, weights tokens unevenly for that reason.)
+    Both give the gradient of the mean over all valid tokens at every layout. Each rank's own *mean* would be
+    wrong, because ranks have different numbers of valid tokens. (For that reason Megatron's other convention
+    weights tokens unevenly: a mean for each micro-batch, divided by the number of micro-batches and averaged
+    over data parallel ranks.)
 
     Args:
-        model: a module without FSDP2 or DDP, or several; a parameter that they share is summed once. One that has a
-            gradient on other ranks only (this one ran no backward) counts as zero. Frozen ones are left alone.
-        num_tokens: valid tokens of this rank in the step; None where the losses are divided already. Where there is none
-            on any rank, gradients stay as they are.
+        model: a module without FSDP2 or DDP, or several modules. A parameter that they share is summed once.
+            A parameter without a gradient on this rank (it ran no backward) counts as zero, if other ranks
+            have one. Frozen parameters are not changed.
+        num_tokens: valid tokens of this rank in the step; None if the losses are divided already. If no rank
+            has a valid token, the gradients are not divided.
         pg_collection: None takes the installed groups.
 
     Raises:
-        ValueError: the model's gradients are reduced by FSDP2 or DDP already.
+        ValueError: FSDP2 or DDP reduces the model's gradients already.
     """
     group = process_groups(pg_collection).dp_cp
     modules = [model] if isinstance(model, nn.Module) else list(model)
@@ -77,7 +81,8 @@ def sum_gradients(
 ) -> None:
     """Sums the gradients over the ranks of a group, in at least float32, and multiplies them by ``scale``.
 
-    A parameter that has a gradient on some ranks only counts as zero on the others; one that has none anywhere keeps none.
+    A parameter with a gradient on some ranks only counts as zero on the others; if no rank has one, it stays
+    None.
     """
     if not parameters:
         return
@@ -92,4 +97,5 @@ def sum_gradients(
         held = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
         wide = held.to(torch.promote_types(held.dtype, torch.float32)).contiguous()
         dist.all_reduce(wide, group=group)
-        held.copy_(wide if scale is None else wide * scale)  # itself, but for lower precision
+        # In float32 and float64, wide may be this same tensor.
+        held.copy_(wide if scale is None else wide * scale)

@@ -2,7 +2,7 @@
 
 ``torch.matmul`` sends float32 on x86 to MKL, which on AMD processors runs at less than half of
 what oneDNN reaches, with the same precision (bfloat16 goes to oneDNN anyway). oneDNN's float32
-product is reached through the operator that PyTorch's own compiler uses for linear layers. Everything
+product is called through the operator that PyTorch's own compiler uses for linear layers. Everything
 else (other dtypes, other processors, CUDA) is plain PyTorch.
 """
 
@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: smaller products than this many multiplications are left to torch.matmul: calling costs more than computing
+#: Products of fewer multiplications than this use torch.matmul, because the call costs more than the
+#: computation.
 SMALL = 1 << 16
 
-#: measured with AVX-512 only
+#: oneDNN is used with AVX-512 only, because no other processor has been measured.
 _HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -41,7 +42,7 @@ def _onednn(a: Tensor, b: Tensor) -> bool:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """``x``, copied unless it or its transpose is contiguous: for other strides oneDNN has a slow loop only."""
+    """``x``, copied unless it or its transpose is contiguous, because oneDNN is slow for other strides."""
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
 
 
@@ -49,8 +50,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for [m, k] and [k, n] of any strides. No autograd."""
     if not _onednn(a, b):
         return a @ b
-    linear = torch.ops.mkldnn._linear_pointwise  # (x, w) -> x w^T; copies x where it is not contiguous
-    if not a.is_contiguous() and a.shape[0] > b.shape[1]:  # the left one is larger: copy the other
+    # This operator computes (x, w) -> x w^T and copies x if it is not contiguous. Where a is larger than b,
+    # the transposed product is computed, so that the smaller of the two is copied.
+    linear = torch.ops.mkldnn._linear_pointwise
+    if not a.is_contiguous() and a.shape[0] > b.shape[1]:
         return linear(b.t(), _dense(a), None, "none", [], "").t()
     return linear(a, _dense(b.t()), None, "none", [], "")
 
@@ -58,7 +61,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
-        # a frozen weight needs no input in backward
+        # The input is needed for the weight's gradient only, which a frozen weight does not have.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return product(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], weight.shape[0])
 
@@ -76,7 +79,8 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x [.., k] @ weight [n, k]^T + bias``, as ``torch.nn.functional.linear``."""
-    if torch.compiler.is_compiling():  # the compiler chooses its own library
+    # The compiler chooses the library itself.
+    if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() < 2 or not x.numel()
     if plain or torch.is_autocast_enabled("cpu"):

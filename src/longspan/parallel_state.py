@@ -1,11 +1,11 @@
 """Megatron's ``parallel_state`` functions over one installed ParallelMesh.
 
 A facade for users: ``initialize_model_parallel`` makes a mesh and installs it, the getters
-hand out its parts. Nothing inside longspan reads this file; public constructors take the installed groups where
-none are given (``mesh.default_groups``).
+hand out its parts. Nothing inside longspan reads this file; public constructors take the installed groups
+where none are given (``mesh.default_groups``).
 
 Every getter takes ``check_initialized=True``; with False it returns None instead of raising
-when nothing is installed.
+an error when nothing is installed.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def initialize_model_parallel(
 ) -> None:
     """Makes the groups of all axes and installs them. All ranks call it.
 
-    Starts the default process group when nobody has: from the launcher's environment
+    Starts the default process group if there is none yet: from the launcher's environment
     under torchrun, else a world of one process (NCCL with CUDA, gloo otherwise).
 
     Args:
-        data_parallel_replicate_size: of the data parallel size, how many whole copies of
-            the sharded parameters there are (HSDP).
+        data_parallel_replicate_size: number of whole copies of the sharded parameters (HSDP); a
+            divisor of the data parallel size.
         device_type: ``"cpu"`` or ``"cuda"``; None takes CUDA where it is available.
 
     Raises:
@@ -107,7 +107,7 @@ is_initialized = model_parallel_is_initialized
 
 
 def destroy_model_parallel() -> None:
-    """Forgets the installed groups and ``model_parallel_seed``'s seed. The default process group stays."""
+    """Drops the installed groups and the seed of ``model_parallel_seed``. The default process group stays."""
     global _virtual_pipeline_rank, _virtual_pipeline_size
     installed.mesh, _virtual_pipeline_rank, _virtual_pipeline_size = None, None, None
     random.get_rng_tracker().reset()
@@ -185,7 +185,7 @@ def get_tensor_and_context_parallel_rank(check_initialized: bool = True):
 
 
 def get_model_parallel_group(check_initialized: bool = True):
-    """Ranks that hold one copy of the model: tensor and pipeline parallel ones together."""
+    """The ranks that hold one copy of the model: the tensor and the pipeline parallel ranks together."""
     return _group("tp_pp", check_initialized)
 
 
@@ -201,7 +201,7 @@ def get_tensor_and_data_parallel_group(check_initialized: bool = True, with_cont
 def get_amax_reduction_group(
     with_context_parallel: bool = False, tp_only_amax_red: bool = False, check_initialized: bool = True
 ):
-    """Ranks that see parts of one activation, and of other samples' too without ``tp_only_amax_red``."""
+    """The ranks with parts of one activation; without ``tp_only_amax_red`` those with other samples too."""
     name = "tp" if tp_only_amax_red else "tp_dp"
     return _group(
         {"tp": "tp_cp", "tp_dp": "tp_dp_cp"}[name] if with_context_parallel else name, check_initialized
@@ -245,7 +245,7 @@ def get_hierarchical_context_parallel_groups(check_initialized: bool = True):
 
 
 def get_data_parallel_group(with_context_parallel: bool = False, check_initialized: bool = True):
-    """Ranks that hold the same model part and different samples; with context parallelism, different tokens."""
+    """The ranks with the same model part and different samples (with context parallelism: tokens)."""
     return _group("dp_cp" if with_context_parallel else "dp", check_initialized)
 
 
@@ -401,12 +401,12 @@ def is_rank_0() -> bool:
 
 
 def get_all_ranks(check_initialized: bool = True):
-    """This rank's places on tp, dp, cp, pp and ep, joined by underscores: a name for a file of its own."""
+    """This rank's numbers on tp, dp, cp, pp and ep, joined by underscores, for the name of a file."""
     ranks = [_rank(name, check_initialized) for name in ("tp", "dp", "cp", "pp", "ep")]
     return None if None in ranks else "_".join(map(str, ranks))
 
 
-# --- what Megatron has and this module has not --------------------------------------------
+# --- Megatron's names that this module does not have ---------------------------------------
 
 _FIXED = "sizes and ranks are those of the groups; call destroy_model_parallel() and initialize_model_parallel(...) for others"
 _GLOO = "there are no second groups over gloo. The default process group serves both kinds of tensors (backend cpu:gloo,cuda:nccl): {}"
@@ -414,7 +414,7 @@ _ENDS = "pipelines are not supported yet, and without them embedding and output 
 _PARTIAL = "there is no distributed optimizer in parts. FSDP2 shards over dp_shard x cp and copies over dp_replicate: get_mesh().device_mesh"
 _BUFFER = "PyTorch's allocator keeps memory for reuse; leave the call out"
 
-#: what to use instead, by name
+#: name of Megatron's -> what to use instead
 _INSTEAD = {
     "get_data_parallel_group_gloo": _GLOO.format("get_data_parallel_group()"),
     "get_expert_data_parallel_group_gloo": _GLOO.format("get_expert_data_parallel_group()"),
@@ -474,7 +474,7 @@ _INSTEAD = {
 
 
 def __getattr__(name: str):
-    """A name of Megatron's that is not here answers with what to use."""
+    """Raises an AttributeError; for a name of Megatron's its message gives what to use instead."""
     if name in _INSTEAD:
         raise AttributeError(f"longspan.parallel_state has no {name}. Instead: {_INSTEAD[name]}.")
     known = [known for known in globals() if not known.startswith("_")]

@@ -1,4 +1,4 @@
-"""Ending with the process that started this one, so that a kill of a launcher leaves nothing behind."""
+"""Processes end with the process that started them, so that a killed launcher leaves none behind."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import sys
 import threading
 import time
 
-#: seconds between two looks at the parent where the kernel does not tell of its end
+#: seconds between two checks of the parent, where the kernel sends no signal at its end
 LOOK_S = 1.0
 #: Linux: the signal that the kernel sends when the parent ends
 PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Has this process killed when its parent ends, however that ends.
+    """Makes this process end when its parent ends, whatever ends the parent.
 
-    Linux sends the signal itself, to a stopped process too. Elsewhere, and for a parent that is a thread's
-    or another namespace's, a thread of this process looks once a second.
+    Linux sends the signal itself, to a stopped process too. On other systems, and where Linux sends none (the
+    parent is another thread's or another namespace's), a thread of this process checks once a second.
 
     Args:
-        parent: the process id of the parent, where it is known; one that has ended already ends this process
-            now. None takes the parent of the moment.
+        parent: the process id of the parent, if it is known; if that process has ended already, this one
+            ends now. None takes the present parent.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
@@ -39,8 +39,7 @@ def end_with_parent(parent: int | None = None) -> None:
 
 
 def end_with_pool() -> None:
-    """Has this worker of a pool of :mod:`multiprocessing` end when the process of the pool does, which it
-    would survive."""
+    """Makes this worker of a :mod:`multiprocessing` pool end with the pool's process; else it would go on."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_wait_for, args=(parent,), name="parent", daemon=True).start()

@@ -1,8 +1,8 @@
 """Context parallelism: one sequence, or one pack of documents, cut over many ranks.
 
-layout (who holds which tokens; balance deals out chunks) -> tiles, schedule (what to
-receive, what to compute) -> calls, kernels (one call of attention) -> keys, heads (moving
-rows) -> attention (all of it behind one function; checks say no).
+layout (which rank holds which tokens; balance assigns chunks) -> tiles, schedule (what to
+receive, what to compute) -> calls, kernels (one call of attention) -> move_keys, move_heads
+(moving rows) -> attention (all of it behind one function, with the checks of refusals).
 """
 
 from longspan.context_parallel import hybrid

@@ -1,15 +1,15 @@
-"""Balanced layouts: which chunks of a pack each rank holds, so that work is even and few rows travel.
+"""Balanced layouts: which chunks of a pack each rank holds, so that work is even and few rows are sent.
 
-Packed short and long documents make causal work lopsided: the last chunk of a long document
-costs many times a chunk of short ones. The pack is cut into equal chunks; then
+Short and long documents in one pack make causal work uneven: the last chunk of a long document
+costs many times as much as a chunk of short ones. The pack is cut into equal chunks; then
 
-    1. largest area first, each chunk goes to a rank with a free slot and room for its work:
-       the one that receives fewest rows more for it, the least loaded among equals;
-    2. heavy chunks of the most loaded rank are swapped with lighter ones elsewhere, by the
-       swap that costs fewest rows, until the busiest rank is within 2 % of the mean.
+    1. largest area first, each chunk goes to a rank with a free slot and room for its work: to the
+       rank that needs the fewest additional rows for it, and among equals to the least loaded;
+    2. heavy chunks of the most loaded rank are swapped with lighter chunks of other ranks, by the
+       swap that costs the fewest rows, until the busiest rank is within 2 % of the mean.
 
-Where that is not reached the chunks are halved and it starts again. (Dispatch by area is
-MagiAttention's, 2025; placing by rows received, and the swaps, are ours.)
+If this balance is not reached, the chunks are halved and both steps start again. (Assigning by
+area comes from MagiAttention, 2025; placing by received rows, and the swaps, are longspan's.)
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-#: the busiest rank's work over the mean that is good enough
+#: balance is reached when the busiest rank's work over the mean is at most this
 TOLERANCE = 1.02
-#: how far above the mean the first placement may load a rank
+#: the most work over the mean that the first placement may give a rank
 SLACK = 1.04
-#: chunks a rank: tried from the first, doubled up to the last
+#: chunks a rank: the first number to try, and the last; it is doubled in between
 CHUNKS = (16, 64)
-#: rows a chunk has at least when chunks are halved for balance
+#: the fewest rows of a chunk when chunks are halved for balance
 SMALLEST_CHUNK = 32
 
 
@@ -35,11 +35,11 @@ def balanced_chunks(
 
     Args:
         bounds: document boundaries [d + 1], from 0 to the number of tokens.
-        windows: the sliding window of each layer (None is none); areas are summed over them.
-        multiple_of: every rank's rows are a multiple of this.
+        windows: the sliding window of each layer (None for no window); areas are summed over them.
+        multiple_of: the number of rows of every rank is a multiple of this.
 
     Returns:
-        Tokens a chunk and, for each rank, its chunks in rising order; all ranks have equally many.
+        Tokens a chunk, and the chunks of each rank in rising order; all ranks have equally many.
     """
     total = bounds[-1]
     count = max(1, min(CHUNKS[0], total // (ranks * SMALLEST_CHUNK)))
@@ -60,7 +60,7 @@ def balanced_chunks(
 
 
 class _Pack:
-    """Chunks, their work and what they need, and who holds them. Sets of chunks are bits of an int."""
+    """Chunks, their work, the chunks they need, and their ranks. A set of chunks is the bits of an int."""
 
     def __init__(
         self, bounds: Sequence[int], ranks: int, count: int, size: int, windows: Sequence[int | None]
@@ -70,14 +70,15 @@ class _Pack:
         documents = np.asarray(bounds, dtype=np.int64)
         areas = [np.diff(_pairs_before(edges, documents, window)) for window in windows]
         self.area = np.sum(areas, axis=0)
-        # the document that a chunk begins inside of is the only one it needs rows of others for
+        # A chunk needs rows of other chunks only for the document inside which it begins.
         first = documents[np.searchsorted(documents, edges[:-1], side="right") - 1]
         widest = None if None in windows else max(w for w in windows if w is not None)
         if widest is not None:
             first = np.maximum(first, edges[:-1] - widest + 1)
         self.need = [((1 << i) - 1) >> (a // size) << (a // size) for i, a in enumerate(first.tolist())]
         self.held: list[list[int]] = [[] for _ in range(ranks)]
-        self.needed, self.own = [0] * ranks, [0] * ranks  # bits
+        # sets of chunks as bits
+        self.needed, self.own = [0] * ranks, [0] * ranks
         self.load = np.zeros(ranks)
         self.mean = float(self.area.sum()) / ranks
 
@@ -86,7 +87,7 @@ class _Pack:
         return float(self.load.max()) / self.mean
 
     def place(self) -> None:
-        """Step 1. Chunks without work beyond their own (short documents, padding) come last and fill up."""
+        """Step 1. Chunks that need no other chunk (short documents, padding) come last, into free slots."""
         area, load, limit = self.area.tolist(), [0.0] * self.ranks, SLACK * self.mean
         for i in np.argsort(-self.area, kind="stable").tolist():
             need, bit, a = self.need[i], 1 << i, area[i]
@@ -110,7 +111,7 @@ class _Pack:
         self.load = np.array(load)
 
     def swap(self) -> None:
-        """Step 2: the busiest rank gives a chunk for a lighter one until it is within the tolerance."""
+        """Step 2: the busiest rank swaps a chunk for a lighter one until it is within the tolerance."""
         for _ in range(4 * self.ranks * self.slots):
             busy = int(self.load.argmax())
             if self.load[busy] <= TOLERANCE * self.mean:
@@ -128,14 +129,14 @@ class _Pack:
             self.load[other] += gain
 
     def _best_swap(self, busy: int) -> tuple[int, int, int] | None:
-        """(rank, chunk of the busy rank, chunk of that rank): fewest rows among the swaps that balance most."""
+        """(rank, chunk of the busy rank, chunk of that rank) with the fewest rows among the best swaps."""
         ours = np.array(self.held[busy])
         others = [r for r in np.argsort(self.load, kind="stable").tolist() if r != busy]
         candidates = []
         for r in others[: max(8, self.ranks // 4)]:
             theirs = np.array(self.held[r])
             gain = self.area[ours][:, None] - self.area[theirs][None, :]
-            # the larger of the two loads afterwards
+            # the larger of the two loads after a swap
             after = np.maximum(self.load[busy] - gain, self.load[r] + gain)
             after = np.where(gain > 0, after, np.inf)
             for at in np.argsort(after, axis=None, kind="stable")[:4].tolist():
@@ -152,7 +153,7 @@ class _Pack:
         )[2:]
 
     def _rows_after(self, a: int, b: int, from_a: int, from_b: int) -> int:
-        """Chunks that two ranks receive after swapping two of theirs."""
+        """The chunks that two ranks receive after they have swapped two chunks."""
         rows = 0
         for r, gone, come in ((a, from_a, from_b), (b, from_b, from_a)):
             needed, own = self._bits([i for i in self.held[r] if i != gone] + [come])
@@ -168,7 +169,7 @@ class _Pack:
 
 
 def _pairs_before(edges: np.ndarray, bounds: np.ndarray, window: int | None) -> np.ndarray:
-    """For each token number the (query, key) pairs of all queries before it."""
+    """The (query, key) pairs of all queries before each token number."""
     whole = np.concatenate(([0], np.cumsum(_pairs(np.diff(bounds), window))))
     document = np.minimum(np.searchsorted(bounds, edges, side="right") - 1, len(bounds) - 2)
     return whole[document] + _pairs(edges - bounds[document], window)

@@ -1,12 +1,12 @@
-"""Calls: what one kernel call computes of a step, a tile or many tiles as variable-length sequences.
+"""Calls: the part of a step that one kernel call computes, a tile or many tiles as variable-length sequences.
 
-A ``TileCall`` is one tile. A ``VarlenCall`` is every tile of a step that shares a mask, for kernels
+A ``TileCall`` is one tile. A ``VarlenCall`` is all tiles of a step with the same mask, for kernels
 that take sequences of different lengths in one call (``kernel.varlen``): a run of queries and
-all keys it sees is one sequence, its rows gathered in a row. A causal tile and the full ones
-of the same queries make one sequence too, with the causal keys last (bottom-right aligned).
-Tiles whose keys would be gathered many times over stay tiles.
+all keys that it sees are one sequence, whose rows are gathered one after another. A causal tile and
+the full tiles of the same queries make one sequence too, with the causal keys last (bottom-right
+aligned). Tiles whose keys would be copied many times stay ``TileCall``s.
 
-Both say which rows they read and write, so the loops over them (``keys``) are the same.
+Both kinds give the rows that they read and write, so the loops over calls (``move_keys``) are the same.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from longspan.context_parallel.tiles import Mask, Range, Tile
 
 Rows = slice | Tensor
 
-#: a call may gather this many times the rows it reads; more than that stays tiles
+#: the most copies of a row that a call may gather; with more copies its tiles stay single calls
 MOST_COPIES = 4
 
 
 @dataclass(frozen=True)
 class TileCall:
-    """One tile; an ANTI tile is computed backwards, as a causal one."""
+    """One tile; an ANTI tile is computed in reverse order as a causal tile."""
 
     q: slice
     k: slice
@@ -50,7 +50,7 @@ class TileCall:
         return (out.flip(0), lse.flip(-1)) if self.mask is Mask.ANTI else (out, lse)
 
     def backward(self, kernel: Kernel, dout, q, k, v, out, lse, scale):
-        """The same with the whole dout, out and lse -> (dq, dk, dv) of this call's rows."""
+        """As :meth:`forward`, with the whole dout, out and lse -> (dq, dk, dv) of this call's rows."""
         dout, q, k, v, out = self._turn(dout[self.q], q[self.q], k[self.k], v[self.k], out[self.q])
         lse = lse[:, :, self.q]
         if self.mask is Mask.ANTI:
@@ -95,7 +95,7 @@ class VarlenCall:
 
 
 def calls_of(step: Step, kernel: Kernel, device: torch.device) -> Sequence[TileCall | VarlenCall]:
-    """The calls of a step, those that touch their rows first in front; made once a step."""
+    """The calls of a step, first those that are the first to compute their rows; made once a step."""
 
     def make() -> list[TileCall | VarlenCall]:
         return _joined(step.tiles, device) if kernel.varlen else [_single(t) for t in step.tiles]
@@ -134,7 +134,7 @@ def _joined(tiles: Sequence[Tile], device: torch.device) -> list[TileCall | Varl
 
 
 def _add(calls_of_kind: dict, kind: tuple[bool, Mask], q: Range, keys: list[Range]) -> None:
-    """Puts a sequence into the first call of its kind in which no other has its query rows; calls are sorted by them."""
+    """Adds a sequence to the first call of its kind without its query rows; calls stay sorted by them."""
     for number in itertools.count():
         held = calls_of_kind[*kind, number]
         at = bisect.bisect_left(held, q, key=lambda sequence: sequence[0])
@@ -162,7 +162,7 @@ def _varlen_call(
 
 
 def _rows(ranges: list[Range], device: torch.device) -> Rows:
-    """A slice where the ranges follow one another, else the row numbers."""
+    """A slice if the ranges follow one another, otherwise the row numbers."""
     if all(a[1] == b[0] for a, b in zip(ranges, ranges[1:])):
         return slice(ranges[0][0], ranges[-1][1])
     return torch.cat([torch.arange(*r) for r in ranges]).to(device)

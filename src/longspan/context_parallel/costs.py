@@ -1,13 +1,13 @@
-"""Costs: what each rank computes and what travels in a forward pass, from a layout alone.
+"""Costs: each rank's computation and communication in a forward pass, from a layout alone.
 
-No process group, no tensor: integers in, integers out, for ``longspan layout`` and for plans.
+Without process groups and tensors: integers in, integers out, for ``longspan layout`` and for plans.
 
     move keys    a rank computes all heads of its queries and receives the rows they need
     move heads   a rank computes its share of the heads for the rows of its group, and all
                  ranks of the group exchange their rows of q, k, v and out
 
-What travels is counted in *key/value rows*: one token's keys and values of all heads a rank
-holds. Where heads move, rows of q and out count by their size, so that layouts compare.
+Communication is counted in *key/value rows*: one token's keys and values of all heads that a rank
+holds. If heads move, rows of q and out count by their size, so that layouts can be compared.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from longspan.context_parallel.schedule import ROWS_A_STEP, exchanges
 
 @dataclass(frozen=True)
 class AlikeLayers:
-    """Attention layers that are alike; ``count`` of them.
+    """Attention layers that are alike, and their number (``count``).
 
     Attributes:
-        together: ranks that move heads among themselves, 1 where keys alone move.
+        together: number of ranks that exchange heads with each other; 1 if only keys move.
     """
 
     comm_type: str
@@ -39,15 +39,15 @@ class AlikeLayers:
 
 @dataclass(frozen=True)
 class Costs:
-    """Summed over the layers.
+    """The costs, summed over the layers.
 
     Attributes:
-        pairs: [P] (query, key) pairs a rank computes; a rank with 1/i of the heads counts 1/i of a pair.
-        keys: [users, owners] key/value rows that are sent as such (after heads have moved: of some heads).
-        head_rows: rows of q, k, v and out each that every rank sends, and receives, where heads move.
-        wire: [users, owners] all that travels, in key/value rows by size.
-        steps: [P] steps of a rank's schedule, of the layer that has most.
-        ring: what a plain ring would move, summed over the ranks: everybody receives all other rows.
+        pairs: [P] (query, key) pairs that a rank computes; for 1/i of the heads a pair counts 1/i.
+        keys: [users, owners] key/value rows that are sent (after heads have moved, rows of some heads).
+        head_rows: number of rows of each of q, k, v and out that every rank sends and receives to move heads.
+        wire: [users, owners] all communication, in key/value rows by size.
+        steps: [P] steps of a rank's schedule in the layer with the most steps.
+        ring: the rows that a plain ring would move, in which each rank receives all others' rows; a sum.
     """
 
     layout: SequenceLayout
@@ -76,7 +76,7 @@ class Costs:
             held = layout.merged(groups) if i > 1 else layout
             areas = [held.area(group, layer.window) / i for group in range(P // i)]
             pairs += layer.count * np.repeat(areas, i)
-            # ranks at the same place of their groups have the same heads: keys travel between them
+            # Ranks with the same number in their groups have the same heads, so keys move between them.
             rows = np.kron(rows_matrix(held, window=layer.window), np.eye(i))
             kv_heads = len(split_heads(n, m, i)[1][0])
             keys += layer.count * rows
@@ -96,21 +96,21 @@ class Costs:
 
     @property
     def of_ring(self) -> float:
-        """What travels over what a plain ring would move."""
+        """All communication over that of a plain ring."""
         return float(self.wire.sum()) / self.ring if self.ring else 0.0
 
     @property
     def rank_of_ring(self) -> np.ndarray:
-        """[P] the same for what each rank receives."""
+        """[P] the same ratio for the rows that each rank receives."""
         return self.wire.sum(1) * self.layout.ranks / max(1, self.ring)
 
     def padding(self, rank: int) -> int:
-        """A rank's rows that stand for padding."""
+        """The number of a rank's padding rows."""
         return self.layout.local_length - sum(s.stop - s.start for s in self.layout.segments(rank))
 
 
 def _steps(layout: SequenceLayout, layer: AlikeLayers) -> np.ndarray:
-    """[P] steps of each rank's Schedule, without making its tiles: the own one, and all up to the last with a message."""
+    """[P] steps of each rank's Schedule, without making tiles: all up to the last one with a message."""
     window, ranks = effective_window(layout, layer.window), np.arange(layout.ranks)
     matrix = rows_matrix(layout, window=window)
     steps = np.ones(layout.ranks, dtype=np.int64)

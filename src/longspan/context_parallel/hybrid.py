@@ -1,12 +1,12 @@
-"""Hybrid context parallelism: a degree for each sample, chosen by its length.
+"""Hybrid context parallelism: each sample has its own degree, chosen by its length.
 
-Batches of wildly different lengths are cut over all ranks of dp x cp at once. A short sample
-stays on one rank; a long one is spread over as many as its tokens and the balance of work
-ask for, and over no more. There are no groups to make: a micro-batch is one pack with one
+Batches with very different lengths are cut over all ranks of dp x cp at once. A short sample
+stays on one rank; a long one is spread over as many ranks as its tokens and the balance of work
+need, and no more. No groups are made: a micro-batch is one pack with one
 ``SequenceLayout``, short samples communicate nothing, and every rank runs every micro-batch.
 
-A sample spread over K ranks is cut zigzag: each part is a run from its front and one from
-its back, so that all parts have the same tokens and the same causal work.
+A sample spread over K ranks is cut zigzag: each part is a run from its front and a run from
+its back, so that all parts have the same number of tokens and the same causal work.
 
 (The idea of a degree a sample: Megatron-LM's hybrid context parallelism; ByteScale, 2025.)
 """
@@ -22,13 +22,13 @@ from longspan.context_parallel.layout import SequenceLayout
 Piece = tuple[int, int, int]
 MicroBatch = list[list[Piece]]
 
-#: the busiest rank's work over the mean that is good enough
+#: balance is reached when the busiest rank's work over the mean is at most this
 TOLERANCE = 1.05
-#: the largest part of a sample, over the mean work of a rank: tried in this order, until the balance is good enough
+#: the largest work of a sample's part over a rank's mean work; tried in this order until balance is reached
 PART_SIZES = (1.0, 0.5, 0.25, 0.12, 0.06, 0.04)
-#: how full micro-batches are made where full ones cannot be balanced
+#: the share of the room that micro-batches use if full ones cannot be balanced
 FILL = 0.95
-#: tokens over the mean that a rank may hold at first: padding is what the fullest rank has more than the others
+#: the most tokens over the mean that a rank may hold at first, because all ranks are padded to the fullest
 SPARE = 1.05
 
 
@@ -37,8 +37,8 @@ def schedule(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[MicroB
 
     Args:
         lengths: tokens of each sample.
-        ranks: of dp x cp; any number.
-        max_tokens: a rank holds at most so many tokens in a micro-batch.
+        ranks: number of ranks of dp x cp; any number.
+        max_tokens: the most tokens that a rank holds in a micro-batch.
 
     Returns:
         Micro-batches; each has a list of pieces (sample, start, stop) a rank, every token exactly once.
@@ -47,12 +47,12 @@ def schedule(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[MicroB
         ValueError: a sample is longer than all ranks together can hold.
 
     Bounds. Every rank holds at most ``max_tokens``. Let *mean* be a rank's mean causal work in a
-    micro-batch. Parts are placed largest first on the least loaded rank with room, so where room
-    never decides, the busiest rank has at most the mean and one part (Graham 1969), and parts
-    are at most 0.04 of the mean at last, or 1/ranks of their sample: within 1.05. Where no such
-    placement is found every sample is cut over all ranks, tokens even to one (each sample then
-    adds at most about its length, the work of its last row, to the difference of two ranks),
-    and late rows of the busiest rank are exchanged for early ones of the idlest.
+    micro-batch. Parts are placed largest first on the least loaded rank with room. So if room
+    is never the limit, the busiest rank has at most the mean and one part (Graham 1969), and the
+    smallest parts tried are at most 0.04 of the mean, or 1/ranks of their sample: within 1.05. If no
+    such placement is found, every sample is cut over all ranks, with numbers of tokens that differ
+    by at most one (each sample then adds at most about its length, the work of its last row, to the
+    difference of two ranks), and late rows of the busiest rank are swapped for early ones of the idlest.
     """
     if ranks < 1 or max_tokens < 1:
         raise ValueError(f"ranks={ranks}, max_tokens={max_tokens}: both are at least 1.")
@@ -71,7 +71,8 @@ def schedule(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[MicroB
             plan, balanced = _plan(lengths, samples, ranks, max_tokens)
             plans.append(plan)
             if not balanced and usable == room:
-                break  # ranks full to the last row leave no choice: take more micro-batches
+                # Ranks without a free row leave no choice, so the next round makes more micro-batches.
+                break
         else:
             return plans
     raise AssertionError("the second round takes what it gets")
@@ -80,7 +81,7 @@ def schedule(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[MicroB
 def layout_of(
     lengths: Sequence[int], micro_batch: MicroBatch, multiple_of: int = 1
 ) -> tuple[list[int], SequenceLayout]:
-    """The micro-batch as one pack: its samples, one after another, and who holds which of their tokens.
+    """The micro-batch as one pack: its samples in order, and the layout of their tokens over the ranks.
 
     Args:
         multiple_of: every rank's rows are padded to a multiple of this.
@@ -98,7 +99,7 @@ def layout_of(
 
 
 def _deal(lengths: Sequence[int], usable: int, room: int) -> list[list[int]]:
-    """Samples to micro-batches of at most ``usable`` tokens (a longer sample alone, up to ``room``), even in work."""
+    """Micro-batches with even work and at most ``usable`` tokens, or one longer sample, up to ``room``."""
     order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: (-lengths[i], i))
     total = sum(lengths)
     usable = max(1, usable)
@@ -124,7 +125,7 @@ def _work(rows: int) -> int:
 
 
 def _plan(lengths: Sequence[int], samples: list[int], ranks: int, max_tokens: int) -> tuple[MicroBatch, bool]:
-    """The least spread placement that is balanced, and True; the best found where none is, and False."""
+    """(the balanced placement that spreads samples least, True), or (the best placement found, False)."""
     mean = sum(_work(lengths[i]) for i in samples) / ranks
     tokens = sum(lengths[i] for i in samples)
     best: tuple[float, MicroBatch] | None = None
@@ -156,7 +157,7 @@ def _busiest(placed: MicroBatch) -> int:
 
 
 def _place(lengths: Sequence[int], degrees: dict[int, int], ranks: int, room: int) -> MicroBatch | None:
-    """Parts to ranks, largest work first, each to the least loaded with room; None where one finds none."""
+    """Places parts, largest work first, on the least loaded rank with room; None if a part finds no room."""
     parts = []
     for i, degree in degrees.items():
         sizes = [(p + 1) * lengths[i] // degree - p * lengths[i] // degree for p in range(degree)]
@@ -178,7 +179,7 @@ def _place(lengths: Sequence[int], degrees: dict[int, int], ranks: int, room: in
 
 
 def _even_out(placed: MicroBatch, mean: float, max_tokens: int) -> MicroBatch:
-    """Moves the last rows of the busiest rank to the idlest, or, where that is full, swaps them for early ones."""
+    """Moves the last rows of the busiest rank to the idlest; if that is full, swaps them for early rows."""
     placed = [sorted(pieces) for pieces in placed]
     for _ in range(8 * len(placed)):
         work = [sum(_work(stop) - _work(start) for _, start, stop in pieces) for pieces in placed]
@@ -211,7 +212,7 @@ def _give(placed: MicroBatch, giver: int, taker: int, piece: Piece, start: int, 
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:
-    """Pieces in order, those that touch as one."""
+    """The pieces in order, with adjacent pieces joined."""
     joined: list[Piece] = []
     for sample, start, stop in sorted(pieces):
         if joined and joined[-1][0] == sample and joined[-1][2] == start:
@@ -222,7 +223,7 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
 
 
 def _spread(lengths: Sequence[int], samples: list[int], ranks: int) -> MicroBatch:
-    """Every sample over all ranks; who gets the tokens that do not divide goes round, so tokens are even to one."""
+    """Cuts every sample over all ranks; remainders go to ranks in turn, so tokens differ by at most one."""
     placed: MicroBatch = [[] for _ in range(ranks)]
     turn = 0
     for i in samples:
@@ -238,7 +239,8 @@ def _zigzag(sample: int, length: int, sizes: Sequence[int]) -> list[list[Piece]]
     """Parts of given sizes, each half from the front and half from the back of the sample."""
     parts, front, back = [], 0, length
     for number, size in enumerate(sizes):
-        head = (size + number % 2) // 2  # the odd token goes to the front and to the back by turns
+        # An odd token goes alternately to the front and to the back.
+        head = (size + number % 2) // 2
         if number == len(sizes) - 1:
             pieces = [(sample, front, back)]
         else:

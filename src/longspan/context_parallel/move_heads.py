@@ -5,11 +5,11 @@ With P ranks of a group, s rows a rank, n query heads and m key/value heads:
     to heads    q [s, b, n, d] -> [P s, b, n/P, d]     k, v [s, b, m, d] -> [P s, b, c, d]
     to tokens   out [P s, b, n/P, d] -> [s, b, n, d]
 
-(Jacobs et al. 2023, DeepSpeed Ulysses.) A rank that has query heads a .. b needs the
-key/value heads they share. Where m divides by P these are m/P heads each; where it does not,
-heads are sent to every rank that needs them, and their gradients are summed at home. The
-rows arrive rank after rank and are put in sequence order, so that attention sees few, long
-tiles, whatever the layout was.
+(Jacobs et al. 2023, DeepSpeed Ulysses.) A rank with query heads a .. b needs the key/value
+heads that these share. If P divides m, each rank gets m/P of them. Otherwise a head is sent to
+every rank that needs it, and its gradients are summed on the rank that owns the rows. Rows
+arrive rank after rank and are put in sequence order, so that attention has few, long tiles
+at every layout.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from longspan.context_parallel.tiles import Range, join_ranges
 
 @dataclass(frozen=True)
 class HeadMove:
-    """Who gets which heads, and the order of the rows that come together.
+    """The heads that each rank gets, and the order of the gathered rows.
 
     Attributes:
-        q_heads, kv_heads: for each rank of the group the heads it gets.
-        order: rows (rank after rank) in sequence order, as ranges; its inverse undoes it.
+        q_heads, kv_heads: the heads of each rank of the group.
+        order: the ranges that put rows from rank order into sequence order; ``inverse`` undoes it.
     """
 
     group: dist.ProcessGroup
@@ -59,7 +59,8 @@ class HeadMove:
 
 
 def check_heads(n: int, ranks: int, of: int | None = None) -> None:
-    """ValueError where ``n`` query heads cannot be dealt out evenly to ``ranks`` ranks (of so many; None: that is all)."""
+    """Raises ValueError if ``ranks`` does not divide ``n`` query heads. ``of`` is the number of all ranks
+    (None: the same), for the message."""
     if n % ranks:
         good = [d for d in range(1, ranks + 1) if n % d == 0 and ranks % d == 0]
         raise ValueError(
@@ -71,8 +72,8 @@ def check_heads(n: int, ranks: int, of: int | None = None) -> None:
 def split_heads(n: int, m: int, ranks: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """(query heads, key/value heads) of each rank.
 
-    Runs of ``unit`` query heads of a rank share one key/value head; taking one head a run
-    keeps the grouping even, also where ranks split a group.
+    Runs of ``unit`` query heads of a rank share one key/value head. One head for each run
+    keeps the groups even, also if a group is split over ranks.
     """
     each, share = n // ranks, n // m
     unit = math.gcd(each, share)
@@ -82,8 +83,9 @@ def split_heads(n: int, m: int, ranks: int) -> tuple[tuple[tuple[int, ...], ...]
 
 
 def _orders(spans: list[list[Span]], rows: int) -> tuple[tuple[Range, ...], tuple[Range, ...]]:
-    """The ranges that sort the ranks' rows by token, and those that put them back."""
-    pieces = []  # (first token, rows in order of arrival)
+    """The ranges that sort the ranks' rows by token, and the ranges that undo this."""
+    # (first token, first row and end of the rows in order of arrival)
+    pieces = []
     for number, held in enumerate(spans):
         at = number * rows
         for start, stop in held:
@@ -122,7 +124,7 @@ def _to_heads(move: HeadMove, tensors: tuple[Tensor, ...], heads: list) -> list[
 
 
 def _to_tokens(move: HeadMove, tensors: list[Tensor], heads: list, sizes: list[int]) -> list[Tensor]:
-    """[P s, b, c, d] each -> [s, b, h, d] each, in one exchange; what came from several ranks is summed."""
+    """[P s, b, c, d] each -> [s, b, h, d] each, in one exchange; heads from several ranks are summed."""
     P, counts = len(heads[0]), [len(h[0]) for h in heads]
     together = tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=2)
     rows = _sort(together, move.inverse).contiguous()
@@ -130,7 +132,8 @@ def _to_tokens(move: HeadMove, tensors: list[Tensor], heads: list, sizes: list[i
     results = []
     for i, (of_ranks, size) in enumerate(zip(heads, sizes)):
         parts = [received[r].split(counts, dim=2)[i] for r in range(P)]
-        if sum(map(len, of_ranks)) == size:  # each head once, in order
+        # Each head comes once, in order.
+        if sum(map(len, of_ranks)) == size:
             results.append(torch.cat(parts, dim=2))
             continue
         wide = torch.promote_types(together.dtype, torch.float32)
@@ -174,7 +177,7 @@ class _ToTokens(torch.autograd.Function):
 
 
 def to_heads(q: Tensor, k: Tensor, v: Tensor, move: HeadMove) -> tuple[Tensor, Tensor, Tensor]:
-    """q [s, b, n, d], k and v [s, b, m, d] -> [P s, b, n/P, d], [P s, b, c, d] twice, rows in sequence order."""
+    """q [s, b, n, d], k, v [s, b, m, d] -> [P s, b, n/P, d], [P s, b, c, d] twice, rows in sequence order."""
     return _ToHeads.apply(q, k, v, move)
 
 

@@ -1,14 +1,14 @@
 """Move keys: each rank receives the key/value rows its queries need, and keeps its queries.
 
-For one rank, with s its rows, r_i the rows it receives at step i (see schedule):
+For one rank with s rows, which receives r_i rows at step i (see schedule):
 
     forward    k, v [s, b, m, d]  -> [r_i, 2, b, m, d] from the peers of step i
-    backward   the same once more, and dk, dv [r_i, 2, b, m, d] back home
+    backward   the same once more, and dk, dv [r_i, 2, b, m, d] back to the owners
 
-Rows travel straight from owner to user while the previous step computes. Keeping what was
-received in forward would hold the whole sequence's keys on every rank, so backward asks
-for them again (as ring attention does; Liu et al. 2023). Gradients travel, and are summed,
-in at least float32, in the order of the steps: two runs are bit-equal.
+Rows are sent directly from owner to user while the previous step computes. Received rows are
+not kept for backward, because every rank would then hold the whole sequence's keys; backward
+receives them again (as in ring attention; Liu et al. 2023). Gradients are sent and summed in
+at least float32, in the order of the steps, so two runs are bit-equal.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from longspan.context_parallel.tiles import Mask, Range
 
 
 class _Exchange:
-    """Messages under way. Buffers stay referenced until they have arrived."""
+    """Messages that are being sent. Their buffers stay referenced until the messages have arrived."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class _Exchange:
 
 
 def _take(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:
-    """The rows of ``ranges``, one range after another; a view where it is one range."""
+    """The rows of ``ranges``, one range after another; a view if there is one range."""
     parts = [x[start:stop] for start, stop in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -57,7 +57,7 @@ def _add(x: Tensor, ranges: tuple[Range, ...], rows: Tensor) -> None:
 
 
 class _Keys:
-    """The key/value rows of one step, under way and then at hand."""
+    """The key/value rows of one step, which are received in the background."""
 
     def __init__(self, step: Step, k: Tensor, v: Tensor, group: dist.ProcessGroup):
         self.step = step
@@ -77,11 +77,12 @@ class _Keys:
 
 
 class _Gradients:
-    """The gradients of one step's received rows on their way home."""
+    """The gradients of one step's received rows, which are sent back to the owners in the background."""
 
     def __init__(self, step: Step, grad: Tensor, group: dist.ProcessGroup):
         self.step = step
-        if step.order is not None:  # back to the order of arrival
+        # The gradients are put back in the order in which the rows arrived.
+        if step.order is not None:
             arrived = torch.empty_like(grad)
             at = 0
             for start, stop in step.order:
@@ -101,7 +102,7 @@ class _Gradients:
 
 
 def _split(buffer: Tensor, messages: tuple[Message, ...]) -> list[tuple[int, Tensor]]:
-    """A buffer of all messages' rows as one view a message."""
+    """Views of a buffer of all messages' rows, one for each message."""
     parts, at = [], 0
     for message in messages:
         parts.append((message.peer, buffer[at : at + message.rows]))
@@ -115,7 +116,8 @@ class MoveKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, schedule: Schedule, group, kernel: Kernel, scale: float):
         ctx.schedule, ctx.group, ctx.kernel, ctx.scale = schedule, group, kernel, scale
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # what kernels count on
+        # Kernels need a last dim with stride 1.
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         if _alone(schedule):
             causal = schedule.steps[0].tiles[0].mask is Mask.CAUSAL
             out, lse = kernel.forward(q, k, v, causal, scale)
@@ -139,7 +141,7 @@ class MoveKeys(torch.autograd.Function):
 
 
 def _alone(schedule: Schedule) -> bool:
-    """One tile and no exchange: the kernel's result is the result."""
+    """Whether there is one tile and no exchange, so that the kernel's result is the final one."""
     return schedule.single_tile and len(schedule.steps) == 1
 
 
@@ -151,7 +153,8 @@ def _forward(q, k, v, schedule, group, kernel, scale):
     lse = torch.full((b, n, s), float("-inf"), dtype=wide, device=q.device)
     keys = k, v
     for step, after in _with_next(schedule.steps):
-        coming = _Keys(after, k, v, group) if after else None  # travels while this step computes
+        # The next step's rows are received while this step computes.
+        coming = _Keys(after, k, v, group) if after else None
         forward_step(out, lse, q, *keys, step, kernel, scale)
         if coming:
             keys = coming.wait()
@@ -163,7 +166,8 @@ def forward_step(out, lse, q, k, v, step: Step, kernel: Kernel, scale: float) ->
     for call in calls_of(step, kernel, q.device):
         part, part_lse = call.forward(kernel, q, k, v, scale)
         if not call.first:
-            held, held_lse = out[call.q], lse[:, :, call.q]  # views of a run, copies of rows by number
+            # These are views if call.q is a slice, and copies if it is row numbers.
+            held, held_lse = out[call.q], lse[:, :, call.q]
             merge(held, held_lse, part, part_lse)
             if isinstance(call.q, slice):
                 continue
@@ -209,7 +213,7 @@ def _backward(dout, q, k, v, out, lse, schedule, group, kernel, scale):
 
 
 def _add_rows(total: Tensor, rows: Rows, part: Tensor, fixed_order: bool) -> None:
-    """Adds to a run of rows, or to rows by number of which some may come twice (CUDA's index_add_: in any order)."""
+    """Adds to a slice, or to row numbers with repeats, for which CUDA's index_add_ has no fixed order."""
     if isinstance(rows, slice):
         total[rows].add_(part)
     elif fixed_order:

@@ -1,4 +1,4 @@
-"""Who needs which key/value rows of whom: from the segments of a layout alone, the same on every rank."""
+"""Which key/value rows each rank needs from each other rank: from a layout alone, the same on every rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def effective_window(layout: SequenceLayout, window: int | None) -> int | None:
-    """None where no document is longer than the window."""
+    """The window, or None if no document is longer than it."""
     return None if window is None or window >= layout.longest_document else window
 
 
@@ -34,7 +34,7 @@ def rows_matrix(layout: SequenceLayout, *, causal: bool = True, window: int | No
 
 
 def needed(layout: SequenceLayout, user: int, owner: int, causal: bool, window: int | None) -> list[Segment]:
-    """What the user's queries attend to of the owner's segments, in the owner's local order."""
+    """The parts of the owner's segments that the user's queries attend to, in the owner's local order."""
     segments = layout.segments(owner)
     if not segments:
         return []
@@ -50,10 +50,10 @@ def needed(layout: SequenceLayout, user: int, owner: int, causal: bool, window: 
 def _first_needed(
     layout: SequenceLayout, user: int, held: np.ndarray, causal: bool, window: int | None
 ) -> np.ndarray:
-    """For each segment (document, start, stop) the first token the user needs; its stop where none.
+    """The first token that the user needs of each segment (document, start, stop); stop if it needs none.
 
-    Spans are disjoint, so a segment is before or after the whole of each query segment. Of
-    those after it the nearest sees furthest back, and sees an end of the segment.
+    Spans are disjoint, so a segment lies before or after each whole query segment. Of the query
+    segments after it, the nearest sees furthest back, and what it sees reaches the segment's end.
     """
     document, start, stop = held.T
     keys, limit = _query_starts(layout, user), layout.total + 1

@@ -1,4 +1,4 @@
-"""What follows from an immutable object, computed at the first request and kept with the object."""
+"""Values that follow from an immutable object: computed at the first request and kept with the object."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Once:
     _made: dict
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What ``make`` returns, made at the first call with ``key``."""
+        """The result of ``make``, which is called at the first call with ``key`` only."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]

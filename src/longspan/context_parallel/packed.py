@@ -1,7 +1,7 @@
-"""Packs of documents by Megatron's names: parameters, padding, and a batch's slices for a rank.
+"""Packs of documents with Megatron's names: parameters, padding, and a rank's slices of a batch.
 
-longspan's own path needs none of this padding (a ``SequenceLayout`` takes any lengths); these
-serve code that was written for Megatron.
+longspan itself needs none of this padding, because a ``SequenceLayout`` takes any lengths; these
+functions serve code that was written for Megatron.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from longspan.context_parallel.layout import SequenceLayout
 from longspan.mesh.default_groups import process_groups
 
-#: beginnings of the names of a batch's entries that describe it and are no tokens
+#: An entry of a batch whose name begins like one of these describes the batch and holds no tokens.
 METADATA = ("cu_seqlens", "cu_seq_lens", "max_seqlen", "max_length", "local_cp_size")
 
 
@@ -28,9 +28,9 @@ class PackedSeqParams:
         qkv_format: ``"thd"``: tensors are [t, n, d], documents one after another; ``"sbhd"``:
             [s, b, n, d], no packing.
         cu_seqlens_q, cu_seqlens_kv: document boundaries without padding, int32 [d + 1].
-        cu_seqlens_q_padded, cu_seqlens_kv_padded: boundaries with the padding behind each document.
+        cu_seqlens_q_padded, cu_seqlens_kv_padded: boundaries with the padding after each document.
         max_seqlen_q, max_seqlen_kv: the longest document, in tokens.
-        local_cp_size, cp_group: context parallelism of this call, where it differs from the
+        local_cp_size, cp_group: context parallelism of this call, if it differs from the
             model's: another group, or 1 for none.
     """
 
@@ -45,7 +45,7 @@ class PackedSeqParams:
     cp_group: dist.ProcessGroup | None = None
 
     def group_only(self) -> PackedSeqParams:
-        """The group without the documents: what goes on beside a layout that was made from them."""
+        """The group without the documents, to be passed on with a layout that was made from the documents."""
         return PackedSeqParams(local_cp_size=self.local_cp_size, cp_group=self.cp_group)
 
 
@@ -59,7 +59,7 @@ def get_padding(
     fp8_enabled: bool = False,
     fp8_recipe: str | None = None,
 ) -> int:
-    """Tokens to add so that a sequence divides as Megatron's layers need it.
+    """The number of tokens to add, so that a sequence divides as Megatron's layers require.
 
     Args:
         has_sp: the model uses sequence parallelism (rows divide by tp_size).
@@ -123,10 +123,10 @@ def get_packed_seq_params(
 
 
 def check_sequence_alignment(sequence_len: int, cp_size: int) -> int:
-    """Tokens a rank of a zigzag-cut sequence.
+    """The number of tokens that a rank holds of a sequence cut zigzag.
 
     Raises:
-        ValueError: the length does not divide by 2 x cp_size; the message names the next that does.
+        ValueError: 2 x cp_size does not divide the length; the message names the next length that works.
     """
     if sequence_len < 1 or cp_size < 1:
         raise ValueError(f"sequence_len {sequence_len} over cp_size {cp_size}: both are at least 1.")
@@ -144,17 +144,18 @@ def get_batch_on_this_cp_rank(
 ) -> dict[str, Any]:
     """[b, s, ..] tensors -> [b, s / cp, ..]: this rank's zigzag slices of a batch.
 
-    The sequence is cut as one, whatever documents ``cu_seqlens`` names: a layout for it is
-    ``SequenceLayout.zigzag(s, cp, cu_seqlens=...)``. For ``thd``, whose documents are cut one by one, use
+    The sequence is cut as one, whatever documents ``cu_seqlens`` names: its layout is
+    ``SequenceLayout.zigzag(s, cp, cu_seqlens=...)``. For ``thd``, where each document is cut, use
     ``SequenceLayout.per_document_zigzag(cu_seqlens, cp).shard``.
 
     Args:
-        batch: tensors (None stays None); a 4-D ``attention_mask`` [b, 1, s, s] is cut along its queries. What describes
-            the batch (``cu_seqlens``, ``max_seqlen``, ``local_cp_size`` and their kin, and single numbers) stays as it is.
-        cp_size, cp_rank: None takes the installed context parallel group's.
+        batch: tensors (None stays None); a 4-D ``attention_mask`` [b, 1, s, s] is cut along its queries.
+            Entries that describe the batch (``cu_seqlens``, ``max_seqlen``, ``local_cp_size`` and the like,
+            and single numbers) are not changed.
+        cp_size, cp_rank: None takes those of the installed context parallel group.
 
     Raises:
-        ValueError: s does not divide by 2 x cp_size, or two tensors are of different lengths.
+        ValueError: 2 x cp_size does not divide s, or two tensors have different lengths.
     """
     if cp_size is None or cp_rank is None:
         group = process_groups().cp

@@ -1,6 +1,6 @@
-"""What context parallel attention refuses, before anything is sent (invariant I5).
+"""Checks of context parallel attention, made before anything is sent (invariant I5).
 
-Every refusal is a ValueError that says what was found, the rule and the remedy.
+Every refusal is a ValueError that names what was found, the rule and the remedy.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from longspan.context_parallel.packed import PackedSeqParams
 
 
 def check_comm_type(cp_comm_type: str, ranks: int, levels: Sequence[int] | None) -> str:
-    """The normal name of a communication type; ValueError for one that cannot serve ``ranks`` ranks.
+    """The normal name of a communication type; ValueError for a type that does not work with ``ranks`` ranks.
 
     Args:
-        levels: sizes of the hierarchical groups, None without any.
+        levels: sizes of the hierarchical groups; None without such groups.
     """
     name = normal_comm_type(cp_comm_type)
     if name not in CP_COMM_TYPES:
@@ -41,7 +41,7 @@ def check_comm_type(cp_comm_type: str, ranks: int, levels: Sequence[int] | None)
 
 
 def check_window(window: int | None, causal: bool) -> None:
-    """Refuses windows that mean nothing."""
+    """Refuses windows without a meaning."""
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"window={window}: a window holds at least the query itself, so it is 1 or more.")
     if window is not None and not causal:
@@ -51,7 +51,7 @@ def check_window(window: int | None, causal: bool) -> None:
 
 
 def check_heads_of(name: str, heads: int, ranks: int, levels: Sequence[int] | None) -> None:
-    """Refuses head moves of query heads that do not divide."""
+    """Refuses to move query heads that do not divide by the ranks."""
     if ranks > 1 and name == "a2a":
         check_heads(heads, ranks)
     if ranks > 1 and name == "a2a+p2p" and levels:
@@ -90,7 +90,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, ranks:
 
 
 def check_rows(what: str, rows: int, layout: SequenceLayout, ranks: int) -> None:
-    """Refuses rows that are not one rank's part of the layout: a whole sequence that nobody has cut, above all."""
+    """Refuses rows that are not one rank's part of the layout, above all a sequence that has not been cut."""
     if layout.ranks != ranks:
         raise ValueError(
             f"the layout is made for {layout.ranks} ranks, the context parallel group has {ranks}. "
@@ -106,10 +106,10 @@ def check_rows(what: str, rows: int, layout: SequenceLayout, ranks: int) -> None
 
 
 def check_uncut(params: PackedSeqParams | None, rows: int, ranks: int) -> None:
-    """Refuses rows of a batch (``sbhd``) that are as long on one rank as ``packed_seq_params`` gives for all ranks."""
+    """Refuses an ``sbhd`` batch with as many rows on a rank as ``packed_seq_params`` gives for all ranks."""
     if ranks == 1 or params is None or params.qkv_format != "sbhd":
         return
-    # Reading a tensor waits for the device, which each layer would do again; a number that is there answers first.
+    # The number is compared first, because reading a tensor waits for the device, again in each layer.
     if params.max_seqlen_q and params.max_seqlen_q > rows:
         return
     edges = [x for x in (params.cu_seqlens_q, params.cu_seqlens_q_padded) if x is not None]
@@ -123,7 +123,7 @@ def check_uncut(params: PackedSeqParams | None, rows: int, ranks: int) -> None:
 
 
 def check_packed(params: PackedSeqParams | None, batch: int, layout: SequenceLayout | None) -> None:
-    """Refuses packing that would be ignored: a format that is not known, boundaries beside a layout, two kinds of them."""
+    """Refuses packing that would be ignored: unknown formats, boundaries with a layout, two boundaries."""
     if params is None:
         return
     cu = params.cu_seqlens_q
@@ -154,7 +154,7 @@ def check_packed(params: PackedSeqParams | None, batch: int, layout: SequenceLay
 
 
 def check_padded_rows(params: PackedSeqParams | None, total: int, causal: bool) -> None:
-    """Refuses full attention over rows (``sbhd``) that end with padding, which every token would see."""
+    """Refuses full attention over ``sbhd`` rows that end with padding, because every token would see it."""
     if causal or params is None or params.qkv_format != "sbhd" or params.cu_seqlens_q is None:
         return
     shortest = int(params.cu_seqlens_q.diff().min())
@@ -168,7 +168,7 @@ def check_padded_rows(params: PackedSeqParams | None, total: int, causal: bool) 
 def group_of_call(
     params: PackedSeqParams | None, default: dist.ProcessGroup | None
 ) -> dist.ProcessGroup | None:
-    """The context parallel group of one call: ``packed_seq_params`` may switch it, or switch it off (None)."""
+    """The context parallel group of one call; ``packed_seq_params`` may give another group or None."""
     if params is None or (params.cp_group is None and params.local_cp_size is None):
         return default
     group, size = params.cp_group, params.local_cp_size

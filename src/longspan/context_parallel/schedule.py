@@ -1,17 +1,17 @@
 """Schedule: from a SequenceLayout to Steps of "receive these rows, then compute these tiles".
 
-Forward, backward and the planner read the same Steps. Everything follows from the layout,
-so both ends of a message know its size without asking.
+Forward, backward and the planner use the same Steps. Everything follows from the layout,
+so sender and receiver compute a message's size without communication.
 
 Step 0 computes with the rank's own rows. Then, with P ranks:
 
     step by step (p2p)       step i: rows from rank r-i, rows to rank r+i
     all at once (all_gather) step 1: rows from every rank, rows to every rank
 
-Only rows that somebody needs are sent. A causal zigzag sequence moves 3/4 of the rows a
-ring would (summed over the ranks): the second chunk of rank j is needed by ranks r < j only.
-Steps that bring few rows are merged into one exchange: 512 ranks are not 511 tiny messages
-one after another. All ranks merge alike, because they look at the heaviest of all.
+Only rows that a rank needs are sent. A causal zigzag sequence moves 3/4 of the rows of a
+ring (summed over the ranks), because only ranks r < j need the second chunk of rank j.
+Steps with few rows are merged into one exchange, so that 512 ranks do not mean 511 tiny messages
+one after another. All ranks merge the same steps, because they compare the heaviest rank's rows.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from longspan.context_parallel.needed import effective_window, needed, rows_matr
 from longspan.context_parallel.once import Once
 from longspan.context_parallel.tiles import Range, Tile, own_tiles, received_tiles, row_ranges
 
-#: key/value rows one exchange should bring to the rank that receives most
+#: key/value rows that one exchange should bring at least to the rank that receives most
 ROWS_A_STEP = 512
 
 
 class Message(NamedTuple):
-    """Rows to or from one peer: ``ranges`` are the owner's local rows, ``rows`` their number."""
+    """Rows to or from one peer: ``ranges`` gives the owner's local rows, ``rows`` their number."""
 
     peer: int
     ranges: tuple[Range, ...]
@@ -50,8 +50,8 @@ class Step(Once):
     Attributes:
         sends, receives: messages; empty ones are left out on both sides.
         order: ranges of the received rows (peers one after another) in the order in which
-            the tiles count them; None is the order of arrival.
-        tiles: what to compute with the received rows (step 0: with the own rows).
+            the tiles number them; None is the order of arrival.
+        tiles: the tiles to compute with the received rows (in step 0 with the own rows).
     """
 
     sends: tuple[Message, ...]
@@ -72,7 +72,7 @@ class Schedule:
     rank: int
     rows: int
     steps: tuple[Step, ...]
-    #: every local row is computed by some tile (False: there is padding)
+    #: whether every local row is in some tile (False: there is padding)
     covered: bool
 
     @classmethod
@@ -86,11 +86,11 @@ class Schedule:
         all_at_once: bool = False,
         rows_a_step: int | None = None,
     ) -> Schedule:
-        """The schedule of a rank; computed once a layout.
+        """The schedule of a rank; computed once for each layout.
 
         Args:
             window: a query sees itself and the ``window - 1`` tokens before it; None is no limit.
-            rows_a_step: rows an exchange should bring at least; None is ``ROWS_A_STEP``.
+            rows_a_step: rows that an exchange should bring at least; None is ``ROWS_A_STEP``.
         """
         window = effective_window(layout, window)
         rows_a_step = ROWS_A_STEP if rows_a_step is None else rows_a_step
@@ -112,21 +112,21 @@ class Schedule:
 
     @property
     def area(self) -> int:
-        """(query, key) pairs computed."""
+        """Number of (query, key) pairs computed."""
         return sum(tile.area for step in self.steps for tile in step.tiles)
 
     @functools.cached_property
     def single_tile(self) -> bool:
-        """One tile computes everything: no accumulation, no merge."""
+        """Whether one tile computes everything, without accumulation and merge."""
         tiles = [tile for step in self.steps for tile in step.tiles]
         return len(tiles) == 1 and tiles[0].q == (0, self.rows)
 
 
 def exchanges(layout: SequenceLayout, causal: bool, window: int | None, least: int | None) -> list[list[int]]:
-    """Offsets i (rows from rank r-i, to rank r+i) by exchange; the same on every rank.
+    """The offsets i (rows from rank r-i, to rank r+i) of each exchange; the same on every rank.
 
     Args:
-        least: rows an exchange brings to the heaviest rank, None for all at once.
+        least: rows that an exchange should bring at least to the heaviest rank; None for all at once.
     """
     P = layout.ranks
     if least is None or P == 1:
@@ -164,14 +164,14 @@ def _build(
                 arrived += placed
         order = None
         if len(receives) > 1:
-            # neighbours in the sequence become neighbours in the buffer: fewer, longer tiles
+            # Neighbours in the sequence become neighbours in the buffer, which makes fewer, longer tiles.
             arrived.sort()
             order = row_ranges(arrived)
             arrived, _ = _place(arrived, 0)
         tiles = received_tiles(mine, arrived, causal, window)
         steps.append(Step(tuple(sends), tuple(receives), order, tiles))
-    # An empty step in between stays: all ranks post their messages in the same order, which is
-    # how two messages of one pair find their ends. (NCCL matches by order, not by tag.)
+    # An empty step in between stays, because all ranks must post their messages in the same order:
+    # NCCL matches the messages of a pair of ranks by their order, not by a tag.
     while len(steps) > 1 and not steps[-1].sends and not steps[-1].receives:
         steps.pop()
     held = sum(s.stop - s.start for s in mine)
@@ -179,7 +179,7 @@ def _build(
 
 
 def _place(segments: Iterable[Segment], at: int) -> tuple[list[Segment], int]:
-    """The segments in consecutive rows from ``at``, and the row after them."""
+    """The segments moved to consecutive rows from ``at``, and the row after them."""
     placed = []
     for s in segments:
         placed.append(s._replace(row=at))

@@ -1,4 +1,4 @@
-"""Tiles: which local query rows attend to which key rows, as rectangles a kernel can compute.
+"""Tiles: which local query rows attend to which key rows, as rectangles that a kernel can compute.
 
 Spans are disjoint and documents are causal, so without a window a tile is never partly
 masked: it is FULL (all its keys come before all its queries, in one document) or CAUSAL (a
@@ -6,8 +6,8 @@ run of tokens with itself). A sliding window of w tokens cuts a band out of the 
 Cut into blocks of w rows, the band needs one more shape and no mask:
 
     CAUSAL  query i sees keys j <= i     a block with itself
-    ANTI    query i sees keys j >= i     a block with the w - 1 keys before it; read backwards
-                                         (rows and keys flipped) it is CAUSAL again
+    ANTI    query i sees keys j >= i     a block with the w - 1 keys before it; with rows and
+                                         keys in reverse order it is CAUSAL again
 
             . . . . . . . .              w = 4, one document of 8 tokens:
             C                            C: CAUSAL tiles, A: ANTI tile (its row i = 3 sees
@@ -19,7 +19,7 @@ Cut into blocks of w rows, the band needs one more shape and no mask:
                   A C C C
                     C C C C
 
-Every shape is square or full, so any backend serves, and no tile computes a pair for nothing.
+Every shape is square or full, so any backend can compute it, and no tile computes a masked pair.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Mask(enum.Enum):
 
 
 class Tile(NamedTuple):
-    """Query rows x key rows, half-open ranges. ``first``: no earlier tile has touched these query rows."""
+    """Query rows x key rows, half-open ranges. ``first``: no earlier tile has these query rows."""
 
     q: Range
     k: Range
@@ -54,13 +54,13 @@ class Tile(NamedTuple):
 
     @property
     def area(self) -> int:
-        """(query, key) pairs."""
+        """Number of (query, key) pairs."""
         rows, keys = self.q[1] - self.q[0], self.k[1] - self.k[0]
         return rows * keys if self.mask is Mask.FULL else rows * (rows + 1) // 2
 
 
 def own_tiles(mine: Sequence[Segment], causal: bool, window: int | None) -> tuple[Tile, ...]:
-    """Tiles of a rank's own rows; a row's first tile comes before its others and covers it."""
+    """Tiles of a rank's own rows; the first tile of a row comes before its other tiles."""
     if not causal:
         return _full_tiles(mine, mine, causal=False, first=True)
     return _causal_tiles(mine) if window is None else _band_tiles(mine, window)
@@ -69,7 +69,7 @@ def own_tiles(mine: Sequence[Segment], causal: bool, window: int | None) -> tupl
 def received_tiles(
     mine: Sequence[Segment], keys: Sequence[Segment], causal: bool, window: int | None
 ) -> tuple[Tile, ...]:
-    """Tiles of own queries with received keys (their ``row`` counts in the received rows)."""
+    """Tiles of own queries with received keys, whose ``row`` is a number among the received rows."""
     if window is None:
         return _full_tiles(mine, keys, causal)
     by_document = _by_document(_join_segments(keys))
@@ -83,7 +83,7 @@ def received_tiles(
 
 
 def join_ranges(ranges: Iterable[Range]) -> tuple[Range, ...]:
-    """Neighbouring ranges as one."""
+    """The ranges, with adjacent ranges joined."""
     joined: list[Range] = []
     for start, stop in ranges:
         if joined and joined[-1][1] == start:
@@ -94,7 +94,7 @@ def join_ranges(ranges: Iterable[Range]) -> tuple[Range, ...]:
 
 
 def row_ranges(segments: Iterable[Segment]) -> tuple[Range, ...]:
-    """The rows of segments, neighbours joined."""
+    """The rows of segments, with adjacent ranges joined."""
     return join_ranges((s.row, s.row + s.stop - s.start) for s in segments)
 
 
@@ -106,7 +106,7 @@ def _by_document(segments: Iterable[Segment]) -> dict[int, list[Segment]]:
 
 
 def _join_segments(segments: Iterable[Segment]) -> list[Segment]:
-    """Segments that continue the one before, in position and in rows, joined with it."""
+    """The segments; one that continues the segment before, in position and in rows, is joined with it."""
     joined: list[Segment] = []
     for s in segments:
         last = joined[-1] if joined else None
@@ -123,12 +123,13 @@ def _join_segments(segments: Iterable[Segment]) -> list[Segment]:
 
 
 def _causal_tiles(mine: Sequence[Segment]) -> tuple[Tile, ...]:
-    """Causal tiles of the own rows first, then the full ones between them.
+    """Causal tiles of the own rows first, then the full tiles between them.
 
-    Segments of a document that rise in position and lie row by row are causal in row order
-    too, gaps or not, so they make one tile (unless an own segment from elsewhere fills the gap).
+    Segments of a document whose positions and rows both rise are causal in row order too, even with
+    gaps between them, so they make one tile (unless another own segment fills the gap).
     """
-    runs: dict[int, list[tuple[Range, Range]]] = defaultdict(list)  # document -> (positions, rows)
+    # document -> (positions, rows)
+    runs: dict[int, list[tuple[Range, Range]]] = defaultdict(list)
     rising = set(pairwise(sorted(mine)))
     for last, s in zip((None, *mine), mine):
         held, rows = runs[s.document], (s.row, s.row + s.stop - s.start)
@@ -147,10 +148,10 @@ def _causal_tiles(mine: Sequence[Segment]) -> tuple[Tile, ...]:
 def _full_tiles(
     queries: Sequence[Segment], keys: Sequence[Segment], causal: bool, first: bool = False
 ) -> tuple[Tile, ...]:
-    """Tiles of query segments x key segments of the same document (causal: keys before queries), fused.
+    """Fused tiles of query segments x key segments of the same document (causal: keys before queries).
 
     Args:
-        first: these are the first tiles of their rows (own rows, full attention).
+        first: whether these are the first tiles of their rows (own rows, full attention).
     """
     by_document = _by_document(keys)
     fused: list[tuple[Range, tuple[Range, ...]]] = []
@@ -160,14 +161,15 @@ def _full_tiles(
             continue
         rows = (q.row, q.row + q.stop - q.start)
         if fused and fused[-1][0][1] == rows[0] and fused[-1][1] == ranges:
-            fused[-1] = ((fused[-1][0][0], rows[1]), ranges)  # the same keys: one taller tile
+            # Query rows with the same keys make one taller tile.
+            fused[-1] = ((fused[-1][0][0], rows[1]), ranges)
         else:
             fused.append((rows, ranges))
     return tuple(Tile(q, k, Mask.FULL, first and i == 0) for q, ranges in fused for i, k in enumerate(ranges))
 
 
 def _band_tiles(mine: Sequence[Segment], window: int) -> tuple[Tile, ...]:
-    """Own rows under a sliding window: blocks of ``window`` rows with themselves, then with what lies before."""
+    """Own rows with a sliding window: blocks of ``window`` rows with themselves, then with earlier keys."""
     segments = _join_segments(mine)
     blocks = [
         Segment(s.document, start, min(start + window, s.stop), s.row + start - s.start)
@@ -178,7 +180,8 @@ def _band_tiles(mine: Sequence[Segment], window: int) -> tuple[Tile, ...]:
     for same in _by_document(blocks).values():
         order = sorted(range(len(same)), key=lambda i: same[i].start)
         stops = [same[i].stop for i in order]
-        for q in same:  # with the blocks that end less than window - 1 before it
+        for q in same:
+            # the blocks that end less than window - 1 tokens before q
             ends = (bisect.bisect_right(stops, q.start - window + 1), bisect.bisect_right(stops, q.start))
             for i in sorted(order[slice(*ends)]):
                 tiles += _before(q, same[i], window)
@@ -190,13 +193,15 @@ def _rows(s: Segment) -> Range:
 
 
 def _before(q: Segment, k: Segment, window: int) -> Iterator[Tile]:
-    """Tiles of queries with earlier keys of their document, of which each sees those less than ``window`` back."""
+    """Tiles of queries with earlier keys of their document; a query sees keys less than ``window`` back."""
     first_key = max(k.start, q.start - window + 1)
-    last_query = min(q.stop, k.stop + window - 1)  # exclusive
+    # exclusive
+    last_query = min(q.stop, k.stop + window - 1)
     if first_key >= k.stop or last_query <= q.start:
         return
-    edge = min(first_key + window - 1, last_query)  # from here on a query no longer sees all keys
-    corner = first_key + last_query - edge  # keys before it are seen by some of those queries only
+    # Queries from edge on do not see all keys. Only some of these queries see the keys before corner.
+    edge = min(first_key + window - 1, last_query)
+    corner = first_key + last_query - edge
 
     def tile(queries: Range, keys: Range, mask: Mask) -> Iterator[Tile]:
         if queries[0] < queries[1] and keys[0] < keys[1]:

@@ -1,18 +1,18 @@
-"""Collectives that autograd can go through. The group is always an argument.
+"""Collectives with autograd. The group is always an argument.
 
-Each pair is a forward and its transpose in backward (n = size of the group):
+Each line gives a forward and its transpose in backward (n = size of the group):
 
-    reduce          [.., x, ..] partial -> [.., x, ..] sum          backward: as it is
+    reduce          [.., x, ..] partial -> [.., x, ..] sum          backward: identity
     copy            [.., x, ..]         -> [.., x, ..]              backward: sum
     gather(dim)     [.., x, ..]         -> [.., n x, ..]            backward: own part
     scatter(dim)    [.., n x, ..]       -> [.., x, ..]              backward: gather
     all_gather(dim) [.., x, ..]         -> [.., n x, ..]            backward: reduce_scatter
     reduce_scatter  [.., n x, ..]       -> [.., x, ..] sum          backward: all_gather
-    all_to_all      rows to every rank and back
+    all_to_all      rows to every rank                              backward: rows back
 
 ``gather`` and ``all_gather`` compute the same; they differ in what the ranks do with the
-result. After ``gather`` every rank goes on computing the same thing, so its gradient is
-already whole; after ``all_gather`` each rank uses the rows differently, so gradients are
+result. After ``gather`` every rank computes the same from it, so each rank's gradient is
+already complete; after ``all_gather`` each rank uses the rows differently, so gradients are
 summed over the ranks.
 
 A group of one rank costs nothing: every function returns its input.
@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renamed the two; 2.11 knows the old names only
+# torch 2.13 renamed these two functions; torch 2.11 has the old names only.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -84,8 +84,11 @@ _joined: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 
 
 def join(group: dist.ProcessGroup | None, device: torch.device) -> None:
-    """Before the first messages between single ranks of a group: NCCL makes its communicator at first use, which all
-    ranks must share, and later only those with something to send take part in an exchange. Costs nothing after that."""
+    """Makes NCCL's communicator of a group, before the first messages between single ranks.
+
+    NCCL makes it at first use, in which all ranks must take part; but in an exchange, only ranks with
+    something to send or receive take part. Later calls cost nothing.
+    """
     if (
         group is not None
         and device.type == "cuda"
@@ -133,7 +136,8 @@ def _exchange_rows(x, group, output_splits, input_splits):
     rows = x.shape[0] if output_splits is None else sum(output_splits)
     n = dist.get_world_size(group)
     for name, splits, count in (("output", output_splits, rows), ("input", input_splits, x.shape[0])):
-        if splits is None and count % n:  # gloo would hand out uninitialised rows
+        # gloo would return uninitialised rows.
+        if splits is None and count % n:
             raise ValueError(
                 f"all_to_all: {count} {name} rows over {n} ranks without {name} splits: they must divide. "
                 "Give the splits, or pad the rows to a multiple."
@@ -153,7 +157,7 @@ def _alone(group: dist.ProcessGroup) -> bool:
 
 
 def reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Partial sums -> their sum on every rank; backward passes the gradient on."""
+    """Partial sums -> their sum on every rank; backward leaves the gradient unchanged."""
     return x if _alone(group) else _Move.apply(x, group, 0, _sum, _as_it_is)
 
 
@@ -163,17 +167,17 @@ def copy(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """[.., x, ..] -> [.., n x, ..] for ranks that go on alike; backward takes the own part."""
+    """[.., x, ..] -> [.., n x, ..] if all ranks compute the same from it; backward takes this rank's part."""
     return x if _alone(group) else _Move.apply(x, group, dim, all_gather_dim, own_part)
 
 
 def scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """[.., n x, ..] -> [.., x, ..] of the same tensor; backward gathers."""
+    """[.., n x, ..], the same on every rank -> this rank's [.., x, ..]; backward gathers."""
     return x if _alone(group) else _Move.apply(x, group, dim, own_part, all_gather_dim)
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """[.., x, ..] -> [.., n x, ..] for ranks that go on differently; backward sums and splits."""
+    """[.., x, ..] -> [.., n x, ..] if the ranks use it differently; backward sums and splits."""
     return x if _alone(group) else _Move.apply(x, group, dim, all_gather_dim, reduce_scatter_dim)
 
 
@@ -188,8 +192,8 @@ def all_to_all(
     output_splits: list[int] | None = None,
     input_splits: list[int] | None = None,
 ) -> Tensor:
-    """Rows (dim 0) to every rank: ``input_splits[i]`` rows go to rank i, ``output_splits[i]`` come from it.
+    """Sends ``input_splits[i]`` rows (dim 0) to each rank i and receives ``output_splits[i]`` rows from it.
 
-    Without splits the rows are cut evenly. Backward sends the gradients home.
+    Without splits the rows are cut evenly. Backward sends the gradients back.
     """
     return x if _alone(group) else _AllToAll.apply(x, group, output_splits, input_splits)

@@ -1,6 +1,7 @@
-"""The one default of public constructors: no process groups given -> those of the installed mesh.
+"""The default groups of public constructors: without process groups they take those of the installed mesh.
 
-``parallel_state`` installs it for users. Inside longspan nothing but this default reads it: groups are arguments.
+``parallel_state`` installs the mesh for users. Inside longspan only this default reads it, because groups are
+arguments everywhere else.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from longspan.mesh.mesh import ParallelMesh, ProcessGroupCollection
 
 
 class Installed:
-    """The mesh that ``parallel_state`` has installed; None before, and after ``destroy_model_parallel``."""
+    """Holds the mesh installed by ``parallel_state``; None before, and after ``destroy_model_parallel``."""
 
     mesh: ParallelMesh | None = None
 
@@ -24,7 +25,7 @@ def installed_mesh() -> ParallelMesh:
     """The installed mesh.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: no mesh is installed.
     """
     if installed.mesh is None:
         raise RuntimeError(
@@ -35,15 +36,15 @@ def installed_mesh() -> ParallelMesh:
 
 
 def process_groups(pg_collection: ProcessGroupCollection | None = None) -> ProcessGroupCollection:
-    """The given groups, or the installed ones (RuntimeError when there are none)."""
+    """The given groups, or the installed groups (RuntimeError if no mesh is installed)."""
     return installed_mesh().groups if pg_collection is None else pg_collection
 
 
 def tensor_parallel_mesh(tp_group: dist.ProcessGroup | DeviceMesh | None) -> DeviceMesh:
-    """The 1-D DeviceMesh tensor parallel weights live on.
+    """The 1-D DeviceMesh of tensor parallel weights.
 
     Parameters that FSDP2 shards further must lie on a slice of the same root mesh, so the
-    models pass ``ProcessGroupCollection.tp_mesh``; a bare group gets a mesh of its own.
+    models pass ``ProcessGroupCollection.tp_mesh``; for a group a new mesh is made.
     """
     if isinstance(tp_group, DeviceMesh):
         return tp_group
@@ -51,6 +52,6 @@ def tensor_parallel_mesh(tp_group: dist.ProcessGroup | DeviceMesh | None) -> Dev
         mesh = process_groups().tp_mesh
         assert mesh is not None
         return mesh
-    # "nccl", or "cpu:gloo,cuda:nccl" as init_distributed starts it
+    # The backend is "nccl", or "cpu:gloo,cuda:nccl" if init_distributed has started it.
     device_type = "cuda" if "nccl" in str(dist.get_backend(tp_group)) else "cpu"
     return DeviceMesh.from_group(tp_group, device_type)

@@ -1,11 +1,10 @@
 """Which ranks form which group: integers only, no process group, no torch.
 
-A *grid* lays the ranks of a world out along axes, e.g. ``tp x cp x dp x pp``. An *order*
-such as ``"tp-cp-ep-dp-pp"`` says which axis varies fastest (the leftmost). A *group* of
-an axis (or of several axes joined by ``-``) holds the ranks that differ in that axis
-only.
+A *grid* arranges the ranks of a world along axes, e.g. ``tp x cp x dp x pp``. In an *order*
+such as ``"tp-cp-ep-dp-pp"`` the leftmost axis varies fastest. A *group* of an axis (or of
+several axes joined by ``-``) holds the ranks that differ in that axis only.
 
-Naming follows Megatron-LM, whose ``RankGenerator`` this one answers to.
+The names follow Megatron-LM; ``RankGenerator`` has the interface of Megatron-LM's class.
 """
 
 from __future__ import annotations
@@ -35,7 +34,8 @@ def grid_groups(sizes: dict[str, int], axes: Sequence[str], offset: int = 0) -> 
 
     def ranks_of(chosen: list[str]) -> list[int]:
         ranks = [0]
-        for axis in chosen:  # slowest axis last, so that the list ends up ascending
+        # The slowest axis comes last, so that the list is ascending.
+        for axis in chosen:
             ranks = [rank + i * strides[axis] for i in range(sizes[axis]) for rank in ranks]
         return ranks
 
@@ -45,17 +45,17 @@ def grid_groups(sizes: dict[str, int], axes: Sequence[str], offset: int = 0) -> 
 
 
 class RankGenerator:
-    """Rank lists of one grid, by Megatron's names.
+    """Lists of ranks in one grid, with Megatron's names.
 
     Args:
         tp, ep, dp, pp, cp: sizes of the axes (ranks).
-        order: axes from the fastest to the slowest varying, joined by ``-``. An axis
-            left out must have size 1.
+        order: axes joined by ``-``, the fastest varying first. An axis that it leaves out
+            must have size 1.
         rank_offset: the first rank of the grid.
 
     Raises:
-        RuntimeError: an axis larger than 1 is missing from ``order``, or ``order`` names
-            something that is not an axis.
+        RuntimeError: an axis larger than 1 is missing from ``order``, or a name in ``order``
+            is not an axis.
         ValueError: ``ep > 1`` together with ``cp > 1``: the dense grid (tp x cp x dp x
             pp) and the expert grid (etp x ep x edp x pp) are two grids.
     """
@@ -99,7 +99,7 @@ class RankGenerator:
 
 
 def hierarchical_groups(ranks: Sequence[int], sizes: Sequence[int]) -> list[list[list[int]]]:
-    """Splits one group into levels: neighbours at the innermost level, strides further out.
+    """Splits one group into levels: neighbours at the innermost level, strides at the outer levels.
 
     Args:
         ranks: the ranks of one (context parallel) group, in order.
@@ -127,7 +127,7 @@ def hierarchical_groups(ranks: Sequence[int], sizes: Sequence[int]) -> list[list
 
 
 def data_parallel_size(world_size: int, tp: int, cp: int, pp: int) -> int:
-    """What is left of the world for data parallelism.
+    """The data parallel size that follows from the world size and the other sizes.
 
     Raises:
         ValueError: tp x cp x pp does not divide the world; the message prints the equation.

@@ -14,9 +14,9 @@ from longspan.tensor_parallel.mappings import gather_from_tensor_model_parallel_
 
 
 def check_ids(name: str, ids: Tensor, size: int, what: str, but: int | None = None) -> None:
-    """ValueError for an id outside 0 .. size - 1 (or ``but``) among ids on the CPU.
+    """Raises ValueError for an id on the CPU that is neither in 0 .. size - 1 nor ``but``.
 
-    A GPU's are left to the kernel that looks them up and fails: looking at them here would wait for it.
+    Ids on a GPU are not read, because that would wait for the GPU: the lookup's kernel fails on a wrong id.
     """
     if ids.device.type != "cpu":
         return
@@ -33,10 +33,10 @@ class Embedding(nn.Module):
     """Token ids [b, s] -> [s, b, h] (with sequence parallelism [s/tp, b, h]).
 
     With ``learned_absolute`` positions, a table of one row a position is added. It is cut over
-    tensor parallel ranks as the vocabulary is and padded as it is, so both are one sum.
+    tensor parallel ranks and padded in the same way as the vocabulary, so one sum over the ranks serves both.
 
     Args:
-        positions: rows of the table of learned positions; None for a model that has none.
+        positions: rows of the table of learned positions; None for a model without such a table.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Embedding(nn.Module):
         )
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """position_ids [s] or [b, s]: each row's place in its document; read with learned positions only."""
+        """position_ids [s] or [b, s]: rows' positions in their documents; used for learned positions only."""
         check_ids("input_ids", input_ids, self.vocab_size, "the vocabulary")
         words = self.word_embeddings
         found = words.look_up(_out_of_padding(input_ids, self.vocab_size, words))
@@ -79,15 +79,15 @@ class Embedding(nn.Module):
 
 
 def _out_of_padding(ids: Tensor, size: int, table: VocabParallelEmbedding) -> Tensor:
-    """Ids of rows that are padding become ids of no row, so that a GPU's kernel fails on them as on any other such id."""
+    """Moves ids of the table's padding rows out of range, so that their lookup fails at every tp size."""
     return ids.masked_fill(ids >= size, table.num_embeddings)
 
 
 class OutputLayer(ColumnParallelLinear, Compilable):
-    """Hidden states -> logits, or each token's loss without ever holding all logits.
+    """Hidden states -> logits, or the loss of each token without ever holding all logits.
 
-    The vocabulary is padded to a multiple of 128; padding takes no part in the loss, and
-    its logits are -inf where a rank's columns hold them.
+    The vocabulary is padded to a multiple of 128. Padding columns take no part in the loss;
+    in logits they are -inf on the ranks that hold them.
     """
 
     def __init__(self, config: TransformerConfig, vocab_size: int, pg_collection: ProcessGroupCollection):
@@ -113,7 +113,8 @@ class OutputLayer(ColumnParallelLinear, Compilable):
                 group=self.tp_group,
                 part=self.part if self.compiled else None,
             )
-            return loss.view(x.shape[:2]).t().clone()  # FSDP hooks into what a model returns: no view
+            # FSDP hooks into what a model returns, so this must not be a view.
+            return loss.view(x.shape[:2]).t().clone()
         logits = self.project(x).transpose(0, 1)
         if self.tp_size == 1:
             return logits[..., : self.vocab_size]

@@ -1,4 +1,4 @@
-"""Norms: of the residual stream, and of each head of query and key."""
+"""Norms of the residual stream, and of each head of query and key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longspan.tensor_parallel.random import Constant
 
 
 def normalised(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-    """RMSNorm, or LayerNorm where there is a bias."""
+    """RMSNorm, or LayerNorm if there is a bias."""
     if bias is None:
         return rms_norm(x, weight, epsilon)
     return F.layer_norm(x, weight.shape, weight, bias, epsilon)
@@ -23,7 +23,7 @@ def normalised(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -
 def added_and_normalised(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """The sum, and the sum normalised."""
+    """x + y, and its norm."""
     x = x + y
     return x, normalised(x, weight, bias, epsilon)
 
@@ -32,8 +32,8 @@ class Norm(TensorParallelModule, Compilable):
     """RMSNorm or LayerNorm over the last dim.
 
     Args:
-        heads: of [s, b, n, d], over each head's features: a tensor parallel rank sees its own heads only, and
-            all share one weight. Else of the residual stream [s, b, h].
+        heads: the input is [s, b, n, d], and each head's features are normalised. A tensor parallel rank has
+            its own heads only, and all heads share one weight. Otherwise the input is the stream [s, b, h].
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Norm(TensorParallelModule, Compilable):
         self.bias = self._parameter("bias", (size,), None, Constant(0.0)) if has_bias else None
 
     def operands(self) -> tuple[Tensor, Tensor | None, float]:
-        """Weight, bias and epsilon, ready for :func:`normalised`."""
+        """The weight, bias and epsilon that :func:`normalised` takes."""
         weight = self.replicated(self.weight, self.heads)
         if self.zero_centered:
             weight = weight + 1
@@ -59,7 +59,7 @@ class Norm(TensorParallelModule, Compilable):
         return self.part(normalised)(x, *self.operands())
 
     def after_adding(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x + y, and its norm: one kernel where the parts are compiled."""
+        """x + y, and its norm, in one kernel if the parts are compiled."""
         if not self.compiled:
             x = x + y
             return x, self(x)

@@ -1,10 +1,11 @@
-"""Adapters on a model, and PEFT's files in and out.
+"""Adapters on a model, and reading and writing PEFT's files.
 
-    ours                                               PEFT (adapter_model.safetensors)
-    decoder.layers.I.self_attention.linear_q.lora.A    base_model.model.model.layers.I.self_attn.q_proj.lora_A.weight  [r, input]
-    decoder.layers.I.self_attention.linear_q.lora.B    base_model.model.model.layers.I.self_attn.q_proj.lora_B.weight  [output, r]
+    name in longspan, after           name in PEFT (adapter_model.safetensors), after       shape
+    decoder.layers.I.                 base_model.model.model.layers.I.
+    self_attention.linear_q.lora.A    self_attn.q_proj.lora_A.weight                        [r, input]
+    self_attention.linear_q.lora.B    self_attn.q_proj.lora_B.weight                        [output, r]
 
-and so on for every target: the layer's name is that of ``models.huggingface``.
+The other targets follow the same pattern; ``models.hf_weights`` has the layers' names.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ _PREFIX = "base_model.model."
 
 
 def is_adapter(name: str) -> bool:
-    """Is it the name of an adapter's parameter?"""
+    """Whether this is the name of an adapter's parameter."""
     return _MARK in name
 
 
 def peft_name(name: str) -> str:
-    """Our name of an adapter's parameter -> PEFT's."""
+    """longspan's name of an adapter's parameter -> PEFT's name."""
     layer, _, part = name.partition(_MARK)
     return f"{_PREFIX}{hugging_face_name(layer + '.weight').removesuffix('weight')}lora_{part}.weight"
 
@@ -55,11 +56,11 @@ def peft_name(name: str) -> str:
 
 
 def attach(model: GPTModel, lora: Lora, frozen_dtype: torch.dtype | None = None) -> None:
-    """Freezes a model made on ``meta`` and puts adapters beside the target layers; nothing is filled yet.
+    """Freezes a model on the ``meta`` device and adds adapters to the target layers, still without values.
 
     Args:
-        frozen_dtype: of the frozen weights; None leaves it. What computes in bfloat16 may hold them in
-            it: they are cast for every product anyway, and nothing small is ever added to them.
+        frozen_dtype: dtype of the frozen weights; None keeps it. A model that computes in bfloat16 may store
+            them in bfloat16: every product casts them anyway, and no small update is ever added to them.
 
     Raises:
         UserError: the model lacks a target.
@@ -74,7 +75,8 @@ def attach(model: GPTModel, lora: Lora, frozen_dtype: torch.dtype | None = None)
             continue
         target = hugging_face_name(f"{name}.weight").split(".")[-2]
         if target in lora.targets:
-            with torch.device("meta"):  # as the model is: nothing is drawn here
+            # The adapter is made on meta like the model; its weights are drawn later.
+            with torch.device("meta"):
                 layer.lora = Adapter(layer, lora.rank, lora.scale, model.config)
             missing.discard(target)
     if missing:
@@ -85,7 +87,7 @@ def attach(model: GPTModel, lora: Lora, frozen_dtype: torch.dtype | None = None)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Frozen parameters in another dtype; what is tied stays tied."""
+    """Casts frozen parameters to another dtype; tied parameters stay tied."""
     cast: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -94,18 +96,18 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, cast[id(parameter)])
 
 
-# --- in -------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def open_adapters(folder: str | Path, names: Iterable[str]) -> Iterator[Any]:
-    """PEFT's weights, opened to be read slice by slice.
+    """Opens PEFT's weights, to be read slice by slice.
 
     Args:
-        names: PEFT's names of all that is expected.
+        names: PEFT's names of all expected tensors.
 
     Raises:
-        UserError: no such file, a broken one, or one with other tensors.
+        UserError: the file is missing or broken, or has other tensors.
     """
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
@@ -120,7 +122,8 @@ def open_adapters(folder: str | Path, names: Iterable[str]) -> Iterator[Any]:
         )
     try:
         source = safe_open(path, "pt")
-    except Exception as error:  # safetensors' own error class
+    # safetensors raises an error class of its own.
+    except Exception as error:
         raise UserError(f"{path} cannot be read ({error}).") from None
     with source:
         there, expected = set(source.keys()), set(names)
@@ -137,7 +140,9 @@ def read_adapter(source: Any, name: str, shape: Iterable[int], ranges: list[tupl
     """This rank's part of an adapter's parameter.
 
     Args:
-        name: ours. shape: of the whole parameter; ranges: (start, stop) along each dim of it.
+        name: longspan's name of the parameter.
+        shape: shape of the whole parameter.
+        ranges: (start, stop) of this rank's part along each dim.
 
     Raises:
         UserError: the file's tensor has another shape or holds no weights.
@@ -158,18 +163,18 @@ def read_adapter(source: Any, name: str, shape: Iterable[int], ranges: list[tupl
     return part
 
 
-# --- out ------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------
 
 
 def write_adapters(
     folder: Path, weights: Mapping[str, Tensor], config: dict[str, Any], files: Mapping[str, bytes]
 ) -> None:
-    """Writes a folder in PEFT's format: whole, or as it was.
+    """Writes a folder in PEFT's format; if that fails, the earlier folder stays.
 
     Args:
-        weights: whole tensors, by our names.
+        weights: whole tensors by longspan's names.
         config: see ``Lora.peft_config``.
-        files: what lies beside them: name -> content.
+        files: further files of the folder: name -> content.
     """
     partial = begin_folder(folder)
     named = {peft_name(name): tensor.contiguous() for name, tensor in weights.items()}
@@ -183,7 +188,7 @@ def write_adapters(
 def merge(base: SafetensorsFolder, adapters: Path, writer: FolderWriter) -> None:
     """Writes a base model's weights with the adapters added: W + scale B A, tensor by tensor.
 
-    The sum is in at least float32 and rounded once, to the writer's dtype (None: that of the base).
+    The sum is computed in at least float32 and rounded once, to the writer's dtype (None: the base's dtype).
 
     Raises:
         UserError: the adapters do not fit the base.
@@ -212,6 +217,5 @@ def merge(base: SafetensorsFolder, adapters: Path, writer: FolderWriter) -> None
                     )
                 merged = weight.to(wide) + lora.scale * (b.to(wide) @ a.to(wide))
                 check_finite(merged, f"the adapters {adapters}", parts[name][0], WEIGHTS_FILE)
-            writer.keep(
-                name, merged.to(weight.dtype) if writer.dtype is None else merged
-            )  # keep rounds to the writer's
+            # keep rounds to the writer's dtype, if there is one.
+            writer.keep(name, merged.to(weight.dtype) if writer.dtype is None else merged)

@@ -1,20 +1,20 @@
-"""Rotary position embeddings (Su et al. 2021): each pair of features turned by its position.
+"""Rotary position embeddings (Su et al. 2021): each pair of features is rotated by its position's angle.
 
-Halves are paired, (i, i + d/2), as Llama checkpoints on Hugging Face have them. Angles are
-computed in float64: at a million tokens a float32 angle is wrong in the second digit.
+Feature i is paired with i + d/2, as in Llama checkpoints on Hugging Face. Angles are
+computed in float64, because at a million tokens a float32 angle is wrong in the second digit.
 
-For contexts longer than a model was first trained at, ``rope_scaling`` slows the frequencies
-down, in one of Hugging Face's ways (``config.rope`` has their fields):
+For contexts longer than those a model was first trained with, ``rope_scaling`` lowers the
+frequencies in one of Hugging Face's ways (``config.rope`` lists their fields):
 
-    linear    all by ``factor`` (Chen et al. 2023)
-    llama3    those with wavelengths beyond the original context, with a smooth passage between
-    yarn      likewise, by ramps of its own, and cos and sin times an attention factor (Peng et al. 2023)
-    dynamic   by a larger base ("NTK"), once the sequence is longer than max_position_embeddings
+    linear    all frequencies by ``factor`` (Chen et al. 2023)
+    llama3    frequencies with wavelengths beyond the original context, with a smooth transition
+    yarn      the same with another transition; cos and sin times an attention factor (Peng et al. 2023)
+    dynamic   by a larger base ("NTK"), if the sequence is longer than max_position_embeddings
 
-Hugging Face's ``dynamic`` follows the length of each call. Here it is the length of the whole
-sequence that the model is made for (``sequence_len``), in every call and on every rank: never the
-rows that a rank holds, never a document's, so the cut changes nothing. That is what transformers
-computes for one sequence of that length.
+Hugging Face's ``dynamic`` depends on the length of each call. Here it depends on the length that
+the model is made for (``sequence_len``), in every call and on every rank, and not on a rank's rows
+or a document's length, so the way a sequence is cut changes nothing. transformers computes the same
+for one sequence of that length.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ RotaryTable = tuple[Tensor, Tensor]
 
 
 def frequencies(head_dim: int, base: float, scaling: Mapping[str, Any] | None = None) -> Tensor:
-    """Radians a token for each pair, float64 [d/2].
+    """The frequency of each pair in radians per token, float64 [d/2].
 
     Args:
-        scaling: Hugging Face's ``rope_scaling``; a ``dynamic`` one goes through :func:`at_length` first.
+        scaling: Hugging Face's ``rope_scaling``; apply :func:`at_length` before, if it is ``dynamic``.
     """
     freqs = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     kind = rope_type(scaling)
@@ -55,32 +55,32 @@ def frequencies(head_dim: int, base: float, scaling: Mapping[str, Any] | None = 
     context = float(scaling["original_max_position_embeddings"])
     if kind == "llama3":
         low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-        turns = context * freqs / (2 * math.pi)  # full turns within the original context
-        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: scaled, 1: as it was
+        # turns: full turns within the original context; kept: 0 where a frequency is scaled, 1 where it stays
+        turns = context * freqs / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
     else:
         kept = 1 - _yarn_ramp(head_dim, base, context, scaling)
     return freqs / factor * (1 - kept) + freqs * kept
 
 
 def _yarn_ramp(head_dim: int, base: float, context: float, scaling: Mapping[str, Any]) -> Tensor:
-    """How much of each pair is scaled, float64 [d/2]: 0 for those that turn more than beta_fast times, 1 below beta_slow."""
+    """The scaled share of each pair, float64 [d/2]: 0 for more than beta_fast turns, 1 below beta_slow."""
 
-    def pair_of(
-        turns: float,
-    ) -> float:  # the (broken) number of the pair that turns so often in the original context
+    def pair_of(turns: float) -> float:
+        # the number (with a fraction) of the pair that makes so many turns within the original context
         return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = pair_of(scaling.get("beta_fast") or 32), pair_of(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    # the upper bound is that of the reference code, which counts features here, not pairs
+    # The upper bound follows the reference code, which counts features here, not pairs.
     low, high = max(low, 0), min(high, head_dim - 1)
     width = high - low or 0.001
     return ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / width).clamp(0, 1)
 
 
 def attention_factor(scaling: Mapping[str, Any] | None) -> float:
-    """What cos and sin are multiplied by, so that attention logits grow by its square: YaRN's temperature, else 1."""
+    """The factor on cos and sin, whose square scales attention logits: YaRN's temperature, otherwise 1."""
     if scaling is None or rope_type(scaling) != "yarn":
         return 1.0
     if scaling.get("attention_factor") is not None:
@@ -96,7 +96,7 @@ def attention_factor(scaling: Mapping[str, Any] | None) -> float:
 
 
 def at_length(config: TransformerConfig, length: int) -> TransformerConfig:
-    """A config whose ``dynamic`` scaling is worked out for sequences of ``length`` tokens: a larger base."""
+    """The config for sequences of ``length`` tokens: ``dynamic`` scaling is replaced by a larger base."""
     if rope_type(config.rope_scaling) != "dynamic" or config.position_embedding_type != "rope":
         return config
     assert config.rope_scaling is not None
@@ -109,7 +109,7 @@ def at_length(config: TransformerConfig, length: int) -> TransformerConfig:
 
 
 def rotary_table(positions: Tensor, freqs: Tensor, dtype: torch.dtype, scale: float = 1.0) -> RotaryTable:
-    """cos and sin (times ``scale``) for positions [s] or [b, s] -> [s, 1 or b, 1, d/2], at least float32."""
+    """Positions [s] or [b, s] -> cos and sin (times ``scale``) [s, 1 or b, 1, d/2], at least float32."""
     if positions.dim() == 1:
         positions = positions.unsqueeze(0)
     angles = positions.t().to(freqs.device, torch.float64)[:, :, None, None] * freqs
@@ -118,7 +118,7 @@ def rotary_table(positions: Tensor, freqs: Tensor, dtype: torch.dtype, scale: fl
 
 
 def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
-    """Turns x [s, b, n, d] by a table of its rows' positions; computed in the table's precision."""
+    """Rotates x [s, b, n, d] by the table of its rows' positions; computed in the table's precision."""
     cos, sin = table
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

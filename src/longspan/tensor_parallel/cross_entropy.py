@@ -3,14 +3,14 @@
     vocab_parallel_cross_entropy   logits [.., v/tp], target [..]            -> loss [..]
     linear_cross_entropy           hidden [t, h], weight [v/tp, h], labels   -> loss [t]
 
-The second one never holds the logits of a whole sequence: it goes through the tokens in
-chunks: memory [chunk, v/tp] instead of [t, v/tp].
+``linear_cross_entropy`` never holds the logits of a whole sequence: it computes them in
+chunks of tokens, [chunk, v/tp] instead of [t, v/tp].
 
-A rank sees its own columns only. What travels for a chunk of c tokens is [2, c] a rank:
-the local log-sum-exp and the target's logit where this rank holds it. The logits are
-compared in at least float32.
+A rank has its own columns only. For a chunk of c tokens each rank sends [2, c] numbers:
+the log-sum-exp of its columns, and the target's logit if this rank holds it. Log-sum-exps
+are computed in at least float32.
 
-``plain_cross_entropy`` is the slow reference the tests hold these against.
+``plain_cross_entropy`` is the slow reference for tests.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from longspan.matmul import product
 from longspan.mesh.collectives import all_gather_dim
 from longspan.tensor_parallel.mappings import tensor_parallel_group
 
-#: logits of one chunk stay below this many elements: 256 MiB in float32, and 64 MiB on the CPU, where
-#: smaller products are as fast
+#: The logits of one chunk have at most so many elements: 256 MiB in float32, and 64 MiB on the CPU, where
+#: smaller products are as fast.
 CHUNK_NUMEL, CHUNK_NUMEL_CPU = 1 << 26, 1 << 24
 
 
 def plain_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The oracle: whole logits [t, v], target [t] -> loss [t]; 0 where target is IGNORE_INDEX."""
+    """The reference: whole logits [t, v], target [t] -> loss [t]; 0 where target is IGNORE_INDEX."""
     return F.cross_entropy(
         logits, target, reduction="none", ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing
     )
@@ -45,12 +45,13 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _local_columns(target: Tensor, columns: int, width: int, rank: int, vocab: int) -> tuple[Tensor, Tensor]:
-    """Target ids as local column numbers, and where they are this rank's.
+    """Target ids as local column numbers, and whether this rank holds each of them.
 
     Args:
-        columns: columns that stand for real tokens here; width: columns every rank holds;
-        vocab: real tokens. An id beyond them stays out of range on every rank, so that
-        looking it up fails, as in ``torch.nn.functional.cross_entropy``.
+        columns: number of columns for real tokens on this rank.
+        width: number of columns on every rank, padding included.
+        vocab: number of real tokens. A larger id stays out of range on every rank, so that
+            its lookup fails, as in ``torch.nn.functional.cross_entropy``.
     """
     shifted = target - rank * width
     mine = (shifted >= 0) & (shifted < columns)
@@ -59,7 +60,7 @@ def _local_columns(target: Tensor, columns: int, width: int, rank: int, vocab: i
 
 
 def _local_sums(logits: Tensor, column: Tensor, mine: Tensor) -> tuple[Tensor, Tensor]:
-    """[t, columns] -> (log-sum-exp [t], target logit [t]) of this rank's columns; 0 where another has the target."""
+    """[t, columns] -> this rank's (log-sum-exp [t], target logit [t]), 0 if another rank has the target."""
     picked = logits.gather(1, column.unsqueeze(1)).squeeze(1).where(mine, 0)
     return torch.logsumexp(logits, dim=1), picked
 
@@ -68,7 +69,7 @@ def _log_sum_exp(logits: Tensor, column: Tensor, mine: Tensor, group) -> tuple[T
     """[t, columns] -> (log-sum-exp [t], target logit [t]) over all ranks of the group."""
     if logits.shape[1]:
         return _over_ranks(*_local_sums(logits, column, mine), group)
-    # this rank holds padding columns only
+    # This rank holds padding columns only.
     lse = logits.new_full((logits.shape[0],), float("-inf"))
     return _over_ranks(lse, logits.new_zeros(logits.shape[0]), group)
 
@@ -101,7 +102,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         lse, picked = _log_sum_exp(logits, column, mine, group)
         loss = lse - picked
         if label_smoothing:
-            real = torch.isfinite(logits)  # padding columns are -inf and no classes
+            # Padding columns, whose logits are -inf, are not classes.
+            real = torch.isfinite(logits)
             sums = torch.stack([logits.where(real, 0).sum(1), real.sum(1).to(logits.dtype)])
             if ranks > 1:
                 dist.all_reduce(sums, group=group)
@@ -137,13 +139,13 @@ def vocab_parallel_cross_entropy(
         logits: [..., v/tp], this rank's columns.
         target: [...] ids over the whole vocabulary; the loss is 0 where it is -100.
         label_smoothing: alpha, as in ``torch.nn.functional.cross_entropy``: the mass alpha is spread
-            over all K classes of all ranks, the target's included. Padding columns, whose logits
-            are -inf, are no classes. The loss is the same at every tp.
+            over all K classes of all ranks, the target's class included. Padding columns, whose
+            logits are -inf, are not classes. The loss is the same at every tp.
 
-            Megatron-LM's argument of this name means another mass, alpha K / (K - 1), and its K and
-            its mean are those of each rank's own columns, so that its loss depends on tp. At tp 1
-            ``label_smoothing=alpha * K / (K - 1)`` gives its loss; K is the columns it has there,
-            its own padding included.
+            Megatron-LM's argument of this name means another mass, alpha K / (K - 1), and Megatron-LM
+            takes K and the mean over each rank's own columns, so its loss depends on tp. At tp 1
+            ``label_smoothing=alpha * K / (K - 1)`` gives Megatron-LM's loss; K is then the number of
+            its columns, padding included.
         group: tensor parallel group; None takes the installed one.
 
     Returns:
@@ -153,21 +155,21 @@ def vocab_parallel_cross_entropy(
 
 
 def _chunk_sums(logits: Tensor, column: Tensor, mine: Tensor) -> tuple[Tensor, Tensor]:
-    """[c, columns] -> this rank's log-sum-exp [c] and target logit [c]: one pass where it is compiled."""
+    """[c, columns] -> this rank's log-sum-exp [c] and target logit [c], in one pass if compiled."""
     return _local_sums(_wide(logits), column, mine)
 
 
 def _chunk_gradient(
     logits: Tensor, lse: Tensor, column: Tensor, mine: Tensor, weight: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """As :func:`_logit_gradient` in ``dtype``, written for the compiler: one pass, and the logits stay as they are."""
+    """:func:`_logit_gradient` in ``dtype``, for the compiler: one pass, which does not change the logits."""
     target = (torch.arange(logits.shape[1], device=logits.device) == column.unsqueeze(1)) & mine.unsqueeze(1)
     grad = (_wide(logits) - lse.unsqueeze(1)).exp() - target.to(lse.dtype)
     return (grad * weight.unsqueeze(1)).to(dtype)
 
 
 class _Chunks:
-    """The logits of a chunk and what is made of them, plainly or by compiled parts; see ``longspan.compiled``."""
+    """A chunk's logits, their sums and gradients, by plain or compiled functions (``longspan.compiled``)."""
 
     def __init__(self, part: Callable[[Callable], Callable] | None, group: dist.ProcessGroup):
         self.group = group
@@ -176,7 +178,7 @@ class _Chunks:
         self.gradient_of = part(_chunk_gradient) if part is not None else _chunk_gradient
 
     def logits(self, hidden: Tensor, used: Tensor) -> Tensor:
-        """[c, h] and [columns, h] -> [c, columns], wide unless a compiled part widens them on its way."""
+        """[c, h] and [columns, h] -> [c, columns], at least float32; compiled functions widen them later."""
         logits = product(hidden, used.t())
         return logits if self.compiled and used.shape[0] else _wide(logits)
 
@@ -187,26 +189,27 @@ class _Chunks:
         return _log_sum_exp(logits, column, mine, self.group)
 
     def gradient(self, logits, lse, column, mine, weight, dtype) -> Tensor:
-        """In ``dtype``. Without compiled parts in place of the logits."""
+        """The logits' gradient in ``dtype``. Without compiled functions it overwrites the logits."""
         if self.compiled and logits.shape[1]:
             return self.gradient_of(logits, lse, column, mine, weight, dtype)
         return _logit_gradient(logits, lse, column, mine, weight).to(dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Both directions share one pass over the chunks, :func:`_gradients`.
+    """Loss and gradients in one pass over the chunks.
 
-    Forward already computes the gradients of the plain sum of losses, while a chunk's logits are
-    at hand: three matrix products in all. A training step asks for just that sum, scaled, and
-    backward scales. Where backward is given weights that differ from token to token, it goes
-    through the chunks again.
+    Forward already computes the gradients of the plain sum of losses while it has a chunk's
+    logits: three matrix products in all. A training step needs that sum times a scale, so
+    backward only multiplies by the scale. If backward gets weights that differ from token to
+    token, it computes all chunks again.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, vocab_size, chunk, chunks):
         width, rank = weight.shape[0], dist.get_rank(chunks.group)
         columns = max(0, min(width, vocab_size - rank * width))
-        used = weight[:columns]  # padding columns take no part
+        # Padding columns take no part.
+        used = weight[:columns]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.empty(labels.shape, dtype=dtype, device=hidden.device)
         lses = torch.empty_like(loss)
@@ -230,14 +233,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         hidden, weight, labels, lses, *sums = ctx.saved_tensors
-        if grad_loss.numel() and not any(
-            grad_loss.stride()
-        ):  # one number for all tokens: the gradient of a sum
+        # Strides of 0 mean one number for all tokens: the gradient of a sum.
+        if grad_loss.numel() and not any(grad_loss.stride()):
             scale = grad_loss.flatten()[0]
             grad_hidden = torch.empty_like(hidden)
-            for start in range(
-                0, hidden.shape[0], ctx.chunk
-            ):  # the scale, 1 / tokens, is not rounded to bfloat16
+            # The product is computed in the scale's dtype, so that 1 / tokens is not rounded to bfloat16.
+            for start in range(0, hidden.shape[0], ctx.chunk):
                 part = slice(start, start + ctx.chunk)
                 grad_hidden[part] = sums[0][part].to(scale.dtype) * scale
             grad_weight = None if sums[1] is None else sums[1] * scale
@@ -259,7 +260,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _empty_gradients(hidden: Tensor, weight: Tensor, trained: bool) -> tuple[Tensor, Tensor | None]:
-    """Room for the gradient of hidden [t, h], and zeros in at least float32 for that of a trained weight."""
+    """An empty gradient of hidden [t, h], and zeros in at least float32 for a trained weight's gradient."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     zeros = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if trained else None
     return torch.empty_like(hidden), zeros
@@ -268,7 +269,7 @@ def _empty_gradients(hidden: Tensor, weight: Tensor, trained: bool) -> tuple[Ten
 def _add_chunk(
     sums: tuple[Tensor, Tensor | None], grad: Tensor, hidden: Tensor, used: Tensor, part: slice
 ) -> None:
-    """A chunk's logit gradients [c, columns] into the gradients of hidden (its rows) and weight (all of it)."""
+    """Adds a chunk's logit gradients [c, columns] to the gradients of hidden (its rows) and weight (all)."""
     grad_hidden, grad_weight = sums
     grad_hidden[part] = product(grad, used)
     if grad_weight is not None:
@@ -287,15 +288,15 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Output layer and cross-entropy in one, in chunks of tokens.
 
-    The gradient of ``hidden`` is this rank's part (its columns); the caller's ``copy`` or
+    The gradient of ``hidden`` comes from this rank's columns only; the caller's ``copy`` or
     sequence parallel gather sums it over the group.
 
     Args:
         hidden: [t, h]; weight: [v/tp, h], this rank's rows of the padded vocabulary.
         labels: [t] ids, already shifted; -100 where there is no target.
-        vocab_size: real tokens; rows beyond it are padding and take no part.
+        vocab_size: number of real tokens; rows beyond it are padding and take no part.
         chunk: tokens at a time; None keeps a chunk's logits below 256 MiB in float32 (64 MiB on the CPU).
-        part: gives the compiled form of a function (``longspan.compiled``); None computes plainly.
+        part: function -> its compiled form (``longspan.compiled``); None uses the plain functions.
 
     Returns:
         Loss [t] in nats, at least float32; 0 where there is no target.

@@ -5,10 +5,10 @@
     beside a ColumnParallelLinear   A copied, B cut by rows     z = X A^T on every rank     Y_i += z B_i^T
     beside a RowParallelLinear      A cut by columns, B copied  z_i = X_i A_i^T in part     Y_i += z_i B^T
 
-No activation travels for an adapter: the layer's own gather, sum or reduce-scatter serves both
-products. What is copied sees only a part of the work on each rank (a part of the output's
-gradient, a part of z), so its gradient is summed over the group, with sequence parallelism or
-without.
+An adapter needs no communication for activations: the layer's own gather, sum or reduce-scatter
+serves both products. Each rank's copy of the copied factor gets only a part of its gradient (from
+a part of the output's gradient, or a part of z), so this gradient is summed over the group, with
+or without sequence parallelism.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from longspan.tensor_parallel.random import Constant, Uniform
 
 
 class Adapter(TensorParallelModule):
-    """The adapter of one layer: ``X -> scale (X A^T) B^T``, this rank's part of it.
+    """This rank's part of one layer's adapter, ``X -> scale (X A^T) B^T``.
 
-    A starts as PEFT's does, uniform in +-1/sqrt(input) (Kaiming's with a = sqrt(5)), and B at
+    As in PEFT, A starts uniform in +-1/sqrt(input) (Kaiming's with a = sqrt(5)), and B at
     zero, so that training starts from the frozen layer's output.
 
     Args:
-        layer: the frozen layer; ``attach`` it with ``layer.lora = Adapter(...)``.
-        scale: of the product.
+        layer: the frozen layer; the adapter is added to it by ``layer.lora = Adapter(...)``.
+        scale: factor of the product.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Adapter(TensorParallelModule):
         self.B = self._parameter("B", (layer.output_size, rank), 0 if self.column else None, Constant(0.0))
 
     def operands(self) -> LowRank:
-        """A, B and the scale, ready for compute."""
+        """The factors A and B, and the scale."""
         if self.column:
             return LowRank(self.summed(self.A), local(self.B), self.scale)
         return LowRank(local(self.A), self.summed(self.B), self.scale)

@@ -3,7 +3,7 @@
 With n = tensor parallel size, s the local sequence, h the hidden size:
 
     copy_to_tensor_model_parallel_region            [s, b, h]   -> [s, b, h]     backward: sum
-    reduce_from_tensor_model_parallel_region        partial     -> sum           backward: as it is
+    reduce_from_tensor_model_parallel_region        partial     -> sum           backward: identity
     scatter_to_tensor_model_parallel_region         [.., h]     -> [.., h/n]     backward: gather
     gather_from_tensor_model_parallel_region        [.., h/n]   -> [.., h]       backward: own part
     scatter_to_sequence_parallel_region             [s, ..]     -> [s/n, ..]     backward: gather
@@ -14,7 +14,7 @@ With n = tensor parallel size, s the local sequence, h the hidden size:
     all_to_all_sp2hp                                [t/n, h]    -> [t, h/n]      backward: all_to_all_hp2sp
     all_to_all_hp2sp                                [t, h/n]    -> [t/n, h]      backward: all_to_all_sp2hp
 
-The f and g operators of Shoeybi et al. 2019 (Megatron-LM) and their sequence parallel
+These are the f and g operators of Shoeybi et al. 2019 (Megatron-LM) and their sequence parallel
 forms of Korthikanti et al. 2022. ``group`` is the tensor parallel group; None takes the
 installed one.
 """
@@ -60,8 +60,8 @@ def gather_from_sequence_parallel_region(
     """[s/n, ..] -> [s, ..].
 
     Args:
-        tensor_parallel_output_grad: True when what follows is tensor parallel, so that the
-            ranks' gradients differ and are summed; False when all ranks go on alike.
+        tensor_parallel_output_grad: True if the next layer is tensor parallel: the ranks' gradients
+            differ then and are summed. False if all ranks compute the same from the result.
     """
     move = collectives.all_gather if tensor_parallel_output_grad else collectives.gather
     return move(x, tensor_parallel_group(group), dim=0)
@@ -77,7 +77,7 @@ def all_to_all(
     output_split_sizes: list[int] | None = None,
     input_split_sizes: list[int] | None = None,
 ) -> Tensor:
-    """Rows to every rank of the group, with autograd; see :func:`longspan.mesh.collectives.all_to_all`."""
+    """Sends rows to every rank of the group, with autograd: :func:`longspan.mesh.collectives.all_to_all`."""
     return collectives.all_to_all(input, tensor_parallel_group(group), output_split_sizes, input_split_sizes)
 
 

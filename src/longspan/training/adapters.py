@@ -1,4 +1,4 @@
-"""Adapters (LoRA) of a training run: on the model, into a checkpoint's description, and out in PEFT's format."""
+"""Adapters (LoRA) of a training run: counted, described in checkpoints, and exported in PEFT's format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from longspan.models.peft import is_adapter, write_adapters
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(all parameters, those that are trained); tied ones count once."""
+    """(number of all parameters, number of trained parameters); tied parameters count once."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
 
@@ -29,7 +29,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def adapter_description(run: Run) -> dict[str, Any] | None:
-    """What a checkpoint says of its adapters and the base model they belong to; None for full training."""
+    """A checkpoint's description of its adapters and their base model; None for full training."""
     lora, base = run.lora, run.pretrained
     if lora is None or base is None:
         return None
@@ -45,10 +45,11 @@ def _fingerprint(base_model: str) -> str:
 
 
 def adapter_problems(name: str, then: dict[str, Any] | None, now: dict[str, Any] | None) -> list[str]:
-    """Why a checkpoint's adapters are not those of this run, a message each.
+    """The differences between a checkpoint's adapters and those of this run, one message each.
 
     Args:
-        name: the checkpoint's. then, now: descriptions of it and of the run; None without adapters.
+        name: the name of the checkpoint.
+        then, now: the adapters' descriptions in the checkpoint and in this run; None without adapters.
     """
     if now is None and then is None:
         return []
@@ -80,12 +81,12 @@ def adapter_problems(name: str, then: dict[str, Any] | None, now: dict[str, Any]
 
 
 def trained_state(model: nn.Module) -> dict[str, Any]:
-    """The state of what is trained: without frozen weights, which the base model keeps."""
+    """The state of the trained parameters; frozen weights are left out, because the base model has them."""
     frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     return {name: value for name, value in get_model_state_dict(model).items() if name not in frozen}
 
 
-# --- out ------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------
 
 
 def export_adapters(
@@ -95,7 +96,8 @@ def export_adapters(
 
     Args:
         config: PEFT's, see ``Lora.peft_config``.
-        dtype, files: of the weights, and what lies beside them; read on the first rank.
+        dtype: dtype of the written weights; only the first rank's value counts.
+        files: further files of the folder; only the first rank's value counts.
     """
     weights = {
         name: whole.to(dtype)

@@ -1,8 +1,9 @@
 """The files of a checkpoint, read and written by torch's distributed checkpoint (DCP), tensors only.
 
-DCP's ``.metadata`` is a pickle, and DCP loads entries that are no tensors by pickle too: a folder from elsewhere could run
-code. Here ``.metadata`` is unpickled into records that do nothing, DCP's own objects are made of values that have been
-checked, and only tensors are read (``torch.load(weights_only=True)``). Files are summed as they are written (``checksums``).
+DCP's ``.metadata`` is a pickle, and DCP also loads entries other than tensors by pickle, so a folder from
+elsewhere could run code. Here ``.metadata`` is unpickled into records that do nothing, DCP's own objects are
+made of checked values, and only tensors are read (``torch.load(weights_only=True)``). The files' checksums
+are computed while they are written (``checksums``).
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from longspan.training.checksums import CHECKSUMS, Checksum, to_json
 METADATA = ".metadata"
 DESCRIPTION = "longspan.json"
 
-# --- DCP's .metadata, without running what lies in it ----------------------------------------
+# --- DCP's .metadata, read without running code ----------------------------------------------
 
 
 class _Record:
-    """Stands for an object of the pickle: keeps the arguments and the state it is given, and does nothing."""
+    """Replaces an object of the pickle: it keeps its arguments and its state, and does nothing."""
 
     args: tuple
     state: Any
@@ -69,7 +70,7 @@ _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(valu
 
 
 def _stand_ins() -> dict[tuple[str, str], Any]:
-    """What each name that DCP pickles is replaced by; no other name is allowed."""
+    """Name that DCP pickles -> its replacement; no other name is allowed."""
     names = [
         *(
             (_METADATA_MODULE, name)
@@ -79,7 +80,7 @@ def _stand_ins() -> dict[tuple[str, str], Any]:
         (_METADATA_MODULE, "_MEM_FORMAT_ENCODING"),
         (_FILES_MODULE, "_StorageInfo"),
         ("torch.serialization", "_get_layout"),
-        # Python 3.13 moved them
+        # Python 3.13 moved these classes.
         *((module, name) for module in ("pathlib", "pathlib._local") for name in _PATHS),
     ]
     records: dict[tuple[str, str], Any] = {key: type(key[1], (_Record,), {}) for key in names}
@@ -99,25 +100,27 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(path: Path) -> Metadata:
-    """DCP's metadata of a checkpoint's folder, made of checked values; runs no code that lies in the file.
+    """Reads DCP's metadata of a checkpoint's folder into checked values, without running code from the file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged, asks for code, or names a file outside the folder.
+        OSError: the file cannot be read.
+        ValueError: the file is damaged, contains code, or names a file outside the folder.
     """
     try:
         with (path / METADATA).open("rb") as file:
             return _checked(_Unpickler(file).load(), path)
     except (OSError, ValueError):
         raise
-    except Exception as error:  # a pickle that is none can raise anything
+    # A damaged pickle can raise any error.
+    except Exception as error:
         raise ValueError(f"it is no metadata of a checkpoint: {type(error).__name__}") from None
 
 
 def _checked(raw: Any, folder: Path) -> Metadata:
     entries, storage = _is(raw, "Metadata").fields("state_dict_metadata", "storage_data")
     parts: dict[MetadataIndex, _StorageInfo] = {}
-    places: dict[str, str] = {}  # looking where a link leads takes time: once for each file
+    # Resolving a link takes time, so it is done once for each file.
+    places: dict[str, str] = {}
     for key, value in storage.items():
         name, offset = _is(key, "MetadataIndex").fields("fqn", "offset")
         place, start, length, transforms = _is(value, "_StorageInfo").fields(
@@ -149,7 +152,7 @@ def _entry(
             o + s > w for o, s, w in zip(offsets, sizes, whole)
         ):
             raise ValueError(f"a part of {name} lies outside of it")
-        # so that no tensor is larger than the files
+        # This ensures that no tensor is larger than the files.
         if parts[MetadataIndex(name, offsets)].length < math.prod(sizes) * dtype.itemsize:
             raise ValueError(f"a part of {name} is larger than its place in the file")
         found.append(ChunkStorageMetadata(offsets, sizes))
@@ -183,7 +186,7 @@ def _text(value: Any) -> str:
 
 
 def _inside(name: Any, folder: Path) -> str:
-    """The name of a file that lies in the folder itself, also where it is a link."""
+    """The name of a file that lies in the folder itself, links followed."""
     plain = isinstance(name, str) and name == os.path.basename(name) and name not in ("", ".", "..")
     if not plain or "\0" in name or (folder / name).resolve().parent != folder.resolve():
         raise ValueError(f"it names the file {name!r}, which is not in the checkpoint's folder")
@@ -205,7 +208,7 @@ class TensorReader(dcp.FileSystemReader):
 
 
 class TensorPlanner(dcp.DefaultLoadPlanner):
-    """Refuses entries that are no tensors, which DCP would load with ``weights_only=False``."""
+    """Refuses entries other than tensors, which DCP would load with ``weights_only=False``."""
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
         raise ValueError(f"{read_item.dest_index.fqn} is no tensor there; it was not read")
@@ -217,11 +220,11 @@ def read_tensors(
     """Fills the tensors of a nested dict with those of a checkpoint; collective unless ``no_dist``.
 
     Args:
-        metadata: of that checkpoint (``read_metadata``).
-        option: what named the checkpoint, for messages.
+        metadata: the metadata of that checkpoint (``read_metadata``).
+        option: the option that named the checkpoint, for messages.
 
     Raises:
-        UserError: one is missing, of another shape, or cannot be read; the same on all ranks.
+        UserError: a tensor is missing, has another shape, or cannot be read; the same on all ranks.
     """
     try:
         dcp.load(state, storage_reader=TensorReader(path, metadata), planner=TensorPlanner(), no_dist=no_dist)
@@ -232,7 +235,7 @@ def read_tensors(
 
 
 def cause(error: BaseException) -> str:
-    """The first rank's failure that DCP's exception holds (which is no ``Exception`` by its class)."""
+    """The first rank's failure in DCP's exception (whose class is not a subclass of ``Exception``)."""
     failures = getattr(error, "failures", None) or {0: (error,)}
     first = next(iter(failures.values()))[0]
     return f"{type(first).__name__}: {first}"
@@ -242,7 +245,7 @@ def cause(error: BaseException) -> str:
 
 
 class _SummedStream:
-    """A file that sums the bytes written to it."""
+    """A file that computes the checksum of the bytes written to it."""
 
     def __init__(self, file: Any, checksum: Checksum):
         self.file, self.checksum = file, checksum
@@ -256,7 +259,7 @@ class _SummedStream:
 
 
 class _SummingFileSystem(FileSystem):
-    """Keeps the checksum of every file that is written through it, by name."""
+    """Keeps the checksum of every file that is written through it: name -> checksum."""
 
     def __init__(self) -> None:
         self.checksums: dict[str, Checksum] = {}
@@ -277,7 +280,7 @@ class _SummingFileSystem(FileSystem):
 
 @dataclass
 class _RankChecksums:
-    """A rank's checksums, which travel to the first rank among DCP's results of writing."""
+    """A rank's checksums, sent to the first rank as one of DCP's write results."""
 
     files: dict[str, dict[str, Any]]
 
@@ -285,7 +288,7 @@ class _RankChecksums:
 class SummingWriter(_FileSystemWriter):
     """DCP's writer with checksums: the first rank writes the description and ``checksums.json`` last.
 
-    The public ``FileSystemWriter`` would bring a stager of its own, which copies tensors on the CPU once more.
+    The public ``FileSystemWriter`` is not used, because its stager copies tensors on the CPU once more.
 
     Args:
         description: the text of ``longspan.json``.

@@ -1,4 +1,4 @@
-"""Which checkpoint a path stands for, and whether it is whole."""
+"""Finds the checkpoint that a path names, and checks whether it is whole."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def to_stderr(line: str) -> None:
 
 
 def find(path: Path, option: str = "resume", *, verify: bool = True, say: Say = to_stderr) -> Path:
-    """The checkpoint a path stands for: itself, or the newest of a run's folder.
+    """The checkpoint that a path names: the path itself, or the newest checkpoint of a run's folder.
 
     Its small files are checked; ``checkpoint.verify`` checks the large ones.
 
     Args:
-        option: what named the path, for messages.
+        option: the option that named the path, for messages.
         verify: compare checksums (``verify_checkpoint``).
-        say: takes a line for the user: which checkpoint was taken instead of another, one without checksums.
+        say: takes a line for the user if another checkpoint is used or the checkpoint has no checksums.
 
     Raises:
-        UserError: nothing there, a half-written or damaged one, or one of Megatron-LM.
+        UserError: there is no checkpoint, or it is half written, damaged or one of Megatron-LM.
     """
     refuse_megatron(path, option)
     try:
@@ -59,7 +59,7 @@ def find(path: Path, option: str = "resume", *, verify: bool = True, say: Say = 
 
 
 def newest(folder: Path, option: str = "resume", *, verify: bool = True, say: Say = to_stderr) -> Path | None:
-    """The newest checkpoint of a folder of them, found as by ``find``; None where none was saved yet."""
+    """The newest checkpoint in a folder of checkpoints, as ``find`` finds it; None if none was saved yet."""
     there = (folder / "latest").is_file() or steps_in(folder)
     return find(folder, option, verify=verify, say=say) if there else None
 
@@ -73,7 +73,7 @@ def steps_in(folder: Path) -> list[Path]:
 
 
 def _newest(folder: Path, option: str, verify: bool, say: Say) -> Path | None:
-    """What ``latest`` names, or the newest whole checkpoint where it names none; None where there is neither."""
+    """The checkpoint that ``latest`` names, or else the newest whole one; None if there is neither."""
     steps, named = steps_in(folder), None
     text = _read_latest(folder)
     if text is None and not steps:
@@ -90,7 +90,7 @@ def _newest(folder: Path, option: str, verify: bool, say: Say) -> Path | None:
             f"{option}: {why}, and there is no other one. Remove {folder / 'latest'} to start anew."
         )
     if named is not None:
-        # an earlier one of the same try rather than a later one, which an earlier try has left
+        # Earlier checkpoints are tried first: a later one must be left from an earlier run in this folder.
         number = _number(named)
         steps = [p for p in steps if _number(p) <= number] + [p for p in steps if _number(p) > number]
     failed: UserError | None = None
@@ -129,13 +129,13 @@ def _must_be_there(path: Path, option: str) -> None:
 
 
 def missing_or_damaged(path: Path, verify: bool = True) -> dict[str, str]:
-    """Files of a checkpoint that are not there, are cut short or cannot be understood: it is not whole.
+    """The files because of which a checkpoint is not whole: missing, cut short, or with invalid content.
 
     Returns:
-        Name -> what is wrong with what it holds ("" where it is missing or short).
+        Name -> what is wrong with the content ("" if the file is missing or short).
 
     Raises:
-        OSError: a file is there and cannot be read.
+        OSError: a file exists and cannot be read.
     """
     bad = {name: "" for name in (METADATA, DESCRIPTION) if not (path / name).is_file()}
     if bad:
@@ -158,7 +158,7 @@ def missing_or_damaged(path: Path, verify: bool = True) -> dict[str, str]:
 
 
 def not_whole(path: Path, bad: dict[str, str], option: str) -> UserError:
-    """The refusal of a checkpoint for what ``missing_or_damaged`` has found."""
+    """The error for a checkpoint in which ``missing_or_damaged`` has found ``bad`` files."""
     why = "; ".join(dict.fromkeys(reason for reason in bad.values() if reason))
     return UserError(
         f"{option}: {path} is not a whole checkpoint: {', '.join(bad)} missing or damaged{why and ': '}{why}. {another(path)}"
@@ -166,8 +166,8 @@ def not_whole(path: Path, bad: dict[str, str], option: str) -> UserError:
 
 
 def changed(path: Path, bad: list[str], option: str) -> UserError:
-    """The refusal of a checkpoint for files whose checksums differ."""
-    # the commands that only read a checkpoint have no such key
+    """The error for a checkpoint with files whose checksums differ."""
+    # Only resume has this key; the commands that only read a checkpoint do not.
     anyway = " verify_checkpoint: false trains on with it all the same." if option == "resume" else ""
     return UserError(
         f"{option}: {path} is not as it was written: {', '.join(bad)} (by {CHECKSUMS}). A disk or a copy damaged it, or "
@@ -176,13 +176,13 @@ def changed(path: Path, bad: list[str], option: str) -> UserError:
 
 
 def another(path: Path) -> str:
-    """What to use instead of a checkpoint."""
+    """A sentence on what to use instead of a checkpoint."""
     others = [p for p in steps_in(path.parent) if p.name != path.name and (p / METADATA).is_file()]
     return f"Use {others[0].name}." if others else "There is no other one beside it."
 
 
 def check_small_files(path: Path, option: str, say: Say) -> None:
-    """Compares the description and DCP's metadata with their checksums; a checkpoint that has none is announced.
+    """Compares the description and DCP's metadata with their checksums; reports when there are no checksums.
 
     Raises:
         UserError: they differ.
@@ -197,7 +197,7 @@ def check_small_files(path: Path, option: str, say: Say) -> None:
 
 
 def small_files_changed(path: Path, metadata: Metadata) -> list[str]:
-    """Of the files that are read before the tensors, and of those ``checksums.json`` lacks, the names that differ."""
+    """The files that ``checksums.json`` lacks; if none, those read before the tensors that differ."""
     try:
         manifest = Manifest(path)
     except ValueError:
@@ -209,7 +209,7 @@ def small_files_changed(path: Path, metadata: Metadata) -> list[str]:
 
 
 def refuse_megatron(path: Path, option: str = "resume") -> None:
-    """Refuses a folder of Megatron-LM's checkpoints, with the way round (UserError)."""
+    """Refuses a folder of Megatron-LM's checkpoints by a UserError that names the remedy."""
     if (path / MEGATRON).is_file() or any(path.glob("iter_*/mp_rank_*")) or any(path.glob("mp_rank_*")):
         raise UserError(
             f"{option}: {path} holds a checkpoint of Megatron-LM, whose format depends on the layout and the version it was "

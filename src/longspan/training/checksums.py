@@ -1,11 +1,12 @@
-"""Checksums of a checkpoint's files: made while they are written, checked before they are used.
+"""Checksums of a checkpoint's files: made while the files are written, checked before they are used.
 
-    checksums.json   {"piece_bytes": n, "files": {name: {"bytes": n, "crc32": [of each piece]}}, "crc32": of "files"}
+    checksums.json   {"piece_bytes": n, "crc32": of "files",
+                      "files": {name: {"bytes": n, "crc32": [of each piece]}}}
 
-It covers every other file of the folder, so that a flipped bit, a file of another step and a description that was
-swapped are noticed. The sums guard against accidents: whoever can write the files can write their sums too. CRC-32 is
-the fastest check of the standard library that notices moved bytes (about 1 GB/s a core, SHA-256 0.7, BLAKE2b 0.3). Large
-files are summed in pieces, so that any number of ranks can share the reading evenly.
+It covers every other file of the folder, so a flipped bit, a file of another step and a swapped description
+are noticed. The sums guard against accidents only: whoever can write the files can write their sums too.
+CRC-32 is the fastest check of the standard library that notices moved bytes (about 1 GB/s a core, SHA-256
+0.7, BLAKE2b 0.3). Large files are summed in pieces, so that any number of ranks can share the reading evenly.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 CHECKSUMS = "checksums.json"
-#: bytes of a piece of a file, a checksum each
+#: bytes of a piece of a file; each piece has a checksum
 PIECE = 1 << 26
-#: bytes that are read at once
+#: bytes of one read
 BLOCK = 1 << 22
-#: threads of a process that read and sum; zlib lets other threads run meanwhile
+#: threads of a process that read and sum in parallel, because zlib releases the interpreter's lock
 THREADS = 4
 
 
@@ -34,7 +35,7 @@ class Checksum:
         self.pieces: list[int] = []
 
     def update(self, data: Any) -> None:
-        """Takes the next bytes: any object with a buffer."""
+        """Adds the next bytes, from any object with a buffer."""
         view = memoryview(data).cast("B")
         while len(view):
             at = self.bytes % PIECE
@@ -59,11 +60,11 @@ def _own_sum(files: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 class Manifest:
-    """What ``checksums.json`` of a checkpoint's folder holds.
+    """The content of ``checksums.json`` in a checkpoint's folder.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged.
+        OSError: the file cannot be read.
+        ValueError: the file is damaged.
     """
 
     def __init__(self, folder: Path):
@@ -79,14 +80,14 @@ class Manifest:
             raise ValueError(f"{CHECKSUMS} is damaged")
 
     def damaged(self, names: Iterable[str] | None = None, share: int = 0, shares: int = 1) -> list[str]:
-        """The files that are not as they were written, in one share of the work.
+        """The files that differ from what was written, as found in one share of the work.
 
         Args:
-            names: files to look at; None: all.
-            share, shares: which part of the bytes to read, of how many.
+            names: files to check; None checks all.
+            share, shares: number of the part of the bytes to read, and number of parts.
 
         Returns:
-            Names, those that cannot be read with the reason.
+            Names of files; for a file that cannot be read, with the reason.
         """
         chosen = sorted(self.files if names is None else names)
         pieces = [(name, n) for name in chosen for n in range(max(1, len(self.files[name]["crc32"])))]
@@ -100,7 +101,8 @@ class Manifest:
         try:
             if path.stat().st_size != record["bytes"]:
                 return name
-            if not record["crc32"]:  # an empty file
+            # An empty file has no pieces.
+            if not record["crc32"]:
                 return None
             found = self._sum_of_piece(path, number)
         except OSError as error:

@@ -26,19 +26,21 @@ from longspan.training.trainer import Trainer
 
 
 def export_dtype(run: Run, base: dict[str, Any] | None) -> torch.dtype:
-    """``export_dtype: auto`` is base_model's, else what was computed in, at most float32.
+    """The dtype of exported weights: with ``export_dtype: auto`` base_model's, or else that of the
+    computation, at most float32.
 
     Args:
         base: base_model's config.json.
 
     Raises:
-        UserError: it names a dtype that weights are not written in.
+        UserError: base_model's config.json names a dtype that cannot be written.
     """
     config = run.config
     if config.export_dtype != "auto":
         return getattr(torch, config.export_dtype)
     if run.lora is not None:
-        return torch.float32  # small, and trained in it
+        # Adapters are small and are trained in float32.
+        return torch.float32
     said = None if base is None else base.get("torch_dtype") or base.get("dtype")
     if said in (None, "auto"):
         if run.pretrained is not None:
@@ -55,7 +57,7 @@ def export_dtype(run: Run, base: dict[str, Any] | None) -> torch.dtype:
 
 
 def prepare_export(run: Run) -> tuple[torch.dtype, Files]:
-    """Everything an export needs beside the trained weights: their dtype, and the files that lie beside them.
+    """All that an export needs except the trained weights: their dtype, and the files beside them.
 
     Raises:
         UserError: something is missing or cannot be read.
@@ -66,10 +68,10 @@ def prepare_export(run: Run) -> tuple[torch.dtype, Files]:
 
 
 def check_export(run: Run) -> None:
-    """Refuses, before the first step, what would leave a run without its export at the end.
+    """Refuses, before the first step, a run whose export would fail at the end.
 
     Raises:
-        UserError: the dtype, a file of base_model or of the tokenizer, or a folder that cannot be written.
+        UserError: the dtype, a file of base_model or the tokenizer, or the output folder cannot be used.
     """
     output = Path(run.config.output_dir)
     try:
@@ -83,10 +85,10 @@ def check_export(run: Run) -> None:
 
 
 def export(trainer: Trainer, folder: Path, prepared: tuple[torch.dtype, Files] | None = None) -> None:
-    """Writes the model, or the adapters of a run that trains those; collective. The folder is whole or as it was.
+    """Writes the model or, if the run trains adapters, those; collective. The folder is never half written.
 
     Args:
-        prepared: on the first rank, what ``prepare_export`` gave when the run began; None reads it now.
+        prepared: on the first rank, the result of ``prepare_export`` at the run's start; None makes it now.
     """
     run = trainer.run
     first = dist.get_rank() == 0

@@ -1,5 +1,5 @@
-"""One run a folder: a lock of the operating system, gone with the processes that hold it, so that no kill
-and no power cut leaves a folder blocked."""
+"""One run a folder, ensured by a lock of the operating system. The lock ends with the processes that hold it,
+so a kill or a power cut leaves no folder blocked."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from pathlib import Path
 
 from longspan.errors import UserError
 
-#: the file of a run's folder that is written first; ``longspan train`` writes it
+#: the first file that ``longspan train`` writes into a run's folder
 CONFIG = "config.yaml"
-#: the file that is locked; it stays, and only the lock on it means something
+#: The file that is locked. It stays when the lock ends; only the lock has a meaning.
 LOCK = ".longspan.lock"
-#: seconds in which the processes of a killed launcher have to end; one that holds a GPU takes some
+#: seconds that the processes of a killed launcher have to end; a process with a GPU takes some
 DYING_S = 10.0
-#: what a file system without locks answers
+#: the errors of a file system without locks
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 def unwritable(folder: Path, error: OSError, key: str = "output_dir") -> UserError:
-    """The refusal of a folder that a key names and nothing can be written to."""
+    """The error for a folder that a key names and that cannot be written to."""
     return UserError(f"{key} {folder}: cannot write there ({error.strerror}). Choose another {key}.")
 
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[int | None]:
-    """Holds a folder for one run; makes the folder, and takes it away again where nothing was written into it.
+    """Locks a folder for one run; makes the folder, and removes it again if nothing was written into it.
 
     Yields:
         The descriptor of the lock: a child that inherits it holds the lock too, until both have ended. None
-        where the file system has no locks, which a line tells.
+        if the file system has no locks, which a printed line reports.
 
     Raises:
-        UserError: another run writes there, named by its host and process id; or nothing can be written
-            there.
+        UserError: another run, named by its host and process id, uses the folder; or the folder is not
+            writable.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -51,7 +51,8 @@ def hold(folder: Path) -> Iterator[int | None]:
         raise unwritable(folder, error) from None
     try:
         held = _lock(file, folder)
-        if held and not _is_still_there(file, folder):  # a refused run has just taken its folder away
+        # A refused run may have removed its folder just now.
+        if held and not _is_still_there(file, folder):
             with hold(folder) as again:
                 yield again
         else:
@@ -61,20 +62,21 @@ def hold(folder: Path) -> Iterator[int | None]:
             with contextlib.suppress(OSError):
                 if os.listdir(folder) == [LOCK]:
                     os.unlink(folder / LOCK)
-                for path in made:  # the innermost first; one that is not empty stays, with those around it
+                # The innermost folder comes first; one that is not empty stays, and so do those around it.
+                for path in made:
                     path.rmdir()
         os.close(file)
 
 
 def _is_still_there(file: int, folder: Path) -> bool:
-    """Does the folder's name for the lock still stand for the file that is locked?"""
+    """Whether the lock's path still leads to the file that is locked."""
     with contextlib.suppress(OSError):
         return os.path.samestat(os.fstat(file), os.stat(folder / LOCK))
     return False
 
 
 def _lock(file: int, folder: Path) -> bool:
-    """Takes the lock and signs it; False where the file system has none."""
+    """Takes the lock and writes its owner into it; False if the file system has no locks."""
     until = time.monotonic() + DYING_S
     try:
         while True:
@@ -101,14 +103,15 @@ def _lock(file: int, folder: Path) -> bool:
         )
         return False
     about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    with contextlib.suppress(OSError):  # on a full disk the lock is held all the same
+    # On a full disk the lock is held even if its owner cannot be written.
+    with contextlib.suppress(OSError):
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(about).encode(), 0)
     return True
 
 
 def _has_died(file: int) -> bool:
-    """Has the process of this machine that signed the lock ended? Those it started may take a moment to do so."""
+    """Whether the lock's owner, a process of this machine, has ended; its child processes may end later."""
     try:
         about = json.loads(os.pread(file, 4096, 0))
         if about["host"] == socket.gethostname():
@@ -121,7 +124,7 @@ def _has_died(file: int) -> bool:
 
 
 def _owner(file: int) -> str:
-    """Who holds the lock, by what is written in it; the owner may be about to write."""
+    """The owner as written in the lock; an owner that has just taken it may not have written it yet."""
     for _ in range(20):
         try:
             about = json.loads(os.pread(file, 4096, 0))

@@ -1,7 +1,8 @@
-"""One record a step, many places it goes to.
+"""One record a step, written to several sinks.
 
 ``metrics.jsonl`` holds one JSON object a line, ``kind`` in train | eval | summary (the test at the end
-is an eval with ``split: test``); TensorBoard gets the same numbers. Units: loss in nats a token, step_time in seconds, memory in GiB.
+is an eval with ``split: test``); TensorBoard gets the same numbers. Units: loss in nats a token,
+step_time in seconds, memory in GiB.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from longspan.files import write_whole
 
 
 class Sink(Protocol):
-    """Somewhere records go."""
+    """A place that takes records."""
 
     def write(self, record: dict[str, Any]) -> None: ...
 
@@ -32,7 +33,7 @@ class Sink(Protocol):
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with null for numbers JSON does not know."""
+    """The record with null for numbers that JSON cannot represent."""
     bad = (k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v))
     return record | dict.fromkeys(bad)
 
@@ -52,7 +53,7 @@ class JsonLines:
         """Closes the file.
 
         Raises:
-            OSError: what was written is not all there: a full disk, or the file was removed or moved meanwhile.
+            OSError: the file is incomplete: the disk is full, or the file was removed or moved meanwhile.
         """
         try:
             there = os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
@@ -71,9 +72,8 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(
-            str(folder), purge_step=first_step
-        )  # steps run again replace the old ones
+        # Steps that are run again replace their old values.
+        self.writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def write(self, record: dict[str, Any]) -> None:
         for name, value in record.items():
@@ -88,7 +88,7 @@ class Wandb:
     """Weights & Biases, an optional extra; records become ``train/loss`` and the like.
 
     Raises:
-        UserError: it does not take the run: nobody is logged in, no such team, no network.
+        UserError: it refuses the run: nobody is logged in, the team does not exist, there is no network.
     """
 
     def __init__(self, names: dict[str, str | None], mode: str, config: dict[str, Any], folder: Path):
@@ -111,14 +111,14 @@ class Wandb:
 
 
 def _group(record: dict[str, Any]) -> str:
-    """What a curve's name starts with: the test at the end is another curve than the evaluations."""
+    """The beginning of a curve's name; the test at the end has another curve than the evaluations."""
     return record.get("split", record["kind"])
 
 
 class Metrics:
-    """All sinks as one; on other ranks than the first it has none.
+    """All sinks as one; only the first rank has sinks.
 
-    A sink that cannot write does not cost the run: training goes on, and ``trouble`` holds what is to be told at its end.
+    Training goes on when a sink cannot write; ``trouble`` holds the messages to print at the end of the run.
     """
 
     def __init__(self, sinks: list[Sink]):
@@ -152,7 +152,7 @@ class Metrics:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drops the lines of steps after ``step`` (they are run again) and of summaries; the file is replaced whole."""
+    """Drops the lines of summaries and of steps after ``step``, which are run again; replaces the file."""
     if not path.is_file():
         return
     kept = [
@@ -164,17 +164,17 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def evaluated(path: Path, step: int) -> bool:
-    """Is the evaluation of a step recorded in this file?"""
+    """Whether the evaluation of a step is recorded in this file."""
     return any(record["kind"] == "eval" and "split" not in record for record in records(path, step))
 
 
 def records(path: Path, step: int) -> list[dict[str, Any]]:
-    """The records of a step in this file; none where there is no file."""
+    """The records of a step in this file; none if there is no file."""
     return [r for _, r in _lines(path) if r.get("step") == step and "kind" in r] if path.is_file() else []
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a file and their records, without the half line that a kill leaves."""
+    """The lines of a file and their records, without the incomplete line that a killed process leaves."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             if isinstance(record := json.loads(line), dict):
@@ -182,7 +182,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Renames a file or folder of an earlier run to the next free ``NAME.1``, ``NAME.2`` ...; None if there was none."""
+    """Renames an earlier run's file or folder to the next free ``NAME.1``, ``NAME.2`` ...; None if absent."""
     if not path.exists():
         return None
     number = 1
@@ -196,4 +196,5 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory this process has held: the CUDA allocator's, or resident memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

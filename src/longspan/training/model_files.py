@@ -1,7 +1,8 @@
-"""What lies beside the weights of every model that leaves: one place for train's export, conversions and merging.
+"""The files beside the weights of every written model, for train's export, for conversions and for merging.
 
-config.json, generation_config.json and the tokenizer's files name the same tokens: those the run trained with. What the
-base model's own files hold beyond that (sampling settings, further end tokens, further chat templates) is kept.
+config.json, generation_config.json and the tokenizer's files name the same tokens: those that the run trained
+with. Other content of the base model's files (sampling settings, further end tokens, further chat templates)
+is kept.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True)
 class Origin:
-    """The files of the model that weights came from.
+    """The files of the model from which the weights came.
 
     Attributes:
         config: its config.json.
-        generation: its generation_config.json; empty where there is none.
-        folder: where its tokenizer may lie; None where it is not at hand.
+        generation: its generation_config.json; empty if there is none.
+        folder: the folder in which its tokenizer may lie; None if it is not on this machine.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -55,16 +56,17 @@ class Origin:
 
 
 def origin_of(base_model: str | None, pretrained: bool = True) -> Origin:
-    """The origin a config names, as far as it is on this machine; without its weights, the architecture alone.
+    """The files of base_model that are on this machine; without ``pretrained`` no generation_config.json.
 
     Raises:
-        UserError: its config.json is not here, or a file of it cannot be read.
+        UserError: its config.json is not on this machine, or one of its files cannot be read.
     """
     if base_model is None:
         return Origin()
     folder = Path(base_model)
     if not folder.is_dir():
-        try:  # what an earlier look fetched from the hub: it says more than the table of known architectures
+        # A config.json fetched from the hub before has more fields than the table of known architectures.
+        try:
             folder = model_file(base_model, "config.json", network=False).parent
         except UserError:
             return Origin(model_config(base_model, network=False)[0])
@@ -73,10 +75,10 @@ def origin_of(base_model: str | None, pretrained: bool = True) -> Origin:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a model's file; empty where there is none.
+    """The JSON object in a model's file; empty if there is no file.
 
     Raises:
-        UserError: it cannot be read, or is none.
+        UserError: the file cannot be read, or is not a JSON object.
     """
     try:
         found = json.loads(path.read_bytes()) if path.exists() else {}
@@ -94,12 +96,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Trained:
-    """The tokenizer a run trained with.
+    """The tokenizer that a run trained with.
 
     Attributes:
-        files: see ``read_tokenizer_files``, made to name the tokens below.
-        tokens: bos, eos and pad -> number, of those it has.
-        tokenizer: None where there is no ``tokenizer.json``.
+        files: as of ``read_tokenizer_files``, changed to name the tokens below.
+        tokens: bos, eos and pad -> number, if the tokenizer has such a token.
+        tokenizer: None if there is no ``tokenizer.json``.
     """
 
     files: Files = field(default_factory=dict)
@@ -108,7 +110,7 @@ class Trained:
 
 
 def trained_tokenizer(path: str | Path | None) -> Trained:
-    """Reads a tokenizer with what training took where its files name nothing: the token behind a document, and in front.
+    """Reads a tokenizer; where its files name no bos or eos, it gets the tokens that training put there.
 
     Raises:
         UserError: a file cannot be read.
@@ -133,14 +135,14 @@ def trained_tokenizer(path: str | Path | None) -> Trained:
     texts = {f"{name}_token": tokenizer.id_to_token(number) or "" for name, number in tokens.items()}
     files = with_tokens(files, {k: v for k, v in texts.items() if k not in named})
     settings = json_object(files, SETTINGS)
-    # without a class transformers takes the model's, which may bring special tokens of its own
+    # Without a class transformers uses the model's, which may add special tokens of its own.
     if "tokenizer_class" not in settings:
         files = files | {SETTINGS: to_bytes({"tokenizer_class": "PreTrainedTokenizerFast"} | settings)}
     return Trained(files, tokens, tokenizer)
 
 
 def turn_ends(config: TrainConfig, tokenizer: str | Path) -> list[int]:
-    """The special tokens that end an answer in the run's chats, as its templates have it."""
+    """The special tokens that end an answer in the run's chats, according to its templates."""
     found: list[int] = []
     record = {"messages": [{"role": role, "content": "word"} for role in ("user", "assistant") * 2]}
     for source in config.datasets:
@@ -152,7 +154,8 @@ def turn_ends(config: TrainConfig, tokenizer: str | Path) -> list[int]:
             recipe = Recipe.make(plain, tokenizer, False, config.chat_template, config.chat_template_jinja)
             encoder = Encoder(recipe)
             tokens, mask = encoder("", record)
-        except UserError:  # this template takes other chats; those of the data were learned
+        # This template refuses the chat made up here; it has accepted those of the data.
+        except UserError:
             continue
         assert mask is not None
         special = {n for n, t in encoder.tokenizer.get_added_tokens_decoder().items() if t.special}
@@ -162,7 +165,7 @@ def turn_ends(config: TrainConfig, tokenizer: str | Path) -> list[int]:
 
 
 def _kept(given: Any, vocab_size: int, before: Tokenizer | None, now: Tokenizer | None) -> list[int]:
-    """Those of the base model's token numbers that still mean what they did: in its tokenizer, and in the trained one."""
+    """The base model's token numbers that mean the same token in its tokenizer and in the trained one."""
     numbers = given if isinstance(given, list) else [given]
     numbers = [n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and 0 <= n < vocab_size]
     if before is None or now is None:
@@ -184,7 +187,7 @@ def model_files(config: dict[str, Any], origin: Origin, trained: Trained, ends: 
     before = load_tokenizer(own) if own is not None and own.is_file() else None
 
     def ids(given: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-        """bos, eos and pad as a file is to name them; None keeps transformers from a default of the architecture."""
+        """bos, eos and pad for a file; None keeps transformers from using a default of the architecture."""
         found: dict[str, Any] = {}
         for name in TOKEN_NAMES:
             key, number = f"{name}_token_id", trained.tokens.get(name)
@@ -207,7 +210,7 @@ def model_files(config: dict[str, Any], origin: Origin, trained: Trained, ends: 
     return trained.files | {"config.json": to_bytes(config), GENERATION: to_bytes(generation)}
 
 
-# --- the exits ------------------------------------------------------------------------------
+# --- the files of each kind of model --------------------------------------------------------
 
 
 def files_of_run(config: TrainConfig, described: TrainConfig, dtype: str, tokenizer: Path | None) -> Files:
@@ -220,7 +223,7 @@ def files_of_run(config: TrainConfig, described: TrainConfig, dtype: str, tokeni
     """
     pretrained = config.base_model is not None and not config.reinit_weights
     origin = origin_of(config.base_model, pretrained)
-    # a base model whose tokenizer is no tokenizer.json still has files of it
+    # A base model without a tokenizer.json may still have other files of a tokenizer.
     trained = trained_tokenizer(tokenizer or (origin.folder if pretrained else None))
     ends = turn_ends(config, tokenizer) if tokenizer is not None else []
     assert described.vocab_size is not None
@@ -235,7 +238,7 @@ def files_of_run(config: TrainConfig, described: TrainConfig, dtype: str, tokeni
 
 
 def files_of_adapters(config: TrainConfig, tokenizer: Path | None) -> Files:
-    """The files beside adapters: the tokenizer, and how the merged model is to generate."""
+    """The files beside adapters: the tokenizer, and the merged model's settings for generation."""
     if tokenizer is None:
         return {}
     origin, ends = origin_of(config.base_model), turn_ends(config, tokenizer)
@@ -248,21 +251,21 @@ def files_of_merged(config: dict[str, Any], base: Path, adapters: Path, tokenize
     """The files of a base model with adapters merged into it.
 
     Args:
-        config: the base model's config.json, with the dtype that is written.
-        tokenizer: None takes the adapters', else the base model's.
+        config: the base model's config.json, with the dtype of the written weights.
+        tokenizer: None takes the adapters' tokenizer, or else the base model's.
     """
     beside = read_json(adapters / GENERATION)
     own = adapters if (adapters / VOCABULARY).is_file() else base
-    # numbers that the adapters' files name are of the tokenizer beside them
+    # The token numbers in the adapters' files belong to the tokenizer beside them.
     origin = Origin(config, beside or read_json(base / GENERATION), own if beside else base)
     return model_files(config, origin, trained_tokenizer(tokenizer or own))
 
 
 def files_beside(run: Run, dtype: str) -> Files:
-    """What a run's export writes beside its weights or adapters.
+    """The files that a run's export writes beside its weights or adapters.
 
     Raises:
-        UserError: something it needs cannot be read.
+        UserError: a file that the export needs cannot be read.
     """
     tokenizer = run.config.tokenizer_config
     path = Path(tokenizer) if tokenizer else None

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, lines elsewhere."""
+"""The output of a run for a person: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 
 
 def loss_text(loss: float | None) -> str:
-    """A step's loss; none where no token counted in it."""
+    """A step's loss as text; None means that no token of the step counted."""
     return "none" if loss is None else f"{loss:.4f}"
 
 
 class Progress:
-    """Silent; what the ranks other than the first use."""
+    """Prints nothing; for all ranks but the first."""
 
     def step(self, record: dict, show: bool) -> None: ...
 
     def compiling(self) -> None:
-        """Before a first step that waits for the compiler."""
+        """Called before a first step that waits for the compiler."""
 
     def evaluation(self, record: dict) -> None: ...
 
     def saving(self, folder: Path) -> None:
-        """A checkpoint is on its way; one that is not told to be saved later is not whole."""
+        """Called when a save begins; without a later report that it is saved, the checkpoint is not whole."""
 
     def saved(self, folder: Path) -> None: ...
 
@@ -34,7 +34,7 @@ class Progress:
 
 
 class Lines(Progress):
-    """One line a shown step, for logs. Numbers carry their names, so that they can be searched."""
+    """One line for each shown step, for logs. Each number has its name, so that logs can be searched."""
 
     def __init__(self, steps: int):
         self.steps = steps
@@ -71,7 +71,7 @@ class Lines(Progress):
 
 
 class MegatronLines(Lines):
-    """The lines Megatron-LM prints, for parsers of its logs: elapsed time is the mean since the last line."""
+    """Megatron-LM's lines, for parsers of its logs; elapsed time is the mean since the last line."""
 
     def __init__(self, steps: int, global_batch_size: int):
         super().__init__(steps)
@@ -159,10 +159,11 @@ class Bar(Lines):
 
 
 def make_progress(steps: int, done: int = 0, megatron_batch: int | None = None) -> Progress:
-    """A bar on a terminal, lines elsewhere; ``done`` steps were trained before.
+    """A bar on a terminal, lines elsewhere.
 
     Args:
-        megatron_batch: the global batch size, for lines as Megatron-LM prints them.
+        done: number of steps that were trained before.
+        megatron_batch: the global batch size, for Megatron-LM's lines; None prints longspan's own.
     """
     if megatron_batch is not None:
         return MegatronLines(steps, megatron_batch)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run on the way: saved, announced when they are whole, and what becomes of a failure."""
+"""Saving checkpoints during a run: announcing those that are whole, and reporting failures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Saving:
     A checkpoint is announced as whole when it is on disk, which may be some steps after its save began.
 
     Args:
-        folder: of the checkpoints.
+        folder: the folder of the checkpoints.
         save: begins a checkpoint with this Checkpointer and returns its path.
     """
 
@@ -27,15 +27,15 @@ class Saving:
         self.announced: Path | None = None
 
     def settle(self) -> None:
-        """Gives a save on its way its name, where it has become whole."""
+        """Gives a checkpoint that is being saved its final name, if it is whole by now."""
         self.checkpointer.settle()
         self._announce()
 
     def save(self, last: bool) -> None:
-        """Saves; the failure of an earlier save is reported and does not stand in the way.
+        """Saves a checkpoint; if an earlier save has failed, it reports that and goes on.
 
         Raises:
-            SaveError: the ``last`` checkpoint could not be written. An earlier one's failure is a warning.
+            SaveError: the ``last`` checkpoint could not be written. For earlier ones a failure is a warning.
         """
         self.finish()
         try:
@@ -47,7 +47,7 @@ class Saving:
             self.progress.warn(f"{error}. Training goes on; earlier checkpoints are as they were.")
 
     def finish(self, last: bool = False) -> None:
-        """Waits for the save on its way; its failure is a warning, or with ``last`` a SaveError."""
+        """Waits for the present save to end; its failure is a warning, or with ``last`` a SaveError."""
         try:
             self.checkpointer.finish()
         except SaveError as error:
@@ -57,7 +57,7 @@ class Saving:
         self._announce()
 
     def _announce(self) -> None:
-        """Announces a checkpoint that has become whole since the last look; the first rank gives it its name."""
+        """Announces a checkpoint that is whole since the last check; the first rank gives it its name."""
         if self.checkpointer.named is not None and self.checkpointer.named != self.announced:
             self.announced = self.checkpointer.named
             self.progress.saved(self.announced)

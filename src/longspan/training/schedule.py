@@ -1,4 +1,4 @@
-"""When things happen in a run: steps, warm-up, the learning rate of each step, evaluations and checkpoints."""
+"""The schedule of a run: its steps, warm-up, learning rates, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from longspan.config.schema import TrainConfig
 
 
 def training_steps(run: Run, samples: int) -> int:
-    """Optimizer steps: max_steps, or the epochs' samples over the global batch, rounded up."""
+    """Optimizer steps: max_steps, or the epochs' samples divided by the global batch, rounded up."""
     config = run.config
     return config.max_steps or max(1, math.ceil(samples * config.num_epochs / run.batch.global_size))
 
 
 def warmup_steps(config: TrainConfig, steps: int) -> int:
-    """Steps of linear warm-up: as given, as a share of the course, or by default 3 % of the steps, at most 100.
+    """Steps of linear warm-up: as given, or a share of the steps, or by default 3 % of them, at most 100.
 
-    The default leaves a step behind the warm-up, and is 0 for ``constant``, as in transformers.
+    The default leaves at least one step after the warm-up, and is 0 for ``constant``, as in transformers.
     """
     if config.warmup_steps is not None:
         return config.warmup_steps
@@ -29,11 +29,11 @@ def warmup_steps(config: TrainConfig, steps: int) -> int:
 
 
 def interval(every: float | None, per_epoch: int | None, steps: int, steps_an_epoch: float) -> int | None:
-    """Steps between two evaluations or two checkpoints; None for none on the way.
+    """Steps between two evaluations or two checkpoints; None for none during training.
 
     Args:
-        every: steps, or below 1 a share of all ``steps``.
-        per_epoch: how many an epoch.
+        every: a number of steps, or below 1 a share of all ``steps``.
+        per_epoch: how many there are in an epoch.
     """
     if per_epoch is not None:
         return max(1, round(steps_an_epoch / per_epoch))
@@ -45,11 +45,11 @@ def interval(every: float | None, per_epoch: int | None, steps: int, steps_an_ep
 def learning_rate(config: TrainConfig, step: int, steps: int, warmup: int) -> float:
     """The learning rate applied in step ``step`` (from 1) of ``steps``.
 
-    It depends on the steps done before, step - 1, as in Megatron-LM and in transformers: warm-up
-    begins at ``lr_warmup_init`` (0) and has reached the peak after ``warmup`` steps; then cosine or
-    linear decay reaches its end (``min_lr``, or ``cosine_min_lr_ratio`` x peak) after
+    It depends on the number of steps done before, step - 1, as in Megatron-LM and in transformers.
+    Warm-up begins at ``lr_warmup_init`` (0) and reaches the peak after ``warmup`` steps. Then cosine
+    or linear decay reaches its end (``min_lr``, or ``cosine_min_lr_ratio`` x peak) after
     ``lr_decay_iters`` steps, by default all, and stays there; constant stays at the peak. So the
-    last step of a run trains, and only the first one of a warm-up may have a rate of 0.
+    last step of a run still trains, and only the first step of a warm-up may have a rate of 0.
     """
     peak, last, done = config.learning_rate, config.lr_decay_iters or steps, step - 1
     assert peak is not None
@@ -66,13 +66,13 @@ def learning_rate(config: TrainConfig, step: int, steps: int, warmup: int) -> fl
 
 
 def _lowest(config: TrainConfig, peak: float) -> float:
-    """The learning rate's end as a share of its peak."""
+    """The lowest learning rate of the decay as a share of its peak."""
     if config.min_lr is None:
         return config.cosine_min_lr_ratio
     return config.min_lr / peak if peak else 0.0
 
 
 def evaluation_limit(run: Run) -> int | None:
-    """Sequences of an evaluation at most; None for all of them."""
+    """The largest number of sequences of an evaluation; None for all."""
     config = run.config
     return config.eval_iters * run.batch.global_size if config.eval_iters else config.eval_max_samples

@@ -1,4 +1,4 @@
-"""Where the records of a run go: into its folder, and to what else the config names."""
+"""The sinks for the records of a run: files in its folder, and others that the config names."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from longspan.training.metrics import JsonLines, Metrics, Sink, TensorBoard, Wan
 
 
 def open_sinks(run: Run, output: Path, step: int, resumed: Path | None) -> tuple[Metrics, list[str]]:
-    """The places records go; going on in the same folder goes on in its files, a new run keeps the old ones aside."""
+    """The sinks, and new names of moved files: a resumed run continues earlier files, others move them."""
     kept = []
-    wandb = wandb_sinks(run, output)  # first: where it refuses, nothing has been moved
+    # Weights & Biases comes first, because nothing must have been moved if it refuses the run.
+    wandb = wandb_sinks(run, output)
     old = ["metrics.jsonl", "checkpoints", "hf", "tensorboard"]
     if goes_on_in(output, resumed) and step:
         keep_until(output / "metrics.jsonl", step)
-        old = ["hf"]  # of earlier weights
+        # The export is of earlier weights.
+        old = ["hf"]
     for name in old:
         if aside := set_aside(output / name):
             kept.append(aside.name)
@@ -31,7 +33,7 @@ def wandb_sinks(run: Run, output: Path) -> list[Sink]:
 
 
 def file_sinks(run: Run, output: Path, step: int) -> list[Sink]:
-    """metrics.jsonl and TensorBoard's files, which go on after a step."""
+    """metrics.jsonl and TensorBoard's files, which continue after step ``step``."""
     files: list[Sink] = [JsonLines(output / "metrics.jsonl")]
     if run.config.use_tensorboard:
         files.append(TensorBoard(tensorboard_folder(run, output), step + 1))
@@ -43,5 +45,5 @@ def tensorboard_folder(run: Run, output: Path) -> Path:
 
 
 def goes_on_in(output: Path, resumed: Path | None) -> bool:
-    """Is this checkpoint of the run whose folder this is?"""
+    """Whether the resumed checkpoint lies in this output folder."""
     return resumed is not None and resumed.resolve().parent.parent == output.resolve()

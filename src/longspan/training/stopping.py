@@ -1,5 +1,5 @@
-"""What SIGTERM, SIGINT (Ctrl-C) and SIGHUP do to a process that trains: the first one asks it to save and
-stop."""
+"""Handling of SIGTERM, SIGINT (Ctrl-C) and SIGHUP in a process that trains: the first signal makes it save
+and stop."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-#: seconds in which the same signal counts once
+#: Within so many seconds the same signal counts once.
 AGAIN_S = 1.0
 
 
 def heeded() -> list[signal.Signals]:
-    """The signals that stop a run: all but those that were ignored at the start, as nohup ignores SIGHUP."""
+    """The signals that stop a run: all but those ignored at its start, as SIGHUP is under nohup."""
     return [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
-#: what a terminal answers that is closed, and a pipe whose reader has ended
+#: the errors of writing to a closed terminal, and to a pipe whose reader has ended
 GONE = (errno.EIO, errno.EPIPE)
 
 
 class Heard(list[signal.Signals]):
-    """The signals that came, in their order; the same one again within ``AGAIN_S`` of the first is not another.
+    """The signals received, in order; the first signal again within ``AGAIN_S`` seconds is not counted.
 
-    It may come twice by itself: a shell hands on the hangup that the kernel sends too, a cluster sends to
-    every process, and torchrun hands on its own.
+    One signal may arrive twice: the kernel and the shell both send a hangup, and a cluster sends its signal
+    to every process while torchrun passes its own on.
     """
 
-    since = 0.0  # when the first one came
+    # the time of the first signal
+    since = 0.0
 
     def hear(self, number: int) -> bool:
         """Takes a signal; returns whether it counts."""
@@ -49,7 +50,7 @@ class Heard(list[signal.Signals]):
 
 
 class _Outliving:
-    """A stream whose terminal or reader may go while the run goes on: what is written then goes nowhere."""
+    """A stream whose terminal or reader may end before the run; later output is dropped without an error."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -76,19 +77,20 @@ class _Outliving:
 
 
 def _may_go(stream: TextIO | None) -> bool:
-    """Does a stream lead to a terminal or another program, rather than to a file?"""
+    """Whether a stream leads to a terminal or another program, and not to a file."""
     try:
         mode = 0 if stream is None else os.fstat(stream.fileno()).st_mode
-    except (OSError, ValueError, AttributeError):  # not a file of the operating system
+    # The stream is not a file of the operating system.
+    except (OSError, ValueError, AttributeError):
         return False
     return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
 @contextlib.contextmanager
 def outliving_reader() -> Iterator[None]:
-    """Inside, a terminal or a program such as ``tee`` that goes does not end the process by an error of ``print``.
+    """Inside this context ``print`` raises no error when the terminal or a program such as ``tee`` has ended.
 
-    A closed terminal and a Ctrl-C end the program behind a pipe too, and the run is to be saved then.
+    A closed terminal and a Ctrl-C end the program behind a pipe too, and the run must still be saved.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (
@@ -101,15 +103,16 @@ def outliving_reader() -> Iterator[None]:
 
 
 class Stopping:
-    """Hears the signals while it is entered.
+    """A context that handles the signals.
 
-    Until :meth:`saves` a first signal ends the process at once, for there is nothing to save; afterwards it
-    asks, and a second one ends the process at once. A thread hears them: Python's own handlers wait for the
-    call they come in, and one backward pass may take minutes.
+    Before :meth:`saves` is called, a first signal ends the process at once, because there is nothing to save.
+    After that it requests a save and a stop, and a second signal ends the process at once. A thread receives
+    the signals, because Python runs its handlers only after the present call, and a backward pass may take
+    minutes.
 
     Args:
-        speaks: tell on stderr what a signal does; one process of a run does.
-        second_ends: a second signal ends this process; False where its launcher does that.
+        speaks: print the effect of a signal to stderr; True in one process of a run.
+        second_ends: a second signal ends this process; False if its launcher does that.
     """
 
     def __init__(self, speaks: bool = True, second_ends: bool = True):
@@ -121,7 +124,7 @@ class Stopping:
         self.heeded = heeded()
         self.pipe = os.pipe()
         os.set_blocking(self.pipe[1], False)
-        # a handler of Python's own is what makes the number of a signal arrive in the pipe
+        # Python writes a signal's number to the pipe only if the signal has a Python handler.
         self.before: dict[signal.Signals, Any] = {
             number: signal.signal(number, lambda *_: None) for number in self.heeded
         }
@@ -143,7 +146,7 @@ class Stopping:
             os.close(end)
 
     def saves(self, ask: Callable[[], str]) -> None:
-        """From now on a first signal calls ``ask``, in the thread that hears; what it returns is told."""
+        """From now on a first signal calls ``ask`` in the signals' thread and prints the returned text."""
         self.ask = ask
 
     def _hear(self) -> None:
@@ -170,5 +173,6 @@ class Stopping:
     def _tell(self, text: str) -> None:
         if not self.speaks:
             return
-        with contextlib.suppress(OSError):  # such as a full disk: the next signal is to be heard all the same
+        # An error such as a full disk must not keep the next signal from being handled.
+        with contextlib.suppress(OSError):
             print(f"longspan: {text}", file=sys.stderr, flush=True)

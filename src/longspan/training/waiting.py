@@ -1,5 +1,4 @@
-"""What a rank waited in when another did not come: told from the calls it is in, so that nothing has to keep
-count."""
+"""Where a rank waited in vain for another: derived from its calls, so that nothing has to record it."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from collections.abc import Callable, Sequence
 from types import CodeType, FrameType, TracebackType
 
 STEP = ("training.trainer", "train_step")
-#: function of longspan -> what it does, for messages; of several in a stack the innermost one tells
+#: function of longspan -> its task, for messages; of several in a stack the innermost one counts
 PHASES = {
     ("runs.train", "prepared_together"): "preparing the data",
     ("mesh.mesh", "init_distributed"): "the start, in which the ranks find each other",
@@ -30,9 +29,9 @@ PHASES = {
     ("training.checkpoint", "load"): "loading the checkpoint",
     ("training.export", "export"): "the export",
 }
-#: what gloo, NCCL and torch's store answer when the time is up
+#: texts in the errors of gloo, NCCL and torch's store after a time-out
 TIMED_OUT = re.compile(r"timed out|timeout|time out", re.IGNORECASE)
-#: what they answer when the other side has gone; NCCL has many other errors
+#: texts in their errors when the other side has ended; NCCL has many other errors
 LOST = re.compile(r"connection|remote process exit|recvValue|sendBytes|Broken pipe", re.IGNORECASE)
 
 Call = tuple[str, str]
@@ -40,17 +39,17 @@ Call = tuple[str, str]
 
 
 def timed_out(error: BaseException) -> bool:
-    """Did an exchange with another rank end because its time was up?"""
+    """Whether an exchange with another rank ended by a time-out."""
     return isinstance(error, RuntimeError) and bool(TIMED_OUT.search(str(error)))
 
 
 def lost(error: BaseException) -> bool:
-    """Did an exchange end because another rank has gone?"""
+    """Whether an exchange ended because another rank has ended."""
     return isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
 
 
 def calls_of(trace: TracebackType | None) -> list[Call]:
-    """The calls an exception came through, outermost first."""
+    """The calls that an exception passed through, outermost first."""
     calls = []
     while trace is not None:
         calls.append(_call(trace.tb_frame, trace.tb_frame.f_code))
@@ -59,7 +58,7 @@ def calls_of(trace: TracebackType | None) -> list[Call]:
 
 
 def calls_in(frame: FrameType | None) -> list[Call]:
-    """The calls a thread is in, outermost first."""
+    """The present calls of a thread, outermost first."""
     calls = []
     while frame is not None:
         calls.append(_call(frame, frame.f_code))
@@ -72,11 +71,11 @@ def _call(frame: FrameType, code: CodeType) -> Call:
 
 
 def place(calls: Sequence[Call], step: int | None, unknown: str = "an exchange") -> str:
-    """Where these calls are: the step, the phase, the exchange; as far as they tell.
+    """The step, the phase and the exchange that these calls belong to, as far as they show it.
 
     Args:
-        step: the optimizer steps that are done; None before there is a trainer.
-        unknown: stands for the phase where the calls are in none.
+        step: number of finished optimizer steps; None before there is a trainer.
+        unknown: text for the phase if the calls belong to none.
     """
     known = [
         ((module.removeprefix("longspan."), name), PHASES[module.removeprefix("longspan."), name])
@@ -87,7 +86,7 @@ def place(calls: Sequence[Call], step: int | None, unknown: str = "an exchange")
     keys = [key for key, _ in known]
     where = phase
     if step is not None and STEP in keys:
-        # what a step does of its own comes when it has been counted
+        # A step's own work comes after the step has been counted.
         where = f"step {step if keys[-1] == STEP else step + 1}, {phase}"
     elif step is not None:
         where = f"{phase}, after step {step}"
@@ -96,7 +95,7 @@ def place(calls: Sequence[Call], step: int | None, unknown: str = "an exchange")
 
 
 def _exchange(calls: Sequence[Call]) -> str | None:
-    """The exchange these calls are in: torch.distributed's name for it, or what travels."""
+    """The exchange that these calls belong to: torch.distributed's name, or a name of what is sent."""
     names = [name for module, name in calls if module == "torch.distributed.distributed_c10d"]
     public = next((name for name in names if not name.startswith("_")), None)
     if public is None and ("longspan.context_parallel.move_keys", "wait") in calls:
@@ -105,14 +104,14 @@ def _exchange(calls: Sequence[Call]) -> str | None:
 
 
 class Watch:
-    """Prints where this rank is once it has been in one place for the time-out: for NCCL, which then
-    ends the process without an exception.
+    """Prints where this rank is when it has been in one place for the time-out. NCCL needs this, because it
+    then ends the process without an exception.
 
     Args:
         seconds: ddp_timeout.
-        rank: for the message.
-        step: gives the optimizer steps that are done.
-        look: seconds between two looks.
+        rank: this rank, for the message.
+        step: returns the number of finished optimizer steps.
+        look: seconds between two checks.
     """
 
     def __init__(self, seconds: float, rank: int, step: Callable[[], int | None], look: float = 1.0):
@@ -130,7 +129,7 @@ class Watch:
             now = (place(calls, self.step(), "one place"), self.step())
             if now != before:
                 since, before, told = time.monotonic(), now, False
-                # only an exchange waits for another rank; a long step, a compilation or a big save is this rank's own
+                # Only an exchange waits for another rank; a long step, a compilation or a big save does not.
                 if _exchange(calls) is not None:
                     message = late(self.rank, now[0], self.seconds)
                 else:

@@ -1,4 +1,4 @@
-"""Which backend computes: the fastest that can take the inputs, or the one that was asked for."""
+"""The choice of the attention backend: the fastest that supports the inputs, or the one in the config."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from longspan.errors import UserError, did_you_mean
 
 
 class Choice(NamedTuple):
-    """A kernel, and why it was taken (for the start-up banner)."""
+    """A kernel, and the reason for its choice (for the start-up banner)."""
 
     kernel: Kernel
     reason: str
 
 
-#: in the order in which ``auto`` tries them
+#: the backends in the order in which ``auto`` tries them
 BACKENDS = (
     "auto",
     "flash-attn-3",
@@ -42,14 +42,14 @@ def select_kernel(
     backend: str = "auto",
     deterministic: bool = False,
 ) -> Choice:
-    """The kernel for these inputs; ``auto`` takes the fastest that can take them.
+    """The kernel for these inputs; ``auto`` takes the fastest one that supports them.
 
     Args:
-        deterministic: two runs give equal bits. Gradients are always summed in a fixed order
-            around the kernels, so this asks it of the kernel's own backward.
+        deterministic: two runs give equal bits. Around the kernels gradients are always summed
+            in a fixed order, so this concerns the kernel's own backward only.
 
     Raises:
-        UserError: no such backend, or the backend cannot take these inputs.
+        UserError: the backend does not exist, or does not support these inputs.
     """
     if backend not in BACKENDS:
         raise UserError(
@@ -76,7 +76,7 @@ def chosen_kernel(
     return select_kernel(device, dtype, head_dim, backend, deterministic).kernel
 
 
-#: backends that nobody expects on a device
+#: device -> backends that are skipped there without a remark
 OTHER_DEVICE = {
     "cpu": ("flash-attn-3", "flash-attn-2", "cuda-flash", "cudnn"),
     "cuda": ("cpu-blocks", "cpu-flash"),
@@ -84,7 +84,7 @@ OTHER_DEVICE = {
 
 
 def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool) -> str:
-    """Why a backend cannot take these inputs; empty where it can."""
+    """Why a backend does not support these inputs; empty if it does."""
     if name == "math":
         return ""
     if name in OTHER_DEVICE.get(device.type, ()):

@@ -1,12 +1,12 @@
 """Attention for CPU from matrix products over blocks of queries and keys.
 
-PyTorch's own flash kernel for CPU does all of a block in one thread, with the products that `longspan.matmul` is
-there to avoid. Here they are oneDNN's, of large blocks. A block is ``ROWS`` scores' rows x ``KEYS`` keys, a few MiB
-that stay in the cache. The query heads that share a key head are folded into the rows, [s, g, d] -> [s g, d], so
-grouped heads make taller products.
+PyTorch's own flash kernel for CPU computes a whole block in one thread, with the slow products that
+`longspan.matmul` avoids. Here large blocks use oneDNN's products. A block has ``ROWS`` rows of scores x
+``KEYS`` keys, a few MiB that stay in the cache. The query heads that share a key head are folded into the
+rows, [s, g, d] -> [s g, d], so grouped heads make taller products.
 
-Scores, exponentials and sums are float32 for bfloat16 inputs too (a product of bfloat16 numbers is exact
-there). Exponentials are to base 2, which is twice as fast.
+Scores, exponentials and sums are float32 for bfloat16 inputs too (a product of two bfloat16 numbers is exact
+in float32). Exponentials have base 2, because that is twice as fast.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from longspan.matmul import fast_dtypes, product
 if TYPE_CHECKING:
     from longspan.context_parallel.kernels.protocol import Kernel
 
-#: rows of scores in a block, all heads of a group together, and keys
+#: the size of a block: rows of scores (all heads of a group together), and keys
 ROWS, KEYS = 768, 1024
-#: query-key pairs a head below which the other kernel is faster: calling then costs more than computing
+#: With fewer query-key pairs a head the other kernel is faster, because calls cost more than computing.
 SMALL = 512 * 512
 LOG2E = math.log2(math.e)
 
 
 def _fold(x: Tensor, batch: int, group: slice) -> Tensor:
-    """[s, b, n, d] -> [s g, d] in at least float32, contiguous: the rows of one batch and one group of heads."""
+    """[s, b, n, d] -> [s g, d], at least float32, contiguous: a batch entry's rows of a group of heads."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return x[:, batch, group].to(wide).reshape(-1, x.shape[3]).contiguous()
 
 
 def _groups(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[int, int, slice, Tensor, Tensor, Tensor]]:
-    """For each batch entry and key head: both, the query heads that share it, and their rows of q, k and v folded."""
+    """Yields (batch entry, key head, the query heads that share it, and their folded rows of q, k and v)."""
     g = q.shape[2] // k.shape[2]
     for batch in range(q.shape[1]):
         for head in range(k.shape[2]):
@@ -51,7 +51,7 @@ def _fold_lse(lse: Tensor, batch: int, group: slice) -> Tensor:
 
 
 def _blocks(queries: int, keys: int, causal: bool, rows: int) -> Iterator[tuple[int, int, int, int]]:
-    """(first query, end of queries, first key, end of keys) of all blocks with a visible pair."""
+    """(first query, end of queries, first key, end of keys) of all blocks with an unmasked pair."""
     for start in range(0, queries, rows):
         stop = min(start + rows, queries)
         seen = min(stop, keys) if causal else keys
@@ -60,20 +60,21 @@ def _blocks(queries: int, keys: int, causal: bool, rows: int) -> Iterator[tuple[
 
 
 def _hide(scores: Tensor, block: tuple[int, int, int, int], causal: bool) -> None:
-    """Scores [rows g, keys] of pairs that do not see each other become -inf."""
+    """Sets the scores [rows g, keys] of masked pairs to -inf."""
     start, stop, first, end = block
     if not causal or end - 1 <= start:
         return
     query = torch.arange(start, stop).repeat_interleave(scores.shape[0] // (stop - start))
-    low = max(first, start + 1)  # earlier keys are seen by all rows
+    # All rows see the keys before this one.
+    low = max(first, start + 1)
     scores[:, low - first :].masked_fill_(torch.arange(low, end) > query.unsqueeze(1), float("-inf"))
 
 
 class CpuBlocks:
-    """Grouped key/value heads without a copy.
+    """Attention by blocks; grouped key/value heads need no copy.
 
     Args:
-        small: the kernel that serves small tiles.
+        small: the kernel for small tiles.
     """
 
     name, varlen = "cpu-blocks", False
@@ -91,10 +92,11 @@ class CpuBlocks:
         lse = torch.empty(batches, n, s, dtype=torch.promote_types(q.dtype, torch.float32))
         c = scale * LOG2E
         for batch, _, group, qs, ks, vs in _groups(q, k, v):
-            # scores are to base 2 at once: scaled later, rounding could move a large one away from its maximum
+            # The queries are scaled to base 2 first: scaled later, a large score could be rounded to a value
+            # other than its maximum.
             qs = qs * c
             total = torch.zeros_like(qs)
-            # every row sees key 0, which is in its first block: no maximum stays infinite
+            # Every row sees key 0, which is in its first block, so no maximum stays infinite.
             top, norm = qs.new_full((s * g, 1), -math.inf), qs.new_zeros(s * g, 1)
             for block in _blocks(s, k.shape[0], causal, rows):
                 start, stop, first, end = block
@@ -103,7 +105,8 @@ class CpuBlocks:
                 _hide(scores, block, causal)
                 new = torch.maximum(top[part], scores.amax(1, keepdim=True))
                 scores.sub_(new).exp2_()
-                old = (top[part] - new).exp2_()  # what the sums so far are worth under the new maximum
+                # the factor that rescales the present sums to the new maximum
+                old = (top[part] - new).exp2_()
                 norm[part] = norm[part] * old + scores.sum(1, keepdim=True)
                 total[part] = total[part] * old + product(scores, vs[first:end])
                 top[part] = new
@@ -121,7 +124,7 @@ class CpuBlocks:
         c = scale * LOG2E
         for batch, head, group, qs, ks, vs in _groups(q, k, v):
             do = _fold(dout, batch, group)
-            # every row's own gradient and output give sum(p dp), which softmax's derivative takes off
+            # sum(p dp) of each row, which softmax's derivative subtracts, equals sum(dout out).
             delta = (do * _fold(out, batch, group)).sum(1, keepdim=True)
             scaled, lse_2 = qs * c, _fold_lse(lse, batch, group) * LOG2E
             gq, gk, gv = torch.zeros_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
@@ -132,7 +135,8 @@ class CpuBlocks:
                 _hide(p, block, causal)
                 p.sub_(lse_2[part]).exp2_()
                 ds = product(do[part], vs[seen].t()).sub_(delta[part]).mul_(p)
-                p, ds = p.to(q.dtype), ds.to(q.dtype)  # the rest is sums, which bfloat16 serves
+                # Only products and sums remain, for which bfloat16 is precise enough.
+                p, ds = p.to(q.dtype), ds.to(q.dtype)
                 gv[seen] += product(p.t(), do[part].to(q.dtype))
                 gq[part] += product(ds, ks[seen].to(q.dtype))
                 gk[seen] += product(ds.t(), qs[part].to(q.dtype))
@@ -142,7 +146,7 @@ class CpuBlocks:
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str:
-    """Why this kernel cannot take these inputs; empty where it can."""
+    """Why this kernel does not support these inputs; empty if it does."""
     if device.type != "cpu":
         return f"runs on cpu, not on {device.type}"
     name = str(dtype).removeprefix("torch.")

@@ -10,7 +10,7 @@ aten = torch.ops.aten
 
 
 class CpuFlash:
-    """PyTorch's blockwise attention for CPU; grouped key/value heads without a copy."""
+    """PyTorch's blockwise attention for CPU; grouped key/value heads need no copy."""
 
     name, varlen = "cpu-flash", False
 

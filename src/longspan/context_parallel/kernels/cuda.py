@@ -1,14 +1,14 @@
-"""Attention backends for CUDA, each with the protocol of ``kernels``.
+"""Attention backends for CUDA, each with the protocol of ``protocol``.
 
     cuda-flash      PyTorch's built-in FlashAttention-2
     cudnn           PyTorch's cuDNN attention, tile by tile
-    flash-attn-2    the flash-attn package, where it is installed
-    flash-attn-3    its Hopper successor (flash_attn_interface), where it is installed
+    flash-attn-2    the flash-attn package, if it is installed
+    flash-attn-3    its successor for Hopper (flash_attn_interface), if it is installed
 
 The flash backends also compute many tiles in one call as variable-length sequences. A
 causal sequence is aligned at the bottom right (its last query sees its last key), so a run
-of queries and all keys before it are one sequence; an ANTI tile is a window that reaches
-nothing to the left of the diagonal.
+of queries and all keys before it are one sequence; an ANTI tile is a window without keys to
+the left of the diagonal.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WINDOWS = {Mask.FULL: (False, -1, -1), Mask.CAUSAL: (True, -1, 0), Mask.ANTI: (F
 
 
 def why_not(name: str, head_dim: int, deterministic: bool) -> str:
-    """Why a CUDA backend cannot be used here; empty where it can."""
+    """Why a CUDA backend cannot be used here; empty if it can."""
     if name == "flash-attn-2" and not has_package("flash_attn"):
         return "is not installed (pip install flash-attn)"
     if name == "flash-attn-3":
@@ -51,7 +51,7 @@ def why_not(name: str, head_dim: int, deterministic: bool) -> str:
 
 
 class VarlenKernel:
-    """What the flash backends share: one tile is a call of one sequence, unless a subclass knows better."""
+    """The base of the flash backends: a tile is a call with one sequence, unless a subclass overrides it."""
 
     varlen = True
 
@@ -98,7 +98,8 @@ class CudaFlash(VarlenKernel):
 
     def backward_varlen(self, dout, q, k, v, out, lse, call, scale):
         causal, left, right = WINDOWS[call.mask]
-        state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # random numbers of dropout: none
+        # the state of dropout's random numbers, which is not used
+        state = torch.zeros(2, dtype=torch.uint64, device=q.device)
         with _deterministic(self.deterministic):
             return aten._flash_attention_backward(
                 dout.contiguous(),
@@ -123,7 +124,7 @@ class CudaFlash(VarlenKernel):
 
 @contextlib.contextmanager
 def _deterministic(on: bool) -> Iterator[None]:
-    """PyTorch's flash backward asks the global switch whether to avoid atomics."""
+    """Sets the global deterministic switch, which makes PyTorch's flash backward avoid atomics."""
     before, warn = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -149,7 +150,8 @@ class Cudnn:
         return out.permute(2, 0, 1, 3), lse.squeeze(-1)
 
     def backward(self, dout, q, k, v, out, lse, causal, scale):
-        state = torch.zeros((), dtype=torch.int64, device=q.device)  # random numbers of dropout: none
+        # the state of dropout's random numbers, which is not used
+        state = torch.zeros((), dtype=torch.int64, device=q.device)
         grads = aten._scaled_dot_product_cudnn_attention_backward(
             *(x.permute(1, 2, 0, 3) for x in (dout, q, k, v, out)),
             lse.unsqueeze(-1).contiguous(),
@@ -168,7 +170,7 @@ class Cudnn:
 
 
 class FlashAttn(VarlenKernel):
-    """The flash-attn package, version 2 or 3: their functions differ in a few argument names only."""
+    """The flash-attn package, version 2 or 3, whose functions differ in a few argument names only."""
 
     def __init__(self, version: int, deterministic: bool):
         super().__init__(deterministic)
@@ -184,7 +186,7 @@ class FlashAttn(VarlenKernel):
             self._forward, self._backward = module._flash_attn_forward, module._flash_attn_backward
 
     def _about(self, call: VarlenCall, scale: float) -> dict:
-        """What both directions are told, by all releases' names."""
+        """The arguments that forward and backward share, under the names of all releases."""
         causal, left, right = WINDOWS[call.mask]
         return {
             "cu_seqlens_q": call.cu_q,
@@ -232,7 +234,7 @@ class FlashAttn(VarlenKernel):
 
 
 def _call(function: Callable, **arguments) -> tuple[Tensor, ...]:
-    """Calls with the arguments a function knows, None for the others it needs: flash-attn's releases differ."""
+    """Calls with the arguments that a function has and None for others: flash-attn's releases differ."""
     known = inspect.signature(getattr(function, "_init_fn", function)).parameters
     needed = {name: None for name, parameter in known.items() if parameter.default is parameter.empty}
     return function(**needed | {name: value for name, value in arguments.items() if name in known})
@@ -247,5 +249,5 @@ _KERNELS: dict[str, Callable] = {
 
 
 def make_kernel(name: str, deterministic: bool):
-    """The backend of a name."""
+    """Makes the backend with this name."""
     return _KERNELS[name](deterministic)

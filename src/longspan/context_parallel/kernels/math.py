@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch, in any dtype: the reference, and what serves where no flash kernel does."""
+"""Attention in plain PyTorch, in any dtype: the reference, and the fallback if no flash kernel works."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from longspan.context_parallel.kernels.protocol import heads_first, rows_first
 
 
 class Math:
-    """Plain PyTorch in the input's dtype, at least float32: the reference. Never more than 256 query rows at once."""
+    """The reference: plain PyTorch in the input's dtype, at least float32, at most 256 query rows at once."""
 
     name, varlen, rows = "math", False, 256
 

@@ -1,17 +1,19 @@
-"""What the layers keep for backward, kept in the CPU's memory.
+"""The tensors that layers save for backward, kept in the CPU's memory.
 
-    forward    layer i computes; what it saves is copied to pinned memory by a stream of its own, while it goes on.
-               When layer i + 1 has ended, layer i's copies are waited for and its tensors on the device let go.
-    backward   layer i computes; what layer i - 1 saved is copied back meanwhile.
+    forward    While layer i computes, a stream of its own copies what the layer saves to pinned memory. When
+               layer i + 1 has ended, layer i's copies are awaited and its tensors on the device are freed.
+    backward   While layer i computes, the tensors that layer i - 1 saved are copied back.
 
-So at most two layers' saved tensors are on the device at a time. A layer is one group: what it saves
-several times (the input of three projections) is copied once. Weights stay where they are, and so does what
-is small, or shared by all layers (the rotary table).
+So at most two layers' saved tensors are on the device at a time. A layer is one group: a tensor that it
+saves several times (the input of three projections) is copied once. Weights stay where they are, and so do
+small tensors and those that all layers share (the rotary table).
 
-With full recomputation a layer saves its input alone, with selective also what attention needs; without any, everything.
+With full recomputation a layer saves its input alone, with selective recomputation also what attention needs,
+and without recomputation everything.
 
-PyTorch's own ``torch.autograd.graph.save_on_cpu`` waits for each copy and copies weights too; torchtune and TRL
-(``OffloadActivations``) overlap copies tensor by tensor. This one goes by layers, since layers are what is alike.
+PyTorch's own ``torch.autograd.graph.save_on_cpu`` waits for each copy and copies weights too; torchtune and
+TRL (``OffloadActivations``) overlap the copies of single tensors. Here the unit is the layer, because layers
+are alike.
 """
 
 from __future__ import annotations
@@ -25,24 +27,26 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-#: smaller tensors stay on the device, in bytes
+#: Tensors of fewer bytes than this stay on the device.
 MINIMUM_BYTES = 1 << 16
 
 
 class _Group:
-    """What one layer saved in one forward pass: copies on the CPU, and the tensors while they are on the device.
+    """What one layer saved in one forward pass: CPU copies, and the tensors while they are on the device.
 
-    The autograd graph holds the groups (by its handles), nobody else does: a graph that is freed frees them.
+    Only the autograd graph holds the groups (by its handles), so freeing the graph frees them.
     """
 
     def __init__(self, before: weakref.ref[_Group] | None):
-        self.before = before  # the layer before
+        # the group of the layer before this one
+        self.before = before
         self.host: list[Tensor] = []
         self.here: list[Tensor] | None = []
-        self.ready: torch.cuda.Event | None = None  # the last copy, there or back
+        # the end of this group's last copy, in either direction
+        self.ready: torch.cuda.Event | None = None
 
 
-#: what autograd keeps instead of a tensor: its group, its number there, its shape
+#: autograd keeps this instead of a tensor: the tensor's group, its number in the group, and its shape
 _Handle = tuple[_Group, int, torch.Size]
 
 
@@ -58,16 +62,17 @@ class Offload:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.on_device: deque[weakref.ref[_Group]] = deque()
         self.last: weakref.ref[_Group] | None = None
-        self.asked: weakref.ref[_Group] | None = None  # the group backward is at
-        self.reached: torch.cuda.Event | None = None  # where backward came to it
+        # the group that backward has reached, and the event at which it reached the group
+        self.asked: weakref.ref[_Group] | None = None
+        self.reached: torch.cuda.Event | None = None
         self.moved = 0
 
     @contextmanager
     def layer(self, stay: Iterable[Tensor]) -> Iterator[None]:
-        """Around the forward pass of a layer.
+        """A context for the forward pass of one layer.
 
         Args:
-            stay: tensors that are never moved, whatever view of them is saved.
+            stay: tensors that stay on the device, as do all views of them.
         """
         group = _Group(self.last)
         staying = {t.untyped_storage().data_ptr() for t in stay}
@@ -78,9 +83,10 @@ class Offload:
                 return t
             assert group.here is not None
             shape, t = t.shape, t.detach()
-            if t.is_contiguous():  # attention's output is saved by heads, and as one row a token
+            # Attention's output is saved twice, in two shapes: flat, both have the same key and one copy.
+            if t.is_contiguous():
                 t = t.view(-1)
-            # group.here keeps the address from being given anew
+            # group.here keeps the tensor alive, so no other tensor can get its address.
             key = (t.data_ptr(), t.shape, t.stride(), t.dtype, t._version)
             if key not in known:
                 known[key] = len(group.here)
@@ -95,7 +101,8 @@ class Offload:
             group.ready = self.stream.record_event()
         self.last = weakref.ref(group)
         self.on_device.append(self.last)
-        while len(self.on_device) > 2:  # this layer and the one before
+        # This layer's tensors and those of the layer before stay on the device.
+        while len(self.on_device) > 2:
             self._let_go(self.on_device.popleft()())
 
     def _stays(self, t: Tensor, staying: set[int]) -> bool:
@@ -104,7 +111,8 @@ class Offload:
             or t.device.type != self.device.type
             or t.nbytes < self.minimum
             or t.untyped_storage().data_ptr() in staying
-            or 0 in t.stride()  # expanded: its memory is less than its size
+            # An expanded tensor takes less memory than its copy would.
+            or 0 in t.stride()
         )
 
     def _to_host(self, t: Tensor) -> Tensor:
@@ -117,20 +125,21 @@ class Offload:
         return host
 
     def _let_go(self, group: _Group | None) -> None:
-        """Frees a layer's tensors on the device; what computes next may have their memory once they are copied."""
+        """Frees a layer's tensors on the device; the stream awaits their copies before it reuses memory."""
         if group is not None:
             if group.ready is not None:
                 torch.cuda.current_stream(self.device).wait_event(group.ready)
             group.here = None
 
     def _bring(self, group: _Group | None) -> None:
-        """Starts copying a layer's tensors back, unless they are here."""
+        """Starts copying a layer's tensors back, unless they are on the device."""
         if group is None or group.here is not None:
             return
         if self.stream is None:
             group.here = [t.clone() for t in group.host]
             return
-        with torch.cuda.stream(self.stream):  # after the copies to the CPU: they went by the same stream
+        # The copies to the CPU have ended before, because they used the same stream.
+        with torch.cuda.stream(self.stream):
             group.here = [t.to(self.device, non_blocking=True) for t in group.host]
             group.ready = self.stream.record_event()
 
@@ -138,16 +147,18 @@ class Offload:
         if isinstance(saved, Tensor):
             return saved
         group, index, shape = saved
-        if self.asked is None or self.asked() is not group:  # backward comes to this layer
+        # Backward has reached another layer.
+        if self.asked is None or self.asked() is not group:
             self.asked = weakref.ref(group)
             if self.stream is not None:
-                # the CPU may run far ahead: it must not bring layers back whose turn is long to come
+                # The CPU may run far ahead of the device: it waits, so as not to bring layers back too early.
                 if self.reached is not None:
                     self.reached.synchronize()
                 self.reached = torch.cuda.current_stream(self.device).record_event()
             self._bring(group)
             self._bring(group.before() if group.before is not None else None)
-        self._bring(group)  # let go since, where a graph is gone through twice
+        # The group may have been freed since, if backward runs through the graph twice.
+        self._bring(group)
         assert group.here is not None
         t = group.here[index]
         if self.stream is not None:

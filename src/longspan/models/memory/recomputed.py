@@ -1,10 +1,10 @@
-"""Parts of a layer that compute again in backward what is cheaper to compute than to keep.
+"""Parts of a layer that compute cheap intermediate results again in backward instead of keeping them.
 
-The compiler (``longspan.compiled``) chooses by itself what it keeps: it is given the plain operations.
+The compiler (``longspan.compiled``) chooses by itself what it keeps, so it gets the plain operations.
 
-Autograd keeps what each operation needs: four tensors of [s, ffn] for a gated MLP and four of [s, h] for a
-norm on the CPU. Here it is two (gate, up) and one. Unlike checkpointing nothing expensive runs twice, and
-it nests within checkpointing: everything is saved by ``save_for_backward``.
+Autograd keeps what each operation needs: four tensors of [s, ffn] for a gated MLP, and four of [s, h] for a
+norm on the CPU. These parts keep two (gate, up) and one. Unlike in checkpointing, nothing expensive runs
+twice; and they can be used inside checkpointing, because ``save_for_backward`` saves everything they keep.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """``torch.nn.functional.rms_norm`` over the last dim, keeping only x."""
-    # elsewhere than on the CPU it is one kernel that keeps x and a number a row
+    # On other devices the norm is one kernel, which keeps only x and one number a row.
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.rms_norm(x, weight.shape, weight, epsilon)
     return _RMSNorm.apply(x, weight, epsilon)

@@ -1,10 +1,11 @@
-"""A function of each token by itself, computed a tile of tokens at a time in forward and in backward.
+"""A function of each token by itself, computed one tile (a run of tokens) at a time, forward and backward.
 
-What the function keeps for backward exists for one tile only: forward keeps the input [t, h], backward computes each
-tile again and takes its gradients at once. The function runs twice a step (three times within full recomputation).
-Gradients of parameters are summed over the tiles in order, in at least float32: two runs give equal bits.
+What the function keeps for backward exists for one tile at a time: forward keeps the input [t, h]; backward
+computes each tile again and takes its gradients at once. So the function runs twice a step (three times
+within full recomputation). Gradients of parameters are summed over the tiles in order, in at least float32,
+so two runs give equal bits.
 
-After the tiled MLP of Arctic Long Sequence Training (Bekman et al. 2025, arXiv:2506.13996).
+It follows the tiled MLP of Arctic Long Sequence Training (Bekman et al. 2025, arXiv:2506.13996).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from longspan import autocast
 
 
 def _slices(tokens: int, tiles: int) -> Iterator[slice]:
-    """``tiles`` runs of tokens whose lengths differ by at most one; no empty ones beside the first."""
+    """``tiles`` runs of tokens whose lengths differ by at most one; no run but the first can be empty."""
     tiles = max(1, min(tiles, tokens))
     short, longer = divmod(tokens, tiles)
     start = 0
@@ -67,13 +68,13 @@ class _Tiled(torch.autograd.Function):
 def tiled(
     function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor], tiles: int
 ) -> Tensor:
-    """``function(x)``, ``tiles`` runs of rows one after another.
+    """``function(x)``, computed for ``tiles`` runs of rows, one after another.
 
     Args:
-        function: [t, h] -> [t, n], each row from its own row only, by the parameters and nothing else that
-            needs a gradient.
+        function: [t, h] -> [t, n]. Each row depends on its own input row and on the parameters; nothing else
+            that the function uses needs a gradient.
         x: [t, h].
-        parameters: all that the function uses; those it does not use get no gradient.
-        tiles: at least 1; more than t are t.
+        parameters: all parameters of the function; those that it does not use get no gradient.
+        tiles: at least 1; a number above t counts as t.
     """
     return _Tiled.apply(function, tiles, x, *parameters)
