@@ -10,8 +10,13 @@ _NAMES = {
     "ModelParallelConfig": "longspan.config.model",
     "TransformerConfig": "longspan.config.model",
     "TrainConfig": "longspan.config.schema",
+    "Run": "longspan.config.run",
     "UserError": "longspan.errors",
     "finalize_model_grads": "longspan.gradients",
+    "load": "longspan.runs.api",
+    "train": "longspan.runs.api",
+    "verify": "longspan.runs.api",
+    "evaluate": "longspan.runs.api",
 }
 
 __all__ = [*_NAMES, "__version__"]

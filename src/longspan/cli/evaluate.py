@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from longspan.cli.launch import HELP
 from longspan.cli.options import key_help, number, take_options
 from longspan.cli.train import read_checked
-from longspan.config.data_rules import evaluates
-from longspan.config.load import to_yaml
 from longspan.errors import UserError
-from longspan.runs.evaluate import with_weights, work
+from longspan.runs.evaluate import evaluate_run, nothing_held_out, work
 from longspan.runs.prepare import prepare_data
-from longspan.runs.start import WORKER, quiet_logs, read_run, start, under_torchrun
+from longspan.runs.start import WORKER, ProcessesFailed, quiet_logs, read_run, under_torchrun
 
 USAGE = f"""\
 usage: longspan eval CONFIG [--checkpoint PATH] [--any-key value] [--needles N] [--json]
@@ -45,25 +42,18 @@ def run(arguments: Sequence[str]) -> int:
     problems: list[str] = []
     trials = number(own, "--needles", problems, least=0)
     trials = 2 if trials is None else trials
-    if not evaluates(checked.config):
-        problems.append(
-            "longspan eval needs held-out documents: val_set_size is 0. Give --val-set-size 0.02, say, or test_datasets (for "
-            "data_path: --split 99,1,0)."
-        )
+    if problem := nothing_held_out(checked):
+        problems.append(problem)
     if problems:
         raise UserError(problems)
     if under_torchrun() or launch.machines > 1:
         raise UserError("longspan eval starts its processes itself, on one machine: run it without torchrun.")
     quiet_logs()
-    run = with_weights(prepare_data(checked, show="--json" not in own), own.get("--checkpoint"))
-    with tempfile.TemporaryDirectory() as folder:
-        path, result = Path(folder) / "config.yaml", Path(folder) / "result.json"
-        path.write_text(to_yaml(run.config), encoding="utf-8")
-        worker = ["eval", str(path), "--needles", str(trials), WORKER, str(result)]
-        code = start(launch, run.sizes.world_size, worker, run.device)
-        if code:
-            return code
-        found = json.loads(result.read_text())
+    run = prepare_data(checked, show="--json" not in own)
+    try:
+        found = evaluate_run(run, launch, own.get("--checkpoint"), trials)
+    except ProcessesFailed as error:
+        return error.code
     if "--json" in own:
         print(as_json(found))
     else:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from longspan.cli.launch import HELP
 from longspan.cli.options import key_help, number, take_options
 from longspan.cli.train import read_checked
-from longspan.config.load import to_yaml
 from longspan.errors import UserError
-from longspan.runs.prepare import check_weights, prepare_data
-from longspan.runs.start import WORKER, quiet_logs, read_run, start, under_torchrun
-from longspan.runs.verify import TOLERANCES, compare, relative, variants, work
+from longspan.runs.prepare import prepare_data
+from longspan.runs.start import WORKER, ProcessesFailed, quiet_logs, read_run, under_torchrun
+from longspan.runs.verify import TOLERANCES, relative, variants, verify_run, work
 
 USAGE = f"""\
 usage: longspan verify CONFIG [--any-key value] [--steps N] [--dtype float64|float32] [--all] [--json]
@@ -54,33 +53,18 @@ def run(arguments: Sequence[str]) -> int:
             "longspan verify starts its processes itself, on one machine: run it without torchrun."
         )
     quiet_logs()
-    from longspan.data.checks import check_data
-
-    run = prepare_data(checked, show=True)
-    run = run.with_keys(params_dtype=dtype, bf16=False, tf32=False, use_tensorboard=False)
-    check_data(run)
-    check_weights(run)
-    runs = variants(run, "--all" in own)
-    with tempfile.TemporaryDirectory() as folder:
-        path, result = Path(folder) / "config.yaml", Path(folder) / "result.pt"
-        path.write_text(to_yaml(run.config), encoding="utf-8")
-        times = f", {len(runs)} times" if len(runs) > 1 else ""
-        say(own, f"running {steps} steps at {run.sizes.equation()}{times}")
-        worker = ["verify", str(path), "--steps", str(steps), WORKER, str(result)]
-        worker += ["--all"] if "--all" in own else []
-        code = start(launch, run.sizes.world_size, worker, run.device)
-        if code:
-            return code
-        say(own, "running them on one process")
-        results = compare(runs, steps, result)
+    run, say = prepare_data(checked, show=True), quiet if "--json" in own else partial(print, flush=True)
+    try:
+        results = verify_run(run, launch, steps, dtype, "--all" in own, say)
+    except ProcessesFailed as error:
+        return error.code
     if "--all" in own:
         return report_all(results, "--json" in own)
     return report(results[0], "--json" in own)
 
 
-def say(own: dict[str, str], text: str) -> None:
-    if "--json" not in own:
-        print(text, flush=True)
+def quiet(text: str) -> None:
+    """Prints nothing."""
 
 
 def report_all(results: list[dict], as_json: bool) -> int:

@@ -3,11 +3,48 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
-from longspan.config.run import Run
+from longspan.config.data_rules import evaluates
+from longspan.config.load import to_yaml
+from longspan.config.run import Checked, Run
 from longspan.errors import UserError
 from longspan.runs.prepare import check_weights
+from longspan.runs.start import WORKER, Launch, ProcessesFailed, joined, start
+
+
+def evaluate_run(run: Run, launch: Launch, checkpoint: str | None, trials: int) -> dict:
+    """Loss by position and needles, at the run's layout.
+
+    Args:
+        checkpoint: a checkpoint or a folder of them; None takes the newest in output_dir, else base_model.
+        trials: needles for each length and depth; 0 leaves the test out.
+
+    Raises:
+        UserError: there is nothing to evaluate on, or no weights that fit.
+        ProcessesFailed: a process failed; its message is on stderr.
+    """
+    if problem := nothing_held_out(run):
+        raise UserError(problem)
+    run = with_weights(run, checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        path, result = Path(folder) / "config.yaml", Path(folder) / "result.json"
+        path.write_text(to_yaml(run.config), encoding="utf-8")
+        worker = ["eval", str(path), "--needles", str(trials), WORKER, str(result)]
+        if code := start(launch, run.sizes.world_size, worker, run.device):
+            raise ProcessesFailed(code)
+        return json.loads(result.read_text())
+
+
+def nothing_held_out(run: Checked) -> str | None:
+    """Why there is nothing to evaluate on; None where there is."""
+    if evaluates(run.config):
+        return None
+    return (
+        "longspan eval needs held-out documents: val_set_size is 0. Give --val-set-size 0.02, say, or test_datasets (for "
+        "data_path: --split 99,1,0)."
+    )
 
 
 def with_weights(run: Run, checkpoint: str | None) -> Run:
@@ -42,7 +79,6 @@ def work(run: Run, trials: int, result: Path) -> int:
     """One rank; the first writes the result."""
     import torch.distributed as dist
 
-    from longspan.runs.start import joined
     from longspan.training.checkpoint import describe
     from longspan.training.evaluate import loss_by_position, needles
     from longspan.training.trainer import Trainer

@@ -216,6 +216,18 @@ def end_with_launcher() -> None:
         end_with_parent(launcher())
 
 
+class ProcessesFailed(RuntimeError):
+    """Processes that were started have failed; their messages are on stderr.
+
+    Attributes:
+        code: the launcher's exit code.
+    """
+
+    def __init__(self, code: int):
+        super().__init__(f"the processes ended with exit code {code}; their messages are above.")
+        self.code = code
+
+
 def read_run(path: str) -> Run:
     """The Run of a config that the launcher has prepared and written, in one of the processes it starts.
 

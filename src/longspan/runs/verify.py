@@ -9,13 +9,17 @@ gradient norms, the evaluation, and every whole gradient of the first step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longspan.config.load import to_yaml
 from longspan.config.parallel import MeshSizes
 from longspan.config.run import Run
 from longspan.errors import UserError
+from longspan.runs.prepare import check_weights
+from longspan.runs.start import WORKER, Launch, ProcessesFailed, joined, start
 
 if TYPE_CHECKING:
     from longspan.mesh.mesh import ParallelMesh
@@ -130,13 +134,52 @@ def measure(run: Run, device, steps: int, mesh: ParallelMesh | None = None) -> d
     return result | {"evaluation": evaluation["loss"], "evaluation_tokens": evaluation["tokens"]}
 
 
+def verify_run(
+    run: Run,
+    launch: Launch,
+    steps: int,
+    dtype: str,
+    everything: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[dict]:
+    """Compares the run's layout, or every one that fits its mesh (``everything``), with one process.
+
+    Args:
+        say: is given a line at the beginning of each part.
+
+    Returns:
+        The result of each comparison, see :func:`errors`.
+
+    Raises:
+        UserError: something does not fit, or the processes of the layout failed.
+    """
+    if dtype not in TOLERANCES:
+        raise UserError(f"dtype {dtype!r}: one of {', '.join(TOLERANCES)}.")
+    from longspan.data.checks import check_data
+
+    run = run.with_keys(params_dtype=dtype, bf16=False, tf32=False, use_tensorboard=False)
+    check_data(run)
+    check_weights(run)
+    runs = variants(run, everything)
+    with tempfile.TemporaryDirectory() as folder:
+        path, result = Path(folder) / "config.yaml", Path(folder) / "result.pt"
+        path.write_text(to_yaml(run.config), encoding="utf-8")
+        times = f", {len(runs)} times" if len(runs) > 1 else ""
+        say(f"running {steps} steps at {run.sizes.equation()}{times}")
+        worker = ["verify", str(path), "--steps", str(steps), WORKER, str(result)]
+        worker += ["--all"] if everything else []
+        if code := start(launch, run.sizes.world_size, worker, run.device):
+            raise ProcessesFailed(code)
+        say("running them on one process")
+        return compare(runs, steps, result)
+
+
 def work(runs: list[Run], steps: int, result: Path) -> int:
     """One rank of the layout's runs; rank 0 writes the results."""
     import torch
     import torch.distributed as dist
 
     from longspan.mesh.mesh import ParallelMesh
-    from longspan.runs.start import joined
 
     with joined(runs[0]) as device:
         meshes: dict[

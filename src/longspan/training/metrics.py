@@ -173,6 +173,11 @@ def records(path: Path, step: int) -> list[dict[str, Any]]:
     return [r for _, r in _lines(path) if r.get("step") == step and "kind" in r] if path.is_file() else []
 
 
+def records_of_kind(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of a kind (train, eval, summary) in this file."""
+    return [record for _, record in _lines(path) if record.get("kind") == kind]
+
+
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The lines of a file and their records, without the incomplete line that a killed process leaves."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

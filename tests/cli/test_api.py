@@ -1,0 +1,73 @@
+"""``longspan.load``, ``train``, ``verify`` and ``evaluate``, in a process of their own as a script has one."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import longspan
+import tiny
+
+SCRIPT = """
+import json
+import longspan
+
+run = longspan.load("config.yaml", context_parallel_size=2, lr=1e-3)
+assert isinstance(run, longspan.Run)
+about = {
+    "cp": run.sizes.cp,
+    "rate": run.config.learning_rate,
+    "batch": run.batch.tokens_a_step,
+    "layers": [layer.number for layer in run.layers],
+    "verified": longspan.verify(run),
+    "trained": longspan.train(run),
+    "evaluated": longspan.evaluate(run, needles=0),
+}
+alone = longspan.load("config.yaml", lr=1e-3, output_dir="alone")
+about["alone"] = longspan.train(alone)
+print("RESULT", json.dumps(about))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    prefix = tiny.write_data(tmp_path)
+    values = tiny.values(prefix, max_steps=3, export_hf=False, output_dir="out")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path
+
+
+def test_a_script_verifies_trains_and_evaluates(folder):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=folder, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    found = json.loads(line.removeprefix("RESULT "))
+    assert (found["cp"], found["rate"], found["batch"], found["layers"]) == (2, 1e-3, 200, [1, 2])
+    assert found["verified"]["passed"]
+    assert found["verified"]["max_gradient_error"] < 1e-10
+    assert found["trained"]["kind"] == "summary"
+    assert found["trained"]["step"] == 3
+    assert found["trained"]["loss"] == pytest.approx(found["alone"]["loss"], rel=1e-9)
+    assert found["evaluated"]["step"] == 3
+    assert found["evaluated"]["loss"] == pytest.approx(found["trained"]["eval_loss"], rel=1e-9)
+
+
+def test_all_problems_come_at_once_as_an_error(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(longspan.UserError) as caught:
+        longspan.load("config.yaml", context_parallel=2, hidden_size=33, cp_layout="zigzack")
+    problems = "\n".join(caught.value.problems)
+    for words in ("context_parallel: unknown key", "hidden_size", "zigzack"):
+        assert words in problems
+    with pytest.raises(longspan.UserError, match="does not exist"):
+        longspan.load("nowhere.yaml")
+
+
+def test_a_run_of_keys_alone(folder):
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    run = longspan.load(**values)
+    assert (run.vocab_size, run.sizes.world_size, run.model.hidden_size) == (tiny.VOCAB, 1, 32)
