@@ -196,7 +196,10 @@ def run_all(folder: Path, data: Path, base: Path | None, resume_from: Path | Non
 
 
 def tensors_of(checkpoint: Path) -> dict[str, str]:
-    """Name -> digest of every tensor of a checkpoint, whatever files they lie in."""
+    """Name -> digest of every tensor of a checkpoint, whatever files they lie in.
+
+    States of the default generator are left out: torch seeds it anew in each process, and a run draws nothing from it.
+    """
     import torch
     import torch.distributed.checkpoint as dcp
 
@@ -204,7 +207,7 @@ def tensors_of(checkpoint: Path) -> dict[str, str]:
     state = {
         name: torch.empty(about.size, dtype=about.properties.dtype)
         for name, about in metadata.state_dict_metadata.items()
-        if hasattr(about, "properties")
+        if hasattr(about, "properties") and not name.startswith("rng.")
     }
     dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     digests = {}
