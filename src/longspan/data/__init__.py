@@ -1,17 +1,17 @@
 """Data: text -> ``.bin``/``.idx`` token files -> rows -> the batches of a rank.
 
 - `indexed`: Megatron's token files, read and written.
-- `text`: documents from files, tokenizers, and the cached way from one to the other.
+- `text`: documents from files, tokenizers, and the cached step from documents to token files.
 - `sources`, `json_lines`: records from files, folders and the hub.
 - `instruct`, `chat`, `templates`: from a record to a sample, and which of its tokens are learned.
-- `limited`: calls within limits of time and memory, which templates of chats are.
+- `limited`: calls within limits of time and memory, for rendering chat templates.
 - `samples`: samples in token files, with files of masks beside them.
 - `packing`: which tokens make a row, with shifted labels; `Batch`.
 - `loader`: which rows a rank trains on at which step; `blend`: several datasets by weights.
-- `splits`: from a config to its datasets; `mock`: made-up ones.
-- `preprocess`, `merge`, `gpt2`: what `longspan prepare` and `longspan merge` are made of.
+- `splits`: from a config to its datasets; `mock`: made-up datasets.
+- `preprocess`, `merge`, `gpt2`: the parts of `longspan prepare` and `longspan merge`.
 
-Names are imported when they are first used: checking that a file is there must not wait for torch.
+Names are imported at their first use, because checking that a file exists must not wait for torch.
 """
 
 from __future__ import annotations

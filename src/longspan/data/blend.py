@@ -1,14 +1,14 @@
 """Several datasets mixed by weights.
 
-Which member gives place t of the endless line of samples is looked up, as everything in
-`loader` is: weights are fractions over a common denominator, so the deal repeats with that
-period, and one period is a table. Place t is entry t % period; how many samples the member
-has given before follows from t // period. So nothing is iterated to resume at any step,
-and memory is a table of at most `PERIOD` entries, however long the run is.
+The endless line of samples assigns each place t to a member dataset. As everywhere in `loader`, this
+is looked up: weights are fractions with a common denominator, so the order of members repeats
+with that period, and one period is a table. Place t is entry t % period; the number of samples
+that the member has given before follows from t // period. So a resume at any step iterates over
+nothing, and memory is a table of at most `PERIOD` entries for a run of any length.
 
-The deal is the fairest there is: after any number of samples each member has given its
-share to within one sample. (Megatron-LM's rule, "the largest deficit next", has the same
-shares in the long run and lets a member fall behind by up to two samples on the way.)
+No order is fairer: after any number of samples, each member's number of samples differs from
+its share by less than one. (Megatron-LM's rule, "the largest deficit next", has the same shares
+in the long run, but in between a member may fall behind by up to two samples.)
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ PERIOD = 1 << 20
 
 
 class BlendedDataset(TokenDataset):
-    """The samples of several datasets, each as often as its weight says; the rest is as in `TokenDataset`.
+    """The samples of several datasets, mixed by weights; the rest is as in `TokenDataset`.
 
     Each member goes through shuffled epochs of its own: it gives all of its samples before
-    one comes again, and is repeated as its weight asks. An epoch of the blend is as many
-    samples as the members have together.
+    any comes again, and as often as its weight requires. An epoch of the blend has as many
+    samples as the members together.
 
     Args:
-        members: of one sequence_len and one sample_packing.
-        weights: above 0, one a member; only their ratios count.
+        members: datasets with the same sequence_len and the same sample_packing.
+        weights: above 0, one for each member; only their ratios count.
         held_out: number the samples so that the first n of them are mixed by the weights too, each
             sample once (an evaluation takes them in order of number).
     """
@@ -58,7 +58,7 @@ class BlendedDataset(TokenDataset):
         self.counts = common_counts(weights)
         """Samples of each member in a period."""
         sizes = [len(member) for member in members]
-        # First sample of each member in the common numbering.
+        # the first sample of each member in the common numbering
         self._first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._numbers = None
         if held_out:
@@ -109,7 +109,7 @@ class BlendedDataset(TokenDataset):
         return samples
 
     def deal(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(member, how many samples it has given before) of places ``[start, stop)``, int64 each."""
+        """(member, number of samples it has given before) of places ``[start, stop)``, int64 each."""
         givers, turns = period(self.counts)
         round_, at = np.divmod(np.arange(start, stop, dtype=np.int64), len(givers))
         giver = givers[at].astype(np.int64)
@@ -122,9 +122,9 @@ class BlendedDataset(TokenDataset):
 
 
 def common_counts(weights: Sequence[Fraction | float]) -> tuple[int, ...]:
-    """Weights as whole numbers without a common divisor, which add up to at most `PERIOD`.
+    """The weights as whole numbers without a common divisor, with a sum of at most `PERIOD`.
 
-    Where that takes rounding, each number is right to one part in `PERIOD`, and at least 1.
+    If this needs rounding, each number is right to one part in `PERIOD`, and at least 1.
     """
     parts = [w if isinstance(w, Fraction) else Fraction(str(w)) for w in weights]
     if min(parts) <= 0:
@@ -136,7 +136,7 @@ def common_counts(weights: Sequence[Fraction | float]) -> tuple[int, ...]:
     total = sum(counts)
     if total <= PERIOD:
         return tuple(counts)
-    # Largest remainders; those that would get nothing get one, from the largest.
+    # Rounding by largest remainders; a member that would get 0 gets 1, taken from the largest.
     floors = [count * PERIOD // total for count in counts]
     left = sorted(range(len(counts)), key=lambda d: -(counts[d] * PERIOD % total))
     for d in left[: PERIOD - sum(floors)]:
@@ -150,18 +150,20 @@ def common_counts(weights: Sequence[Fraction | float]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4)
 def period(counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """One period of the deal: (member of each place, how many it gave before in this period), int32 each.
+    """One period: (member of each place, number of samples it gave before in this period), int32 each.
 
-    Sample j of a member with share w may not come at a place where it would be more than one
+    Sample j of a member with share w must not come so early that the member is more than one
     ahead of its share (before place (j - 1) / w), and must come before it is one behind (place
-    j / w). Of those that may come, the one that must come soonest does: where any order keeps
-    all these dates this one does, and there always is one (Tijdeman 1980).
+    j / w). Among the samples allowed at a place, the one with the earliest deadline comes. If any
+    order keeps all deadlines, this order does, and there always is such an order (Tijdeman 1980).
     """
     length = sum(counts)
     givers = np.empty(length, dtype=np.int32)
     given = [0] * len(counts)
-    waiting = [(1, d) for d in range(len(counts))]  # (first place, from 1, at which it may come, member)
-    ready: list[tuple[int, int]] = []  # (last place at which it must, member)
+    # waiting: (first place, from 1, at which the member's next sample may come, member)
+    # ready: (last place at which it must come, member)
+    waiting = [(1, d) for d in range(len(counts))]
+    ready: list[tuple[int, int]] = []
     for place in range(1, length + 1):
         while waiting and waiting[0][0] <= place:
             d = heappop(waiting)[1]

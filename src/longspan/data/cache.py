@@ -1,4 +1,4 @@
-"""What is prepared once and found again: one process makes it, others wait."""
+"""A cache of prepared data: one process makes the files, and others wait for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from longspan.errors import UserError
 
 
 def is_whole(prefix: Path) -> bool:
-    """Whether there are token files with at least a document in them."""
+    """Whether there are token files with at least one document."""
     try:
         return len(IndexedDataset(prefix)) > 0
     except UserError:
@@ -23,8 +23,8 @@ def is_whole(prefix: Path) -> bool:
 
 @contextmanager
 def only_here(folder: Path) -> Iterator[None]:
-    """Nobody else is in here with this folder, which is made where it is not there. The system lets go of the lock of a
-    process that ends, however it ends."""
+    """A context that only one process at a time can enter for a folder; makes the folder if it is missing.
+    The system releases the lock of a process when it ends, also when it is killed."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:

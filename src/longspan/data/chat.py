@@ -1,7 +1,7 @@
 """Chats as text, by templates.
 
-A template (jinja) turns messages into one text, which is tokenised as a whole: the tokens are
-those the model sees when it is used. Where in the text the answers are is found by ``turns``.
+A template (jinja) turns messages into one text, which is tokenised as a whole, so that training has
+the same tokens as the later use of the model. ``turns`` finds the answers in the text.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from longspan.data.templates import TEMPLATES
 from longspan.data.tokenizer_files import SETTINGS, TEMPLATE, named_templates
 from longspan.errors import UserError, did_you_mean
 
-# Around what {% generation %} holds, while it is rendered: private characters, which text has not.
+# Rendering puts these around the content of {% generation %}: private characters, which no text contains.
 _OPEN, _CLOSE = "\ue0a1\ue0b2\ue0c3", "\ue0c3\ue0b2\ue0a1"
 
 _BUNDLED = frozenset(TEMPLATES.values())
-#: characters of a template; the longest of known models have a tenth of it
+#: the most characters of a template; the longest of known models have a tenth of this
 MAX_TEMPLATE = 200_000
 
 Span = tuple[int, int]
@@ -36,7 +36,7 @@ Message = Mapping[str, Any]
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}: the part of a template that the model is to write."""
+    """{% generation %} ... {% endgeneration %}: the part of a template that the model must learn to write."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -62,11 +62,12 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
 
 @lru_cache(maxsize=16)
 def _compiled(text: str) -> jinja2.Template:
-    """A template as transformers compiles one; but strftime_now is missing: samples do not depend on the day."""
+    """A template, compiled as in transformers but without strftime_now: samples do not depend on the day."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _to_json  # jinja's own escapes HTML
+    # jinja's own tojson escapes HTML.
+    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     return environment.from_string(text)
 
@@ -80,10 +81,10 @@ def _render(text: str, names: Mapping[str, Any]) -> str:
 
 
 def _within_limits(function: Callable[..., Any], text: str, *more: Any) -> Any:
-    """Calls a function of a template's text: in limits of time and memory, unless the template is one of this package.
+    """Calls a function with a template's text; within limits of time and memory unless it is bundled.
 
     Raises:
-        jinja2.TemplateError: a limit was passed, or what the function itself raises.
+        jinja2.TemplateError: a limit was exceeded, or the function raised it.
     """
     if text in _BUNDLED:
         return function(text, *more)
@@ -98,10 +99,10 @@ class ChatTemplate:
     """A chat template.
 
     Attributes:
-        name: for messages.
-        text: jinja.
-        special_tokens: what bos_token, eos_token ... stand for in it.
-        atoms: all special tokens of the vocabulary, which text is never cut inside.
+        name: the name in messages.
+        text: the template's jinja text.
+        special_tokens: bos_token, eos_token ... -> the token's text.
+        atoms: all special tokens of the vocabulary; a text is never cut inside one.
     """
 
     name: str
@@ -110,7 +111,7 @@ class ChatTemplate:
     atoms: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """UserError for what is no jinja."""
+        """Raises UserError if the text is not a jinja template."""
         if len(self.text) > MAX_TEMPLATE:
             raise UserError(
                 f"chat template {self.name}: {len(self.text):,} characters; a template has {MAX_TEMPLATE:,} at most."
@@ -119,7 +120,8 @@ class ChatTemplate:
             _within_limits(_check, self.text)
         except jinja2.TemplateError as error:
             raise UserError(f"chat template {self.name}: not a jinja template: {error}.") from None
-        except Exception as error:  # nested more deeply than Python reads, for one
+        # One example is a template nested more deeply than Python can parse.
+        except Exception as error:
             raise UserError(f"chat template {self.name}: cannot be compiled: {error!r}.") from None
 
     def render(
@@ -128,10 +130,10 @@ class ChatTemplate:
         """The chat as text, and the spans that the template itself marks as answers.
 
         Args:
-            prompt: end with what asks for the next answer.
+            prompt: end with the prompt for the next answer.
 
         Raises:
-            jinja2.TemplateError: the template does not take this chat.
+            jinja2.TemplateError: the template refuses this chat.
         """
         names = {
             "messages": messages,
@@ -155,14 +157,14 @@ class ChatTemplate:
 def find_template(
     name: str | None, jinja: str | None, folder: Path, special_tokens: Mapping[str, str], atoms: Iterable[str]
 ) -> ChatTemplate:
-    """The template of the keys chat_template and chat_template_jinja.
+    """The template that the keys chat_template and chat_template_jinja name.
 
     Args:
-        folder: of the tokenizer.
+        folder: the tokenizer's folder.
         special_tokens, atoms: see `ChatTemplate`.
 
     Raises:
-        UserError: no such template, or no jinja.
+        UserError: there is no such template, or it is not jinja.
     """
     if jinja is not None or (name is not None and ("{%" in name or "{{" in name)):
         text = jinja if jinja is not None else name
@@ -198,10 +200,10 @@ def find_template(
 
 
 def own_template(folder: Path) -> str | None:
-    """The template a tokenizer's folder holds.
+    """The template in a tokenizer's folder.
 
     Raises:
-        UserError: what is there is no text.
+        UserError: the template is not text.
     """
     if (folder / TEMPLATE).is_file():
         return _read(folder / TEMPLATE)

@@ -1,4 +1,4 @@
-"""Whether prepared data can be trained on: what would fail or teach nothing is refused before any process starts."""
+"""Checks of prepared data: data that would fail or teach nothing is refused before any process starts."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from longspan.errors import UserError
 if TYPE_CHECKING:
     from longspan.data.loader import TokenDataset
 
-#: how many tokens are looked at before a run; the rest are as they come
+#: number of tokens that are checked before a run; later tokens are not checked
 SCANNED_TOKENS = 1 << 28
 
 
 def check_data(run: Run) -> TokenDataset:
-    """Opens a prepared config's data and refuses what would fail or teach nothing; before any process starts.
+    """Opens a prepared config's data; refuses data that would fail or teach nothing before processes start.
 
     Raises:
-        UserError: no document on one side of the split, no token with a next one, or a token beyond the vocabulary.
+        UserError: one side of the split has no document, no token has a next token, or a token is not in
+            the vocabulary.
     """
-    # these need torch, and whether a source is there must be found without it
+    # imported here because they need torch, and missing sources are found without it
     from longspan.data.splits import PARTS, named_files, open_datasets
 
     train, *others = open_datasets(run)
@@ -55,7 +56,7 @@ def check_data(run: Run) -> TokenDataset:
 
 
 def _nothing_counts(run: Run, data: TokenDataset, name: str) -> str:
-    """Why no token of the training, evaluation or test set is a target, and what to do."""
+    """The message for a training, evaluation or test set without a target: the reason and the remedy."""
     text = f"{name} data: no token counts in the loss"
     if not data.has_samples:
         return (
@@ -71,7 +72,7 @@ def _nothing_counts(run: Run, data: TokenDataset, name: str) -> str:
 
 
 def missing_sources(config) -> list[str]:
-    """Datasets that are not there, found before anything is tokenised or started."""
+    """Messages for missing datasets, found before anything is tokenised or started."""
     from longspan.data.sources import check_source
 
     problems = []
@@ -79,7 +80,8 @@ def missing_sources(config) -> list[str]:
         try:
             for member in read_blend(name, values) if (values := getattr(config, name)) else []:
                 problems += [f"{name}: {problem}" for problem in missing_files(member.path)]
-        except UserError:  # the blend itself is wrong: the rules between keys say so
+        # The blend itself is wrong, which the rules between keys report.
+        except UserError:
             continue
     for source in [*config.datasets, *config.test_datasets]:
         stem = source.path[:-4] if source.path.endswith((".bin", ".idx")) else source.path
@@ -96,7 +98,7 @@ def missing_sources(config) -> list[str]:
 
 
 def unused_of_tokens(source: DatasetConfig) -> list[str]:
-    """Keys that say which records and texts to read, where there are tokens."""
+    """Keys that select records and texts, which have no effect on token files."""
     given = [
         name
         for name in ("split", "field", "name", "data_files", "ds_type", "revision")
@@ -107,13 +109,14 @@ def unused_of_tokens(source: DatasetConfig) -> list[str]:
 
 
 def missing_files(prefix: str) -> list[str]:
-    """What is not there of a .bin/.idx pair."""
+    """Messages for the missing files of a .bin/.idx pair."""
     from longspan.data.indexed import bin_and_idx, missing_file
 
     missing = next((path for path in reversed(bin_and_idx(prefix)) if not path.is_file()), None)
     if missing is None:
         return []
-    if Path(prefix).is_file():  # it has neither ending, or its own half would be there
+    # The name has neither ending, because with one of them that file would have been found.
+    if Path(prefix).is_file():
         return [
             f"{prefix} is no .bin/.idx pair. Make one: longspan prepare --input {prefix} --output-prefix PREFIX, or train on "
             "it by datasets."

@@ -1,6 +1,6 @@
 """GPT-2's byte-level BPE from its two files, ``vocab.json`` and ``merges.txt``, as a ``tokenizer.json``.
 
-Megatron-LM names a GPT-2 tokenizer by these files; everything here reads ``tokenizer.json``.
+Megatron-LM names a GPT-2 tokenizer by these files; longspan reads ``tokenizer.json`` everywhere.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def gpt2_tokenizer(vocab_file: str | Path, merge_file: str | Path, cache_dir: st
         The folder, with ``tokenizer.json`` and a ``tokenizer_config.json`` that transformers reads.
 
     Raises:
-        UserError: a file is missing or is not what it should be, or there is no ``<|endoftext|>``.
+        UserError: a file is missing or invalid, or there is no ``<|endoftext|>``.
     """
     contents = [_read(name, path) for name, path in (("vocab_file", vocab_file), ("merge_file", merge_file))]
     digest = hashlib.blake2b("\0".join(contents).encode(), digest_size=6).hexdigest()
@@ -50,7 +50,8 @@ def gpt2_tokenizer(vocab_file: str | Path, merge_file: str | Path, cache_dir: st
         "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
         "tokenizer.json": tokenizer.to_str(),
     }
-    for name, text in files.items():  # tokenizer.json last: it says that all is there
+    # tokenizer.json is written last, because its presence shows that all files are there.
+    for name, text in files.items():
         write_whole(folder / name, text)
     return folder
 

@@ -1,7 +1,7 @@
 """Token files on disk: the ``.bin``/``.idx`` pair that Megatron's preprocessing writes.
 
-``.bin`` is the tokens of all sequences one after another, raw and little-endian.
-``.idx`` says where they are:
+``.bin`` holds the tokens of all sequences one after another, raw and little-endian.
+``.idx`` describes where the sequences are:
 
     bytes   content
     9       ``MMIDIDX\\0\\0``
@@ -12,13 +12,13 @@
     8 S     where each sequence starts in ``.bin``, int64, in bytes
     8 D     the sequence each document starts with, int64: starts with 0, ends with S
 
-so there are D - 1 documents, and a document is one or more whole sequences. (Megatron's
-multimodal files have a byte for each sequence after that, its mode; it is not read.) The
-sequences lie one after another, without a gap, and fill ``.bin``: so a wrong token type, or a
-``.bin`` of other data, does not pass.
+So there are D - 1 documents, and a document is one or more whole sequences. (Megatron's
+multimodal files have one more byte for each sequence, its mode, which is not read.) The
+sequences lie one after another, without a gap, and fill ``.bin``; this check detects a wrong
+token type and a ``.bin`` of other data.
 
-Everything that can be wrong with a pair of files is found when it is opened, not at
-step 40,000, and is a `UserError` that names the file.
+Every error in a pair of files is found when it is opened, not at step 40,000, and is a
+`UserError` that names the file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from longspan.errors import UserError, did_you_mean
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
-HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document indices
+# magic, version, dtype code, sequences, document indices
+HEADER = struct.Struct("<9sQBQQ")
 
 DTYPES: dict[int, np.dtype] = {
     1: np.dtype("u1"),
@@ -50,18 +51,19 @@ DTYPES: dict[int, np.dtype] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-MAX_SEQUENCE = 2**31 - 1  # lengths are int32 in the .idx
+# Lengths are int32 in the .idx.
+MAX_SEQUENCE = 2**31 - 1
 
 
 def best_dtype(vocab_size: int) -> np.dtype:
-    """The narrowest type Megatron would take: uint16 below 65,500 tokens, else int32."""
+    """The narrowest type that Megatron would choose: uint16 below 65,500 tokens, otherwise int32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
 def bin_and_idx(prefix: str | Path) -> tuple[Path, Path]:
     """The two paths of a prefix, which may already end in ``.bin`` or ``.idx``."""
     path = Path(prefix).expanduser()
-    # Not with_suffix: a prefix such as "corpus.v2" has a dot of its own.
+    # with_suffix is not used, because a prefix such as "corpus.v2" has a dot of its own.
     base = path.name.removesuffix(".bin").removesuffix(".idx")
     return path.with_name(base + ".bin"), path.with_name(base + ".idx")
 
@@ -73,7 +75,7 @@ class IndexedDataset:
         prefix: the path without ``.bin``/``.idx``, or with either.
 
     Raises:
-        UserError: a file is missing, is not what it should be, or is cut short.
+        UserError: a file is missing, invalid or cut short.
     """
 
     def __init__(self, prefix: str | Path):
@@ -95,7 +97,7 @@ class IndexedDataset:
         return f"IndexedDataset({name!r}: {len(self)} documents, {self.num_tokens} tokens, {self.dtype})"
 
     def token_range(self, most: int) -> tuple[int, int]:
-        """The smallest and the largest of the first ``most`` tokens of the file; (0, 0) of none."""
+        """The smallest and the largest of the first ``most`` tokens of the file; (0, 0) without tokens."""
         count = min(most, self.num_tokens)
         head = self._bytes[: count * self.dtype.itemsize].view(self.dtype)
         return (int(head.min()), int(head.max())) if len(head) else (0, 0)
@@ -107,8 +109,8 @@ class IndexedDataset:
             int64 ``[stop - start]``, a copy.
 
         Raises:
-            IndexError: no such document.
-            ValueError: the range reaches out of the document.
+            IndexError: there is no such document.
+            ValueError: the range is not inside the document.
         """
         if not 0 <= document < len(self):
             raise IndexError(f"{self.bin_path}: document {document} of {len(self)}")
@@ -120,7 +122,8 @@ class IndexedDataset:
                 f"{self.bin_path}: tokens {start} to {stop} of document {document}, which has {length}"
             )
         parts = []
-        offset = 0  # of the sequence in the document, in tokens
+        # the sequence's place in the document, in tokens
+        offset = 0
         for sequence in range(first, last):
             if offset >= stop:
                 break
@@ -231,8 +234,8 @@ class IndexedDataset:
 class IndexedDatasetWriter:
     """Writes a pair of token files, whole or not at all.
 
-    Used as a context manager. The tokens go to temporary files beside the final ones, which
-    are renamed at the end of the block and removed if it raises.
+    It is a context manager. The tokens go to temporary files beside the final files; these
+    are renamed at the end of the block, and removed if it raises an error.
 
     Args:
         prefix: the path without ``.bin``/``.idx`` (or with either); folders are created.
@@ -256,7 +259,8 @@ class IndexedDatasetWriter:
 
     def __enter__(self) -> IndexedDatasetWriter:
         self.bin_path.parent.mkdir(parents=True, exist_ok=True)
-        mark = f".{uuid.uuid4().hex[:8]}.tmp"  # two writers of one prefix do not meet
+        # Two writers of one prefix use different temporary files.
+        mark = f".{uuid.uuid4().hex[:8]}.tmp"
         self._bin_tmp = self.bin_path.with_name("." + self.bin_path.name + mark)
         self._idx_tmp = self.idx_path.with_name("." + self.idx_path.name + mark)
         self._file = self._bin_tmp.open("wb", buffering=1 << 20)
@@ -269,11 +273,11 @@ class IndexedDatasetWriter:
 
         Args:
             tokens: ``[t]`` token numbers.
-            sequence_lengths: tokens in each of its sequences; one sequence without it.
+            sequence_lengths: tokens in each of its sequences; None is one sequence.
 
         Raises:
             UserError: a token does not fit the type, or a sequence is too long for the format.
-            ValueError: the sequences do not add up to the tokens.
+            ValueError: the sum of the sequences' lengths is not the number of tokens.
         """
         values = np.asarray(tokens, dtype=np.int64 if len(tokens) == 0 else None)
         if values.ndim != 1 or values.dtype.kind not in "iu":
@@ -298,7 +302,7 @@ class IndexedDatasetWriter:
         self.num_tokens += len(values)
 
     def add_file(self, other: IndexedDataset) -> None:
-        """Appends all documents of another file of this token type, with their sequences; tokens are copied in pieces."""
+        """Appends all documents and sequences of a file with this token type; copies tokens in pieces."""
         if other.dtype != self.dtype:
             raise ValueError(f"{other.dtype} tokens into a file of {self.dtype}")
         for piece in other.pieces(1 << 24):
@@ -329,7 +333,7 @@ class IndexedDatasetWriter:
             file.write(pointers.astype("<i8").tobytes())
             file.write(documents.astype("<i8").tobytes())
             _sync(file)
-        # An older .idx must never be seen beside the new .bin.
+        # An older .idx must never stand beside the new .bin.
         self.idx_path.unlink(missing_ok=True)
         os.replace(self._bin_tmp, self.bin_path)
         os.replace(self._idx_tmp, self.idx_path)
@@ -348,7 +352,7 @@ def _short(path: Path, expected: int, found: int) -> str:
 
 
 def missing_file(path: Path) -> str:
-    """The message for a missing file, with the near ones of its folder."""
+    """The message for a missing file, with similar names in its folder."""
     prefix = path.stem
     message = f"{path}: no such file. A dataset is a prefix with a .bin and an .idx file."
     if not path.parent.is_dir():
@@ -358,12 +362,13 @@ def missing_file(path: Path) -> str:
     if other.is_file():
         return message + f" {other.name} is there, its other half is not: copy it or write both again."
     if path.with_suffix("").is_dir():
-        # The folder was given instead of a prefix in it.
+        # The user gave the folder instead of a prefix in it.
         inside = sorted(p.stem for p in path.with_suffix("").glob("*.idx"))
         return message + (f" {prefix} is a folder; it holds {', '.join(inside[:5])}." if inside else "")
     known = sorted({p.stem for p in folder.iterdir() if p.suffix in (".bin", ".idx") and p.name[0] != "."})
     longer = [name for name in known if name.startswith(prefix)]
-    if longer:  # the usual slip: Megatron adds "_text_document" to the prefix it was given
+    # The usual mistake: Megatron adds "_text_document" to the prefix that the user gave.
+    if longer:
         return message + f" Did you mean {folder / longer[0]}?"
     near = did_you_mean(prefix, known)
     if near or not known:

@@ -3,9 +3,9 @@
 A sample is prompt and answer (alpaca, or a mapping of fields and a format), a chat (``chat``), or
 a document. Its mask has a 1 for each token that is learned: the answers with their end tokens.
 
-Prompt and answer are tokenised apart, as a model that answers gets the one and makes the other;
-a chat is tokenised as the one text its template makes. There, a token that holds a character of
-an answer counts; an added token (such as <|im_end|>) counts only if it lies wholly inside.
+Prompt and answer are tokenised separately, because a model in use gets the prompt and writes the
+answer. A chat is tokenised as the one text that its template makes. In it a token counts if it
+holds a character of an answer; an added token (such as <|im_end|>) only if it lies wholly inside.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from longspan.errors import UserError, did_you_mean
 _WITH_INPUT = "an instruction that describes a task, paired with an input that provides further context"
 _WITHOUT = "an instruction that describes a task"
 _TASK = "Below is {}. Write a response that appropriately completes the request.\n\n### Instruction:\n{{instruction}}\n\n"
-#: the prompt that Stanford's Alpaca was trained with
+#: the prompt with which Stanford's Alpaca was trained
 ALPACA = InstructionType(
     format=_TASK.format(_WITH_INPUT) + "### Input:\n{input}\n\n### Response:\n",
     no_input_format=_TASK.format(_WITHOUT) + "### Response:\n",
     system_format="",
 )
 
-#: names a role has in the data -> the role
+#: name of a role in the data -> the role
 ROLES = {"human": "user", "gpt": "assistant"} | {
     name: name for name in ("user", "assistant", "system", "tool", "developer", "function", "ipython")
 }
 
-#: fields beside a message's role that are no other name of its content
+#: fields of a message, besides its role, that do not hold its content
 _NO_CONTENT = ("tool_calls", "tool_call_id", "name", *THOUGHTS)
 
-#: changes when the same record would make another sample
+#: increased whenever the same records make other samples
 VERSION = 3
 
 Sample = tuple[np.ndarray, np.ndarray | None]
@@ -55,11 +55,11 @@ Sample = tuple[np.ndarray, np.ndarray | None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that makes samples of records; travels to other processes.
+    """All settings that turn records into samples; it can be sent to other processes.
 
     Attributes:
         tokenizer: the folder of the tokenizer.
-        template: of a chat.
+        template: the template of chats.
     """
 
     source: DatasetConfig
@@ -79,10 +79,10 @@ class Recipe:
         """The recipe of a dataset.
 
         Args:
-            chat_template, chat_template_jinja: where the dataset has none of its own.
+            chat_template, chat_template_jinja: used if the dataset has none of its own.
 
         Raises:
-            UserError: no such template.
+            UserError: there is no such template.
         """
         folder = Path(tokenizer).expanduser()
         folder = folder if folder.is_dir() else folder.parent
@@ -100,7 +100,7 @@ class Recipe:
         return cls(source, folder, train_on_inputs, template)
 
     def describe(self) -> str:
-        """Text that differs wherever samples would, the records aside."""
+        """A text that differs whenever the same records would make other samples."""
         source = self.source.model_dump(exclude={"prepared", "path", "chat_template", "chat_template_jinja"})
         template = None if self.template is None else [self.template.text, dict(self.template.special_tokens)]
         return json.dumps([VERSION, source, self.train_on_inputs, template], sort_keys=True)
@@ -110,7 +110,7 @@ class Encoder:
     """Makes samples of records.
 
     Attributes:
-        missing: what the template left out -> of how many chats so far (see `turns.Found`).
+        missing: what the template left out (see `turns.Found`) -> in how many chats so far.
     """
 
     def __init__(self, recipe: Recipe):
@@ -128,13 +128,13 @@ class Encoder:
             )
 
     def __call__(self, where: str, record: Mapping[str, Any]) -> Sample:
-        """int64 tokens [t] and uint8 mask [t] of a record; the mask of a document is None: all of it counts.
+        """int64 tokens [t] and uint8 mask [t] of a record; None for a document, of which all tokens count.
 
         Args:
-            where: the record is, for messages.
+            where: the place of the record, for messages.
 
         Raises:
-            UserError: the record is not what the type asks for.
+            UserError: the record does not fit the dataset's type.
         """
         try:
             record = {name: plain(value) for name, value in record.items()}
@@ -191,7 +191,7 @@ class Encoder:
         mask = np.zeros(len(tokens), dtype=np.uint8)
         added = np.isin(tokens, list(self._added))
         for i in np.flatnonzero(added):
-            # An added token may take in the white space around it ("rstrip"); its own place is that of its text.
+            # An added token may include the white space around it ("rstrip"); only its text counts here.
             own = self._added[int(tokens[i])]
             if (at := text.find(own, first[i], last[i])) >= 0:
                 first[i], last[i] = at, at + len(own)
@@ -208,21 +208,21 @@ class Encoder:
 
     @cached_property
     def _plain(self) -> Tokenizer:
-        """The tokenizer with nothing behind it: a post-processor may cut white space off the tokens' places in the text."""
+        """The tokenizer without post-processor, which may cut white space off the tokens' offsets."""
         plain = load_tokenizer(self.recipe.tokenizer)
         plain.post_processor = processors.Sequence([])
         return plain
 
     @cached_property
     def _added(self) -> dict[int, str]:
-        """The text of each token that was added to the vocabulary, special or not; text is never cut inside one."""
+        """The text of each token added to the vocabulary, special or not; no text is cut inside one."""
         return {n: token.content for n, token in self.tokenizer.get_added_tokens_decoder().items()}
 
     def messages(self, record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[bool]]:
-        """The messages of a record by the template's names, and which of them are answers.
+        """The messages of a record with the template's field names, and which of them are answers.
 
         Raises:
-            UserError: there are none, or one is not what it should be.
+            UserError: there is no message, or one is invalid.
         """
         source = self.source
         name = source.field_messages or next(
@@ -274,7 +274,7 @@ class Encoder:
         message |= {new: given[old] for new, old in names.items() if given.get(old) is not None}
         if "tool_calls" in message:
             message["tool_calls"] = _calls(message["tool_calls"], where)
-        # A turn may be calls or thoughts alone; its content is empty then, or not there at all.
+        # A turn may have calls or thoughts alone; its content is empty or missing then.
         silent = bool(message.get("tool_calls") or any(message.get(name) for name in THOUGHTS))
         for field in (role_name, content_name):
             if field not in given and not (silent and field == content_name):
@@ -325,7 +325,7 @@ def _field(record: Mapping[str, Any], name: str) -> Any:
 
 
 def _text(record: Mapping[str, Any], name: str, missing: str | None = None) -> str:
-    """A field that holds text; what is not there or empty is ``missing`` where that is given."""
+    """The text in a field; if it is absent or empty, ``missing`` if that is given."""
     if missing is not None and record.get(name) is None:
         return missing
     text = _field(record, name)

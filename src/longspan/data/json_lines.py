@@ -1,4 +1,4 @@
-"""Records and texts from JSON: a file of lines, or of one list."""
+"""Records and texts from JSON files, which hold JSON lines or one list."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ONE_A_LINE = "Each line must be one JSON object."
 
 
 def json_records(source: Path) -> Iterator[tuple[str, object]]:
-    """(where, JSON value) of a file of JSON lines, or of one JSON list."""
+    """Yields (place, JSON value) from a file of JSON lines or of one JSON list."""
     with source.open("rb") as file:
         start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
         file.seek(0)
@@ -89,7 +89,7 @@ def text_of(record: object, field: str, where: str) -> str:
 
 
 def valid_text(text: str) -> str:
-    """The text with a question mark for each half of a surrogate pair, which JSON may hold (``\\ud800``): it is no text."""
+    """The text with a question mark for each half of a surrogate pair (``\\ud800``), which JSON may hold."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

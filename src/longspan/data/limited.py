@@ -1,10 +1,10 @@
-"""Calls within limits of time and memory, for programs that others wrote: the templates of chats.
+"""Calls within limits of time and memory, for chat templates, which are programs of other authors.
 
-A template may loop for ever or ask for a string of a terabyte, by accident or on purpose, and Python
-cannot interrupt all of that from within: a thread gets no signals, and one operation may take hours.
-So the call runs in a process beside this one, to which the system itself holds the limits. The
-process is started at the first call and is used for all that follow, one at a time; a call costs the
-way there and back, some 50 microseconds. The process ends with this one, or after `IDLE_S` without a call.
+A template may loop for ever or make a string of a terabyte, by accident or on purpose, and Python
+cannot always interrupt this from within: a thread gets no signals, and one operation may take hours.
+So the call runs in a second process, whose limits the operating system enforces. The process starts
+at the first call and runs all later calls, one at a time; sending a call and its result costs about
+50 microseconds. The process ends with this one, or after `IDLE_S` seconds without a call.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-#: seconds of computing a call may take; waiting for a busy processor does not count
+#: seconds of computing that a call may take; waiting for a busy processor does not count
 TIME_S = 2.0
-#: bytes of memory its process may have
+#: bytes of memory that the process may have
 MEMORY = 2 << 30
 #: seconds without a call after which the process ends
 IDLE_S = 30.0
 
 
 class LimitError(Exception):
-    """A call took more time or memory than it may, or ended its process."""
+    """A call exceeded its time or memory, or ended its process."""
 
 
 def limited(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function returns or raises; from any thread and any process.
+    """Returns or raises what the function does; can be called from any thread and any process.
 
     Args:
-        function: of a module, found by its name.
-        arguments: they and the result travel by pickle.
+        function: a function of a module, found by its name.
+        arguments: sent by pickle, as is the result.
 
     Raises:
-        LimitError: a limit was passed, or the call ended its process.
+        LimitError: a limit was exceeded, or the call ended its process.
     """
     request = pickle.dumps((TIME_S, function, arguments))
     with _state.lock:
@@ -57,13 +57,12 @@ def limited(function: Callable[..., Any], *arguments: Any) -> Any:
                 break
             except (BrokenPipeError, EOFError, pickle.UnpicklingError):
                 code = process.wait()
-            except (
-                BaseException
-            ):  # an interrupt: an answer that comes later must not be taken for the next call's
+            # After an interrupt, a late answer must not be taken for the next call's.
+            except BaseException:
                 process.kill()
                 process.wait()
                 raise
-            # It may have ended, idle, just as this call began.
+            # Exit code 0: the idle process may have ended just when this call began.
             if code != 0:
                 if code == -signal.SIGPROF:
                     raise LimitError(
@@ -78,7 +77,7 @@ def limited(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class _State:
-    """The process beside this one, of which a fork has none."""
+    """The second process; a fork of this process starts one of its own."""
 
     def __init__(self) -> None:
         self.reset()
@@ -89,7 +88,7 @@ class _State:
 
     def running(self) -> subprocess.Popen:
         if self.process is None or self.process.poll() is not None:
-            # Modules are found where this process finds them.
+            # The second process finds modules in the same places as this one.
             places = [path for path in sys.path if path]
             code = f"import sys; sys.path[:] = {places!r}; from {__name__} import _serve; _serve()"
             self.process = subprocess.Popen(
@@ -113,9 +112,11 @@ os.register_at_fork(after_in_child=_state.reset)
 
 
 def _serve() -> None:
-    """The loop of the process: seconds, a function and its arguments in, (result, exception) out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the caller's, which then ends this one
-    with suppress(OSError, ValueError):  # where the system has no such limit
+    """The loop of the second process: reads seconds, a function and arguments, writes (result, exception)."""
+    # A Ctrl-C of the terminal is for the caller, which then ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Some systems have no such limit.
+    with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
@@ -124,7 +125,7 @@ def _serve() -> None:
             seconds, function, arguments = pickle.load(requests)
         except EOFError:
             return
-        # The signal's default is to end the process, which the system does in the middle of anything.
+        # By default the timer's signal ends the process, even in the middle of an operation.
         signal.setitimer(signal.ITIMER_PROF, seconds)
         replies.write(_reply(function, arguments))
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -140,6 +141,7 @@ def _reply(function: Callable[..., Any], arguments: tuple) -> bytes:
         try:
             reply = pickle.dumps((None, error))
             pickle.loads(reply)
-        except Exception:  # an exception that cannot travel
+        # Some exceptions cannot be pickled.
+        except Exception:
             return pickle.dumps((None, RuntimeError(repr(error))))
         return reply

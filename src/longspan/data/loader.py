@@ -1,12 +1,12 @@
 """Which rank trains on which rows at which step.
 
 The order of the data is a function of (data, seed, global batch) and nothing else: a
-sample of step k is looked up, not reached by iterating, so a resume needs no state, and
-another layout or another number of loader threads trains on the same tokens.
+sample of step k is looked up, not reached by iterating. So a resume needs no state, and
+a run with another layout or number of loader threads trains on the same tokens.
 
-Where the numbers come from: samples of all epochs, each in its own seeded order, are one
-endless line. Step k of a global batch of g takes places k*g to (k+1)*g; micro-batch m of
-data-parallel rank r takes the places ``(m * dp_size + r) * micro_batch_size + j``.
+The samples of all epochs, each in its own seeded order, are one endless line. With a global
+batch of g, step k takes places k*g to (k+1)*g of it; micro-batch m of data-parallel rank r
+takes the places ``(m * dp_size + r) * micro_batch_size + j`` among these.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from longspan.data.packing import (
 )
 from longspan.errors import UserError
 
-# Seeds are sequences [seed, purpose, ...]: no two purposes share their numbers. Zero is no
-# purpose: numpy seeds [s] and [s, 0] alike, and [s] is what plans are made with.
+# Seeds are sequences [seed, purpose, ...], so that no two purposes share random numbers. Zero is not
+# used as a purpose, because numpy treats [s] and [s, 0] alike, and plans are made with [s].
 ORDER, HOLD_OUT = 1, 2
 
 
@@ -44,24 +44,24 @@ class TokenDataset:
     """The samples of one split of some token files.
 
     Args:
-        datasets: the files; their documents are numbered through.
+        datasets: the files; their documents have consecutive numbers over all files.
         sequence_len: tokens of a sample.
-        seed: of the held-out documents, the packs and the order; 0 or more.
-        sample_packing: rows of whole documents (see `packing`); else one stream.
+        seed: seed of the held-out documents, the packs and the order; 0 or more.
+        sample_packing: rows of whole documents (see `packing`); otherwise one stream.
         split: "train", "validation", or "whole": all documents, in their own order.
-        val_set_size: documents held out for validation: a part of all below 1 (at least one
-            document), else a number of documents.
-        masks: for each file of samples, what counts in the loss (`samples.open_masks`); None for a
-            file of documents. A sample is never cut: without packing each has a row of its own.
-        excess_length_strategy: of samples longer than a row: "drop", "truncate" or "raise".
-        end_of_document: what the token that ends a document does in the stream; None for nothing.
+        val_set_size: documents held out for validation: below 1 a share of all (at least one
+            document), otherwise a number of documents.
+        masks: for each file of samples, the mask of what counts in the loss (`samples.open_masks`);
+            None for a file of documents. A sample is never cut: without packing each has its own row.
+        excess_length_strategy: handling of samples longer than a row: "drop", "truncate" or "raise".
+        end_of_document: the effects of the token that ends a document in the stream; None for none.
 
     Attributes:
         apart: whether the documents of a row do not see each other.
-        num_excess: samples of this split that were dropped or truncated.
+        num_excess: number of samples of this split that were dropped or truncated.
 
     Raises:
-        UserError: a split without documents, or a value out of range.
+        UserError: a split has no documents, or a value is out of range.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class TokenDataset:
         self.end_of_document = end_of_document
         self.apart = sample_packing or (end_of_document is not None and end_of_document.cuts_attention)
         self.split = split
-        # First document of each file in the common numbering.
+        # the first document of each file in the common numbering
         self._first = np.concatenate([[0], np.cumsum([len(d) for d in self.datasets])]).astype(np.int64)
         lengths = np.concatenate([np.empty(0, np.int64), *(d.document_lengths for d in self.datasets)])
         self.masks = list(masks) or [None] * len(self.datasets)
@@ -115,15 +115,15 @@ class TokenDataset:
         self.num_tokens = int(lengths.sum())
         plan = plan_packs if sample_packing else plan_rows if self.has_samples else plan_stream
         self._plan = plan(lengths, sequence_len, seed)
-        # Two: a global batch may reach over the end of an epoch.
+        # Two orders are kept, because a global batch may reach beyond the end of an epoch.
         self.order = lru_cache(maxsize=2)(self._order)
 
     def __len__(self) -> int:
-        """Samples of an epoch."""
+        """The number of samples of an epoch."""
         return len(self._plan)
 
     def row(self, index: int | None) -> Row:
-        """Sample `index`; None or -1 is an empty row, all padding.
+        """Sample `index`; for None or -1 an empty row of padding.
 
         Returns:
             int64 arrays: tokens, labels, positions ``[s]`` and boundaries ``[d + 1]``.
@@ -141,19 +141,20 @@ class TokenDataset:
         return row
 
     def boundaries(self, index: int) -> list[int]:
-        """Where the documents of sample `index` begin, ending with its last token; padding left out.
+        """The boundaries of the documents of sample `index`, without padding.
 
-        Reads nothing, but where the stream is cut at its end-of-document tokens.
+        No file is read, except if the stream is cut at its end-of-document tokens.
         """
         lengths = [stop - start for _, start, stop in self._plan.pieces(index)]
-        if not self.apart:  # one sequence, whatever documents it reaches across
+        # The row is one sequence, even if it holds several documents.
+        if not self.apart:
             return [0, sum(lengths)]
         if not self.sample_packing:
             return [int(b) for b in self.row(index).boundaries if b <= sum(lengths)]
         return [sum(lengths[:i]) for i in range(len(lengths) + 1)]
 
     def sources(self, index: int) -> list[tuple[str, int, int, int]]:
-        """What sample `index` is made of: (prefix of the file, document in it, first token, end). Reads nothing."""
+        """The parts of sample `index`: (prefix of file, document in it, first token, end). Reads no file."""
         found = []
         for document, start, stop in self._plan.pieces(index):
             at, number = self._place(document)
@@ -163,7 +164,7 @@ class TokenDataset:
 
     @property
     def num_learned(self) -> int:
-        """Tokens of an epoch that are learned: the first of a document is never (without packing, the first of all)."""
+        """Learned tokens of an epoch, which the first token of a document (or of the stream) is not."""
         lengths = self._plan.lengths if isinstance(self._plan, Packs) else np.array([self.num_tokens])
         if not self.has_samples:
             unlearned = self._num_ends() if self.end_of_document and self.end_of_document.masks_loss else 0
@@ -184,7 +185,7 @@ class TokenDataset:
         return total
 
     def _num_ends(self) -> int:
-        """How often the end-of-document token has a token behind it in the stream. Reads all of it."""
+        """How many end-of-document tokens of the stream have a next token. Reads the whole stream."""
         assert isinstance(self._plan, Stream)
         assert self.end_of_document is not None
         token, count, last = self.end_of_document.token, 0, False
@@ -195,18 +196,18 @@ class TokenDataset:
 
     @property
     def num_documents(self) -> int:
-        """Of this split, without samples that were dropped."""
+        """The number of documents of this split, without dropped samples."""
         return len(self.documents)
 
     @property
     def longest_document(self) -> int:
-        """Tokens that attend to each other at most: the longest document or piece of one, a row without packing."""
+        """The most tokens that attend to each other: the longest document or piece; without packing a row."""
         return self._plan.longest
 
     def has_targets(self, most: int) -> bool:
-        """Does a token of this split count in the loss, as far as the first ``most`` tokens show?
+        """Whether a token of this split counts in the loss; True if the first ``most`` tokens leave it open.
 
-        A sample's first token is never a label, and what truncation takes off is not learned.
+        A sample's first token is never a label, and truncated tokens are not learned.
         """
         if isinstance(self._plan, Stream):
             return self.num_tokens > 1
@@ -221,7 +222,7 @@ class TokenDataset:
         return False
 
     def _place(self, document: int) -> tuple[int, int]:
-        """(file, number in it) of this split's `document`."""
+        """(file, document's number in the file) of this split's `document`."""
         number = int(self.documents[document])
         at = int(np.searchsorted(self._first, number, side="right")) - 1
         return at, number - int(self._first[at])
@@ -231,7 +232,7 @@ class TokenDataset:
         return self.datasets[at].read(number, start, stop)
 
     def _fit(self, lengths: np.ndarray, strategy: str) -> np.ndarray:
-        """The documents' lengths where no sample is longer than a row; drops from `documents` what has no place."""
+        """The documents' lengths with samples limited to a row; removes dropped samples from `documents`."""
         files = np.searchsorted(self._first, self.documents, side="right") - 1
         excess = np.array([mask is not None for mask in self.masks])[files] & (lengths > self.sequence_len)
         self.num_excess = int(excess.sum())
@@ -255,26 +256,28 @@ class TokenDataset:
         return lengths
 
     def _hide_prompts(self, index: int, row: Row) -> None:
-        """Takes the labels off tokens that are not to be learned."""
+        """Removes the labels of tokens that must not be learned."""
         begin = 0
-        assert isinstance(self._plan, Packs)  # samples are never cut
+        # Samples are never cut.
+        assert isinstance(self._plan, Packs)
         for document, start, stop in self._plan.pieces(index):
             at, number = self._place(document)
             mask = self.masks[at]
             if mask is not None:
-                # a label is the next token, so its mask is the next token's
+                # A label is the next token, so the next token's mask applies to it.
                 learned = mask.read(number, start + 1, min(stop + 1, int(self._plan.lengths[document])))
                 row.labels[begin : begin + len(learned)][learned == 0] = IGNORE_INDEX
             begin += stop - start
 
     def _order(self, epoch: int) -> np.ndarray:
-        """int64 ``[samples]``: the order of an epoch; files' own for validation. (Called as `order`.)"""
+        """int64 ``[samples]``: an epoch's order; for validation the files' order. (Called as `order`.)"""
         if self.split != "train":
             order = np.arange(len(self))
         else:
             generator = np.random.Generator(np.random.PCG64([self.seed, ORDER, epoch]))
             order = generator.permutation(len(self))
-        order.setflags(write=False)  # it is kept, and shared
+        # The array is cached and shared.
+        order.setflags(write=False)
         return order
 
     def global_batch(self, step: int, size: int) -> list[int]:
@@ -285,7 +288,7 @@ class TokenDataset:
     def micro_batches(
         self, step: int, *, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
     ) -> list[Batch]:
-        """What one data-parallel rank computes in training step `step`, in its order.
+        """The micro-batches that one data-parallel rank computes in training step `step`, in order.
 
         Raises:
             UserError: the global batch is not a multiple of micro_batch_size * dp_size.
@@ -308,11 +311,11 @@ class TokenDataset:
         """Every sample once, in its order, over all ranks.
 
         Args:
-            limit: at most so many samples (over all ranks).
+            limit: the most samples over all ranks.
 
         Returns:
-            The batches of one rank, read as they are asked for. There are equally many on each rank,
-            so that collectives stay in step; the last may have empty rows, which add nothing.
+            The batches of one rank, read while iterating. Each rank has the same number of batches,
+            because collectives must match; the last may have empty rows, which add nothing.
         """
         _check_rank(micro_batch_size, dp_rank, dp_size)
         if limit is not None and limit < 1:
@@ -330,10 +333,10 @@ class TokenDataset:
 
 
 class Prefetcher:
-    """Iterates over ``make(step)`` for first_step <= step < last_step, made ahead in one thread.
+    """Iterates over ``make(step)`` for first_step <= step < last_step, which one thread calls ahead.
 
-    While the caller works on one step, at most the next two are made, in order. What
-    ``make`` raises is raised from ``next``. Use it as a context manager, or `close` it.
+    While the caller works on one step, at most the next two are made, in order. Errors of
+    ``make`` are raised from ``next``. Use it as a context manager, or `close` it.
     """
 
     AHEAD = 2
@@ -367,7 +370,7 @@ class Prefetcher:
             raise
 
     def close(self) -> None:
-        """Ends the thread after the step it is at; what was made ahead is dropped."""
+        """Ends the thread after its present step; results made ahead are dropped."""
         self._steps = iter(())
         self._made.clear()
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -380,7 +383,7 @@ class Prefetcher:
 
 
 def _split(documents: np.ndarray, val_set_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training, validation) document numbers, ascending; a document is in one of them."""
+    """(training, validation) document numbers, ascending; each document is in one of the two."""
     if val_set_size < 0 or (val_set_size >= 1 and val_set_size != int(val_set_size)):
         raise UserError(
             f"val_set_size is {val_set_size}; it is a part of the documents (0 to 1) or their number."
@@ -398,7 +401,7 @@ def _split(documents: np.ndarray, val_set_size: float, seed: int) -> tuple[np.nd
 
 
 def _learned(mask: IndexedDataset) -> np.ndarray:
-    """How many tokens of each sample are learned, int64 ``[d]``; its first token is nobody's label."""
+    """The number of learned tokens of each sample, int64 ``[d]``; its first token is never a label."""
     lengths = mask.document_lengths
     counts = np.zeros(len(lengths), dtype=np.int64)
     full = np.flatnonzero(lengths)

@@ -1,4 +1,4 @@
-"""Token files of one folder put together into one pair, as Megatron-LM's ``merge_datasets.py`` does."""
+"""Merges the token files of one folder into one pair, as Megatron-LM's ``merge_datasets.py`` does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def pairs_of(folder: str | Path) -> list[Path]:
     """The prefixes of a folder's .bin/.idx pairs, sorted by name.
 
     Raises:
-        UserError: no such folder, no pair in it, or half of one.
+        UserError: there is no such folder, or it has no pair or half a pair.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -37,9 +37,9 @@ def pairs_of(folder: str | Path) -> list[Path]:
 def merge(
     prefixes: list[Path], output: str | Path, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, int]:
-    """Writes the documents of all files, one file after another, with their sequences as they are.
+    """Writes the documents of all files, one file after another, with unchanged sequences.
 
-    Tokens are copied in pieces: memory holds the lengths alone. The files are whole or absent.
+    Tokens are copied in pieces, so memory holds the lengths alone. The output is whole or absent.
 
     Returns:
         ``{"documents": ..., "tokens": ...}`` as written.

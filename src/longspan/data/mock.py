@@ -1,8 +1,8 @@
-"""Made-up documents: training without data and without a tokenizer, to try a layout or to time one.
+"""Made-up documents: training without data and without a tokenizer, to try or time a layout.
 
 There is something to learn at every distance: small token numbers are frequent (about
-1/number), a token is mostly followed by the next number, and a document repeats itself with
-a period of its own, so that a model which looks back far enough knows what comes.
+1/number), the next number mostly follows a token, and each document repeats itself with its
+own period, so that a model that looks back far enough can predict the next token.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ MOCK = 3
 
 
 class MockDocuments:
-    """Documents of `IndexedDataset`'s kind that are computed when they are read.
+    """Documents with the interface of `IndexedDataset`, computed when they are read.
 
     Args:
-        sequence_len: documents have from 16 to twice as many tokens, short ones more often.
-        documents: how many there are.
+        sequence_len: documents have 16 to 2 * sequence_len tokens; short ones are more frequent.
+        documents: the number of documents.
     """
 
     def __init__(self, vocab_size: int, sequence_len: int, seed: int, documents: int = 2000):
@@ -36,7 +36,7 @@ class MockDocuments:
         return len(self.document_lengths)
 
     def token_range(self, most: int) -> tuple[int, int]:
-        """The smallest and the largest token there can be."""
+        """The smallest and the largest possible token."""
         return 0, self.vocab_size - 1
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -44,7 +44,7 @@ class MockDocuments:
         stop = int(self.document_lengths[document]) if stop is None else stop
         generator = np.random.Generator(np.random.PCG64([self.seed, MOCK, document]))
         period = int(generator.integers(16, 129))
-        # runs of successive numbers, each from a number drawn with probability ~ 1 / number
+        # Runs of successive numbers; the first of a run is drawn with probability ~ 1 / number.
         starts = generator.random(period) < 0.25
         starts[0] = True
         begin = np.maximum.accumulate(np.where(starts, np.arange(period), 0))

@@ -1,19 +1,19 @@
 """From documents to rows of tokens: which tokens make a sample, and its labels.
 
-Three plans, all made from the documents' lengths alone, so that any rank can make them
-without reading a token and without talking to another:
+There are three plans, all made from the documents' lengths alone, so that any rank can make
+them without reading a token and without communication:
 
-- `plan_packs`: sample packing. A row holds whole documents (or pieces of those longer
+- `plan_packs`: sample packing. A row holds whole documents (or pieces of documents longer
   than a row); each attends only to itself.
-- `plan_stream`: no packing. All documents in a row are one stream, cut every sequence_len
-  tokens; a row is one sequence, whatever documents it reaches across.
+- `plan_stream`: no packing. All documents one after another are one stream, cut every
+  sequence_len tokens; a row is one sequence, even if it holds parts of several documents.
 - `plan_rows`: no packing, for samples. A row holds one sample (or piece of a document).
 
-Labels are shifted here, before anything is sharded: the label of a token is the token
-after it, even where that one lies in another piece of the same document. Where there is no
-next token, and on padding, it is `IGNORE_INDEX`.
+Labels are shifted here, before anything is sharded: the label of a token is the next token,
+even if that token lies in another piece of the same document. Without a next token, and on
+padding, the label is `IGNORE_INDEX`.
 
-Nothing here touches a file: a plan gets its tokens from a function
+This module reads no file: a plan gets its tokens from a function
 ``read(document, start, stop) -> int64 [stop - start]``.
 """
 
@@ -43,11 +43,11 @@ class Batch:
     Attributes:
         tokens: ``[b, s]``.
         labels: ``[b, s]``, already shifted; `IGNORE_INDEX` where there is no target.
-        positions: ``[b, s]``; with packing they restart at 0 with each document, in a stream where
-            its `EndOfDocument` does so.
-        cu_seqlens: ``[d + 1]``, where the documents begin among the b*s tokens taken row by
-            row, ending with b*s; padding at the end of a row is a document. None where
-            documents are not kept apart: every row is one sequence.
+        positions: ``[b, s]``; with packing they restart at 0 with each document, in a stream if its
+            `EndOfDocument` resets them.
+        cu_seqlens: ``[d + 1]``, the boundaries of the documents among the b*s tokens taken row by
+            row, from 0 to b*s; padding at the end of a row is a document. None if documents are
+            not kept apart: every row is one sequence then.
     """
 
     tokens: torch.Tensor
@@ -62,11 +62,11 @@ class Batch:
 
     @property
     def num_valid(self) -> int:
-        """How many tokens count in the loss."""
+        """The number of tokens that count in the loss."""
         return int(self.loss_mask.sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; cu_seqlens stays, since the layout is made on the CPU."""
+        """The same batch on another device; cu_seqlens stays on the CPU, where the layout is made."""
         return Batch(
             self.tokens.to(device, non_blocking=True),
             self.labels.to(device, non_blocking=True),
@@ -85,15 +85,15 @@ class Row(NamedTuple):
 
 
 class EndOfDocument(NamedTuple):
-    """What the token that ends a document does to a sample of the stream, whose tokens stay as they are.
+    """The effects of the token that ends a document on a sample of the stream; its tokens do not change.
 
     The token itself belongs to the document that it ends. (Megatron-LM's reset_position_ids,
     reset_attention_mask and eod_mask_loss.)
 
     Attributes:
-        token: its number.
-        resets_positions: positions begin anew at 0 after it.
-        cuts_attention: what comes after it does not see it, nor anything before it.
+        token: the token's number.
+        resets_positions: positions restart at 0 after it.
+        cuts_attention: later tokens see neither it nor tokens before it.
         masks_loss: the token after it is not learned.
     """
 
@@ -103,7 +103,7 @@ class EndOfDocument(NamedTuple):
     masks_loss: bool
 
     def apply(self, row: Row, used: int) -> Row:
-        """The same tokens with other positions, labels and boundaries; ``used`` counts those that are no padding."""
+        """The same tokens with other positions, labels and boundaries; the first ``used`` are not padding."""
         ends = np.flatnonzero(row.tokens[:used] == self.token)
         size = len(row.tokens)
         boundaries = np.unique(np.concatenate([[0], ends + 1, [used, size]]))
@@ -119,10 +119,10 @@ class EndOfDocument(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Packs:
-    """What `plan_packs` found: pieces ``[p]`` in the order of their packs.
+    """The result of `plan_packs`: pieces ``[p]`` in the order of their packs.
 
     A piece is tokens ``[start, stop)`` of a document; pack i has the pieces
-    ``offsets[i]`` to ``offsets[i + 1]``. Arrays, not lists: there may be millions.
+    ``offsets[i]`` to ``offsets[i + 1]``. They are arrays, because there may be millions.
     """
 
     sequence_len: int
@@ -151,7 +151,7 @@ class Packs:
         row = empty_row(self.sequence_len)
         boundaries = [0]
         for document, start, stop in self.pieces(index):
-            # One token more than the piece has, if there is one: the label of its last.
+            # One token more than the piece, if there is one, is the label of its last token.
             found = read(document, start, min(stop + 1, int(self.lengths[document])))
             begin = boundaries[-1]
             end = begin + stop - start
@@ -168,7 +168,7 @@ class Packs:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """What `plan_stream` found: documents ``[d]`` in order, and where each begins, ``[d + 1]``."""
+    """The result of `plan_stream`: documents ``[d]`` in order, and the beginning of each, ``[d + 1]``."""
 
     sequence_len: int
     documents: np.ndarray
@@ -184,17 +184,18 @@ class Stream:
         return min(self.sequence_len, int(self.begins[-1]))
 
     def pieces(self, index: int) -> list[tuple[int, int, int]]:
-        """The (document, start, stop) that a sample reaches across."""
+        """The (document, start, stop) of all pieces in a sample."""
         begin = index * self.sequence_len
         return self._range(begin, begin + self.sequence_len)
 
     def row(self, index: int, read: Read) -> Row:
-        """Reads one sample; only the last of all is padded.
+        """Reads one sample; only the last sample is padded.
 
-        Positions run through: a row is one sequence, and nothing real follows the padding.
+        Positions do not restart, because a row is one sequence and padding comes last.
         """
         begin = index * self.sequence_len
-        pieces = self._range(begin, begin + self.sequence_len + 1)  # one more: the last label
+        # One token more is the last label.
+        pieces = self._range(begin, begin + self.sequence_len + 1)
         found = np.concatenate([read(*piece) for piece in pieces])
         row = empty_row(self.sequence_len)
         used = min(len(found), self.sequence_len)
@@ -216,27 +217,27 @@ class Stream:
 def plan_packs(lengths: Sequence[int] | np.ndarray, sequence_len: int, seed: int) -> Packs:
     """Packs documents into rows of `sequence_len` tokens.
 
-    Documents longer than a row are cut into pieces of a row (the last one shorter). The
-    pieces are taken in a seeded random order; each goes into the open pack that it leaves
-    the least room in. When `OPEN_PACKS` are open and none has room, the fullest is closed.
+    Documents longer than a row are cut into pieces as long as a row (the last one may be shorter).
+    The pieces are taken in a seeded random order; each goes into the open pack in which it leaves
+    the least room. When `OPEN_PACKS` are open and none has room, the fullest is closed.
 
     Args:
         lengths: tokens of each document; empty documents are left out.
         sequence_len: tokens of a row.
-        seed: of the order. The result depends on these three alone.
+        seed: seed of the order. The result depends on these three arguments alone.
     """
     lengths = _checked(lengths, sequence_len)
     documents, starts, stops = _pieces(lengths, sequence_len)
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(documents))
     pack_of = _best_fit((stops - starts)[order].tolist(), sequence_len)
-    # Stable, so pieces keep their random order inside a pack.
+    # The sort is stable, so pieces keep their random order inside a pack.
     grouped = order[np.argsort(pack_of, kind="stable")]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(pack_of))]).astype(np.int64)
     return Packs(sequence_len, lengths, documents[grouped], starts[grouped], stops[grouped], offsets)
 
 
 def plan_rows(lengths: Sequence[int] | np.ndarray, sequence_len: int, seed: int) -> Packs:
-    """One document a row, or one piece of those longer than a row, in the documents' order.
+    """One document a row, or one piece of a document longer than a row, in the documents' order.
 
     Args: as in `plan_packs`; the seed is not used.
     """
@@ -266,7 +267,7 @@ def empty_row(sequence_len: int) -> Row:
 
 
 def make_batch(rows: Sequence[Row], apart: bool) -> Batch:
-    """Puts rows of one length into a `Batch`; where documents are not kept apart it has no cu_seqlens."""
+    """Puts rows of one length into a `Batch`; it has no cu_seqlens if documents are not kept apart."""
     cu_seqlens = None
     if apart:
         size = len(rows[0].tokens)
@@ -297,10 +298,12 @@ def _pieces(lengths: np.ndarray, sequence_len: int) -> tuple[np.ndarray, np.ndar
 def _best_fit(sizes: list[int], capacity: int) -> np.ndarray:
     """The pack number ``[p]`` of each piece; packs are numbered as they are opened."""
     pack_of = np.empty(len(sizes), dtype=np.int64)
-    open_packs: list[tuple[int, int]] = []  # (free tokens, pack number), ascending
+    # (free tokens, pack number), ascending
+    open_packs: list[tuple[int, int]] = []
     opened = 0
     for i, size in enumerate(sizes):
-        at = bisect_left(open_packs, (size, -1))  # the first with room for it
+        # the first pack with room for the piece
+        at = bisect_left(open_packs, (size, -1))
         if at < len(open_packs):
             free, pack = open_packs.pop(at)
         else:
@@ -310,5 +313,6 @@ def _best_fit(sizes: list[int], capacity: int) -> np.ndarray:
         if free > size:
             insort(open_packs, (free - size, pack))
             if len(open_packs) > OPEN_PACKS:
-                del open_packs[0]  # the fullest
+                # the fullest pack
+                del open_packs[0]
     return pack_of

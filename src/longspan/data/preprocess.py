@@ -1,9 +1,9 @@
-"""Text into token files as Megatron-LM's ``preprocess_data.py`` does: several fields of a line, sentences, workers.
+"""Text into token files as by Megatron-LM's ``preprocess_data.py``: several fields, sentences, workers.
 
     files -> lines -> {key: text} -> (workers) {key: sequences of tokens} -> PREFIX_KEY_document.bin/.idx
 
-A document is one sequence, or one a sentence where text is split into sentences or the
-field is a list of texts already. Documents keep their order, whatever the number of workers.
+A document is one sequence, or one sequence for each sentence if text is split into sentences
+or the field is a list of texts. Documents keep their order with any number of workers.
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ Texts = list[str]
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a worker needs to know.
+    """A worker's settings.
 
     Attributes:
-        tokenizer: the folder of a ``tokenizer.json``; None reads numbers apart by blanks (Megatron-LM's NullTokenizer).
-        vocab_size: tokens are below it; without the end of a document where there is no tokenizer.
-        eod: the token put behind each document, or None.
-        language: of the sentences a text is split into; None leaves it whole.
-        keep_newlines: a sentence keeps the blanks and line ends behind it.
+        tokenizer: the folder of a ``tokenizer.json``; None reads numbers separated by blanks (Megatron-LM's
+            NullTokenizer).
+        vocab_size: upper bound of the tokens; without a tokenizer the end-of-document token is not included.
+        eod: the token put after each document, or None.
+        language: the language of the sentences into which a text is split; None does not split.
+        keep_newlines: a sentence keeps the blanks and line ends after it.
     """
 
     tokenizer: str | None
@@ -63,7 +64,7 @@ def input_files(given: Sequence[str]) -> list[Path]:
     """The files of paths, patterns (``*.jsonl``) and folders, in that order, each sorted.
 
     Raises:
-        UserError: nothing is there under a name.
+        UserError: a name leads to no file.
     """
     found: list[Path] = []
     for path in given:
@@ -80,10 +81,10 @@ def input_files(given: Sequence[str]) -> list[Path]:
 
 
 def documents_of(files: Sequence[Path], keys: Sequence[str]) -> Iterator[list[Texts]]:
-    """For each document its fields, each a list of sequences: one, or as many as the list in a line has.
+    """Yields the fields of each document; a field is a list of sequences: one, or those of a list in a line.
 
     Raises:
-        UserError: a line has no such field, with the file and the line; or a key is asked of a text file.
+        UserError: a line lacks a field (the message names file and line), or keys are given for a text file.
     """
     for file in files:
         if file.suffix.lower() in LINES:
@@ -107,14 +108,14 @@ def preprocess(
     """Tokenises the fields of documents, each into its own pair of files.
 
     Args:
-        documents: of `documents_of`.
-        prefixes: one a field.
-        workers: processes that tokenise; with 1 this one does, on all cores.
+        documents: the result of `documents_of`.
+        prefixes: one for each field.
+        workers: number of processes that tokenise; with 1 this process does it, on all cores.
         progress: called with (documents, tokens of all fields) done so far.
 
     Returns:
         For each field ``{"documents": ..., "tokens": ...}`` as written. A document without a token
-        stays an empty one, as Megatron-LM keeps it: line n is document n of every field.
+        stays as an empty document, as in Megatron-LM, so that line n is document n of every field.
 
     Raises:
         UserError: a field has no token at all, or text cannot be encoded; then no file is left.
@@ -170,10 +171,10 @@ def make_encoder(encoding: Encoding) -> Callable[[list[list[Texts]]], Encoded]:
 
 
 def sentence_splitter(language: str, keep_newlines: bool) -> Callable[[str], list[str]]:
-    """Splits by nltk's Punkt (Kiss & Strunk 2006), as Megatron-LM does.
+    """A function that splits text by nltk's Punkt (Kiss & Strunk 2006), as Megatron-LM does.
 
     Raises:
-        UserError: nltk or its model of this language is not installed.
+        UserError: nltk or its model for this language is not installed.
     """
     try:
         from nltk.tokenize.punkt import PunktTokenizer
@@ -221,7 +222,7 @@ def _numbers(texts: list[str], vocab_size: int) -> list[list[int]]:
 
 
 def _joined(sequences: list[list[int]], eod: int | None) -> tuple[np.ndarray, list[int]]:
-    """One document: its tokens, the end of it among them, and its sequences' lengths; empty sequences are left out."""
+    """One document: its tokens with the end token, and its sequences' lengths without empty sequences."""
     full = [sequence for sequence in sequences if sequence]
     if full and eod is not None:
         full[-1] = [*full[-1], eod]
@@ -253,7 +254,7 @@ def _in_processes(
     batches: Iterator[list[list[Texts]]], encoding: Encoding, workers: int, stack: ExitStack
 ) -> Iterator[Encoded]:
     """As ``map``, in order; few batches are read ahead, so that memory does not grow with the input."""
-    # spawned: a fork would inherit the tokenizer's threads
+    # Processes are spawned, because a fork would inherit the tokenizer's threads.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), end_with_pool)
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
     ahead: deque[Future[Encoded]] = deque()
@@ -267,7 +268,7 @@ def _in_processes(
 
 @lru_cache(maxsize=1)
 def _encoder(encoding: Encoding) -> Callable[[list[list[Texts]]], Encoded]:
-    """Made once a process: a tokenizer takes a while to load."""
+    """The encoder, made once in each process because a tokenizer takes time to load."""
     return make_encoder(encoding)
 
 

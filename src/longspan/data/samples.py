@@ -1,11 +1,11 @@
 """Samples prepared once: token files and, beside them, files of masks.
 
-    <name>-<fingerprint>/samples.bin, .idx              the tokens, a document a sample
+    <name>-<fingerprint>/samples.bin, .idx              the tokens, one document for each sample
     <name>-<fingerprint>/samples_mask.bin, .idx         uint8, 1 where a token is learned
-    <name>-<fingerprint>/samples_missing.json           what the chat template left out -> of how many chats
+    <name>-<fingerprint>/samples_missing.json           what the chat template left out -> in how many chats
 
-The first two are in the format of ``indexed``. Documents (type: completion) have no mask. The token files
-come last: where they are, all is there.
+The first two have the format of ``indexed``. Documents (type: completion) have no mask. The token files
+are written last, so that their presence shows that all files are there.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from longspan.data.text import Progress, load_tokenizer, special_tokens, vocabul
 from longspan.errors import UserError
 from longspan.parent import end_with_pool
 
-#: records a process takes at a time
+#: records that a process takes at a time
 CHUNK = 512
 
 
 def mask_prefix(prefix: str | Path) -> Path:
-    """Where the masks of token files are."""
+    """The prefix of the masks of token files."""
     tokens, _ = bin_and_idx(prefix)
     return tokens.with_name(tokens.name.removesuffix(".bin") + "_mask")
 
 
 def open_masks(prefix: str | Path) -> IndexedDataset | None:
-    """The masks of token files; None where they are documents, all of which counts.
+    """The masks of token files; None for documents, of which every token counts.
 
     Raises:
-        UserError: the two are not of the same samples.
+        UserError: tokens and masks are not of the same samples.
     """
     place = mask_prefix(prefix)
     if not any(path.is_file() for path in bin_and_idx(place)):
@@ -60,7 +60,7 @@ def open_masks(prefix: str | Path) -> IndexedDataset | None:
     return masks
 
 
-#: what a chat template may leave out (`turns.Found`) -> what becomes of it
+#: what a chat template may leave out (`turns.Found`) -> the end of the message about it
 MISSING = {
     "end": "hold an answer that ends with no special token, so a model does not learn to stop there. Take a template whose "
     "end token the tokenizer has (special_tokens, chat_template)",
@@ -82,15 +82,16 @@ def prepare_samples(
     """Makes the samples of a dataset once; later calls find them.
 
     Args:
-        processes: that tokenise; default: the cores. A small dataset is done without.
+        processes: number of processes that tokenise; None is one for each core. A small dataset needs none.
         progress: called with (samples, tokens) done so far.
-        remark: called with a line for each thing that the chat template left out of the samples, whenever they were made.
+        remark: called with a line for each thing that the chat template left out of the samples, also if they
+            were made earlier.
 
     Returns:
         The prefix of the token files.
 
     Raises:
-        UserError: a record is not what the type asks for, or there is none.
+        UserError: a record does not fit the dataset's type, or there is no record.
     """
     digest = hashlib.blake2b(digest_size=6)
     digest.update(json.dumps(stamp(recipe.source)).encode())
@@ -102,7 +103,8 @@ def prepare_samples(
     masked = recipe.source.type != "completion"
     if not _is_whole(prefix, masked):
         with only_here(prefix.parent):
-            if not _is_whole(prefix, masked):  # while this process waited
+            # Another process may have written them while this one waited.
+            if not _is_whole(prefix, masked):
                 _write_samples(recipe, prefix, masked, processes or os.cpu_count() or 1, progress)
     if remark is not None and recipe.template is not None:
         count = len(IndexedDataset(prefix))
@@ -120,7 +122,7 @@ def _missing_file(prefix: Path) -> Path:
 def _write_samples(
     recipe: Recipe, prefix: Path, masked: bool, processes: int, progress: Progress | None
 ) -> None:
-    """Writes the samples, and before them what the chat template left out, and of how many chats."""
+    """Writes the samples, and before them the file of what the chat template left out."""
     missing: Counter[str] = Counter()
     vocab_size = vocabulary_size(load_tokenizer(recipe.tokenizer))
     writer = IndexedDatasetWriter(prefix, best_dtype(vocab_size))
@@ -154,16 +156,18 @@ Encoded = tuple[list[Sample], Counter[str]]
 
 
 def _encoded(recipe: Recipe, processes: int) -> Iterator[Encoded]:
-    """The samples in the records' order and what the template left out of them, a chunk at a time; memory holds a few."""
-    encoder = Encoder(recipe)  # here too: what is wrong with the tokenizer is said once
+    """Yields chunks of samples in order, with what the template left out of each; holds few in memory."""
+    # The encoder is made here too, so that an error of the tokenizer is reported once.
+    encoder = Encoder(recipe)
     records = iter_records(recipe.source)
     first = list(islice(records, 2 * CHUNK))
-    if processes == 1 or len(first) < 2 * CHUNK:  # starting processes takes longer
+    # For few records, starting processes would take longer.
+    if processes == 1 or len(first) < 2 * CHUNK:
         while first:
             yield _chunk(encoder, first)
             first = list(islice(records, CHUNK))
         return
-    # spawned: a fork of a process with threads (tokenizers, torch) may hang
+    # Processes are spawned, because a fork of a process with threads (tokenizers, torch) may hang.
     with ProcessPoolExecutor(processes, get_context("spawn"), _begin, (recipe,)) as pool:
         ahead = deque([pool.submit(_encode, first[:CHUNK]), pool.submit(_encode, first[CHUNK:])])
         try:
@@ -176,7 +180,8 @@ def _encoded(recipe: Recipe, processes: int) -> Iterator[Encoded]:
                 future.cancel()
 
 
-_OWN: dict[str, Encoder] = {}  # of a worker process
+# the encoder of a worker process
+_OWN: dict[str, Encoder] = {}
 
 
 def _begin(recipe: Recipe) -> None:

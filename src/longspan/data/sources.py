@@ -1,8 +1,8 @@
-"""Records from where they lie: files, folders, and datasets of the Hugging Face hub.
+"""Records from files, folders, and datasets of the Hugging Face hub.
 
-JSON, JSON lines and CSV are read here; Parquet and Arrow files with pyarrow; the hub, and what
-its library saved, with ``datasets``. The two packages are asked for when they are needed, and
-nothing else of longspan needs them.
+JSON, JSON lines and CSV are read here; Parquet and Arrow files with pyarrow; the hub, and folders
+that its library saved, with ``datasets``. The two packages are imported when they are needed, and
+nothing else in longspan needs them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ EXTRA = "pip install 'longspan[hf]'"
 
 _SPLIT = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-#: what separates the fields of files that are called CSV and are none
+#: separators of fields in files that are named CSV but have no commas
 _NO_COMMAS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-#: words in file names that say which part of the data a file holds
+#: word in a file's name -> the part of the data that the file holds
 _PARTS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -38,7 +38,7 @@ _PARTS = {
 
 
 def is_text(source: DatasetConfig) -> bool:
-    """Is it documents of ``data.text``: text files, lines of JSON, or a folder of text and code?"""
+    """Whether the source is documents of ``data.text``: text, lines of JSON, a folder of text and code."""
     asks = source.split != "train" or source.data_files or source.name or source.ds_type not in (None, "json")
     if source.type != "completion" or asks:
         return False
@@ -49,12 +49,13 @@ def is_text(source: DatasetConfig) -> bool:
         return False
     try:
         return bool(find_sources(path))
-    except UserError:  # no text in it
+    # The folder has no text.
+    except UserError:
         return not any(p.suffix.lower() in KINDS for p in path.rglob("*"))
 
 
 def check_source(source: DatasetConfig) -> None:
-    """Raises UserError for a source that is not there, before anything is read."""
+    """Raises UserError for a source that does not exist, before anything is read."""
     if is_text(source):
         if source.revision is not None:
             raise UserError(
@@ -71,7 +72,7 @@ def check_source(source: DatasetConfig) -> None:
 
 
 def stamp(source: DatasetConfig) -> list:
-    """What changes when the records do: paths, sizes and times of files; the name and revision of a hub's dataset."""
+    """Values that change with the records: files' paths, sizes, times; a hub dataset's name and revision."""
     asked = [source.split, source.name, source.data_files, source.ds_type, source.revision]
     if _on_hub(source):
         return [source.path, *asked]
@@ -82,20 +83,20 @@ def stamp(source: DatasetConfig) -> list:
     return [*asked, *([str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files)]
 
 
-#: how deeply lists and objects may lie in each other in a record
+#: how deeply lists and objects may be nested in a record
 MAX_DEPTH = 100
 
 
 def plain(value: Any, depth: int = 0) -> Any:
     """A value of a record without what only one kind of file can hold.
 
-    Fields of objects that are null are left out, at every depth: Arrow and Parquet give all objects
-    of a column the fields of each of them, and fill those an object has not with null. So null means
-    the same in every kind of file: the field is not there. A null in a list stays. Half of a
-    surrogate pair, which only JSON can hold, is no text and becomes a question mark.
+    Null fields of objects are left out, at every depth: Arrow and Parquet give all objects of a
+    column the same fields, and set those that an object does not have to null. So null means
+    the same in every kind of file: the field is absent. A null in a list stays. Half of a
+    surrogate pair, which only JSON can hold, is not text and becomes a question mark.
 
     Raises:
-        UserError: it is nested more deeply than `MAX_DEPTH`.
+        UserError: the value is nested more deeply than `MAX_DEPTH`.
     """
     if depth > MAX_DEPTH:
         raise UserError(
@@ -111,17 +112,18 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 
 def iter_records(source: DatasetConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, record) of each record of a source, in its order.
+    """Yields (place, record) for each record of a source, in its order.
 
     Raises:
-        UserError: what is there cannot be read; it names the file and the line.
+        UserError: a record cannot be read; the message names the file and the line.
     """
     if _on_hub(source) or _saved(source):
         yield from _library_records(source)
         return
     files = _files(source)
     found = _SPLIT.fullmatch(source.split)
-    assert found is not None  # _files has looked at it
+    # _files has checked the split.
+    assert found is not None
     start, stop = found[2], found[3]
     records = (record for file in files for record in _file_records(file, _kind(file, source)))
     if start is None and stop is None:
@@ -141,23 +143,23 @@ def _place(text: str | None, total: int, default: int) -> int:
 
 
 def _on_hub(source: DatasetConfig) -> bool:
-    """Is it no path here, but what may be the name of a dataset of the hub?"""
+    """Whether the source is not a local path and may be the name of a dataset of the hub."""
     path, local = source.path, Path(source.path)
     if local.exists() or path == STDLIB or _is_loader(source) or _HUB_NAME.fullmatch(path) is None:
         return False
     if local.suffix.lower() in {*KINDS, ".txt", ".gz", ".zst", ".bin", ".idx"}:
         return False
-    # what may be a mistyped path is not asked for on the hub
+    # A name that may be a mistyped path is not looked up on the hub.
     return not local.parent.is_dir() if "/" in path else source.type != "completion"
 
 
 def _is_loader(source: DatasetConfig) -> bool:
-    """``path: json, data_files: ...``: the hub library's way to name files."""
+    """Whether it is ``path: json, data_files: ...``, the hub library's way to name files."""
     return source.path in ("json", "csv", "parquet", "arrow", "text") and source.data_files is not None
 
 
 def _own_format(path: Path) -> str | None:
-    """What ``datasets`` saved in a folder: "parts" (train, test ...), "dataset" (one), or None."""
+    """What ``datasets`` saved in a folder: "parts" (train, test ...), one "dataset", or None."""
     if (path / "dataset_dict.json").is_file():
         return "parts"
     return "dataset" if (path / "state.json").is_file() else None
@@ -173,13 +175,12 @@ def _needs(package: str, what: str) -> None:
 
 
 def _library_records(source: DatasetConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Records by the ``datasets`` library."""
+    """Records read with the ``datasets`` library."""
     _needs("datasets", f"{source.path!r} is read by the Hugging Face library")
     import datasets
 
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # it tells of each retry; one message is ours
+    # The library logs each retry; longspan prints one message instead.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         if _saved(source):
             data = datasets.load_from_disk(source.path)
@@ -197,7 +198,8 @@ def _library_records(source: DatasetConfig) -> Iterator[tuple[str, dict[str, Any
                 revision=source.revision,
                 data_files=source.data_files,
             )
-    except Exception as error:  # the library raises many kinds, offline and for wrong names
+    # The library raises many kinds of errors, offline and for wrong names.
+    except Exception as error:
         reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
         raise UserError(
             f"datasets: {source.path!r} could not be loaded from the Hugging Face hub ({type(error).__name__}: {reason}). Check "
@@ -208,10 +210,10 @@ def _library_records(source: DatasetConfig) -> Iterator[tuple[str, dict[str, Any
 
 
 def _files(source: DatasetConfig) -> list[Path]:
-    """The files of a source, of the part its split asks for.
+    """The files of a source, for the part that its split names.
 
     Raises:
-        UserError: there are none, or their kind is not known.
+        UserError: there are none, or their kind is unknown.
     """
     found = _SPLIT.fullmatch(source.split)
     if found is None:
@@ -264,7 +266,7 @@ def _files(source: DatasetConfig) -> list[Path]:
 
 
 def _of_part(files: list[Path], root: Path, part: str) -> list[Path]:
-    """The files whose names say that they are of this part of the data; all for train where no name says anything."""
+    """The files whose names contain this part of the data; for train all files if no name has a part."""
     parts = {
         file: next(
             (_PARTS[w] for w in re.split(r"[-_./]", str(file.relative_to(root)).lower()) if w in _PARTS), None
@@ -292,7 +294,7 @@ def _kind(file: Path, source: DatasetConfig) -> str:
 
 
 def _file_records(file: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, record) of one file."""
+    """Yields (place, record) from one file."""
     reader = {"json": _json, "csv": _csv, "text": _lines, "parquet": _parquet, "arrow": _arrow}[kind]
     try:
         yield from reader(file)
@@ -300,7 +302,8 @@ def _file_records(file: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]
         raise
     except UnicodeDecodeError:
         raise UserError(f"{file}: not text in UTF-8. Is it {kind}?") from None
-    except (OSError, csv.Error, ValueError) as error:  # pyarrow's errors are among them
+    # pyarrow's errors are subclasses of these.
+    except (OSError, csv.Error, ValueError) as error:
         raise UserError(f"{file}: cannot be read as {kind}: {str(error).splitlines()[0]}.") from None
 
 
@@ -312,7 +315,7 @@ def _json(file: Path):
 
 
 def _csv(file: Path):
-    # Python's own limit, 131,072 characters a field, is less than one long document.
+    # Python's own limit, 131,072 characters a field, is too small for one long document.
     csv.field_size_limit(2**31 - 1)
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
@@ -331,7 +334,7 @@ def _csv(file: Path):
 
 
 def _lines(file: Path):
-    """A document a line, in the field text: what ``datasets`` makes of text."""
+    """One document for each line, in the field text, as ``datasets`` reads text."""
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             yield f"{file}, line {number}", {"text": line.rstrip("\n")}
@@ -353,7 +356,8 @@ def _arrow(file: Path):
     with pyarrow.memory_map(str(file)) as data:
         try:
             batches = pyarrow.ipc.open_stream(data)
-        except pyarrow.ArrowInvalid:  # the other of Arrow's two formats
+        # The file has the other one of Arrow's two formats.
+        except pyarrow.ArrowInvalid:
             opened = pyarrow.ipc.open_file(data)
             batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
         number = 0

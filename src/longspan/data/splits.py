@@ -1,7 +1,7 @@
-"""From what a config names to the datasets it trains on, evaluates on and tests on.
+"""From the data that a config names to its datasets for training, evaluation and test.
 
-Both doors: ``datasets`` with ``val_set_size`` (documents held out at random), and Megatron-LM's
-``data_path`` with ``split`` (documents in the order of their file, cut into three ranges).
+There are two ways to name data: ``datasets`` with ``val_set_size`` (documents held out at random), and
+Megatron-LM's ``data_path`` with ``split`` (documents in the order of their file, cut into three ranges).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Documents = IndexedDataset | MockDocuments
 
 
 class DocumentRange:
-    """Documents ``[first, last)`` of a file, as a file of their own."""
+    """Documents ``[first, last)`` of a file, with the interface of a file."""
 
     def __init__(self, file: Documents, first: int, last: int):
         self.file, self.first = file, first
@@ -43,7 +43,7 @@ class DocumentRange:
 
 
 def named_files(config: TrainConfig) -> list[tuple[str, Documents]]:
-    """Everything a prepared config reads from, each file once, with the name it is given by."""
+    """All files of a prepared config, each once, with the name by which it is given."""
     if config.mock_data:
         return [("mock_data", _mock(config))]
     if config.datasets:
@@ -54,10 +54,10 @@ def named_files(config: TrainConfig) -> list[tuple[str, Documents]]:
 
 
 def open_parts(config: TrainConfig) -> tuple[TokenDataset, TokenDataset | None, TokenDataset | None]:
-    """The training, the evaluation and the test set of a prepared config; None for one there is not.
+    """The training, the evaluation and the test set of a prepared config; None for a missing set.
 
     Raises:
-        UserError: a file is missing or broken, or a part that was asked for has no document.
+        UserError: a file is missing or broken, or a part that the config names has no document.
     """
     if config.datasets:
         own, valid = _axolotl(config, config.datasets, "train"), None
@@ -79,12 +79,12 @@ def open_parts(config: TrainConfig) -> tuple[TokenDataset, TokenDataset | None, 
 
 
 def split_ranges(documents: int, shares: list[float]) -> list[tuple[int, int]]:
-    """The (first, last) document of each part: the sums of the shares, rounded to documents, as Megatron-LM rounds."""
+    """The (first, last) document of each part: sums of the shares, rounded to documents as by Megatron-LM."""
     ends = [round(sum(shares[:i]) * documents) for i in range(len(shares) + 1)]
     return list(pairwise(ends))
 
 
-#: part -> the key that names its own files
+#: part -> the key that names files of its own
 _OWN = dict(zip(PARTS, ("train_data_path", "valid_data_path", "test_data_path")))
 
 
@@ -160,7 +160,7 @@ def _split(config: TrainConfig) -> list[TokenDataset | None]:
 def _blend(
     config: TrainConfig, part: str, files: Sequence[tuple[Member, Documents | DocumentRange]]
 ) -> TokenDataset | None:
-    """A part's files mixed. A file without a token is left out of an evaluation, and refused where it has a weight to train by."""
+    """A part's files, mixed; None without tokens. For training, a file with a weight must have tokens."""
     full = [(member, file) for member, file in files if file.document_lengths.any()]
     empty = [member.path for member, file in files if not file.document_lengths.any()]
     if empty and full and part == "training" and files[0][0].weight is not None:
@@ -181,13 +181,13 @@ def _blend(
 def _mix(
     files: list, weights: list[Fraction | None], make: Callable[[list], TokenDataset], held_out: bool
 ) -> TokenDataset:
-    """One dataset of all files, or, by weights, one of each, blended."""
+    """One dataset of all files, or, if there are weights, a blend of one dataset for each file."""
     if len(files) == 1 or weights[0] is None:
         return make(files)
     return BlendedDataset([make([file]) for file in files], [w for w in weights if w is not None], held_out)
 
 
 def open_datasets(run: Run) -> tuple[TokenDataset, TokenDataset | None, TokenDataset | None]:
-    """The training set, the held-out set and the test set of a prepared config; None for one there is not."""
+    """The training set, the held-out set and the test set of a prepared config; None for a missing set."""
     train, valid, test = open_parts(run.config)
     return (train, None, None) if run.config.eval_iters == 0 else (train, valid, test)

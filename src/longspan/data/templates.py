@@ -1,7 +1,7 @@
-"""Chat templates by name, for tokenizers that bring none.
+"""Chat templates by name, for tokenizers without a template.
 
-Written for this package after the formats their models were trained with. A model that has a
-template of its own keeps it (chat_template: tokenizer_default): it may know tools and more.
+They were written for this package after the formats with which their models were trained. A model with
+a template of its own keeps it (chat_template: tokenizer_default), because it may support tools and more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _QWEN = (
     "{% endif %}" + _CHATML
 )
 
-# What Qwen puts in front of the tools of a chat, in the words its models were trained with.
+# Qwen's text before the tools of a chat, in the words with which its models were trained.
 _QWEN_TOOLS = (
     "{{ '# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\n"
     "You are provided with function signatures within <tools></tools> XML tags:\\n<tools>' }}"
@@ -30,7 +30,7 @@ _QWEN_TOOLS = (
     "\\n</tool_call>' }}"
 )
 
-# A call, which stands in the answer: {"name": ..., "arguments": ...}. The data may wrap it in "function".
+# A call inside an answer: {"name": ..., "arguments": ...}. The data may wrap it in "function".
 _QWEN_CALL = (
     "{% set call = call.function or call %}"
     '{{ \'<tool_call>\\n{"name": "\' + call.name + \'", "arguments": \' }}'
@@ -39,7 +39,7 @@ _QWEN_CALL = (
     "{{ '}\\n</tool_call>' }}"
 )
 
-# Results of calls, which the user hands in: those that follow one another are one turn.
+# Results of calls, which belong to the user's role; consecutive results are one turn.
 _QWEN_RESULT = (
     "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
     "{{ '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}"
@@ -63,7 +63,7 @@ _QWEN_25 = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-# Thoughts are written in the turns after the last question alone; the last turn has a place for them in any case.
+# Thoughts are written only in the turns after the last question; the last turn always has a place for them.
 _QWEN3 = (
     "{% set ns = namespace(question=-1) %}"
     "{% for message in messages %}{% if message.role == 'user' %}{% set ns.question = loop.index0 %}{% endif %}{% endfor %}"

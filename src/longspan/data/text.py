@@ -1,8 +1,8 @@
 """Documents from text files, tokenizers, and tokens into ``.bin``/``.idx`` files.
 
-`prepare_dataset` is the whole: sources -> documents -> (a trained) tokenizer -> token
-files in a cache, made once. Only plain text and JSON lines are read here; what a dataset
-hub or another format holds is turned into one of them first.
+`prepare_dataset` does all steps: sources -> documents -> (a trained) tokenizer -> token
+files in a cache, made once. Only plain text and JSON lines are read here; other formats
+and datasets of a hub are read by `sources`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ END_OF_TEXT = "<|endoftext|>"
 END_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>")
 
 LINES = frozenset({".jsonl", ".json"})
-# Without .json: in a folder of code it is somebody's settings, not documents.
+# .json is missing, because in a folder of code it holds settings and not documents.
 _SUFFIXES = (
     ".txt .md .rst .tex .html .jsonl .py .pyi .c .h .cc .cpp .cxx .hpp .cu .cuh .js .jsx .ts .tsx .java .kt "
     ".go .rs .rb .php .swift .scala .cs .lua .pl .r .jl .hs .ml .sh .sql .css .toml .yaml .yml"
@@ -40,7 +40,8 @@ _SUFFIXES = (
 TEXT_SUFFIXES = frozenset(_SUFFIXES.split())
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules"})
 
-BATCH_CHARACTERS = 4_000_000  # a batch of long documents is cut at this size, to bound memory
+# A batch of long documents is cut at this size, to limit memory.
+BATCH_CHARACTERS = 4_000_000
 
 Progress = Callable[[int, int], None]
 
@@ -50,14 +51,14 @@ def find_sources(path: str | Path, suffixes: Collection[str] = TEXT_SUFFIXES) ->
 
     Args:
         path: a text file, a ``.jsonl``/``.json`` file, a folder, or the name ``python-stdlib``.
-        suffixes: of the files taken from a folder, looked at with all folders in it but hidden
-            ones, caches and installed packages.
+        suffixes: suffixes of the files to take from a folder and all folders in it, except hidden
+            folders, caches and installed packages.
 
     Returns:
         Paths, sorted by their name relative to the folder.
 
     Raises:
-        UserError: there is no such file, it is not text, or the folder has none of them.
+        UserError: there is no such file, it is not text, or the folder has no such files.
     """
     if not str(path).strip():
         raise UserError("an empty path: give a file or a folder; . is the current folder.")
@@ -76,7 +77,8 @@ def find_sources(path: str | Path, suffixes: Collection[str] = TEXT_SUFFIXES) ->
     for folder, inside, files in os.walk(root):
         inside[:] = [name for name in inside if name[0] != "." and name not in SKIPPED_FOLDERS]
         paths = (Path(folder, name) for name in files if Path(name).suffix.lower() in suffixes)
-        found += [p for p in paths if p.is_file()]  # a link may lead nowhere
+        # A link may lead to a missing file.
+        found += [p for p in paths if p.is_file()]
     if not found:
         raise UserError(
             f"{path}: no text file in this folder. Looked for {' '.join(sorted(suffixes))}; name a file of "
@@ -86,16 +88,16 @@ def find_sources(path: str | Path, suffixes: Collection[str] = TEXT_SUFFIXES) ->
 
 
 def iter_documents(path: str | Path, field: str = "text") -> Iterator[str]:
-    """The documents of a path (see `find_sources`): one a file, or one a line of JSON lines.
+    """The documents of a path (see `find_sources`): one for each file, or for each line of JSON lines.
 
     A ``.json`` file may also be one list of objects. Bytes that are not UTF-8 are replaced;
     empty documents are skipped.
 
     Args:
-        field: of a JSON object, that holds the text.
+        field: the field of a JSON object that holds the text.
 
     Raises:
-        UserError: a line is not a JSON object with this field; it names the file and the line.
+        UserError: a line is not a JSON object with this field; the message names the file and the line.
     """
     for source in find_sources(path):
         if source.suffix.lower() in LINES:
@@ -106,10 +108,10 @@ def iter_documents(path: str | Path, field: str = "text") -> Iterator[str]:
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: str | Path) -> Path:
-    """Trains a byte-level BPE tokenizer and writes it; the same documents give the same one.
+    """Trains a byte-level BPE tokenizer and writes it; the same documents give the same tokenizer.
 
     Token 0 is ``<|endoftext|>``, then come the 256 bytes, then merges up to `vocab_size`
-    (fewer if the documents do not give them).
+    (fewer if the documents do not contain enough).
 
     Returns:
         The folder, now with ``tokenizer.json`` and a ``tokenizer_config.json`` that
@@ -139,23 +141,25 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: str | Pat
         "clean_up_tokenization_spaces": False,
     }
     write_whole(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
-    write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=True))  # last: it says that all is there
+    # This file is written last, because its presence shows that all files are there.
+    write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     return folder
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads a ``tokenizer.json``, or the one in a folder.
+    """Loads a ``tokenizer.json``, given by its path or its folder.
 
-    Truncation and padding that were saved with it are switched off: documents are
+    Truncation and padding that were saved with it are switched off, because documents are
     tokenised whole.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: the file is missing or cannot be read.
     """
     file = _tokenizer_file(path)
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises plain Exception
+    # tokenizers raises plain Exception.
+    except Exception as error:
         raise UserError(
             f"{file}: not a tokenizer of the Hugging Face `tokenizers` library ({error}). Save it again with "
             "transformers' save_pretrained()."
@@ -166,15 +170,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest token number: numbers may have gaps, so their count would not do."""
+    """One more than the largest token number; not the number of tokens, because numbers may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def eod_id(tokenizer: Tokenizer, folder: str | Path | None) -> int | None:
     """The number of the token that ends a document, or None.
 
-    It is eos_token of the settings (see `special_tokens`) in `folder` (or beside the ``tokenizer.json``
-    given), else the first of the usual names that the vocabulary has.
+    It is eos_token of the settings (see `special_tokens`) in `folder` (or beside the given
+    ``tokenizer.json``), or else the first of the usual names that is in the vocabulary.
     """
     own = special_tokens(folder).get("eos_token") if folder is not None else None
     names = list(END_TOKENS) if own is None else [own, *END_TOKENS]
@@ -183,9 +187,9 @@ def eod_id(tokenizer: Tokenizer, folder: str | Path | None) -> int | None:
 
 
 def begin_ids(tokenizer: Tokenizer, folder: str | Path | None) -> list[int]:
-    """The tokens a sample begins with: what the tokenizer's post-processor puts in front, if anything.
+    """The tokens that begin a sample: those that the tokenizer's post-processor puts in front, if any.
 
-    Where that is one token, and the settings in `folder` name another bos_token, it is that one.
+    If this is one token, and the settings in `folder` name another bos_token, it is replaced by that.
     """
     alone = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a", add_special_tokens=True).ids
@@ -195,10 +199,10 @@ def begin_ids(tokenizer: Tokenizer, folder: str | Path | None) -> list[int]:
 
 
 def special_tokens(folder: str | Path) -> dict[str, str]:
-    """bos_token, eos_token and the others that the settings of a tokenizer's folder name.
+    """bos_token, eos_token and the other special tokens in the settings of a tokenizer's folder.
 
-    They are those of ``tokenizer_config.json`` and of ``special_tokens_map.json``. Where the two name
-    different ones, the former counts if it has ``added_tokens_decoder``, else the latter, as in transformers.
+    They come from ``tokenizer_config.json`` and ``special_tokens_map.json``. If the two files differ, the
+    former counts if it has ``added_tokens_decoder``, otherwise the latter, as in transformers.
 
     Raises:
         UserError: one of the files is not a JSON object.
@@ -228,19 +232,19 @@ def tokenize_to_indexed(
 ) -> dict[str, int]:
     """Tokenises documents, on all cores, into ``prefix.bin`` and ``prefix.idx``.
 
-    No special tokens are added but `begin` and `eod` at the two ends of each document. Documents
+    The only special tokens added are `begin` and `eod` at the two ends of each document. Documents
     without a token are left out.
 
     Args:
-        vocab_size: decides the type on disk; at least the tokenizer's.
+        vocab_size: decides the type on disk; at least the tokenizer's size.
         progress: called with (documents, tokens) done so far.
-        batch: documents tokenised at once.
+        batch: number of documents tokenised at once.
 
     Returns:
         ``{"documents": ..., "tokens": ...}`` as written.
 
     Raises:
-        UserError: there is nothing to write; then no file is left.
+        UserError: there is nothing to write; no file is left then.
     """
     with IndexedDatasetWriter(prefix, best_dtype(vocab_size)) as writer:
         for texts in _batches(documents, batch):
@@ -274,14 +278,14 @@ def prepare_dataset(
     """Tokenises a path once; later calls find the result in the cache.
 
     The files are in ``cache_dir/<name>-<fingerprint>/``. The fingerprint covers the paths,
-    sizes and times of the sources, the field and the tokenizer. Where several processes come
-    at once, one prepares and the others wait for it.
+    sizes and times of the sources, the field and the tokenizer. If several processes call this
+    at the same time, one prepares and the others wait for it.
 
     Args:
         path: see `find_sources`.
         tokenizer_path: a ``tokenizer.json`` or its folder; it is copied to the cache.
-        train_vocab_size: without `tokenizer_path`, the size of one trained on the documents.
-        field: of JSON objects, that holds the text.
+        train_vocab_size: without `tokenizer_path`, the size of a tokenizer trained on the documents.
+        field: the field of JSON objects that holds the text.
         progress: called with (documents, tokens) done so far while tokenising.
 
     Returns:
@@ -304,7 +308,8 @@ def prepare_dataset(
 
     if not is_there():
         with only_here(folder):
-            if not is_there():  # while this process waited
+            # Another process may have made them while this one waited.
+            if not is_there():
                 _prepare(path, field, prefix, tokenizer_folder, given, train_vocab_size, progress)
     return prefix, tokenizer_folder
 
@@ -322,7 +327,8 @@ def _prepare(
         assert train_vocab_size is not None
         train_tokenizer(iter_documents(path, field), train_vocab_size, tokenizer_folder)
     else:
-        load_tokenizer(given)  # before it is copied
+        # This checks the tokenizer before it is copied.
+        load_tokenizer(given)
         write_tokenizer_files(read_tokenizer_files(given), tokenizer_folder)
     tokenizer = load_tokenizer(tokenizer_folder)
     vocab_size = vocabulary_size(tokenizer)
@@ -334,12 +340,12 @@ def _prepare(
 
 
 def _root(path: str | Path) -> Path:
-    """The file or folder of a path or a corpus's name."""
+    """The file or folder of a path or of a corpus that is given by name."""
     return Path(sysconfig.get_paths()["stdlib"]) if str(path) == STDLIB else Path(path).expanduser()
 
 
 def _near(path: Path) -> str:
-    """The hint with the nearest name in the same folder, or an empty string."""
+    """A hint with the most similar name in the same folder, or an empty string."""
     return did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
 
 
@@ -387,7 +393,7 @@ def _fingerprint(
         digest.update(f"train:{train_vocab_size}".encode())
     else:
         digest.update(tokenizer.read_bytes())
-        # They name the end-of-document token, and go into the cache with the tokenizer.
+        # These files name the end-of-document token, and are copied to the cache with the tokenizer.
         for settings in map(tokenizer.with_name, (SETTINGS, TOKENS_MAP)):
             digest.update(settings.read_bytes() if settings.is_file() else b"")
         if begin := begin_ids(load_tokenizer(tokenizer), tokenizer.parent):

@@ -1,8 +1,8 @@
-"""The files of a tokenizer's folder: read together, changed together, so that what one names the others do not deny.
+"""The files of a tokenizer's folder: read and changed together, so that they do not contradict each other.
 
-tokenizer.json             vocabulary, and what a post-processor puts in front of a text
-tokenizer_config.json      bos_token, eos_token ..., older ones also a chat template or several by name
-special_tokens_map.json    the same tokens again, which some readers take first
+tokenizer.json             vocabulary, and the tokens that a post-processor puts in front of a text
+tokenizer_config.json      bos_token, eos_token ...; older files also have a chat template, or several by name
+special_tokens_map.json    the same tokens again, which some programs read first
 chat_template.jinja        the chat template; additional_chat_templates/NAME.jinja holds others
 """
 
@@ -22,7 +22,7 @@ from longspan.files import write_whole
 SETTINGS, TOKENS_MAP, VOCABULARY = "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
-#: what belongs to a tokenizer and is kept wherever it goes
+#: the files that belong to a tokenizer and are copied with it
 TOKENIZER_FILES = (
     *(VOCABULARY, SETTINGS, TOKENS_MAP, "added_tokens.json", TEMPLATE, "chat_template.json"),
     *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
 
 
 def folder_of(path: str | Path) -> Path:
-    """The folder of a tokenizer that is given as it or as its ``tokenizer.json``."""
+    """The folder of a tokenizer, which is given by the folder or by its ``tokenizer.json``."""
     path = Path(path).expanduser()
     return path.parent if path.is_file() else path
 
@@ -42,14 +42,15 @@ def read_tokenizer_files(path: str | Path) -> dict[str, bytes]:
         path: a ``tokenizer.json`` or its folder.
 
     Raises:
-        UserError: one cannot be read.
+        UserError: a file cannot be read.
     """
     given, folder = Path(path).expanduser(), folder_of(path)
     paths = [folder / name for name in TOKENIZER_FILES]
     paths += sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
     try:
         files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths if p.is_file()}
-        return files | ({VOCABULARY: given.read_bytes()} if given.is_file() else {})  # whatever its name is
+        # A file that is given by its path may have any name.
+        return files | ({VOCABULARY: given.read_bytes()} if given.is_file() else {})
     except OSError as error:
         raise UserError(
             f"tokenizer: {error.filename} cannot be read ({error.strerror}), and an export needs it. Put its permissions right."
@@ -57,16 +58,16 @@ def read_tokenizer_files(path: str | Path) -> dict[str, bytes]:
 
 
 def write_tokenizer_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Writes files into a folder; ``tokenizer.json`` last: it shows that all are there."""
+    """Writes files into a folder, ``tokenizer.json`` last, because its presence shows that all are there."""
     for name in sorted(files, key=lambda n: n == VOCABULARY):
         write_whole(folder / name, files[name])
 
 
 def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """The JSON object in one of the files; empty where there is no such file.
+    """The JSON object in one of the files; empty if there is no such file.
 
     Raises:
-        UserError: it is none.
+        UserError: the file is not a JSON object.
     """
     if name not in files:
         return {}
@@ -98,13 +99,13 @@ def with_tokens(files: Mapping[str, bytes], tokens: Mapping[str, str]) -> dict[s
 
 
 def named_templates(settings: Mapping[str, Any], where: str | Path) -> dict[str, str]:
-    """The chat templates in a tokenizer's settings, by name; one that has no name is "default".
+    """The chat templates in a tokenizer's settings, by name; a template without a name is "default".
 
     Args:
-        where: the settings are, for messages.
+        where: the place of the settings, for messages.
 
     Raises:
-        UserError: they are no texts.
+        UserError: a template is not text.
     """
     given = settings.get("chat_template")
     named = [{"name": "default", "template": given}] if isinstance(given, str) else given or []
@@ -135,14 +136,16 @@ def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]
 
 
 def with_begin(files: Mapping[str, bytes], old: int, new: tuple[str, int]) -> dict[str, bytes]:
-    """The files with another token where the post-processor puts one in front of a text.
+    """The files with another token for the post-processor to put in front of a text.
 
     Args:
-        old: number of the token it puts there. new: the token to put instead, and its number.
+        old: the number of the present token.
+        new: the token to put instead, and its number.
     """
     data = json_object(files, VOCABULARY)
     processors = [data.get("post_processor")]
-    for processor in processors:  # which grows
+    # The list grows in this loop.
+    for processor in processors:
         if not isinstance(processor, dict):
             continue
         processors += processor.get("processors") or []
@@ -162,14 +165,14 @@ def with_begin(files: Mapping[str, bytes], old: int, new: tuple[str, int]) -> di
 def changed_copy(
     path: Path, tokens: Mapping[str, str], template: str | None, has: Mapping[str, str], cache_dir: Path
 ) -> Path:
-    """A tokenizer with other special tokens and another chat template; `path` itself where nothing is to change.
+    """A tokenizer with other special tokens and another chat template; `path` itself if nothing changes.
 
     Args:
         path: a ``tokenizer.json`` or its folder.
         tokens: name of each special token to change (bos_token ...) -> a token of the vocabulary.
-        template: jinja; None keeps what there is.
-        has: the special tokens it has now.
-        cache_dir: the copy is a folder in it.
+        template: the jinja text; None keeps the present template.
+        has: the present special tokens.
+        cache_dir: the copy is a folder in this folder.
     """
     if template is None and tokens.items() <= has.items():
         return path

@@ -1,19 +1,19 @@
-"""Where in a chat's text the answers are.
+"""Finds the places of the answers in a chat's text.
 
-A turn of the assistant is learned whole: from the end of what asks for it (the prompt that the model
-gets when it is used) to its end token. Thoughts, contents and calls lie in between, in whatever order
-the template writes them. Both ends are found in the text, exactly:
+A turn of the assistant is learned whole: from the end of its request (the prompt that the model gets
+in use) to its end token. Thoughts, contents and calls lie in between, in the template's order. Both
+ends are found in the text exactly:
 
-- where the template marks answers itself ({% generation %}), there;
-- else by rendering the chat up to the turn with the prompt that asks for it, and up to the turn's end;
-  each must be how the whole begins;
-- where it is not (a template may take the thoughts out of all turns but the last), by rendering the
-  chat with a mark in place of the turn: all else must be as it was.
+- if the template marks answers itself ({% generation %}), by its marks;
+- otherwise by rendering the chat up to the turn with its request, and up to the turn's end; the whole
+  text must begin with both;
+- if it does not (a template may remove the thoughts from all turns but the last), by rendering the
+  chat with a mark in place of the turn; the rest of the text must be unchanged.
 
-An answer ends with what the template puts behind it that does not depend on what follows, such as
-``<|im_end|>``. White space that comes after that belongs to nobody. Where a template writes no end,
-the mark of the next role is what a model stops at (GLM's way), so it is learned as the end; behind
-the last answer of a chat it is added. A chat for which none of this holds is refused.
+An answer ends with the text that the template puts after it independently of what follows, such as
+``<|im_end|>``. White space after that belongs to no turn. If a template writes no end, a model stops at
+the mark of the next role (as GLM does), so this mark is learned as the end; it is added after
+the last answer of a chat. A chat for which none of this works is refused.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from longspan.data.chat import ChatTemplate, Message, Span
 from longspan.data.templates import WITH_CALLS
 from longspan.errors import UserError
 
-#: names that a turn's thoughts have in the data and in templates
+#: names of the field for a turn's thoughts, in the data and in templates
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 class Found(NamedTuple):
-    """A chat as text, and what of it is learned.
+    """A chat as text, and the parts of it that are learned.
 
     Attributes:
-        text: the chat; an end that the template leaves to the next turn is added.
-        spans: of the turns that count, in their order, end tokens included.
+        text: the chat; if the template ends a turn only with the next turn, the last end is added.
+        spans: the spans of the turns that count, in order, with end tokens.
         missing: what the template leaves out of this chat: "end", "thoughts", "content", "calls", "tools".
     """
 
@@ -61,8 +61,8 @@ class Turns:
             counts: for each message, whether it is an answer to learn.
 
         Raises:
-            UserError: the template does not take this chat, leaves out calls that are to be learned, or
-                does not show where the chat's answers are.
+            UserError: the template refuses this chat, leaves out calls that are to be learned, or its text
+                does not show where the answers are.
         """
         name = self.template.name
         try:
@@ -72,7 +72,8 @@ class Turns:
         except jinja2.TemplateError as error:
             reason = str(error) or type(error).__name__
             raise UserError(f"the chat template {name} refuses this chat: {reason}.") from None
-        except Exception as error:  # a template is a program: it may divide by zero
+        # A template is a program, which may for example divide by zero.
+        except Exception as error:
             raise UserError(f"the chat template {name} fails on this chat: {error!r}.") from None
         chat = _Chat(self.template, messages, tools, whole)
         missing = self._missing(chat, counts)
@@ -83,7 +84,8 @@ class Turns:
             missing |= {"end" for i, span in spans.items() if not self._is_ended(chat, i, span)}
             self._check_calls(chat, spans)
             return Found(whole, list(spans.values()), frozenset(missing))
-        if marked and answers == assistants:  # several to a turn
+        # There are several marked parts in one turn.
+        if marked and answers == assistants:
             return Found(whole, marked, frozenset(missing))
         spans = _by_marks(chat, answers)
         for i in answers:
@@ -115,7 +117,7 @@ class Turns:
             bare = [_without(message, *THOUGHTS) for message in messages]
             if chat.text(bare) == chat.whole:
                 missing.add("thoughts")
-        # Thoughts inside a content: templates may cut them off. Many do so in all turns but the last.
+        # Templates may remove thoughts inside a content, many in all turns but the last.
         last = max((i for i, count in enumerate(counts) if count), default=0)
         inner, end, rest = messages[last]["content"].partition("</think>")
         begin, tag, thought = inner.rpartition("<think>")
@@ -134,7 +136,7 @@ class Turns:
         return missing
 
     def _check_calls(self, chat: _Chat, spans: Mapping[int, Span]) -> None:
-        """Refuses a template that writes some of the calls that are to be learned, and leaves out others."""
+        """Refuses a template that writes only some of the calls that are to be learned."""
         for i, (start, stop) in spans.items():
             message = chat.messages[i]
             calls = list(message.get("tool_calls") or ())
@@ -157,13 +159,14 @@ class Turns:
     # --- ends ------------------------------------------------------------------------------
 
     def _with_ends(self, chat: _Chat, spans: dict[int, Span]) -> tuple[str, set[str]]:
-        """Gives each answer without an end token the mark that follows it; "end" where there is none.
+        """Extends each answer without an end token by the mark that follows it.
 
         Args:
-            spans: message -> its turn; changed in place.
+            spans: message -> the span of its turn; changed in place.
 
         Returns:
-            The chat, with the mark of a next turn behind it where its last answer needs one.
+            The chat, with the mark of a next turn after it if its last answer needs one; and {"end"} if an
+            answer has neither an end token nor a mark.
         """
         text, missing = chat.whole, set()
         for i, (start, stop) in spans.items():
@@ -177,26 +180,27 @@ class Turns:
                 text = text[:stop] + mark if mark else text
             else:
                 role, mark = following[0]["role"], self._leading(text[stop:])
-                # A template that has ends of its own does not leave them to the next turn.
+                # If a template has ends of its own, the mark of the next turn is not an end.
                 if self._closings and mark.strip() in self._beginnings(role):
                     mark = ""
                 if role == "assistant" and not (mark and self._closings):
-                    continue  # the same speaker goes on: nothing stops here
+                    # The next message is the assistant's too, so the model does not stop here.
+                    continue
             spans[i] = start, stop + len(mark)
             if not mark:
                 missing.add("end")
         return text, missing
 
     def _is_ended(self, chat: _Chat, i: int, span: Span) -> bool:
-        """Whether a turn ends with an end token: behind calls any special one, else one that stands behind contents."""
+        """Whether a turn ends with an end token: after calls any special token, else one after contents."""
         ends = self._ends if chat.messages[i].get("tool_calls") else self._closings
         return chat.whole.endswith(ends, *span)
 
     @cached_property
     def _closings(self) -> tuple[str, ...]:
-        """The special tokens that the template puts behind an answer, at the end of a chat or inside one.
+        """The special tokens that the template puts after an answer, at the end of a chat or inside it.
 
-        Those of the next turn are not among them; none where the template leaves the end to the next turn.
+        Those of the next turn are left out; there are none if the next turn marks the end.
         """
         last = self._sample({"role": "assistant", "content": _SAMPLE[1]})
         if last is None:
@@ -209,7 +213,7 @@ class Turns:
         return tuple(found)
 
     def _beginnings(self, role: str) -> tuple[str, ...]:
-        """What a message of a role may begin with itself: a special token, or any where the template does not show it."""
+        """The tokens with which a role's message may begin; all if the template does not show it."""
         one, two = self._sample(), self._sample({"role": role, "content": _SAMPLE[1]})
         if one is None or two is None:
             return ("", *self._ends)
@@ -217,19 +221,19 @@ class Turns:
         return ("", self._leading(two.partition(_SAMPLE[0])[2].removeprefix(end)).strip())
 
     def _next_mark(self, after_calls: bool) -> str:
-        """The special token that a next turn begins with, and the white space before it; "" without one."""
+        """The special token that begins the next turn, with the white space before it; "" without one."""
         marks = (self._behind_answer(role) for role in (("tool", "user") if after_calls else ("user",)))
         return next(filter(None, marks), "")
 
     def _behind_answer(self, role: str) -> str:
-        """The special token behind an answer that a message of a role follows, and the white space before it; or ""."""
+        """The special token between an answer and a role's message, with the white space before it; or ""."""
         texts = self._sample(
             {"role": "assistant", "content": _SAMPLE[1]}, {"role": role, "content": _SAMPLE[2]}
         )
         return self._leading(texts.partition(_SAMPLE[1])[2]) if texts else ""
 
     def _leading(self, text: str) -> str:
-        """The special token at the beginning of a text, and the white space before it; "" without one."""
+        """The special token at the beginning of a text, with the white space before it; "" without one."""
         gap = len(text) - len(text.lstrip())
         token = next((end for end in self._ends if text.startswith(end, gap)), None)
         return "" if token is None else text[:gap] + token
@@ -238,12 +242,12 @@ class Turns:
         return _Chat(self.template, [], None, "").text([{"role": "user", "content": _SAMPLE[0]}, *turns])
 
 
-#: contents of a chat that shows how a template writes turns
+#: contents of a sample chat, which shows how a template writes turns
 _SAMPLE = ("longspan asks.", "longspan answers.", "longspan goes on.")
 
 
 class _Chat:
-    """One chat, and what its template makes of parts and variations of it."""
+    """One chat, and the texts that its template makes from parts and variations of it."""
 
     def __init__(self, template: ChatTemplate, messages: Sequence[Message], tools: Any, whole: str):
         self.template, self.messages, self.tools, self.whole = template, messages, tools, whole
@@ -251,66 +255,68 @@ class _Chat:
         self._first: dict[tuple[int, bool], str | None] = {}
 
     def text(self, messages: Sequence[Message], prompt: bool = False, tools: Any = ...) -> str | None:
-        """Other messages as text; None where the template does not take them."""
+        """Other messages as text; None if the template refuses them."""
         try:
             return self.template.render(messages, self.tools if tools is ... else tools, prompt)[0]
         except UserError:
             raise
-        except Exception:  # of any kind: a template is a program
+        # A template is a program, which can raise any error.
+        except Exception:
             return None
 
     def first(self, number: int, prompt: bool = False) -> str | None:
-        """The first messages as text."""
+        """The first ``number`` messages as text."""
         key = (number, prompt)
         if key not in self._first:
             self._first[key] = self.text(self.messages[:number], prompt)
         return self._first[key]
 
     def instead(self, i: int, message: Message) -> list[Message]:
-        """The messages with another in place of message i."""
+        """The messages, with message i replaced."""
         return [*self.messages[:i], message, *self.messages[i + 1 :]]
 
     def request(self, i: int) -> str:
-        """What asks for turn i: what the prompt for it has and the chat before it has not; "" without such a thing."""
+        """The request for turn i: the text that the prompt adds to the chat before it; "" if it adds none."""
         before, asked = self.first(i), self.first(i, prompt=True)
         if before is None or asked is None:
             return ""
         return asked[_shared(before, asked) :]
 
     def marked(self, i: int) -> list[list[Message]]:
-        """The chat with a mark for turn i: for all of it, and for its content alone."""
+        """The chat with a mark in place of turn i, and in place of its content alone."""
         message = self.messages[i]
         plain = {"role": message["role"], "content": self.mark}
         return [self.instead(i, plain), self.instead(i, {**message, "content": self.mark})]
 
     def behind(self, marked: Sequence[Message], i: int, mark: str, after: str) -> str:
-        """What follows turn i's mark where the chat ends with it; ``after`` is what follows in the whole."""
+        """The text after turn i's mark if the chat ends with it; ``after`` is that text in the whole chat."""
         if i + 1 == len(marked):
             return after
         alone = self.text(marked[: i + 1])
         return alone.rpartition(mark)[2] if alone is not None and mark in alone else ""
 
     def end(self, alone: str, whole: str) -> int:
-        """How much of what follows in the whole belongs to the turn.
+        """The number of characters after a turn's content that belong to the turn.
 
         Args:
-            alone: what follows where the chat ends with this turn.
+            alone: the text after it if the chat ends with this turn.
+            whole: the text after it in the whole chat.
         """
         same = alone[: _shared(alone, whole)]
         if same == alone:
             return len(same.rstrip())
-        # The end of a chat differs from that of a turn. What they share after the last special token may be by chance.
+        # A chat ends differently than a turn. What both share after the last special token may be by chance.
         return max((same.rfind(a) + len(a) for a in self.template.atoms if a in same), default=0)
 
 
 def _by_marks(chat: _Chat, answers: Sequence[int]) -> dict[int, Span]:
     """The turns that are a content and its end, found by rendering with marks for all contents at once.
 
-    A turn of the assistant is among them only where its content follows at once what asks for it. None is where
-    a content is not in the whole as it is.
+    A turn of the assistant is included only if its content follows its request directly. The result is
+    empty if a content does not stand unchanged in the whole text.
     """
     messages, whole, found = chat.messages, chat.whole, {}
-    # A mark in place of nothing would change how calls are set apart from a content.
+    # A mark in place of an empty content would change how calls are separated from it.
     answers = [i for i in answers if messages[i]["content"] or not messages[i].get("tool_calls")]
     marks = {i: f"{chat.mark}turn{i}." for i in answers}
     masked = [{**m, "content": marks[i]} if i in marks else m for i, m in enumerate(messages)]
@@ -345,7 +351,7 @@ def _by_marks(chat: _Chat, answers: Sequence[int]) -> dict[int, Span]:
 
 
 def _turn(chat: _Chat, i: int) -> Span | None:
-    """The span of one turn; None where the template does not show it."""
+    """The span of one turn; None if the text does not show it."""
     start = _start(chat, i) if chat.messages[i]["role"] == "assistant" else _content(chat, i)
     if start is None:
         return None
@@ -354,7 +360,7 @@ def _turn(chat: _Chat, i: int) -> Span | None:
 
 
 def _start(chat: _Chat, i: int) -> int | None:
-    """Where a turn of the assistant begins: behind what asks for it."""
+    """The beginning of a turn of the assistant, which is the end of its request."""
     whole, before, asked = chat.whole, chat.first(i), chat.first(i, prompt=True)
     request = chat.request(i)
     if asked is not None and request and whole.startswith(asked):
@@ -366,7 +372,7 @@ def _start(chat: _Chat, i: int) -> int | None:
         at = len(head)
         alone, found, _ = (chat.text(marked[: i + 1]) or "").partition(chat.mark)
         if found and request and before is not None and asked is not None:
-            # The header is what the request and the turn share. In the chat as a whole a turn may have less behind it.
+            # The header is the text that request and turn share. In the whole chat less may follow it.
             end = _shared(asked, alone)
             header = alone[_shared(before, asked) : end]
             place = head.rfind(header) + len(header) if header and header in head else 0
@@ -380,7 +386,7 @@ def _start(chat: _Chat, i: int) -> int | None:
 
 
 def _content(chat: _Chat, i: int) -> int | None:
-    """Where the content of another's turn begins."""
+    """The beginning of the content in a turn of another role."""
     for marked in chat.marked(i):
         head, found, _ = (chat.text(marked) or "").partition(chat.mark)
         if found and chat.whole.startswith(head):
@@ -390,7 +396,7 @@ def _content(chat: _Chat, i: int) -> int | None:
 
 
 def _stop(chat: _Chat, i: int, start: int) -> int | None:
-    """Where a turn that begins at ``start`` ends."""
+    """The end of a turn that begins at ``start``."""
     whole, until = chat.whole, chat.first(i + 1)
     if until is not None and not until.startswith(whole[:start]):
         until = None
@@ -406,7 +412,7 @@ def _stop(chat: _Chat, i: int, start: int) -> int | None:
 
 
 def _name(call: Any) -> str:
-    """The name of the function that a call calls; "" where it has none."""
+    """The name of the function in a call; "" without a name."""
     inner = call.get("function", call) if isinstance(call, Mapping) else None
     name = inner.get("name") if isinstance(inner, Mapping) else None
     return name if isinstance(name, str) else ""
@@ -417,7 +423,7 @@ def _without(message: Message, *names: str) -> dict[str, Any]:
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
+    """The number of characters that two texts share at their beginning."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
