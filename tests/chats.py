@@ -73,3 +73,48 @@ def learned(coder, sample):
     tokens, mask = sample
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]]))).reshape(-1, 2)
     return [coder.tokenizer.decode(tokens[a:b].tolist(), skip_special_tokens=False) for a, b in edges]
+
+
+# --- turns of assistants: thoughts, calls, results ---
+
+GLM_TOKENS = ["[gMASK]", "<sop>", "<|system|>", "<|observation|>"]
+HARMONY_TOKENS = ["<|start|>", "<|channel|>", "<|message|>", "<|return|>", "<|call|>"]
+DEEPSEEK_TOKENS = ["<U>", "<A>", "<calls>", "</calls>", "<output>", "</output>"]
+
+
+def write_family_tokenizer(path):
+    """A tokenizer with the special tokens of several families; <|end|> and <|assistant|> take in white space, as Phi-3's do."""
+    write_tokenizer(path)
+    file = str(path / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(file)
+    tokenizer.add_special_tokens([*GLM_TOKENS, *DEEPSEEK_TOKENS, *HARMONY_TOKENS])
+    tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])  # not special, as with Qwen3
+    tokenizer.save(file)
+    return path
+
+
+def of(folder, record, template=None, train_on_inputs=False, **source):
+    """What is learned of a record, as texts; and the coder."""
+    key = "chat_template_jinja" if template and "{" in template else "chat_template"
+    source |= {key: template} if template else {}
+    coder = encoder(folder, train_on_inputs, type="chat_template", **source)
+    record = record if isinstance(record, dict) else {"messages": record}
+    return learned(coder, coder("here", record)), coder
+
+
+def said(content=None, **more):
+    return {"role": "assistant", **({} if content is None else {"content": content}), **more}
+
+
+def call(name="weather", **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def result(text):
+    return {"role": "tool", "content": text}
+
+
+ASK = chat("Weather in Paris?")
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+NO_THOUGHT = "<think>\n\n</think>\n\n"

@@ -1,5 +1,7 @@
 """One-process references in plain PyTorch: nothing is cut, every mask and every position is written out."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -48,3 +50,25 @@ def plain_llama(weights, tokens, seen, positions, config):
         gate, up = y @ w["mlp.linear_gate.weight"].T, y @ w["mlp.linear_up.weight"].T
         x = x + (F.silu(gate) * up) @ w["mlp.linear_down.weight"].T
     return rms(x, weights["decoder.final_layernorm.weight"]) @ weights["output_layer.weight"].T
+
+
+def dense(q, k, v, cu_seqlens, causal=True, window=None, scale=None):
+    """Attention in one dense masked softmax: q [t, n, d], k and v [t, m, d]. Returns out, lse [n, t]."""
+    t, n, d = q.shape
+    k, v = (x.repeat_interleave(n // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("snd,tnd->nst", q, k) * (scale or 1 / math.sqrt(d))
+    document = torch.bucketize(torch.arange(t), torch.tensor(cu_seqlens[1:]), right=True)
+    seen = document[:, None] == document[None, :]
+    if causal:
+        seen &= torch.arange(t)[:, None] >= torch.arange(t)[None, :]
+    if window is not None:
+        seen &= torch.arange(t)[:, None] - torch.arange(t)[None, :] < window
+    scores = scores.masked_fill(~seen, float("-inf"))
+    return torch.einsum("nst,tnd->snd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def inputs(t, n, m, d, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q, dout = (torch.randn(t, n, d, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
+    k, v = (torch.randn(t, m, d, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
+    return q, k, v, dout

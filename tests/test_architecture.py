@@ -53,6 +53,11 @@ def imported(tree):
                 yield node.module.split(".")[1]
 
 
+def test_tests_are_short_too():
+    long = [p.name for p in Path(__file__).parent.rglob("*.py") if p.read_text().count("\n") > 550]
+    assert not long
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_imports_point_down_and_files_are_short(path):
     name = str(path.relative_to(SOURCE))

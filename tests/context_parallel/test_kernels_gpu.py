@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from test_attention import dense, inputs
 
 from longspan.config.packages import has_package
 from longspan.context_parallel import Schedule, SequenceLayout, context_parallel_attention
 from longspan.context_parallel.kernels.choose import CPU_KERNELS, select_kernel
 from longspan.context_parallel.kernels.cuda import make_kernel
 from longspan.context_parallel.move_keys import backward_step, forward_step
+from oracle import dense, inputs
 
 pytestmark = pytest.mark.gpu
 

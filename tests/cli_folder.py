@@ -1,0 +1,32 @@
+"""A folder as a user of the commands has one: data, texts and a config."""
+
+import json
+
+import yaml
+
+import tiny
+
+
+def write_folder(path):
+    """Tokenised data, a text corpus and a config."""
+    tiny.write_data(path)
+    (path / "texts").mkdir()
+    for i in range(30):
+        (path / "texts" / f"{i}.txt").write_text(f"This is text number {i}. " * (i + 1))
+    write(path, "config.yaml")
+    return path
+
+
+def write(folder, name, remove=(), **changes):
+    """A config of three steps on that data, with changes."""
+    values = tiny.values("tiny", max_steps=3, output_dir="out", **changes)
+    for key in remove:
+        del values[key]
+    (folder / name).write_text(yaml.safe_dump(values))
+    return name
+
+
+def records(path, kind="train"):
+    """The records of a kind in a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
