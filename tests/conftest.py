@@ -3,6 +3,8 @@ import signal
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Waiting threads sleep, because spinning ones would keep other ranks from the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, os.path.dirname(__file__))  # tests import `pool` and each other's helpers by name
 
 import hypothesis
