@@ -33,6 +33,7 @@ class Script(NamedTuple):
 SCRIPTS = (
     Script("recall.py", processes=1),  # it makes its data and runs recall.yaml
     Script("finetune.py", processes=1),  # it makes its base model and runs finetune.yaml
+    Script("from_python.py", processes=1),  # it starts its processes itself
     Script("attention_loop.py"),
     Script("gpt_loop.py", options=("--tp", "2")),
     Script("gpt_loop.py"),
