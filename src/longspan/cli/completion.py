@@ -1,6 +1,6 @@
-"""``longspan completion SHELL``: a script that completes commands, options, and values where they are few.
+"""``longspan completion SHELL``: a script that completes commands, options, and values if there are few.
 
-The words are those of the schema, so a new key is completed too once the script is printed again.
+The words come from the schema, so a new key is completed too when the script has been printed again.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def commands() -> dict[str, str]:
-    """Commands -> what each does."""
+    """Command -> its description."""
     from longspan.cli.main import COMMANDS
 
     return {name: text for name, (_, text) in COMMANDS.items()}
 
 
 def own_options(command: str) -> list[str]:
-    """A command's own options, those of the launcher included."""
+    """A command's own options, with the launcher's options."""
     from longspan.cli.main import COMMANDS
 
     module = importlib.import_module(COMMANDS[command][0])
@@ -61,7 +61,7 @@ def own_options(command: str) -> list[str]:
 
 
 def key_options() -> dict[str, Key]:
-    """Options of keys, under each name, and the switches -> their key."""
+    """Option of a key, by each of its names, or switch -> its key."""
     found: dict[str, Key] = {}
     for k in keys():
         for option in ("--" + k.name.replace("_", "-"), k.flag, *k.switches):
@@ -72,12 +72,12 @@ def key_options() -> dict[str, Key]:
 
 
 def other_options() -> list[str]:
-    """Names of Megatron-LM and axolotl that are understood and are no keys (those that are refused are not offered)."""
+    """Names of Megatron-LM and axolotl that are accepted and are not keys; refused names are left out."""
     return ["--" + n.replace("_", "-") for n, fate in FOREIGN.items() if "." not in n and not refuses(fate)]
 
 
 def choices(k: Key) -> list[str]:
-    """The values of a key, where they are few."""
+    """The values of a key, if there are few."""
     if k.name == "cp_comm_type":
         return list(CP_COMM_TYPES)
     found: list[Any] = []
@@ -90,7 +90,7 @@ def choices(k: Key) -> list[str]:
 
 
 def values() -> dict[tuple[str, ...], list[str]]:
-    """Options -> their values, where they are few."""
+    """Options -> their values, if there are few."""
     found: dict[tuple[str, ...], list[str]] = {}
     for k in keys():
         spellings = dict.fromkeys(["--" + k.name.replace("_", "-"), k.flag])
@@ -100,7 +100,7 @@ def values() -> dict[tuple[str, ...], list[str]]:
 
 
 def arguments_of() -> dict[str, list[str]]:
-    """Command -> what it takes that is no option and no file."""
+    """Command -> its arguments other than options and files."""
     from longspan.cli.init import examples
 
     return {"init": list(examples()), "completion": list(SHELLS)}
@@ -199,5 +199,5 @@ def fish() -> str:
 
 
 def _quote(text: str) -> str:
-    """Text between single quotes of any of the three shells."""
+    """Text in single quotes, valid in all three shells."""
     return "'" + text.replace("'", "") + "'"

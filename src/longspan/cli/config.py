@@ -1,4 +1,5 @@
-"""``longspan config CONFIG``: the config with every key; ``--schema``: its JSON Schema; ``--markdown``: a page of all keys."""
+"""``longspan config CONFIG``: the config with every key; ``--schema``: its JSON Schema; ``--markdown``: a
+page of all keys."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
     reading = read_config("config", rest, list(OPTIONS), problems)
     world = number(taken, "--num-processes", reading.problems)
     assert reading.config is not None
-    # nothing is trained here: a learning rate that is still to come stays open
+    # Nothing is trained here, so the learning rate may be missing.
     unsaid = {"learning_rate"} if reading.config.learning_rate is None else set()
     config = complete(reading.config, world, bad_keys=reading.bad | unsaid, earlier=reading.problems)
     # these follow from the machine that trains, which need not be this one

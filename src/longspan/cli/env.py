@@ -1,4 +1,4 @@
-"""``longspan env``: what a bug report needs."""
+"""``longspan env``: the facts for a bug report."""
 
 from __future__ import annotations
 

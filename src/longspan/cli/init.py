@@ -1,4 +1,4 @@
-"""``longspan init``: a bundled example to start from."""
+"""``longspan init``: lists the bundled examples, or copies one as a start."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Without EXAMPLE: lists the examples. With one: copies it to the current folder; 
   --output FILE  write it there instead
 """
 OPTIONS = {"--output": True}
-#: files of the folder that are no examples
+#: files of the folder that are not examples
 NOT_SHOWN = ("run_all.py", "__init__.py")
 
 
@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     names = {name: name for name in known} | {
         name.rsplit(".", 1)[0]: name for name in known if name.endswith(".yaml")
     }
-    # without its folder too, where that is no other's name
+    # An example also has its name without the folder, if no other example has this name.
     for name in known:
         names.setdefault(Path(name).name, name)
         names.setdefault(Path(name).stem, name)
@@ -60,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def examples() -> dict[str, Path]:
-    """Bundled examples by name: in the installed package, or beside ``src`` in a clone."""
+    """Bundled examples by name: in the installed package, or next to ``src`` in a clone."""
     package = Path(longspan.__file__).parent
     folder = next((f for f in (package / "examples", package.parents[1] / "examples") if f.is_dir()), None)
     if folder is None:
@@ -70,12 +70,12 @@ def examples() -> dict[str, Path]:
 
 
 def order(path: Path) -> tuple[bool, bool, str]:
-    """The quickstart first, scripts last."""
+    """The sort key of an example: the quickstart comes first, scripts come last."""
     return path.suffix == ".py", path.stem != "quickstart", str(path)
 
 
 def first_line(path: Path) -> str:
-    """The first sentence of a file's head comment or docstring."""
+    """The first sentence of a file's first comment or docstring."""
     lines = path.read_text(encoding="utf-8").splitlines()
     head = " ".join(itertools.takewhile(bool, (line.strip("#\"' ") for line in lines)))
     return textwrap.shorten(head.partition(". ")[0].rstrip(".:"), 90)

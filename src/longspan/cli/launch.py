@@ -1,4 +1,4 @@
-"""The launcher's options: how many processes, on which machines, by whom."""
+"""The launcher's options: the number of processes, their machines, and what starts them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HELP = """\
 
 
 def read_launch(taken: dict[str, str], torchrun_arguments: list[str], problems: list[str]) -> Launch:
-    """The launcher's options; what is wrong with them is added to the problems."""
+    """Reads the launcher's options; mistakes are added to the problems."""
     machines = number(taken, "--num-machines", problems) or 1
     rank = number(taken, "--machine-rank", problems, least=0) or 0
     port = number(taken, "--main-process-port", problems, most=65535) or (29500 if machines > 1 else 0)
@@ -52,7 +52,7 @@ def read_launch(taken: dict[str, str], torchrun_arguments: list[str], problems: 
 def _counts(
     given: list[str], machines: int, processes: int | None, problems: list[str]
 ) -> tuple[int, int | None]:
-    """(machines, processes over all of them) by torchrun's own arguments, beside our options."""
+    """(machines, processes on all of them) from torchrun's own arguments and longspan's options."""
     import contextlib
     import io
 

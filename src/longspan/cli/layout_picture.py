@@ -1,6 +1,6 @@
-"""The picture of ``longspan layout --png``: the pack, the causal area, and who sends rows to whom.
+"""The picture of ``longspan layout --png``: the pack, the causal area, and the rows that ranks exchange.
 
-Everything is drawn from spans, so a pack of millions of tokens costs what its chunks cost.
+Everything is drawn from spans, so the cost depends on the number of chunks, not of tokens.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from longspan.context_parallel.costs import AlikeLayers, Costs
 from longspan.context_parallel.layout import Segment, SequenceLayout
 from longspan.files import write_whole
 
-#: eight colours that also those tell apart who see no red or no green (Okabe and Ito, 2008; their black is grey here)
+#: eight colours that people who see no red or no green can distinguish (Okabe and Ito, 2008; here with grey
+#: for black)
 EIGHT = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#7F7F7F")
 INK, PALE = "#222222", "#E6E6E6"
-#: more ranks than this are neither numbered on the ribbon nor written into the matrix
+#: with more ranks than this, the ribbon has no numbers and the matrix no values
 NUMBERED = 16
-#: more documents than this have no borders
+#: with more documents than this, no borders are drawn
 BORDERS = 300
-#: more segments than this are sampled: they would be thinner than the picture's points, and the last one drawn would win
+#: with more segments than this, a sample is drawn, because they would be thinner than the picture's points
 STRIPS = 1000
 LOOK = {
     "font.family": "sans-serif",
@@ -52,7 +53,7 @@ def draw(costs: Costs, layers: Sequence[AlikeLayers], result: dict, path: Path) 
     """Writes the picture, whole or not at all.
 
     Args:
-        result: what ``longspan layout --json`` says of the same layout.
+        result: the content of ``longspan layout --json`` for the same layout.
     """
     with style.context(["default", LOOK]):
         figure = Figure(figsize=(12.5, 9))
@@ -76,24 +77,24 @@ def draw(costs: Costs, layers: Sequence[AlikeLayers], result: dict, path: Path) 
 
 
 def colours(ranks: int) -> np.ndarray:
-    """[P, 3] red, green, blue: a colour a rank; more than eight go from dark to light."""
+    """[P, 3] red, green, blue: a colour for each rank; more than eight ranks go from dark to light."""
     if ranks <= len(EIGHT):
         return np.array([matplotlib.colors.to_rgb(c) for c in EIGHT[:ranks]])
     return matplotlib.colormaps["viridis"](np.linspace(0, 1, ranks))[:, :3]
 
 
 def ink_on(colour: np.ndarray) -> str:
-    """Black or white, whichever is read better on a colour."""
+    """Black or white, whichever is easier to read on a colour."""
     return INK if colour @ (0.299, 0.587, 0.114) > 0.55 else "white"
 
 
 def short(value: float, longest: float = 100_000) -> str:
-    """A number of rows or tokens in the room there is."""
+    """A number of rows or tokens as a short text."""
     return f"{value:,.0f}" if value < longest else f"{value / 1000:,.0f}k"
 
 
 def token_axis(axis: Axis, total: int, ticks: int) -> None:
-    """A handful of token numbers along an axis."""
+    """Puts a few token numbers along an axis."""
     axis.set_major_locator(MaxNLocator(ticks, integer=True))
     axis.set_major_formatter(
         FuncFormatter(lambda x, _: short(x) if total < 100_000 or x == 0 else f"{x / 1000:,g}k")
@@ -101,7 +102,8 @@ def token_axis(axis: Axis, total: int, ticks: int) -> None:
 
 
 def strips(layout: SequenceLayout) -> list[tuple[int, Segment]]:
-    """The ranks' segments in the order of the pack; of very many those at evenly spaced tokens, as wide as the spacing."""
+    """The ranks' segments in the order of the pack; if there are many, those at evenly spaced tokens, as wide
+    as the spacing."""
     found = sorted(
         ((rank, s) for rank in range(layout.ranks) for s in layout.segments(rank)), key=lambda x: x[1].start
     )
@@ -117,7 +119,7 @@ def strips(layout: SequenceLayout) -> list[tuple[int, Segment]]:
 
 
 def ribbon(axes: Axes, layout: SequenceLayout) -> None:
-    """The pack from its first to its last token, coloured by rank; above it the documents."""
+    """Draws the pack from its first to its last token, coloured by rank, and the documents above it."""
     total, palette, bounds = layout.total, colours(layout.ranks), layout.cu_seqlens
     for rank, s in strips(layout):
         axes.broken_barh([(s.start, s.stop - s.start)], (0, 1), color=palette[rank], linewidth=0.3)
@@ -139,25 +141,27 @@ def ribbon(axes: Axes, layout: SequenceLayout) -> None:
 
 
 def causal_area(axes: Axes, costs: Costs, layers: Sequence[AlikeLayers]) -> None:
-    """Each (query, key) pair that counts in the colour of the rank that computes it; in the free corner each rank's work."""
+    """Draws each unmasked (query, key) pair in its rank's colour, and each rank's work in the free corner."""
     layout, together = costs.layout, min(layer.together for layer in layers)
     held, palette = layout, colours(layout.ranks)
-    # the widest window first and palest: dark is what all layers compute
+    # The widest window is drawn first and palest, so that the pairs of all layers are dark.
     windows = {layer.window for layer in layers if layer.together == together}
     widest_first = sorted(windows, key=lambda w: w or layout.total, reverse=True)
     shades = np.linspace(0.35 if len(windows) > 1 else 1, 1, len(windows))
     label = "key (token)" if len(windows) == 1 else "key (token); pale: layers with a wider window"
-    if together > 1:  # ranks that share the rows of a group, and have some heads each
+    # The ranks of a group compute the same rows, with some heads each.
+    if together > 1:
         held = layout.merged([range(r, r + together) for r in range(0, layout.ranks, together)])
         palette = palette[::together] if held.ranks > 1 else np.array([[0.7, 0.7, 0.7]])
         label += f"; a colour: {together} ranks with some heads each"
     whole = [(0, 0), (layout.total, layout.total), (0, layout.total)]
-    axes.add_collection(PolyCollection([whole], facecolor="#F5F5F5"))  # what one document would compute
+    # the pairs of one document without a window
+    axes.add_collection(PolyCollection([whole], facecolor="#F5F5F5"))
     ranks, segments = zip(*strips(held))
     for window, shade in zip(widest_first, shades):
         shapes = [band(s, layout.cu_seqlens[s.document], window) for s in segments]
         colour = 1 - shade * (1 - palette[list(ranks)])
-        # the outline hides the seams
+        # The outlines hide the gaps between shapes.
         axes.add_collection(PolyCollection(shapes, facecolors=colour, edgecolors=colour, linewidths=0.3))
     axes.set(
         xlim=(0, layout.total), ylim=(layout.total, 0), aspect="equal", xlabel=label, ylabel="query (token)"
@@ -171,7 +175,7 @@ def causal_area(axes: Axes, costs: Costs, layers: Sequence[AlikeLayers]) -> None
 
 
 def band(s: Segment, first: int, window: int | None) -> list[tuple[float, float]]:
-    """The outline (key, query) of what a segment of queries sees in its document, which begins at ``first``."""
+    """The outline (key, query) of the pairs of a segment of queries; its document begins at ``first``."""
     far = first if window is None else max(first, s.start - window)
     near = first if window is None else max(first, s.stop - window)
     turn = s.start if window is None else min(max(first + window, s.start), s.stop)
@@ -179,7 +183,7 @@ def band(s: Segment, first: int, window: int | None) -> list[tuple[float, float]
 
 
 def work(axes: Axes, costs: Costs) -> None:
-    """A bar a rank: its pairs over the mean. The legend of the colours, too."""
+    """Draws a bar for each rank, its pairs over the mean; it is the legend of the colours, too."""
     P, share = costs.layout.ranks, costs.pairs / costs.pairs.mean()
     axes.barh(np.arange(P), share, height=0.8 if P <= NUMBERED else 1, color=colours(P))
     axes.axvline(1, color=INK, linewidth=0.8)
@@ -197,12 +201,13 @@ def work(axes: Axes, costs: Costs) -> None:
 
 
 def traffic(axes: Axes, costs: Costs, layers: Sequence[AlikeLayers]) -> None:
-    """[users, owners]: the rows that travel in a forward pass, with what each rank receives in all."""
+    """Draws the matrix [users, owners] of the rows sent in a forward pass, with each rank's received sum."""
     P, wire = costs.layout.ranks, costs.wire
     shown = np.ma.masked_array(wire, np.eye(P, dtype=bool))
     colourmap = matplotlib.colormaps["Blues"].with_extremes(bad=PALE)
     axes.imshow(shown, cmap=colourmap, vmin=0, vmax=max(1.0, wire.max() * 1.15))
-    edge, strip = -0.5, 0.035 * P  # the ranks' colours along the matrix
+    # the ranks' colours along the matrix
+    edge, strip = -0.5, 0.035 * P
     for rank, colour in enumerate(colours(P)):
         axes.add_patch(Rectangle((edge - 1.4 * strip, rank - 0.5), strip, 1, color=colour, linewidth=0))
         axes.add_patch(Rectangle((rank - 0.5, P + edge + 0.4 * strip), 1, strip, color=colour, linewidth=0))

@@ -1,4 +1,4 @@
-"""``longspan``: the command line. Nothing heavy is imported before a command is known."""
+"""``longspan``: the command line. Nothing heavy is imported before the command has been read."""
 
 from __future__ import annotations
 
@@ -70,10 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         report(error, as_json="--json" in arguments)
         return 2
-    except BrokenPipeError:  # `longspan train --help | head`
+    # Example: `longspan train --help | head`.
+    except BrokenPipeError:
         sys.stdout = None  # type: ignore[assignment]
         return 0
-    except OSError as error:  # a file that cannot be read or written, before anything has started
+    # A file cannot be read or written, before a run has started.
+    except OSError as error:
         problem = f"{error.filename or ''}: {error.strerror or error}. Check the path and its permissions."
         report(UserError(problem), as_json="--json" in arguments)
         return 2
@@ -82,15 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-#: how long ranks other than the first wait before they tell of a mistake themselves
+#: seconds that all ranks but the first wait before they report a mistake themselves
 FIRST_RANK_TELLS_S = 10.0
 
 
 def report(error: UserError, as_json: bool = False) -> None:
-    """Prints a user's mistakes to stderr, one a line; and to stdout as ``{"problems": [...]}`` where JSON was asked for.
+    """Prints a user's mistakes to stderr, one a line; ``as_json`` also to stdout as ``{"problems": [...]}``.
 
-    Under torchrun every rank finds the same mistake, and torchrun ends all of them when one has ended: the first rank
-    tells, and the others wait until it has. One that is still there then found a mistake of its own.
+    Under torchrun every rank finds the same mistake, and torchrun ends all ranks when one has ended. So the
+    first rank reports it while the others wait. A rank that still runs after that has found a different
+    mistake.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
         time.sleep(FIRST_RANK_TELLS_S)

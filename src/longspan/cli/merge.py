@@ -1,4 +1,4 @@
-"""``longspan merge``: the .bin/.idx pairs of a folder into one, as Megatron-LM's ``merge_datasets.py`` does."""
+"""``longspan merge``: merges the .bin/.idx pairs of a folder, as Megatron-LM's ``merge_datasets.py`` does."""
 
 from __future__ import annotations
 

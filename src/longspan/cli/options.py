@@ -1,4 +1,4 @@
-"""What the commands that take a config share: reading it, and printing its keys."""
+"""Functions of all commands with a config: reading it, and printing its keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def take_options(
         takes_value: option -> whether a value follows it.
 
     Returns:
-        (option -> value, "" without one; the other arguments; problems).
+        (option -> value, "" for an option without a value; the other arguments; problems).
     """
     taken, rest, problems = {}, [], []
     arguments = list(arguments)
@@ -41,7 +41,7 @@ def take_options(
 
 
 def positionals(rest: Sequence[str], options: Iterable[str], problems: list[str]) -> list[str]:
-    """What is no option of what ``take_options`` left; options, which nobody knows, are added to the problems."""
+    """The arguments left by ``take_options``, without unknown options, which are added to the problems."""
     problems += [f"{a}: unknown option.{did_you_mean(a, options)}" for a in rest if a.startswith("--")]
     return [a for a in rest if not a.startswith("--")]
 
@@ -49,7 +49,7 @@ def positionals(rest: Sequence[str], options: Iterable[str], problems: list[str]
 def take_lists(
     arguments: Sequence[str], names: Sequence[str], problems: list[str]
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """Takes options of several values (up to the next option) out of the arguments.
+    """Takes options with several values (up to the next option) out of the arguments.
 
     Returns:
         (option -> values, the other arguments). An option without a value is added to the problems.
@@ -77,11 +77,11 @@ def read_config(
     """Reads ``CONFIG [--any-key value]``.
 
     Returns:
-        What was read: the config of the good keys, and the problems so far with the keys they are about, for
-        ``config.resolve.resolve`` to go on with.
+        The config of the valid keys, and the problems so far with their keys, for ``config.resolve.resolve``
+        to continue with.
 
     Raises:
-        UserError: there is no config to go on with.
+        UserError: nothing could be read.
     """
     given = parse_overrides(arguments, other_options, positionals=1)
     problems, rest = [*problems, *given.problems], given.rest
@@ -105,12 +105,13 @@ def read_config(
     return reading
 
 
-#: commands that read a config and need no learning rate of it
+#: commands that read a config but do not need its learning rate
 WITHOUT_TRAINING = ("layout", "prepare", "eval")
 
 
 def key_help(megatron: bool = False) -> str:
-    """Every key with its flag, unit, default and meaning, by group; ``megatron`` puts that door's flag and default first."""
+    """Every key with its flag, unit, default and meaning, by group; ``megatron`` puts Megatron's flag and
+    default first."""
     lines = (
         ["Flags, by group, each with its other names:"]
         if megatron
@@ -134,7 +135,7 @@ def key_help(megatron: bool = False) -> str:
 def number(
     taken: dict[str, str], option: str, problems: list[str], least: int = 1, most: int | None = None
 ) -> int | None:
-    """An option's whole number; None when it is not given. A wrong one is added to the problems."""
+    """An option's whole number; None if it is not given. A wrong value is added to the problems."""
     if option not in taken:
         return None
     try:

@@ -1,4 +1,4 @@
-"""``longspan prepare``: text to ``.bin/.idx``; and the same for the datasets of a config."""
+"""``longspan prepare``: turns text files, or the datasets of a config, into ``.bin/.idx``."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ OPTIONS = {
 }
 #: options that take several values
 LISTS = ("--input", "--json-keys", "--json-key")
-#: options that are no keys of a config: with one of them it is files that are prepared
+#: Options that are not keys of a config: with one of them the command prepares files, not a config's data.
 _KEYS = {"--tokenizer-type", "--tokenizer-model", "--vocab-file", "--merge-file", "--vocab-size"}
 FILE_OPTIONS = {*OPTIONS, *LISTS} - _KEYS
 
@@ -80,7 +80,8 @@ def prepare_files(arguments: Sequence[str]) -> int:
 
 def _tokenizer_type(taken: dict[str, str], problems: list[str]) -> str:
     """``null``, ``gpt2``, ``train`` or ``load``."""
-    reading = make_config({"tokenizer_type": taken.get("--tokenizer-type")})  # the names of the training door
+    # Training accepts the same names.
+    reading = make_config({"tokenizer_type": taken.get("--tokenizer-type")})
     problems += reading.problems
     kind = reading.config.tokenizer_type if reading.config else None
     if reading.problems:
@@ -134,13 +135,14 @@ def _write(
     files = input_files(inputs)
     language = taken.get("--lang", "english") if "--split-sentences" in taken else None
     if language is not None:
-        sentence_splitter(language, False)  # before a tokenizer is trained
+        # This finds a missing language before a tokenizer is trained.
+        sentence_splitter(language, False)
     prefix = taken["--output-prefix"]
     level = "document" if language is None else "sentence"
     prefixes = [Path(f"{prefix}_{key}_{level}") for key in keys]
     final = folder = None
     if kind == "train":
-        # beside its place until the tokens are whole: tokens and tokenizer always belong together
+        # The tokenizer gets its final name when the tokens are whole, so that both always belong together.
         final = Path(prefix + "_tokenizer")
         folder = final.with_name(f".{final.name}.partial")
         texts = (t for fields in documents_of(files, keys) for sequences in fields for t in sequences if t)
@@ -152,7 +154,8 @@ def _write(
     eod = None
     if folder is None:
         size = vocab_size or 0
-        eod = size  # Megatron-LM's: one more token than there are
+        # As in Megatron-LM, the end-of-document token is one more token after the vocabulary.
+        eod = size
     else:
         tokenizer = load_tokenizer(folder)
         size = vocabulary_size(tokenizer)

@@ -1,4 +1,4 @@
-"""``longspan pretrain`` and ``pretrain_gpt.py``: training by Megatron-LM's flags alone, with its defaults."""
+"""``longspan pretrain`` and ``pretrain_gpt.py``: training with Megatron-LM's flags and defaults alone."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def announcement(defaults: dict[str, object]) -> str:
-    """Says which defaults are Megatron-LM's, and that dropout is not."""
+    """The line that lists the defaults of Megatron-LM, and states that dropout is not among them."""
     taken = ", ".join(as_flag(k, defaults[k.name]) for k in keys() if k.name in defaults)
     return f"Megatron-LM's defaults taken: {taken}\ndropout: 0 (Megatron-LM's default is 0.1)"
 
 
 def main() -> int:
-    """The entry of ``pretrain_gpt.py``."""
+    """The entry point of ``pretrain_gpt.py``."""
     from longspan.cli.main import main as longspan
 
     return longspan(["pretrain", *sys.argv[1:]])

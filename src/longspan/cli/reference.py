@@ -24,7 +24,7 @@ and `--no-KEY` switches it off. Where the default of `longspan pretrain` and `pr
 
 
 def markdown() -> str:
-    """The whole page."""
+    """The whole page as Markdown."""
     parts = [HEAD]
     for group in GROUPS:
         parts += [
@@ -85,7 +85,7 @@ def _foreign_rows(what: str, table: Mapping[str, Foreign]) -> list[str]:
 
 
 def kind(annotation: Any) -> str:
-    """A type as a reader of YAML understands it: ``number``, ``text``, ``a, b or c``, ``list of ...``."""
+    """A type in the words of YAML: ``number``, ``text``, ``a, b or c``, ``list of ...``."""
     plain = {int: "whole number", float: "number", str: "text", bool: "true, false", NoneType: "", Any: "any"}
     if annotation in plain:
         return plain[annotation]
@@ -102,7 +102,7 @@ def kind(annotation: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML has it; nothing for null."""
+    """A value as it is written in YAML; an empty text for null."""
     if value is None or value == [] or value == "":
         return ""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"

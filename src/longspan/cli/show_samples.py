@@ -1,4 +1,4 @@
-"""``longspan prepare CONFIG --show N``: samples as the run takes them, and what of them is learned."""
+"""``longspan prepare CONFIG --show N``: samples as the run uses them, and which tokens are learned."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from longspan.config.schema import TrainConfig
 
-#: characters of a run of text that are printed; the middle of a longer one is left out
+#: the most characters that are printed of a piece of text; the middle of a longer one is left out
 SHOWN = 2_000
 
 
 def describe(config: TrainConfig, count: int) -> dict[str, Any]:
-    """The training data of a prepared config, and its first samples in the order in which they are trained on.
+    """The training data of a prepared config, and its first samples in the order of training.
 
     Returns:
-        What ``--json`` prints: see docs/data.md.
+        The content of ``--json``: see docs/data.md.
 
     Raises:
         UserError: the data holds nothing to train on.
@@ -29,7 +29,7 @@ def describe(config: TrainConfig, count: int) -> dict[str, Any]:
     samples = []
     for sample in data.global_batch(0, min(count, len(data))):
         row, documents, begin = data.row(sample), [], 0
-        # The label of a token is the next one; that of the last may lie in another sample.
+        # The label of a token is the next token; the label of the last token may lie in another sample.
         counts = row.labels >= 0
         for source, number, start, stop in data.sources(sample):
             end = begin + stop - start
@@ -71,7 +71,7 @@ def describe(config: TrainConfig, count: int) -> dict[str, Any]:
 
 
 def _pieces(tokenizer, tokens: list[int], learned: list[bool]) -> list[dict[str, Any]]:
-    """The text of a document in runs of tokens that are learned or are not, special tokens by themselves."""
+    """The text of a document in pieces of tokens that are all learned or not; special tokens are separate."""
     special = {n for n, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     kinds = [
         (flag, token in special, token in special and i)
@@ -80,7 +80,8 @@ def _pieces(tokenizer, tokens: list[int], learned: list[bool]) -> list[dict[str,
     edges = [0, *(i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]), len(kinds)]
     pieces, before = [], ""
     for start, stop in pairwise(edges):
-        # A decoder may take the space from the beginning of a text, so a piece is what it adds to those before it.
+        # A decoder may remove the space at a text's beginning, so a piece is what its tokens add to the text
+        # before it.
         text = tokenizer.decode(tokens[:stop], skip_special_tokens=False)
         part = (
             text.removeprefix(before)
@@ -100,7 +101,7 @@ def _pieces(tokenizer, tokens: list[int], learned: list[bool]) -> list[dict[str,
 
 
 def show_samples(described: dict[str, Any]) -> None:
-    """Prints the samples: learned text in colour behind a ">", special tokens in a colour of their own."""
+    """Prints the samples: learned text in colour after a ">", special tokens in another colour."""
     from rich.console import Console
     from rich.text import Text
 
@@ -132,11 +133,13 @@ def show_samples(described: dict[str, Any]) -> None:
 
 
 def _lines(document: dict[str, Any]) -> list[list[tuple[str, str]]]:
-    """The lines of a document as (text, style); a line is learned or is not."""
-    if "pieces" not in document:  # token files without a tokenizer: every token is learned but the first
+    """The lines of a document as (text, style); a line is wholly learned or not at all."""
+    # These are token files without a tokenizer, of which every token but the first is learned.
+    if "pieces" not in document:
         return [[("> ", ""), (" ".join(map(str, document["tokens"][: SHOWN // 8])), "green")]]
     lines: list[list[tuple[str, str]]] = []
-    open_line = None  # whether the last line is learned, while it goes on
+    # whether the last line is learned, as long as it is not finished
+    open_line = None
     for piece in document["pieces"]:
         learned, text = bool(piece["learned"]), piece["text"]
         if len(text) > SHOWN:

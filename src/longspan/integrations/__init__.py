@@ -1,1 +1,1 @@
-"""longspan inside other people's code: one module each, imported by name so that `import longspan` needs none of them."""
+"""longspan inside other libraries: one module for each, which `import longspan` does not import."""

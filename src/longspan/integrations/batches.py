@@ -1,11 +1,11 @@
-"""A batch as a collator makes it -> this rank's part, for transformers' models.
+"""From a collator's batch to this rank's part, for transformers' models.
 
-    input_ids, labels [b, s]  ->  targets moved one to the left, while the sequence is whole
-                              ->  padding dropped, documents put one after another (where there are any)
+    input_ids, labels [b, s]  ->  targets shifted by one to the left, while the sequence is whole
+                              ->  padding removed and documents put one after another, if there are any
                               ->  this rank's rows by a layout
 
-Every rank gives the whole batch, the same one. Each rank's loss is its sum over the global number of targets, so the
-shares add up to the mean that one process would compute, also where a rank has no target at all (its share is 0).
+Every rank passes the same whole batch. Each rank's loss is its sum over the global number of targets, so the
+shares add up to the mean that one process would compute, even if a rank has no target (its share is 0 then).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from longspan.context_parallel import SequenceLayout
 from longspan.errors import did_you_mean
 from longspan.integrations.refusals import check_config
 
-#: what a batch may hold; the second line says the same as the boundaries or the positions
+#: the entries that a batch may have; those of the second line repeat the boundaries or the positions
 KEYS = (
     "input_ids",
     "labels",
@@ -42,12 +42,12 @@ class ShardedBatch:
     """One rank's part of a batch.
 
     Attributes:
-        inputs: for ``model(**inputs)``: input_ids and position_ids [b, rows] (a pack is [1, rows]), ``use_cache`` False,
-            and with labels: ``shift_labels`` [b, rows], ``num_items_in_batch``, and ``labels`` [b, 0], which only says that
-            a loss is wanted: transformers' loss reads ``shift_labels``, and one that would shift ``labels`` once more
-            fails instead.
-        layout: for ``longspan_context``. ``layout.unshard(logits, group, dim=1)`` puts logits together again.
-        num_targets: targets of the whole batch that are not ignored.
+        inputs: for ``model(**inputs)``: input_ids and position_ids [b, rows] (a pack is [1, rows]),
+            ``use_cache`` False, and with labels: ``shift_labels`` [b, rows], ``num_items_in_batch``, and
+            ``labels`` [b, 0]. The empty ``labels`` only request a loss: transformers' loss reads
+            ``shift_labels``, and a loss that would shift ``labels`` once more fails.
+        layout: for ``longspan_context``. ``layout.unshard(logits, group, dim=1)`` joins the ranks' logits.
+        num_targets: number of targets of the whole batch that are not ignored.
     """
 
     inputs: dict[str, Any]
@@ -66,18 +66,20 @@ def shard_batch(
     """This rank's rows of a batch.
 
     Args:
-        batch: ``input_ids`` [b, s] and, each optional: ``labels`` [b, s], not shifted, as transformers takes them (or
-            ``shift_labels``, shifted); ``attention_mask`` [b, s] of right padding; ``position_ids`` [b, s] or [1, s], which
-            start anew where a document does; ``cu_seqlens`` (or ``cu_seq_lens_q``), boundaries of the documents in the rows
-            put one after another. The last token of a document has no target.
-        group: the ranks to cut over; None is this rank alone.
-        config: the model's; its sliding windows tell the layout where the work is, and what cannot be cut is refused.
-        layout: ``auto`` (zigzag, for packs balanced), or a name of ``SequenceLayout.make``.
-        num_items_in_batch: what the loss is divided by; None is this batch's own number of targets. Give the total where
-            a step has several batches: gradient accumulation, data parallelism.
+        batch: ``input_ids`` [b, s] and, each optional: ``labels`` [b, s], not shifted, as for transformers
+            (or ``shift_labels``, shifted); ``attention_mask`` [b, s] of right padding; ``position_ids`` [b,
+            s] or [1, s], which restart with each document; ``cu_seqlens`` (or ``cu_seq_lens_q``), the
+            boundaries of the documents in all rows one after another. The last token of a document has no
+            target.
+        group: the ranks over which to cut; None is this rank alone.
+        config: the model's config. The layout uses its sliding windows to balance the work, and a model that
+            cannot be cut is refused.
+        layout: ``auto`` (zigzag, or balanced for packs), or a name of ``SequenceLayout.make``.
+        num_items_in_batch: the divisor of the loss; None is this batch's own number of targets. Pass the
+            total if a step has several batches (gradient accumulation, data parallelism).
 
     Raises:
-        ValueError: a key, a shape, padding or boundaries that cannot be served.
+        ValueError: a key, a shape, padding or boundaries that are not supported.
     """
     _check_keys(batch)
     tokens: Tensor = batch["input_ids"]
@@ -95,7 +97,8 @@ def shard_batch(
     starts = _document_starts(batch, tokens, positions, keep)
     targets = _targets(batch, starts, keep)
     cu_seqlens = None
-    if keep is not None or bool(starts[:, 1:].any()):  # one pack: documents are kept apart anyway
+    # The rows become one pack, because its documents are kept apart.
+    if keep is not None or bool(starts[:, 1:].any()):
         real = torch.ones_like(starts) if keep is None else keep
         tokens = tokens[real].unsqueeze(0)
         targets = None if targets is None else targets[real].unsqueeze(0)
@@ -153,7 +156,7 @@ def _positions(batch: Mapping[str, Any], tokens: Tensor) -> Tensor | None:
 
 
 def _real_tokens(batch: Mapping[str, Any]) -> Tensor | None:
-    """Where attention_mask is 1, [b, s]; None where it hides nothing."""
+    """Whether attention_mask is 1, bool [b, s]; None if it hides nothing."""
     mask = batch.get("attention_mask")
     if mask is None or bool((mask == 1).all()):
         return None
@@ -171,7 +174,7 @@ def _real_tokens(batch: Mapping[str, Any]) -> Tensor | None:
 def _document_starts(
     batch: Mapping[str, Any], tokens: Tensor, positions: Tensor | None, keep: Tensor | None
 ) -> Tensor:
-    """The first token of each document, bool [b, s]: each row's, where positions start anew, where boundaries say so."""
+    """Whether a token is the first of its document, bool [b, s]: by rows, positions and boundaries."""
     starts = torch.zeros_like(tokens, dtype=torch.bool)
     starts[:, 0] = True
     jumps = starts.clone()
@@ -204,7 +207,7 @@ def _document_starts(
 
 
 def _targets(batch: Mapping[str, Any], starts: Tensor, keep: Tensor | None) -> Tensor | None:
-    """The token each token is to predict, [b, s], IGNORE_INDEX where none."""
+    """The token that each token must predict, [b, s]; IGNORE_INDEX for none."""
     labels = batch.get("labels")
     source = batch.get("shift_labels") if labels is None else labels
     if source is None:
@@ -215,13 +218,13 @@ def _targets(batch: Mapping[str, Any], starts: Tensor, keep: Tensor | None) -> T
         )
     if labels is None:
         return source
-    # the first token of a document is nobody's target
+    # The first token of a document is never a target.
     own = labels.masked_fill(starts, IGNORE_INDEX)
     return torch.nn.functional.pad(own[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:
-    """The sliding window of each layer, as the layouts want it."""
+    """The sliding window of each layer, as layouts take it."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
@@ -240,5 +243,5 @@ def _make_layout(
 
 @lru_cache(maxsize=16)
 def _plain(name: str, total: int, ranks: int, windows: tuple[int | None, ...]) -> SequenceLayout:
-    """Layouts of plain batches by size, so that every step reads one schedule."""
+    """The layout of batches without documents, cached by size, so that all steps share one schedule."""
     return SequenceLayout.make(name, total, ranks, windows=windows)

@@ -1,7 +1,7 @@
-"""Which models of transformers cannot run on parts of a sequence: refused by their config.
+"""Refuses models of transformers that cannot run on parts of a sequence, by their config.
 
-Attention is the one layer that longspan cuts. A layer that mixes tokens in another way (a convolution, a
-recurrence) would see one rank's rows only, and be wrong without a word.
+longspan cuts attention only. A layer that mixes tokens in another way (a convolution, a recurrence) would
+see one rank's rows only, and give wrong results without an error.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from typing import Any
 
 from longspan.context_parallel import SequenceLayout
 
-#: kinds of layers whose tokens meet in attention only
+#: kinds of layers that mix tokens in attention only
 LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 
 
 def check_config(config: Any, layout: SequenceLayout) -> None:
-    """Refuses models that would be wrong under this layout.
+    """Refuses models that would give wrong results with this layout.
 
     Raises:
-        ValueError: other mixing layers, cross-attention, attention weights asked for, a loss over all tokens'
-            routes, or rotary angles that follow the longest position a rank sees.
+        ValueError: the model has other layers that mix tokens, cross-attention, attention weights as outputs,
+            a loss over the routes of all tokens, or rotary angles that depend on a rank's largest position.
     """
     kind = type(config).__name__
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
@@ -47,10 +47,11 @@ def check_config(config: Any, layout: SequenceLayout) -> None:
 
 
 def _check_rotary(config: Any, layout: SequenceLayout) -> None:
-    """``dynamic`` and ``longrope`` angles depend on the largest position in the call, and ranks hold different ones."""
+    """Refuses ``dynamic`` and ``longrope`` angles: they depend on a call's largest position; ranks differ."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     sets: list[dict[str, Any]] = [one for one in rope.values() if isinstance(one, dict)] or [rope]
-    for one in sets:  # one a kind of layer, or one for all
+    # There is one set for each kind of layer, or one for all.
+    for one in sets:
         name = str(one.get("rope_type", one.get("type", "default")))
         if "dynamic" in name:
             limit = config.max_position_embeddings

@@ -4,15 +4,15 @@ Importing this module registers the name. A step of training:
 
     batch (whole, the same on every rank)
       -> shard_batch       this rank's tokens, targets and positions, and the layout
-      -> longspan_context  says the layout and the group to the models called inside
+      -> longspan_context  gives the layout and the group to the models called inside
       -> model(**inputs)   this rank's share of the mean loss; the shares add up to the loss
       -> backward          gradients are summed over the group, never averaged
 
-**How the layout reaches attention.** A model asks its attention implementation for a mask, once, at
-the start of forward, and hands what it gets to every layer. What it gets here is a ``Plan``: no
-matrix, but who holds which tokens. So the layout is an argument of the call, not a global: two
-models, two layouts whose backward comes later, threads, and layers that gradient checkpointing runs
-again outside the context all find their own. And no mask of size s x s is ever built.
+**How the layout reaches attention.** At the start of forward a model gets a mask from its attention
+implementation and passes it to every layer. Here it gets a ``Plan`` instead of a matrix: the layout,
+which gives each rank's tokens. So the layout is an argument of the call and not a global. Two
+models, two layouts with later backwards, threads, and layers that gradient checkpointing runs again
+outside the context each have the right one. And no mask of size s x s is ever built.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ NAME = "longspan"
 
 @dataclass(eq=False)
 class Setting:
-    """What a context says. ``layout`` None is whole sequences on this rank alone; ``used``: a model has asked."""
+    """The values of a context. ``layout`` None: whole sequences on this rank alone; ``used``: by a model."""
 
     layout: SequenceLayout | None
     group: dist.ProcessGroup | None = None
@@ -70,7 +70,7 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What stands in the mask's place: it goes from the model's forward to each layer's attention."""
+    """Takes the place of the mask, which a model's forward passes to each layer's attention."""
 
     layout: SequenceLayout
     setting: Setting
@@ -92,17 +92,17 @@ def longspan_context(
 ) -> Iterator[None]:
     """Models called inside, on this thread, take their inputs as this rank's rows of ``layout``.
 
-    Only the forward call has to be inside. Contexts nest: the innermost one counts. Outside any, a
-    process on its own computes whole causal sequences; among several processes a call is refused,
-    because nobody could tell cut sequences from whole ones.
+    Only the forward call has to be inside. Contexts nest: the innermost one counts. Outside of them a
+    single process computes whole causal sequences; with several processes a call is refused,
+    because cut sequences cannot be distinguished from whole ones.
 
     Args:
-        layout: as ``shard_batch`` returns it; None for whole sequences, each rank its own.
-        group: the ranks the sequence is cut over; None is this rank alone.
+        layout: as returned by ``shard_batch``; None for whole sequences, different ones on each rank.
+        group: the ranks over which the sequence is cut; None is this rank alone.
         cp_comm_type, hierarchical_groups, deterministic: as for ``context_parallel_attention``.
 
     Raises:
-        ValueError: layout, group and type do not fit each other, or (at the end) no model asked for the layout.
+        ValueError: layout, group and type do not fit each other, or (at the end) no model used the layout.
     """
     ranks = 1 if group is None else dist.get_world_size(group)
     if layout is not None and layout.ranks != ranks:
@@ -142,9 +142,10 @@ def plan_instead_of_mask(
     config: Any,
     q_offset: int = 0,
     attention_mask: Tensor | None = None,
-    **_: Any,  # the device, the dtype and such, of a mask that is not built
+    # the device, the dtype and others, for a mask that is not built
+    **_: Any,
 ) -> Plan:
-    """transformers' mask interface: called once a forward (and kind of layer) with what the mask would be made of."""
+    """transformers' mask interface, called once a forward (and kind of layer) with the parts of the mask."""
     setting = _current.get()
     if setting is None:
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -186,17 +187,17 @@ def plan_instead_of_mask(
 
 @lru_cache(maxsize=64)
 def _whole(total: int) -> SequenceLayout:
-    """Whole sequences by length, so that every layer and step reads one schedule."""
+    """The layout of whole sequences, cached by length, so that all layers and steps share one schedule."""
     return SequenceLayout.contiguous(total, 1)
 
 
 def mask_kinds(function: Callable) -> dict[str, int | None]:
-    """What a mask function of transformers is made of: ``causal`` or ``full``, ``window`` with its size, ``packed``.
+    """The parts of transformers' mask function: ``causal`` or ``full``, ``window`` with its size, ``packed``.
 
-    transformers composes masks from closures; their names say what they are.
+    transformers composes masks from closures, which are recognised by their names.
 
     Raises:
-        ValueError: some part is none of these (chunks, images, a function of the caller's own).
+        ValueError: a part is none of these (chunks, images, a function of the caller).
     """
     name = getattr(function, "__qualname__", repr(function)).replace(".<locals>", "")
     inside = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
@@ -222,7 +223,7 @@ def mask_kinds(function: Callable) -> dict[str, int | None]:
 
 # --- attention ----------------------------------------------------------------------------
 
-#: keyword arguments that travel from the model's call to here and mean nothing to attention
+#: keyword arguments that models pass on from their call, without a meaning for attention
 TRAVELLERS = {
     "position_ids",
     "position_embeddings",
@@ -246,7 +247,7 @@ def longspan_attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [b, n, s, d], key and value [b, m, s, d] -> out [b, s, n, d], None."""
+    """transformers' attention: query [b, n, s, d], key and value [b, m, s, d] -> out [b, s, n, d], None."""
     plan = attention_mask
     if not isinstance(plan, Plan):
         found = "no mask" if plan is None else f"a mask of shape {tuple(plan.shape)}"
@@ -274,7 +275,7 @@ def longspan_attention(
 def _check_call(
     plan: Plan, dropout: float, sliding_window: int | None, is_causal: bool | None, others: dict[str, Any]
 ) -> None:
-    """Refuses what would be ignored."""
+    """Refuses arguments that would be ignored."""
     if dropout:
         raise ValueError(
             f"attention dropout {dropout} is not supported: its pattern would depend on the layout. Set attention_dropout "
@@ -308,9 +309,9 @@ def _check_call(
 
 
 def all_reduce_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Sums the gradients over the ranks, in at least float32, after backward: what a model without FSDP or DDP needs.
+    """Sums the gradients over the ranks, in at least float32; call it after backward without FSDP and DDP.
 
-    A parameter that has a gradient on some ranks only (an expert that got no token) counts as zero on the others.
+    A parameter with a gradient on some ranks only (an expert without tokens) counts as zero on the others.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if any(isinstance(p, DTensor) for p in parameters):
@@ -324,7 +325,7 @@ def all_reduce_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
 def sum_fsdp_gradients(model: nn.Module) -> None:
     """Makes FSDP2 sum gradients instead of averaging them: call once, after ``fully_shard``.
 
-    Each rank's loss is its share of the mean already; an average would divide it once more.
+    Each rank's loss is already its share of the mean, which an average would divide once more.
     """
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not sharded:
@@ -333,7 +334,8 @@ def sum_fsdp_gradients(model: nn.Module) -> None:
         )
     for module in sharded:
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # without it gloo is asked for an average
+        # Otherwise FSDP2 requests an average, which gloo does not have.
+        module.set_force_sum_reduction_for_comms(True)
 
 
 AttentionInterface.register(NAME, longspan_attention)

@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from longspan.config.keys.declare import key
 from longspan.errors import did_you_mean
 
-#: Megatron-LM's tokenizer types there are here
+#: Megatron-LM's tokenizer types that longspan has
 TOKENIZER_TYPES = ("GPT2BPETokenizer", "HuggingFaceTokenizer", "NullTokenizer")
-#: and those there are not; any other name of a tokenizer is one of transformers' classes, as axolotl says them
+#: those that it does not have; any other name is one of transformers' classes, as in axolotl
 _NO_TOKENIZERS = (
     "BertWordPieceLowerCase",
     "BertWordPieceCase",
@@ -40,10 +40,12 @@ class InstructionType(BaseModel):
     field_input: str = "input"
     field_output: str = "output"
     field_system: str = "system"
-    system_prompt: str = ""  # of records without field_system
+    # for records without field_system
+    system_prompt: str = ""
     system_format: str = "{system}"
     format: str = "{instruction} {input} "
-    no_input_format: str = "{instruction} "  # of records whose input is empty or missing
+    # for records whose input is empty or missing
+    no_input_format: str = "{instruction} "
 
     @field_validator("format", "no_input_format", "system_format")
     @classmethod
@@ -197,7 +199,7 @@ class DataKeys(BaseModel):
         ge=0,
     )
 
-    # --- Megatron's way of saying what to train on -------------------------------------------
+    # --- Megatron's way to name the data -----------------------------------------------------
     data_path: list[str] | None = key(
         None,
         "Token files: one .bin/.idx prefix, several taken as one, or a blend: weight prefix weight prefix ...",
@@ -225,7 +227,7 @@ class DataKeys(BaseModel):
     @field_validator("data_path", "train_data_path", "valid_data_path", "test_data_path", mode="before")
     @classmethod
     def _words(cls, value: Any) -> Any:
-        """Weights and prefixes as text: a YAML file gives weights as numbers, and one prefix as no list."""
+        """Weights and prefixes as a list of texts; in YAML weights may be numbers, and one prefix no list."""
         if value is None:
             return None
         values = value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""``key``: how one key of a config is declared, under both its names."""
+"""``key``: the declaration of one key of a config, with both its names."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pydantic import Field
 
 UNSET: Any = object()
 
-#: unit -> the most of it that a key may ask for: beyond every machine and model, below what keeps this program busy
-#: for hours or overflows the integers of its libraries
+#: unit -> the largest value of a key: larger than for any machine and model, and too small to keep this
+#: program busy for hours or to overflow the integers of its libraries
 LARGEST: dict[str | None, int] = {
     "layers": 10_000,
     "features": 1 << 20,
@@ -24,7 +24,7 @@ LARGEST: dict[str | None, int] = {
     "epochs": 10**6,
     "seconds": 10**9,
 }
-#: of every other key, and of no unit: what a 64-bit integer holds
+#: the largest value of all other keys: the largest 64-bit integer
 LARGEST_INTEGER = (1 << 63) - 1
 
 
@@ -43,11 +43,11 @@ def key(
 
     Args:
         unit: what a number counts (tokens, ranks, steps, sequences).
-        flag: Megatron's flag that takes the key's value, when it is not the key with dashes.
-        switches: Megatron's flags that take no value -> the value of the key each stands for.
+        flag: Megatron's flag that takes the key's value, if it is not the key with dashes.
+        switches: Megatron's flags without a value -> the value of the key for each.
         aliases: other key names; a dot stands for a key inside a mapping (``fsdp_config.offload_params``).
-        megatron_default: the default at the Megatron door, where it differs.
-        constraints: pydantic's, such as ``gt=0``.
+        megatron_default: the default with Megatron's flags, if it differs.
+        constraints: pydantic's constraints, such as ``gt=0``.
     """
     extra: dict[str, Any] = {}
     if unit:

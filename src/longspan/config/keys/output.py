@@ -108,7 +108,8 @@ class OutputKeys(BaseModel):
     @field_validator("wandb_mode", mode="before")
     @classmethod
     def _off(cls, value: Any) -> Any:
-        return "disabled" if value is False else value  # YAML reads off and no as false
+        # YAML reads off and no as false.
+        return "disabled" if value is False else value
 
     wandb_entity: str | None = key(None, "Team of the run.")
     use_tensorboard: bool = key(True, "Write TensorBoard files.")
