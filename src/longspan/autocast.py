@@ -1,7 +1,6 @@
 """torch.autocast for parts with autograd functions written by hand, inside of which autocast has no effect.
 
-Such a part follows PyTorch's own functions: it casts its inputs to autocast's type and computes without
-autocast.
+Like PyTorch's own functions, such a part casts its inputs to autocast's type and computes with autocast off.
 """
 
 from __future__ import annotations

@@ -17,8 +17,7 @@ import torch
 
 from longspan.errors import UserError
 
-#: The backend of torch.compile. A test uses one that generates no code, because that step takes most of the
-#: time.
+#: The backend of torch.compile. A test uses one that generates no code, because that takes most of the time.
 BACKEND = "inductor"
 
 
@@ -53,8 +52,7 @@ def check_compiler(device: torch.device) -> None:
     """Refuses a machine on which torch.compile cannot work.
 
     Raises:
-        UserError: the CPU lacks a C++ compiler; or CUDA lacks Triton, or a C compiler that builds its
-        launchers.
+        UserError: there is no C++ compiler (CPU), no Triton, or no C compiler for its launchers (CUDA).
     """
     names = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "gcc", "clang")
     found = any(shutil.which(os.environ.get(name, "") if name.isupper() else name) for name in names)

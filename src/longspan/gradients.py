@@ -1,7 +1,6 @@
 """Gradients of a model in your own loop: summed over the ranks that see different tokens.
 
-In the trainer FSDP2 does this by itself (``parallelize``); a model without FSDP2 needs one call after
-backward.
+In the trainer FSDP2 does this (``parallelize``); a model without FSDP2 needs one call after backward.
 """
 
 from __future__ import annotations
@@ -81,8 +80,7 @@ def sum_gradients(
 ) -> None:
     """Sums the gradients over the ranks of a group, in at least float32, and multiplies them by ``scale``.
 
-    A parameter with a gradient on some ranks only counts as zero on the others; if no rank has one, it stays
-    None.
+    A parameter with a gradient on some ranks only counts as zero on the others; without any it keeps none.
     """
     if not parameters:
         return

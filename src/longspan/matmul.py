@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Products of fewer multiplications than this use torch.matmul, because the call costs more than the
-#: computation.
+#: Products of fewer multiplications than this use torch.matmul, because a oneDNN call would cost too much.
 SMALL = 1 << 16
 
 #: oneDNN is used with AVX-512 only, because no other processor has been measured.

@@ -25,8 +25,7 @@ from longspan.context_parallel.costs import AlikeLayers, Costs
 from longspan.context_parallel.layout import Segment, SequenceLayout
 from longspan.files import write_whole
 
-#: eight colours that people who see no red or no green can distinguish (Okabe and Ito, 2008; here with grey
-#: for black)
+#: eight colours, distinct for people who see no red or no green (Okabe and Ito, 2008; grey instead of black)
 EIGHT = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#7F7F7F")
 INK, PALE = "#222222", "#E6E6E6"
 #: with more ranks than this, the ribbon has no numbers and the matrix no values

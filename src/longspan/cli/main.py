@@ -92,8 +92,7 @@ def report(error: UserError, as_json: bool = False) -> None:
     """Prints a user's mistakes to stderr, one a line; ``as_json`` also to stdout as ``{"problems": [...]}``.
 
     Under torchrun every rank finds the same mistake, and torchrun ends all ranks when one has ended. So the
-    first rank reports it while the others wait. A rank that still runs after that has found a different
-    mistake.
+    first rank reports it while the others wait. A rank that still runs then has found another mistake.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
         time.sleep(FIRST_RANK_TELLS_S)

@@ -110,8 +110,7 @@ WITHOUT_TRAINING = ("layout", "prepare", "eval")
 
 
 def key_help(megatron: bool = False) -> str:
-    """Every key with its flag, unit, default and meaning, by group; ``megatron`` puts Megatron's flag and
-    default first."""
+    """Every key with its flag, unit, default and meaning, by group; ``megatron`` puts Megatron's first."""
     lines = (
         ["Flags, by group, each with its other names:"]
         if megatron

@@ -21,8 +21,7 @@ def check_data(run: Run) -> TokenDataset:
     """Opens a prepared config's data; refuses data that would fail or teach nothing before processes start.
 
     Raises:
-        UserError: one side of the split has no document, no token has a next token, or a token is not in
-            the vocabulary.
+        UserError: a side of the split has no document, no token has a next one, or a token is too large.
     """
     # imported here because they need torch, and missing sources are found without it
     from longspan.data.splits import PARTS, named_files, open_datasets

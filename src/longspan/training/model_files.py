@@ -1,8 +1,7 @@
 """The files beside the weights of every written model, for train's export, for conversions and for merging.
 
 config.json, generation_config.json and the tokenizer's files name the same tokens: those that the run trained
-with. Other content of the base model's files (sampling settings, further end tokens, further chat templates)
-is kept.
+with. Other content of the base model's files (sampling settings, more end tokens and templates) is kept.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Handling of SIGTERM, SIGINT (Ctrl-C) and SIGHUP in a process that trains: the first signal makes it save
-and stop."""
+"""SIGTERM, SIGINT (Ctrl-C) and SIGHUP in a process that trains: the first signal makes it save and stop."""
 
 from __future__ import annotations
 
@@ -107,8 +106,7 @@ class Stopping:
 
     Before :meth:`saves` is called, a first signal ends the process at once, because there is nothing to save.
     After that it requests a save and a stop, and a second signal ends the process at once. A thread receives
-    the signals, because Python runs its handlers only after the present call, and a backward pass may take
-    minutes.
+    the signals, because Python runs handlers only after the present call, and a backward may take minutes.
 
     Args:
         speaks: print the effect of a signal to stderr; True in one process of a run.

@@ -8,12 +8,10 @@ So at most two layers' saved tensors are on the device at a time. A layer is one
 saves several times (the input of three projections) is copied once. Weights stay where they are, and so do
 small tensors and those that all layers share (the rotary table).
 
-With full recomputation a layer saves its input alone, with selective recomputation also what attention needs,
-and without recomputation everything.
+A layer saves its input with full recomputation, also what attention needs with selective, else everything.
 
 PyTorch's own ``torch.autograd.graph.save_on_cpu`` waits for each copy and copies weights too; torchtune and
-TRL (``OffloadActivations``) overlap the copies of single tensors. Here the unit is the layer, because layers
-are alike.
+TRL (``OffloadActivations``) overlap copies of single tensors, and this module those of whole, equal layers.
 """
 
 from __future__ import annotations
@@ -83,7 +81,7 @@ class Offload:
                 return t
             assert group.here is not None
             shape, t = t.shape, t.detach()
-            # Attention's output is saved twice, in two shapes: flat, both have the same key and one copy.
+            # Attention's output is saved in two shapes; flat, both have the same key and one copy.
             if t.is_contiguous():
                 t = t.view(-1)
             # group.here keeps the tensor alive, so no other tensor can get its address.
