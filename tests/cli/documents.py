@@ -240,7 +240,7 @@ NAMES = {
     "build_attention": None,
     "GPTModel": "longspan.models.GPTModel",
     "MegatronModule": "torch.nn.Module",
-    "MLP": "longspan.models.gpt.MLP",
+    "MLP": "longspan.models.parts.MLP",
     # experts
     "MoERouter": None,
     "compute_aux_loss": None,
