@@ -12,7 +12,7 @@ from types import CodeType, FrameType, TracebackType
 STEP = ("training.trainer", "train_step")
 #: function of longspan -> its task, for messages; of several in a stack the innermost one counts
 PHASES = {
-    ("runs.train", "prepared_together"): "preparing the data",
+    ("runs.train", "prepare_together"): "preparing the data",
     ("mesh.mesh", "init_distributed"): "the start, in which the ranks find each other",
     ("mesh.mesh", "build"): "making the groups of ranks",
     ("mesh.mesh", "close_distributed"): "the end of the run",
