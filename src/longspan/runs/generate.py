@@ -66,7 +66,9 @@ def end_ids(tokenizer: Tokenizer, folders: Iterable[Path]) -> set[int]:
     return {n for n in numbers if isinstance(n, int)}
 
 
-def generate(folder: str, prompt: str, count: int, temperature: float, seed: int, special: bool) -> str:
+def generate(
+    folder: str, prompt: str, count: int, temperature: float, seed: int, special: bool = False
+) -> str:
     """The prompt and what the model makes of it.
 
     Args:
