@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longspan import TransformerConfig
-from longspan.config.parallel import MeshSizes
+from longspan.config.sizes import MeshSizes
 from longspan.context_parallel import Schedule, SequenceLayout
 from longspan.context_parallel.calls import calls_of
 from longspan.context_parallel.kernels.choose import select_kernel

@@ -18,7 +18,7 @@ from torch import Tensor
 from longspan import TransformerConfig
 from longspan.compiled import compile_parts
 from longspan.config.packages import has_package
-from longspan.config.parallel import MeshSizes
+from longspan.config.sizes import MeshSizes
 from longspan.context_parallel import SequenceLayout
 from longspan.mesh.mesh import ParallelMesh, init_distributed
 from longspan.models import GPTModel

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 import longspan
 import pool
 from longspan import TransformerConfig, finalize_model_grads, parallel_state
-from longspan.config.parallel import MeshSizes
+from longspan.config.sizes import MeshSizes
 from longspan.context_parallel import SequenceLayout
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel

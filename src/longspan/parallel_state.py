@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from longspan.config.parallel import DEFAULT_ORDER, MeshSizes
+from longspan.config.sizes import DEFAULT_ORDER, MeshSizes
 from longspan.errors import did_you_mean
 from longspan.mesh.default_groups import installed, installed_mesh
 from longspan.mesh.mesh import ParallelMesh, ProcessGroupCollection, init_distributed

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from longspan.config.hub import model_folder
+from longspan.config.families.hub import model_folder
 from longspan.config.run import Run
 from longspan.errors import UserError
 from longspan.models.gpt import GPTModel

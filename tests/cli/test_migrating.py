@@ -10,7 +10,9 @@ import pytest
 from longspan.cli.launch import OPTIONS as LAUNCH_OPTIONS
 from longspan.cli.prepare import FILE_OPTIONS
 from longspan.cli.reference import markdown
-from longspan.config.load import FOREIGN, make_config, option_table, parse_overrides
+from longspan.config.dialects.table import EXTERNAL_NAMES
+from longspan.config.load import make_config
+from longspan.config.options import option_table, parse_overrides
 from longspan.config.schema import DatasetConfig, names
 from longspan.runs.environment import VARIABLES
 
@@ -57,7 +59,7 @@ def test_both_pages_say_the_same():
 @pytest.mark.parametrize("flag", [*documents.FLAGS, *documents.LAUNCHER])
 def test_every_flag_is_known(flag):
     name = flag[2:].replace("-", "_")
-    assert name in option_table() or name in FOREIGN or flag in LAUNCH_OPTIONS
+    assert name in option_table() or name in EXTERNAL_NAMES or flag in LAUNCH_OPTIONS
     found = parse_overrides([flag], list(LAUNCH_OPTIONS)) if flag not in LAUNCH_OPTIONS else None
     assert found is None or not any("unknown" in problem for problem in found.problems)
 
@@ -72,7 +74,7 @@ def test_every_key_is_known(key):
     if key.startswith("datasets."):
         assert key.removeprefix("datasets.") in DatasetConfig.model_fields
     else:
-        assert key in names() or key in FOREIGN
+        assert key in names() or key in EXTERNAL_NAMES
         outer, _, inner = key.partition(".")
         values = {outer: {inner: None}} if inner else {outer: None}
         assert not any("unknown" in problem for problem in make_config(values).problems)
@@ -98,7 +100,9 @@ def test_the_page_of_all_keys_is_not_stale():
 def test_the_page_of_all_keys_has_every_key_and_other_name():
     page = markdown()
     missing = [
-        n for n in (*names(), *FOREIGN) if f"`{n}`" not in page and f"`--{n.replace('_', '-')}`" not in page
+        n
+        for n in (*names(), *EXTERNAL_NAMES)
+        if f"`{n}`" not in page and f"`--{n.replace('_', '-')}`" not in page
     ]
     assert not missing
     for line in page.splitlines():

@@ -2,8 +2,8 @@
 
 import pytest
 
+from longspan.config.dialects.megatron import parse_megatron_flags
 from longspan.config.load import make_config
-from longspan.config.megatron import parse_megatron_flags
 
 KEYS = {
     "contxt_parallel_size": "context_parallel_size",

@@ -4,9 +4,9 @@ from fractions import Fraction
 
 import pytest
 
-from longspan.config.data_rules import has_validation, read_blend, read_split
+from longspan.config.data import has_validation, read_blend, read_split
+from longspan.config.dialects.megatron import parse_megatron_flags
 from longspan.config.load import load_config, make_config
-from longspan.config.megatron import parse_megatron_flags
 from longspan.config.resolve import resolve
 from longspan.errors import UserError
 

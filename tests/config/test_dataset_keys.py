@@ -2,7 +2,7 @@
 
 import pytest
 
-from longspan.config.dataset_keys import FIELDS, OTHER_TYPES
+from longspan.config.dialects.axolotl_datasets import FIELDS, OTHER_TYPES
 from longspan.config.load import make_config, to_yaml
 from longspan.config.resolve import resolve
 from longspan.errors import UserError

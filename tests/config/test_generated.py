@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 import command
 import pool
 import tiny
-from longspan.config.load import FOREIGN, make_config
+from longspan.config.dialects.table import EXTERNAL_NAMES
+from longspan.config.load import make_config
 from longspan.config.resolve import resolve
 from longspan.config.run import Run
 from longspan.config.schema import names
@@ -133,7 +134,7 @@ def run_of(values):
         return None, error.problems
 
 
-KNOWN = [*names(), *FOREIGN, *MODEL, *LAYOUT, *OTHERS, "parallel sizes"]
+KNOWN = [*names(), *EXTERNAL_NAMES, *MODEL, *LAYOUT, *OTHERS, "parallel sizes"]
 
 
 @settings(max_examples=1000, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))

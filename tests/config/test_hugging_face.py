@@ -6,9 +6,10 @@ import math
 import pytest
 
 from longspan.config.architecture import Architecture
-from longspan.config.hub import architecture_of, model_folder, unused_fields
-from longspan.config.hugging_face import export_problem, hugging_face_config, keys_of, windows_of
-from longspan.config.known_models import KNOWN_MODELS
+from longspan.config.families.config_json import export_problem, hugging_face_config, keys_of
+from longspan.config.families.family import windows_of
+from longspan.config.families.hub import architecture_of, model_folder, unused_fields
+from longspan.config.families.known import KNOWN_MODELS
 from longspan.config.load import architecture_config, make_config
 from longspan.config.model import padded_vocab_size
 from longspan.config.parameters import VOCABULARY, parameter_shapes

@@ -7,9 +7,11 @@ import pytest
 import yaml
 
 import tiny
-from longspan.config.load import Overrides, load_config, make_config, parse_overrides, read_yaml, to_yaml
+from longspan.config.load import load_config, make_config, to_yaml
+from longspan.config.options import Overrides, parse_overrides
 from longspan.config.resolve import resolve
 from longspan.config.schema import GROUPS, TrainConfig, keys, names
+from longspan.config.yaml_file import read_yaml
 from longspan.errors import UserError
 from longspan.training.schedule import training_steps, warmup_steps
 

@@ -6,8 +6,9 @@ import pytest
 
 import tiny
 from longspan.config.load import make_config
-from longspan.config.lora import Lora, lora_of, lora_problems, read_peft_config
+from longspan.config.lora import Lora, lora_of, read_peft_config
 from longspan.config.resolve import resolve
+from longspan.config.rules.lora import lora_problems
 from longspan.errors import UserError
 
 GOOD = {

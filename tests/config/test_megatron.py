@@ -4,8 +4,9 @@ import shlex
 
 import pytest
 
-from longspan.config.load import FOREIGN, option_table
-from longspan.config.megatron import parse_megatron_flags
+from longspan.config.dialects.megatron import parse_megatron_flags
+from longspan.config.dialects.table import EXTERNAL_NAMES
+from longspan.config.options import option_table
 from longspan.config.resolve import resolve
 from longspan.config.schema import keys, names
 
@@ -78,9 +79,9 @@ def test_mistakes_come_at_once_with_near_misses():
 
 def test_no_name_is_both_a_key_and_something_else():
     spellings = set(option_table()) | set(names())
-    assert not spellings & set(FOREIGN)
-    for name, fate in FOREIGN.items():
-        assert fate.why.endswith((".", ")")), name
+    assert not spellings & set(EXTERNAL_NAMES)
+    for name, external in EXTERNAL_NAMES.items():
+        assert external.why.endswith((".", ")")), name
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import shlex
 import pytest
 
 from longspan.cli.main import main
-from longspan.config.megatron import parse_megatron_flags
-from longspan.config.megatron_messages import as_flag, by_flags
+from longspan.config.dialects.megatron import parse_megatron_flags
+from longspan.config.dialects.megatron_messages import as_flag, by_flags
 from longspan.config.resolve import resolve
 from longspan.config.schema import keys
 from longspan.errors import UserError

@@ -6,7 +6,7 @@ import pytest
 
 import tiny
 from longspan.config.load import make_config
-from longspan.config.schedule_rules import schedule_problems
+from longspan.config.rules.schedule import schedule_problems
 from longspan.training.schedule import evaluation_limit, interval, learning_rate, warmup_steps
 
 

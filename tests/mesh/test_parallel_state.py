@@ -15,7 +15,7 @@ import torch.distributed as dist
 import longspan
 import pool
 from longspan import parallel_state
-from longspan.config.parallel import MeshSizes
+from longspan.config.sizes import MeshSizes
 from longspan.mesh.mesh import ParallelMesh
 
 GROUPS = {  # getter's stem -> axes inside the group

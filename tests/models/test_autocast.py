@@ -5,7 +5,7 @@ import torch
 from test_gpt import LENGTH, VOCAB, batch, transformer_config
 
 import pool
-from longspan.config.parallel import MeshSizes
+from longspan.config.sizes import MeshSizes
 from longspan.context_parallel import SequenceLayout, context_parallel_attention
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel

@@ -16,7 +16,7 @@ import tiny
 from longspan import compiled
 from longspan.config.load import make_config
 from longspan.config.lora import TARGETS, Lora
-from longspan.config.parallel import MeshSizes
+from longspan.config.sizes import MeshSizes
 from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import pool
 import tiny
-from longspan.config.hub import architecture_of
+from longspan.config.families.hub import architecture_of
 from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
 from longspan.models import hf_weights

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import oracle
 import pool
 from longspan import TransformerConfig, parallel_state
-from longspan.config.parallel import MeshSizes
+from longspan.config.sizes import MeshSizes
 from longspan.context_parallel import (
     DotProductAttention,
     PackedSeqParams,

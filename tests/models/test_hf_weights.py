@@ -13,7 +13,7 @@ import command
 import pool
 import tiny
 from longspan import TransformerConfig
-from longspan.config.hub import architecture_of
+from longspan.config.families.hub import architecture_of
 from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
 from longspan.models import hf_weights

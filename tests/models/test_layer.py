@@ -7,7 +7,7 @@ from torch import nn
 
 import pool
 from longspan import TransformerConfig, parallel_state
-from longspan.config.parallel import MeshSizes
+from longspan.config.sizes import MeshSizes
 from longspan.context_parallel import PackedSeqParams, SequenceLayout
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel, TransformerBlock, TransformerLayer

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import pool
 from longspan import TransformerConfig
-from longspan.config.parallel import MeshSizes
+from longspan.config.sizes import MeshSizes
 from longspan.context_parallel import PackedSeqParams, SequenceLayout
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel

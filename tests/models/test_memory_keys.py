@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 import pool
 import tiny
 from longspan.config.load import make_config
-from longspan.config.parallel import MeshSizes
 from longspan.config.resolve import resolve
+from longspan.config.sizes import MeshSizes
 from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh

@@ -5,8 +5,8 @@ import torch
 
 import pool
 from longspan import TransformerConfig
-from longspan.config.parallel import MeshSizes
 from longspan.config.parameters import parameter_shapes
+from longspan.config.sizes import MeshSizes
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
 

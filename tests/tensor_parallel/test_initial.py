@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import pool
 from longspan import TransformerConfig, parallel_state
-from longspan.config.parallel import MeshSizes
+from longspan.config.sizes import MeshSizes
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel, TransformerBlock, TransformerLayer
 from longspan.models.parts import MLP

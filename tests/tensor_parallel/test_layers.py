@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import pool
 from longspan import ModelParallelConfig, parallel_state
-from longspan.config.parallel import MeshSizes
+from longspan.config.sizes import MeshSizes
 from longspan.mesh.mesh import ParallelMesh
 from longspan.tensor_parallel import (
     ColumnParallelLinear,

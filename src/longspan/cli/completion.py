@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from longspan.cli.launch import OPTIONS as LAUNCH_OPTIONS
-from longspan.config.foreign import refuses
-from longspan.config.load import FOREIGN
+from longspan.config.dialects.external import refuses
+from longspan.config.dialects.table import EXTERNAL_NAMES
 from longspan.config.model import CP_COMM_TYPES
 from longspan.config.schema import Key, keys
 from longspan.errors import UserError, did_you_mean
@@ -73,7 +73,9 @@ def key_options() -> dict[str, Key]:
 
 def other_options() -> list[str]:
     """Names of Megatron-LM and axolotl that are accepted and are not keys; refused names are left out."""
-    return ["--" + n.replace("_", "-") for n, fate in FOREIGN.items() if "." not in n and not refuses(fate)]
+    return [
+        "--" + n.replace("_", "-") for n, name in EXTERNAL_NAMES.items() if "." not in n and not refuses(name)
+    ]
 
 
 def choices(k: Key) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longspan.cli.options import key_help, number, read_config, take_options
-from longspan.config.data_rules import keeps_documents_apart
+from longspan.config.data import keeps_documents_apart
 from longspan.config.packages import has_package
 from longspan.config.resolve import resolve
 from longspan.config.run import Checked

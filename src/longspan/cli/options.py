@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from longspan.config.load import Reading, make_config, parse_overrides, read_yaml
+from longspan.config.load import Reading, make_config
+from longspan.config.options import parse_overrides
 from longspan.config.schema import GROUPS, keys
+from longspan.config.yaml_file import read_yaml
 from longspan.errors import UserError, did_you_mean
 
 
@@ -123,7 +125,7 @@ def key_help(megatron: bool = False) -> str:
             spellings = list(
                 dict.fromkeys([k.flag, *k.switches, own] if megatron else [own, k.flag, *k.switches])
             )
-            default = k.default_at_megatron_door if megatron else k.default
+            default = k.default_of_megatron if megatron else k.default
             unit = f" [{k.unit}]" if k.unit else ""
             shown = "" if default is None or default == [] else f" (default {default})"
             lines.append(f"  {', '.join(spellings)}{unit}{shown}")

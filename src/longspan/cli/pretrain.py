@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from longspan.cli.launch import HELP, OPTIONS, read_launch
 from longspan.cli.options import key_help, take_options
-from longspan.config.megatron import parse_megatron_flags
-from longspan.config.megatron_messages import as_flag, by_flags
+from longspan.config.dialects.megatron import parse_megatron_flags
+from longspan.config.dialects.megatron_messages import as_flag, by_flags
 from longspan.config.schema import keys
 from longspan.errors import UserError
 from longspan.runs.check import checked

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from longspan.config.axolotl_keys import KEYS
-from longspan.config.foreign import Foreign, refuses
+from longspan.config.dialects.axolotl import KEYS
+from longspan.config.dialects.external import ExternalName, refuses
+from longspan.config.dialects.megatron_flags import FLAGS
 from longspan.config.keys.declare import UNSET
-from longspan.config.megatron_flags import FLAGS
 from longspan.config.schema import GROUPS, DatasetConfig, Key, keys
 
 HEAD = """\
@@ -20,7 +20,7 @@ Made by `make docs` (`longspan config --markdown`) from `src/longspan/config`; n
 A key is given in a YAML file under its own name (axolotl's, where axolotl has it) or the name of its Megatron-LM flag, and
 on the command line as an option under either: `--sequence-len 8192`, `--seq-length 8192`. A yes-or-no key needs no value,
 and `--no-KEY` switches it off. Where the default of `longspan pretrain` and `pretrain_gpt.py` differs, it stands behind
-"Megatron door". What is unknown is refused with the nearest name; what has no effect is listed at start."""
+"Megatron". What is unknown is refused with the nearest name; what has no effect is listed at start."""
 
 
 def markdown() -> str:
@@ -39,11 +39,11 @@ def markdown() -> str:
         "",
         "## Megatron-LM's flags that are no keys",
         "",
-        *_foreign_rows("flag", FLAGS),
+        *_external_rows("flag", FLAGS),
         "",
         "## axolotl's keys that are no keys here",
         "",
-        *_foreign_rows("key", KEYS),
+        *_external_rows("key", KEYS),
     ]
     return "\n".join(parts) + "\n"
 
@@ -59,7 +59,7 @@ def _key_rows(some: Iterator[Key]) -> list[str]:
         others = ", ".join([*flags, *(f"`{alias}`" for alias in k.aliases)])
         default = shown(k.default)
         if k.megatron_default is not UNSET and k.megatron_default != k.default:
-            default += f"; Megatron door: {shown(k.megatron_default)}"
+            default += f"; Megatron: {shown(k.megatron_default)}"
         unit = f" [{k.unit}]" if k.unit else ""
         return f"`{k.name}`", others, kind(k.annotation) + unit, default, k.text
 
@@ -75,12 +75,12 @@ def _dataset_rows() -> list[str]:
     return _table(("field", "value", "default", "meaning"), map(row, DatasetConfig.model_fields.items()))
 
 
-def _foreign_rows(what: str, table: Mapping[str, Foreign]) -> list[str]:
-    def fate(entry: Foreign) -> str:
+def _external_rows(what: str, table: Mapping[str, ExternalName]) -> list[str]:
+    def handling(entry: ExternalName) -> str:
         return "other keys" if entry.becomes else "refused" if refuses(entry) else "no effect"
 
     return _table(
-        (what, "fate", "why, and what to say"), ((f"`{n}`", fate(e), e.why) for n, e in table.items())
+        (what, "handling", "why, and what to say"), ((f"`{n}`", handling(e), e.why) for n, e in table.items())
     )
 
 

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from longspan.cli.options import key_help, number, take_options
-from longspan.config.data_rules import PATHS, marks_documents, read_blend
-from longspan.config.hub import architecture_of, is_hub_id, unused_fields
-from longspan.config.load import Overrides, Reading, make_config, parse_overrides, read_yaml
-from longspan.config.megatron import parse_megatron_flags
-from longspan.config.megatron_messages import by_flags
+from longspan.config.data import PATHS, marks_documents, read_blend
+from longspan.config.dialects.megatron import parse_megatron_flags
+from longspan.config.dialects.megatron_messages import by_flags
+from longspan.config.families.hub import architecture_of, is_hub_id, unused_fields
+from longspan.config.load import Reading, make_config
+from longspan.config.options import Overrides, parse_overrides
 from longspan.config.resolve import complete
 from longspan.config.run import batch_of, sizes_of
 from longspan.config.schema import DatasetConfig, TrainConfig
+from longspan.config.yaml_file import read_yaml
 from longspan.errors import UserError
 from longspan.runs.prepare import check_vocabulary, end_of_document
 

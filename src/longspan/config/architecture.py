@@ -2,7 +2,7 @@
 
 A field is declared here and in ``config/keys/model.py`` (its key). From here follow TransformerConfig
 (``config.model``), what a checkpoint records of its model (``longspan.json``), config.json in and out
-(``config.hugging_face``), and the names and shapes of the parameters (``config.parameters``).
+(``config.families``), and the names and shapes of the parameters (``config.parameters``).
 
 Each field has in its metadata what it decides, and the name of its key where that is another one:
 

@@ -1,307 +1,26 @@
-"""Reading a config: YAML and command line -> TrainConfig, all problems at once."""
+"""From keys and values to TrainConfig, with all problems at once."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from longspan.config.axolotl_keys import KEYS
-from longspan.config.bounded_yaml import MAX_BYTES, BoundedLoader
-from longspan.config.dataset_keys import LISTS, read_datasets
-from longspan.config.foreign import MANY
+from longspan.config.dialects.axolotl_datasets import LISTS, read_datasets
+from longspan.config.dialects.table import EXTERNAL_NAMES
 from longspan.config.keys.data import InstructionType
-from longspan.config.megatron_flags import FLAGS
+from longspan.config.options import Overrides, parse_overrides, read_external
 from longspan.config.rope import rope_type, with_original_length
-from longspan.config.schema import DatasetConfig, Key, TrainConfig, keys, names
+from longspan.config.schema import TrainConfig, names
+from longspan.config.yaml_file import read_yaml
 from longspan.errors import UserError, did_you_mean
 
 #: problems after which an unknown key gets no near name any more
 MAX_NEAR = 50
-#: names of Megatron-LM and axolotl that are no keys here -> their fate
-FOREIGN = KEYS | {flag.removeprefix("--").replace("-", "_"): fate for flag, fate in FLAGS.items()}
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: no such file (with the near one), no YAML, or no mapping.
-    """
-    path = Path(path)
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise UserError(f"config file {path} {found}.{did_you_mean(path.name, siblings)}")
-    if path.stat().st_size > MAX_BYTES:
-        raise UserError(
-            f"{path} has {path.stat().st_size:,} bytes; a config file has {MAX_BYTES:,} at most. Is it the config?"
-        )
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file in UTF-8.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    if not isinstance(data, dict):
-        raise UserError(
-            f"{path} holds {type(data).__name__}, not a mapping of keys to values ('key: value')."
-        )
-    return data
-
-
-_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
-
-
-class _Loader(BoundedLoader):
-    """YAML's safe loader, with what a config file means by its values.
-
-    It refuses a key given twice, of which the first would be lost. The value of a key that holds text is
-    the text itself, also where it looks like a date or a number. Numbers that people and YAML read
-    differently, as 0100 and 1:30, stay text, which no number's key takes.
-    """
-
-    def construct_yaml_int(self, node):
-        return node.value if _AMBIGUOUS.fullmatch(node.value) else super().construct_yaml_int(node)
-
-    def construct_yaml_float(self, node):
-        return node.value if _AMBIGUOUS.fullmatch(node.value) else super().construct_yaml_float(node)
-
-    def construct_mapping(self, node, deep=False):
-        for key_node, value_node in node.value:
-            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != _MERGE:
-                key_node.tag = _TEXT  # a key's name is what is written there, also ``no`` or ``7``
-            if isinstance(key_node, yaml.ScalarNode) and key_node.value in maps_of_text():
-                for _, member in value_node.value if isinstance(value_node, yaml.MappingNode) else ():
-                    if isinstance(member, yaml.ScalarNode) and _is_written_text(member):
-                        member.tag = _TEXT
-            plain = isinstance(key_node, yaml.ScalarNode) and isinstance(value_node, yaml.ScalarNode)
-            if plain and key_node.value in text_keys() and _is_written_text(value_node):
-                value_node.tag = _TEXT
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == _MERGE:  # <<, which stands for keys that others may replace
-                continue
-            name = self.construct_object(key_node, deep=True)
-            if isinstance(name, str) and name in seen:
-                raise yaml.YAMLError(f"{name} is given twice{key_node.start_mark}. Keep one.")
-            seen.add(name if isinstance(name, str) else id(key_node))
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
-
-_AMBIGUOUS = re.compile(r"[+-]?(0[0-9_]+|[0-9][0-9_]*(:[0-9.]+)+)")
-
-
-def _is_written_text(node: yaml.ScalarNode) -> bool:
-    """Is it a date, a number, or a word such as ``on``? Null and false stay what they are: nothing."""
-    kind = node.tag.rpartition(":")[2]
-    return kind in ("int", "float", "timestamp") or (
-        kind == "bool" and node.value.lower() in ("yes", "on", "true")
-    )
-
-
-@lru_cache
-def text_keys() -> frozenset[str]:
-    """Names of keys, of datasets too, whose value is text."""
-    text = {
-        spelling for spelling, name in names().items() if _is_text(TrainConfig.model_fields[name].annotation)
-    }
-    own = {name for name, info in DatasetConfig.model_fields.items() if _is_text(info.annotation)}
-    return frozenset(text | own)
-
-
-@lru_cache
-def maps_of_text() -> frozenset[str]:
-    """Names of keys, of datasets too, whose value is a mapping of names to text."""
-    fields = TrainConfig.model_fields | DatasetConfig.model_fields
-    return frozenset(name for name, info in fields.items() if dict[str, str] in get_args(info.annotation))
-
-
-def _is_text(annotation: Any) -> bool:
-    return set(get_args(annotation) or (annotation,)) <= {str, type(None)}
-
-
-@dataclass
-class Overrides:
-    """What command-line options say.
-
-    Attributes:
-        values: by key.
-        rest: arguments that are no options.
-        problems: what is wrong, a message each.
-        notes: options that have no effect here, each with the reason.
-    """
-
-    values: dict[str, Any] = field(default_factory=dict)
-    rest: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-def parse_overrides(
-    arguments: Sequence[str], other_options: Sequence[str] = (), positionals: int = 0
-) -> Overrides:
-    """Command-line options -> key values.
-
-    Each key is an option under its own name (``--learning-rate 1e-4``, ``--learning_rate=1e-4``)
-    and under Megatron's (``--lr 1e-4``). Values are read as YAML. A boolean needs no value, and
-    ``--no-KEY`` switches it off. A key that may be a list takes several (``--cp-comm-type p2p a2a``).
-    Options of Megatron-LM and axolotl that are no keys here have their fate in ``foreign`` tables.
-
-    Args:
-        other_options: options the caller handles itself, for near misses.
-        positionals: arguments that are no options; those still to come are not taken for a list's values.
-    """
-    table = option_table()
-    found = Overrides()
-    left = list(arguments)
-    given: dict[str, str] = {}  # key -> the option that said it
-    while left:
-        argument = left.pop(0)
-        if not argument.startswith("--") or argument == "--":
-            found.rest.append(argument)
-            continue
-        option, equals, text = argument.partition("=")
-        name = option[2:].replace("-", "_")
-        if name not in table and name in FOREIGN:
-            many = [text] if equals else _take(left, FOREIGN[name].values)
-            read = [_yaml(v) for v in many]
-            _foreign(option, read if len(read) > 1 else read[0] if read else True, found)
-            continue
-        if name not in table:
-            known = [*("--" + n.replace("_", "-") for n in (*table, *FOREIGN)), *other_options]
-            found.problems.append(f"{option}: unknown option.{did_you_mean(option.replace('_', '-'), known)}")
-            if not equals and left and not left[0].startswith("--"):
-                left.pop(0)
-            continue
-        k, fixed = table[name]
-        if fixed is not _VALUE:
-            if equals:
-                found.problems.append(f"{option} takes no value; found {text!r}.")
-            value = fixed
-        elif equals:
-            value = _value(k, text)
-        elif _is_switch(k, name) and (not left or left[0].startswith("--") or _no_bool(left[0])):
-            value = True
-        elif not left or left[0].startswith("--"):
-            found.problems.append(f"{option} needs a value: {k.text}")
-            continue
-        else:
-            value = _value(k, left.pop(0))
-            if _is_list(k) and len(found.rest) >= positionals:
-                more = [_value(k, v) for v in _take(left, MANY)]
-                value = [value, *more] if more or not _may_be_single(k) else value
-        if _is_list(k) and not _may_be_single(k) and not isinstance(value, list | type(None)):
-            value = [value]
-        if k.name in found.values and found.values[k.name] != value and given[k.name] != option:
-            found.problems.append(
-                f"{option} and {given[k.name]} are the same key, {k.name}, with two values. Keep one."
-            )
-        found.values[k.name], given[k.name] = value, option
-    return found
-
-
-def option_table() -> dict[str, tuple[Key, Any]]:
-    """Every option without its dashes, underscored -> (key, the value it stands for or a mark that it takes one)."""
-    table: dict[str, tuple[Key, Any]] = {}
-    for k in keys():
-        for spelling in (k.name, *k.aliases):
-            table[spelling] = (k, _VALUE)
-            if _is_bool(k):
-                table["no_" + spelling] = (k, False)
-        table[k.flag[2:].replace("-", "_")] = (k, _VALUE)
-        for switch, value in k.switches.items():
-            table[switch[2:].replace("-", "_")] = (k, value)
-    return table
-
-
-def _take(left: list[str], count: int) -> list[str]:
-    """Takes up to ``count`` values (MANY: all) that follow an option."""
-    taken: list[str] = []
-    while left and not left[0].startswith("--") and (count == MANY or len(taken) < count):
-        taken.append(left.pop(0))
-    return taken
-
-
-def _foreign(spelling: str, value: Any, found: Overrides) -> None:
-    """What becomes of a name that is no key here: keys, a note, or a problem."""
-    entry = FOREIGN[spelling.removeprefix("--").replace("-", "_")]
-    try:
-        values = entry.read(spelling, value)
-    except ValueError as error:
-        found.problems.append(str(error))
-        return
-    if values is None:
-        found.notes.append(f"{spelling}: {entry.why}")
-    found.values.update(values or {})
-
-
-_VALUE: Any = object()
-
-
-def _is_bool(k: Key) -> bool:
-    return bool in (k.annotation, *getattr(k.annotation, "__args__", ()))
-
-
-def _is_switch(k: Key, spelling: str) -> bool:
-    """May the option stand alone? Megatron's own name of a key that is no mere switch takes a value always."""
-    return _is_bool(k) and (spelling in (k.name, *k.aliases) or k.flag == "--" + k.name.replace("_", "-"))
-
-
-def _is_list(k: Key) -> bool:
-    """A list of plain values."""
-    members = (k.annotation, *get_args(k.annotation))
-    return any(get_origin(m) is list and get_args(m)[0] is not DatasetConfig for m in members)
-
-
-def _may_be_single(k: Key) -> bool:
-    """May a key that takes a list also be one plain value?"""
-    return any(
-        get_origin(m) is not list and m is not type(None) for m in (get_args(k.annotation) or (k.annotation,))
-    )
-
-
-def _no_bool(text: str) -> bool:
-    return text.lower() not in (
-        "true",
-        "false",
-        "yes",
-        "no",
-        "on",
-        "off",
-        "auto",
-        "full",
-        "selective",
-        "offload",
-    )
-
-
-def _value(k: Key, text: str) -> Any:
-    """A value as YAML reads it; the text itself for a key that holds text."""
-    members = set(getattr(k.annotation, "__args__", ()))
-    if k.annotation is str or members == {str, type(None)}:
-        return text
-    if members == {list[str], type(None)} and not text.startswith("["):
-        return text  # a path may look like a number or a date
-    return _yaml(text)
-
-
-def _yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return text
 
 
 @dataclass
@@ -330,12 +49,12 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         name = table.get(spelling)
         if name is not None and _asks_for_nothing(name, value):
             value = None
-        if name is None and spelling in FOREIGN:
+        if name is None and spelling in EXTERNAL_NAMES:
             if value is not None and value not in ("", [], {}):  # empty, it asks for nothing
-                _foreign(spelling, value, found)
+                read_external(spelling, value, found)
         elif name is None:
             # Looking for the near name takes milliseconds, which a file of thousands of wrong keys would add up.
-            near = did_you_mean(spelling, [*table, *FOREIGN]) if len(found.problems) < MAX_NEAR else ""
+            near = did_you_mean(spelling, [*table, *EXTERNAL_NAMES]) if len(found.problems) < MAX_NEAR else ""
             found.problems.append(f"{spelling}: unknown key.{near}")
         elif name in merged and merged[name] != value:
             found.problems.append(

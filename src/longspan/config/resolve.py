@@ -12,20 +12,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from longspan.config.architecture import SHAPE_KEYS, Architecture, architecture_problems
-from longspan.config.data_rules import data_problems, keeps_documents_apart
-from longspan.config.hub import architecture_of
-from longspan.config.hugging_face import export_problem
-from longspan.config.lora import lora_problems
-from longspan.config.memory_rules import memory_problems
-from longspan.config.model import cut_problems
-from longspan.config.output_rules import output_problems
-from longspan.config.parallel import MeshSizes
-from longspan.config.parallel_rules import parallel_problems
+from longspan.config.families.hub import architecture_of
 from longspan.config.rope import rope_type, with_original_length
+from longspan.config.rules import RULES
 from longspan.config.run import Checked, sizes_of
-from longspan.config.schedule_rules import schedule_problems
 from longspan.config.schema import TrainConfig
+from longspan.config.sizes import MeshSizes
 from longspan.errors import Problem, UserError
 
 
@@ -76,38 +68,12 @@ def complete(
     found: list[Problem] = []
     bad = set(bad_keys)
     if config.base_model is not None:
-        try:
-            # what the file says itself wins over base_model, key by key
-            given = {k for k in config.model_fields_set if getattr(config, k) is not None}
-            # what is known not to be at hand is not asked for again
-            whole = architecture_of(config.base_model, network="base_model" not in bad)
-            base = {k: v for k, v in whole.items() if k not in given}
-            config = TrainConfig.model_validate(config.model_dump(exclude_unset=True) | base)
-            config = _longer(config, whole, given)
-        except ValidationError as error:
-            for e in error.errors():
-                found.append(
-                    (
-                        ("base_model",),
-                        f"base_model: {e['loc'][0]} in its config.json: {e['input']!r} {e['msg']}.",
-                    )
-                )
-        except UserError as error:
-            found.append((("base_model",), str(error)))
-            bad |= {"num_layers", "hidden_size", "num_attention_heads", "vocab_size", "reinit_weights"}
+        config = _with_base_model(config, config.base_model, found, bad)
     world = world_size if world_size is not None else processes_asked_for(config)
     sizes = _sizes(config, world, found)
     micro, accumulation, total = _batch(config, sizes.dp, found)
-    _required(config, found)
-    found += data_problems(config)
-    found += parallel_problems(config)
-    found += output_problems(config)
-    _positions(config, found)
-    found += lora_problems(config)
-    found += memory_problems(config)
-    found += schedule_problems(config)
-    if None not in (config.num_layers, config.hidden_size, config.num_attention_heads):
-        found += _model_problems(config)
+    for rule in RULES:
+        found += rule(config)
     messages = list(earlier) + [text for fields, text in found if not bad.intersection(fields)]
     if messages:
         raise UserError(messages)
@@ -130,6 +96,25 @@ def complete(
     )
 
 
+def _with_base_model(config: TrainConfig, name: str, found: list[Problem], bad: set[str]) -> TrainConfig:
+    """The config with the architecture of base_model, where the config itself does not give a key."""
+    try:
+        given = {k for k in config.model_fields_set if getattr(config, k) is not None}
+        # A model that was not found before is not looked for on the hub again.
+        whole = architecture_of(name, network="base_model" not in bad)
+        base = {k: v for k, v in whole.items() if k not in given}
+        config = TrainConfig.model_validate(config.model_dump(exclude_unset=True) | base)
+        return _longer(config, whole, given)
+    except ValidationError as error:
+        for e in error.errors():
+            text = f"base_model: {e['loc'][0]} in its config.json: {e['input']!r} {e['msg']}."
+            found.append((("base_model",), text))
+    except UserError as error:
+        found.append((("base_model",), str(error)))
+        bad |= {"num_layers", "hidden_size", "num_attention_heads", "vocab_size", "reinit_weights"}
+    return config
+
+
 def _longer(config: TrainConfig, base: dict[str, Any], given: set[str]) -> TrainConfig:
     """A model that trains on longer sequences than base_model was made for: what follows from base_model's own length."""
     length, scaling = base.get("max_position_embeddings"), config.rope_scaling
@@ -141,31 +126,6 @@ def _longer(config: TrainConfig, base: dict[str, Any], given: set[str]) -> Train
     if length is not None and "max_position_embeddings" not in given and rope_type(scaling) != "dynamic":
         changes["max_position_embeddings"] = max(length, config.sequence_len)
     return config.model_copy(update=changes)
-
-
-def _positions(config: TrainConfig, found: list[Problem]) -> None:
-    """The sequence against the positions the model knows."""
-    most, length = config.max_position_embeddings, config.sequence_len
-    if most is None or length <= most:
-        return
-    fields = ("sequence_len", "max_position_embeddings")
-    if config.position_embedding_type == "rope" and rope_type(config.rope_scaling) == "dynamic":
-        if keeps_documents_apart(config) or config.reset_position_ids or config.hybrid_context_parallel:
-            text = (
-                f"rope_scaling of type dynamic with sequence_len {length} beyond max_position_embeddings {most}: its frequencies "
-                "follow the length of what is computed, and documents that are kept apart or counted by themselves have many. Use "
-                "yarn or linear, or set sample_packing: false, so that every sequence has sequence_len tokens."
-            )
-            found.append((("rope_scaling", *fields), text))
-        return
-    what = "has a learned row for" if config.position_embedding_type == "learned_absolute" else "is made for"
-    found.append(
-        (
-            fields,
-            f"sequence_len {length} is larger than max_position_embeddings {most}, the positions the model {what}. "
-            "Shorten the sequence, or raise max_position_embeddings (of a model that starts from random weights).",
-        )
-    )
 
 
 def _sizes(config: TrainConfig, world: int, found: list[Problem]) -> MeshSizes:
@@ -234,33 +194,3 @@ def _batch(config: TrainConfig, dp: int, found: list[Problem]) -> tuple[int, int
             )
         found.append((keys, text))
     return micro, steps, total
-
-
-def _required(config: TrainConfig, found: list[Problem]) -> None:
-    if config.reinit_weights and config.base_model is None:
-        found.append(
-            (("reinit_weights",), "reinit_weights: true without base_model has no effect. Leave it out.")
-        )
-    missing = [k for k in ("num_layers", "hidden_size", "num_attention_heads") if getattr(config, k) is None]
-    if missing:
-        text = f"{', '.join(missing)}: missing. Give the architecture, or base_model: a folder that has it."
-        found.append((tuple(missing), text))
-    if config.learning_rate is None:
-        found.append((("learning_rate",), "learning_rate: missing. A number such as 3e-4."))
-
-
-def _model_problems(config: TrainConfig) -> list[Problem]:
-    """The rules of the architecture and of its cut, and whether it can leave for Hugging Face."""
-    model = Architecture.of(config)
-    found = architecture_problems(model)
-    if model.kv_channels is not None:
-        found += cut_problems(
-            model,
-            tp=config.tensor_parallel_size,
-            cp=config.context_parallel_size,
-            cp_comm_type=config.cp_comm_type,
-            hierarchy=config.hierarchical_context_parallel_sizes,
-        )
-    if config.export_hf and not found and (problem := export_problem(model)):
-        found.append((("export_hf", *SHAPE_KEYS), f"export_hf: {problem} Set export_hf: false."))
-    return found

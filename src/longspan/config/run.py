@@ -19,8 +19,8 @@ from typing import Any, Self
 from longspan.config.architecture import Architecture
 from longspan.config.lora import Lora, lora_of
 from longspan.config.model import TransformerConfig, comm_type_of_layer
-from longspan.config.parallel import MeshSizes
 from longspan.config.schema import TrainConfig
+from longspan.config.sizes import MeshSizes
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class Key:
     megatron_default: Any
 
     @property
-    def default_at_megatron_door(self) -> Any:
+    def default_of_megatron(self) -> Any:
         return self.default if self.megatron_default is UNSET else self.megatron_default
 
 

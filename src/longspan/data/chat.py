@@ -38,7 +38,7 @@ Message = Mapping[str, Any]
 class _Generation(jinja2.ext.Extension):
     """{% generation %} ... {% endgeneration %}: the part of a template that the model must learn to write."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}
 
     def parse(self, parser):
         line = next(parser.stream).lineno

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longspan.config.data_rules import PATHS, read_blend
+from longspan.config.data import PATHS, read_blend
 from longspan.config.run import Run
 from longspan.config.schema import DatasetConfig
 from longspan.errors import UserError

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from longspan.config.data_rules import DEFAULT_SPLIT, Member, marks_documents, read_blend, read_split
+from longspan.config.data import DEFAULT_SPLIT, Member, marks_documents, read_blend, read_split
 from longspan.config.run import Run
 from longspan.config.schema import DatasetConfig, TrainConfig
 from longspan.data.blend import BlendedDataset

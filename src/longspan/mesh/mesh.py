@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
-from longspan.config.parallel import MeshSizes
+from longspan.config.sizes import MeshSizes
 from longspan.errors import UserError
 from longspan.mesh.topology import RankGenerator, data_parallel_size, hierarchical_groups
 

@@ -1,22 +1,8 @@
-"""Hugging Face models in and out: one table of names; each rank reads only what it holds.
+"""Hugging Face models in and out: each rank reads only what it holds.
 
-    ours                                                       Llama, Mistral, Qwen
-    embedding.word_embeddings.weight     [v padded, h]         model.embed_tokens.weight  [v, h]
-    decoder.layers.I.input_layernorm                           model.layers.I.input_layernorm
-    decoder.layers.I.self_attention.linear_{q,k,v}             model.layers.I.self_attn.{q,k,v}_proj
-    decoder.layers.I.self_attention.{q,k}_layernorm            model.layers.I.self_attn.{q,k}_norm
-    decoder.layers.I.self_attention.linear_proj                model.layers.I.self_attn.o_proj
-    decoder.layers.I.pre_mlp_layernorm                         model.layers.I.post_attention_layernorm
-    decoder.layers.I.mlp.linear_{gate,up,down}                 model.layers.I.mlp.{gate,up,down}_proj
-    decoder.final_layernorm                                    model.norm
-    output_layer.weight                  [v padded, h]         lm_head.weight  [v, h]
-
-each with .weight and, where the model has it, .bias. A GPT-2 has names of its own, keeps query, key and value in
-one tensor and linear weights the other way round ([input, output]); a norm that keeps its weight minus 1 does so
-here only.
-
-Import reads from safetensors only the rows and columns a rank holds. Export takes the
-vocabulary's padding off and writes one tensor after another.
+``config.families`` has the names of the tensors. A norm that keeps its weight minus 1 does so in longspan
+only. Import reads from safetensors the rows and columns that a rank holds. Export takes the vocabulary's
+padding off and writes one tensor after another.
 """
 
 from __future__ import annotations
@@ -24,12 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -38,81 +23,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from longspan.config.architecture import Architecture
+from longspan.config.families.config_json import FAMILIES, family_of
+from longspan.config.families.family import Family, Place
 from longspan.config.parameters import POSITIONS, VOCABULARY, parameter_shapes
 from longspan.errors import UserError
 from longspan.files import begin_folder, name_folder
 
-_OUTSIDE = {
-    "embedding.word_embeddings": "model.embed_tokens",
-    "decoder.final_layernorm": "model.norm",
-    "output_layer": "lm_head",
-}
-_INSIDE = {
-    "input_layernorm": "input_layernorm",
-    "self_attention.linear_q": "self_attn.q_proj",
-    "self_attention.linear_k": "self_attn.k_proj",
-    "self_attention.linear_v": "self_attn.v_proj",
-    "self_attention.q_layernorm": "self_attn.q_norm",
-    "self_attention.k_layernorm": "self_attn.k_norm",
-    "self_attention.linear_proj": "self_attn.o_proj",
-    "pre_mlp_layernorm": "post_attention_layernorm",
-    "mlp.linear_gate": "mlp.gate_proj",
-    "mlp.linear_up": "mlp.up_proj",
-    "mlp.linear_down": "mlp.down_proj",
-}
-_GPT2_OUTSIDE = {
-    "embedding.word_embeddings": "transformer.wte",
-    "embedding.position_embeddings": "transformer.wpe",
-    "decoder.final_layernorm": "transformer.ln_f",
-    "output_layer": "lm_head",
-}
-_GPT2_INSIDE = {
-    "input_layernorm": "ln_1",
-    "self_attention.linear_q": "attn.c_attn",
-    "self_attention.linear_k": "attn.c_attn",
-    "self_attention.linear_v": "attn.c_attn",
-    "self_attention.linear_proj": "attn.c_proj",
-    "pre_mlp_layernorm": "ln_2",
-    "mlp.linear_up": "mlp.c_fc",
-    "mlp.linear_down": "mlp.c_proj",
-}
-
 SHARD_BYTES = 4 * 2**30
-
-
-def hugging_face_name(name: str, gpt2: bool = False) -> str:
-    """Our parameter name -> that of a Hugging Face Llama, Mistral or Qwen, or of a GPT-2.
-
-    Raises:
-        ValueError: it has none.
-    """
-    module, kind = name.rsplit(".", 1)
-    outside, inside = (_GPT2_OUTSIDE, _GPT2_INSIDE) if gpt2 else (_OUTSIDE, _INSIDE)
-    if module in outside:
-        return f"{outside[module]}.{kind}"
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", module)
-    if match is None or match[2] not in inside:
-        raise ValueError(f"{name} has no counterpart in a Hugging Face model.")
-    return f"{'transformer.h' if gpt2 else 'model.layers'}.{match[1]}.{inside[match[2]]}.{kind}"
-
-
-class Place(NamedTuple):
-    """A tensor in Hugging Face's files that holds a parameter of ours, or rows of it.
-
-    Attributes:
-        name: of the tensor there.
-        rows: which of our dim 0 it holds, as an index: a slice, or a number where it is one row without that dim.
-        part, parts: those rows are block ``part`` of ``parts`` equal ones along the tensor's own dim 0.
-        transposed: dims are the other way round.
-        shift: what the tensor there is larger by.
-    """
-
-    name: str
-    rows: slice | int = slice(None)
-    part: int = 0
-    parts: int = 1
-    transposed: bool = False
-    shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -128,8 +45,8 @@ class Names:
     vocab_size: int
 
     @property
-    def gpt2(self) -> bool:
-        return self.model.learned_positions
+    def family(self) -> Family:
+        return family_of(self.model) or FAMILIES["llama"]
 
     def places(self, name: str) -> list[Place]:
         """Our parameter name -> where its rows lie, in their order.
@@ -137,16 +54,7 @@ class Names:
         Raises:
             ValueError: it has none.
         """
-        theirs = hugging_face_name(name, self.gpt2)
-        module, kind = name.rsplit(".", 1)
-        if "layernorm" in module:
-            shifted = kind == "weight" and self.model.layernorm_zero_centered_gamma
-            return [Place(theirs, shift=1.0 if shifted else 0.0)]
-        if not self.gpt2 or ".linear_" not in module:
-            return [Place(theirs)]
-        which = module.rsplit(".linear_", 1)[1]
-        part, parts = ("qkv".index(which), 3) if which in ("q", "k", "v") else (0, 1)
-        return [Place(theirs, part=part, parts=parts, transposed=kind == "weight")]
+        return self.family.places(name, self.model)
 
     def rows(self, name: str) -> int | None:
         """Real rows of a table of ours that is padded; None for any other parameter."""

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from longspan.config.families.llama import Llama
 from longspan.config.lora import CONFIG_FILE, WEIGHTS_FILE, Lora, read_peft_config
 from longspan.errors import UserError
 from longspan.files import begin_folder, name_folder
@@ -31,7 +32,6 @@ from longspan.models.hf_weights import (
     FolderWriter,
     SafetensorsFolder,
     check_finite,
-    hugging_face_name,
     write_files,
 )
 from longspan.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -39,6 +39,8 @@ from longspan.tensor_parallel.lora import Adapter
 
 _MARK = ".lora."
 _PREFIX = "base_model.model."
+#: adapters are on linear layers of attention and MLP, which all families that have adapters name as a Llama does
+_NAMES = Llama()
 
 
 def is_adapter(name: str) -> bool:
@@ -49,7 +51,7 @@ def is_adapter(name: str) -> bool:
 def peft_name(name: str) -> str:
     """longspan's name of an adapter's parameter -> PEFT's name."""
     layer, _, part = name.partition(_MARK)
-    return f"{_PREFIX}{hugging_face_name(layer + '.weight').removesuffix('weight')}lora_{part}.weight"
+    return f"{_PREFIX}{_NAMES.tensor_name(layer + '.weight').removesuffix('weight')}lora_{part}.weight"
 
 
 # --- on a model -----------------------------------------------------------------------------
@@ -73,7 +75,7 @@ def attach(model: GPTModel, lora: Lora, frozen_dtype: torch.dtype | None = None)
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, ColumnParallelLinear | RowParallelLinear) or isinstance(layer, OutputLayer):
             continue
-        target = hugging_face_name(f"{name}.weight").split(".")[-2]
+        target = _NAMES.tensor_name(f"{name}.weight").split(".")[-2]
         if target in lora.targets:
             # The adapter is made on meta like the model; its weights are drawn later.
             with torch.device("meta"):

@@ -13,9 +13,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longspan.config.load import make_config, read_yaml
+from longspan.config.load import make_config
 from longspan.config.run import Checked, Run
 from longspan.config.schema import names
+from longspan.config.yaml_file import read_yaml
 from longspan.errors import UserError
 from longspan.runs.check import checked
 from longspan.runs.evaluate import evaluate_run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from longspan.config.hub import unused_fields
+from longspan.config.families.hub import unused_fields
 from longspan.config.load import Reading
 from longspan.config.resolve import compiles, resolve
 from longspan.config.run import Checked

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longspan import __version__
-from longspan.config.load import read_yaml
 from longspan.config.schema import TrainConfig
+from longspan.config.yaml_file import read_yaml
 from longspan.errors import UserError
 from longspan.files import begin_folder, name_folder
 from longspan.training.lock import CONFIG
@@ -60,7 +60,7 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from longspan.config.architecture import Architecture
-    from longspan.config.hugging_face import export_problem
+    from longspan.config.families.config_json import export_problem
     from longspan.config.lora import Lora
     from longspan.config.parameters import parameter_shapes
     from longspan.models.hf_weights import FolderWriter, Names
@@ -130,7 +130,7 @@ def merge_adapters(
     """Adapters in PEFT's format and their base model -> a plain Hugging Face folder, tensor by tensor."""
     import torch
 
-    from longspan.config.hub import model_config, model_folder
+    from longspan.config.families.hub import model_config, model_folder
     from longspan.config.lora import read_peft_config
     from longspan.models.hf_weights import FolderWriter, SafetensorsFolder
     from longspan.models.peft import merge
@@ -164,7 +164,7 @@ def to_checkpoint(model: str, output: Path) -> None:
     from torch.distributed.checkpoint import CheckpointException
 
     from longspan.config.architecture import Architecture
-    from longspan.config.hub import architecture_of, model_folder, unused_fields, vocabulary_of
+    from longspan.config.families.hub import architecture_of, model_folder, unused_fields, vocabulary_of
     from longspan.config.load import architecture_config
     from longspan.config.parameters import parameter_shapes
     from longspan.config.resolve import resolve

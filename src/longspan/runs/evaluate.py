@@ -6,7 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from longspan.config.data_rules import evaluates
+from longspan.config.data import evaluates
 from longspan.config.load import to_yaml
 from longspan.config.run import Checked, Run
 from longspan.errors import UserError

@@ -76,7 +76,7 @@ def generate(
     """
     import torch
 
-    from longspan.config.hub import architecture_of, model_folder, unused_fields, vocabulary_of
+    from longspan.config.families.hub import architecture_of, model_folder, unused_fields, vocabulary_of
     from longspan.config.load import architecture_config
     from longspan.config.lora import CONFIG_FILE, read_peft_config
     from longspan.config.resolve import resolve

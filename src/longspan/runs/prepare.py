@@ -7,8 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from longspan.config.data_rules import MOCK_VOCAB_SIZE, STREAM_KEYS, end_problems, marks_documents
-from longspan.config.hub import model_folder
+from longspan.config.data import MOCK_VOCAB_SIZE, STREAM_KEYS, end_problems, marks_documents
+from longspan.config.families.hub import model_folder
 from longspan.config.run import Checked, Run
 from longspan.config.schema import DatasetConfig, TrainConfig
 from longspan.errors import UserError

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longspan.config.load import to_yaml
-from longspan.config.parallel import MeshSizes
 from longspan.config.run import Run
+from longspan.config.sizes import MeshSizes
 from longspan.errors import UserError
 from longspan.runs.prepare import check_weights
 from longspan.runs.start import WORKER, Launch, ProcessesFailed, joined, start

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from longspan.config.hub import model_folder
+from longspan.config.families.hub import model_folder
 from longspan.config.run import Run
 from longspan.models import GPTModel
 from longspan.models.hf_weights import SafetensorsFolder, whole_parameters

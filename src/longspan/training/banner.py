@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from longspan.config.data_rules import keeps_documents_apart
+from longspan.config.data import keeps_documents_apart
 from longspan.config.run import Run
 from longspan.context_parallel.kernels.choose import select_kernel
 from longspan.context_parallel.run_layout import run_layout

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from longspan import __version__
 from longspan.config.architecture import Architecture, key_of
-from longspan.config.data_rules import STREAM_KEYS
+from longspan.config.data import STREAM_KEYS
 from longspan.config.run import Run
 from longspan.config.schema import TrainConfig
 from longspan.data import TokenDataset

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longspan.config.hub import model_config, model_folder
+from longspan.config.families.hub import model_config, model_folder
 from longspan.config.run import Run
 from longspan.errors import UserError
 from longspan.models.hf_weights import (

@@ -15,8 +15,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from longspan.config.architecture import Architecture
-from longspan.config.hub import model_config, model_file
-from longspan.config.hugging_face import hugging_face_config
+from longspan.config.families.config_json import hugging_face_config
+from longspan.config.families.hub import model_config, model_file
 from longspan.config.run import Run
 from longspan.config.schema import DatasetConfig, TrainConfig
 from longspan.data.instruct import Encoder, Recipe

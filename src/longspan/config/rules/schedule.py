@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from longspan.config.data_rules import evaluates
+from longspan.config.data import evaluates
 from longspan.config.schema import TrainConfig
 from longspan.errors import Problem
 

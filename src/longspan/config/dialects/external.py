@@ -1,8 +1,8 @@
-"""Names of Megatron-LM and axolotl that are no keys here, and the fate of each.
+"""Names of Megatron-LM and axolotl that are no keys here, and how each is handled.
 
-A name is one of three things: other keys said in another way, without effect here (which is
-listed at start), or refused with the reason and our way. ``axolotl_keys`` and
-``megatron_flags`` hold the tables; nothing else is unknown but a mistake.
+A name is handled in one of three ways: it stands for keys, it has no effect here (which is listed at start),
+or it is refused with the reason and our way. ``axolotl`` and ``megatron_flags`` hold the tables. Any other
+unknown name is a mistake.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ MANY = -1
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """The fate of a name.
+class ExternalName:
+    """How a name is handled.
 
     Attributes:
         why: what becomes of it, or why it is refused and what to say instead.
@@ -52,26 +52,28 @@ class Foreign:
         raise ValueError(f"{shown} is not supported. {self.why}")
 
 
-def no_effect(why: str, values: int = 1) -> Foreign:
+def no_effect(why: str, values: int = 1) -> ExternalName:
     """Changes nothing here; listed at start."""
-    return Foreign(why, values)
+    return ExternalName(why, values)
 
 
-def refused(why: str, values: int = 1, unless: tuple[Any, ...] = NOTHING) -> Foreign:
+def refused(why: str, values: int = 1, unless: tuple[Any, ...] = NOTHING) -> ExternalName:
     """Refused, unless the value asks for nothing."""
-    return Foreign(why, values, lambda value: values != 0 and any(value is u or value == u for u in unless))
+    return ExternalName(
+        why, values, lambda value: values != 0 and any(value is u or value == u for u in unless)
+    )
 
 
-def becomes(keys: Callable[[Any], dict[str, Any]], why: str, values: int = 1) -> Foreign:
+def becomes(keys: Callable[[Any], dict[str, Any]], why: str, values: int = 1) -> ExternalName:
     """Another way to say some keys; ``keys`` raises ValueError or KeyError for a value that is none."""
-    return Foreign(why, values, None, keys)
+    return ExternalName(why, values, None, keys)
 
 
-def choice(choices: dict[Any, dict[str, Any]], why: str, values: int = 1) -> Foreign:
+def choice(choices: dict[Any, dict[str, Any]], why: str, values: int = 1) -> ExternalName:
     """As :func:`becomes`, by a table of values."""
     return becomes(lambda value: choices[value], why, values)
 
 
-def refuses(fate: Foreign) -> bool:
+def refuses(name: ExternalName) -> bool:
     """Is a name refused, unless its value asks for nothing?"""
-    return fate.accepts is not None
+    return name.accepts is not None

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from longspan.config.hugging_face import ignored_fields, keys_of
+from longspan.config.families.config_json import keys_of
+from longspan.config.families.known import known_model
+from longspan.config.families.rotary_decoder import ignored_fields
 from longspan.config.json_text import parse_json
-from longspan.config.known_models import known_model
 from longspan.errors import UserError
 
 

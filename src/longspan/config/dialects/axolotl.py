@@ -1,10 +1,10 @@
-"""axolotl's keys that are no keys here, and the fate of each (the keys that are, carry axolotl's names)."""
+"""axolotl's keys that are no keys here, and how each is handled. The keys that are carry axolotl's names."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from longspan.config.foreign import Foreign, becomes, choice, no_effect, refused
+from longspan.config.dialects.external import ExternalName, becomes, choice, no_effect, refused
 
 _KERNEL = "The attention kernel is chosen by attention_backend (auto: the fastest that is installed)."
 _LOSS = "The loss is computed in chunks always; logits of a whole sequence are never held."
@@ -44,7 +44,7 @@ _EVALUATION = choice(
     "steps (with eval_steps), epoch or no.",
 )
 
-_FSDP: dict[str, Foreign] = {
+_FSDP: dict[str, ExternalName] = {
     "activation_checkpointing": choice(_flag(gradient_checkpointing=True), "true or false."),
     "auto_wrap_policy": refused(_WRAP, unless=("TRANSFORMER_BASED_WRAP", "NO_WRAP")),
     "transformer_layer_cls_to_wrap": no_effect(_WRAP),
@@ -72,8 +72,8 @@ _FSDP: dict[str, Foreign] = {
     "fsdp_version": refused("FSDP2 is the one there is.", unless=(2,)),
 }
 
-KEYS: dict[str, Foreign] = {
-    **{f"fsdp_config.{name}": fate for name, fate in _FSDP.items()},
+KEYS: dict[str, ExternalName] = {
+    **{f"fsdp_config.{name}": handling for name, handling in _FSDP.items()},
     # parallelism
     "heads_k_stride": no_effect("All key/value heads travel together."),
     "ring_attn_func": choice(

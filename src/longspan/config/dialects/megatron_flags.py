@@ -1,10 +1,10 @@
-"""Megatron-LM's flags that are no keys here, and the fate of each (the flags that are, stand in the schema)."""
+"""Megatron-LM's flags that are no keys here, and how each is handled. The flags of keys are declared in ``config.keys``."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from longspan.config.foreign import MANY, Foreign, becomes, choice, no_effect, refused
+from longspan.config.dialects.external import MANY, ExternalName, becomes, choice, no_effect, refused
 
 _SHARDED = "Parameters, gradients and optimizer are sharded by FSDP2 always (dp_shard_size)."
 _FUSED = "Kernels are PyTorch's; the fastest one that is there is taken."
@@ -41,7 +41,7 @@ def _rope_percent(value: Any) -> dict[str, Any]:
     return {}
 
 
-FLAGS: dict[str, Foreign] = {
+FLAGS: dict[str, ExternalName] = {
     # model
     "--swiglu": becomes(
         lambda _: {"gated_linear_unit": True, "activation_func": "silu"}, "It takes no value.", values=0

@@ -1,4 +1,4 @@
-"""The fate of what axolotl's users write on a dataset: types and fields that are none here, and old spellings.
+"""How axolotl's types and fields of a dataset that do not exist here are handled, and its old spellings.
 
 The fields that are, carry axolotl's names: see ``DatasetConfig``.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from longspan.config.foreign import Foreign, choice, no_effect, refused
+from longspan.config.dialects.external import ExternalName, choice, no_effect, refused
 from longspan.config.keys.data import DatasetConfig
 from longspan.errors import did_you_mean
 
@@ -59,7 +59,7 @@ _SHAREGPT = {
 _END = "An answer's end token counts with the answer, a prompt's never: turn. For all turns use train_on_inputs: true."
 _THINKING = "What stands in a message is handed to the template under its own name."
 
-FIELDS: dict[str, Foreign] = {
+FIELDS: dict[str, ExternalName] = {
     "train_on_eos": choice({"turn": {}}, _END),
     "train_on_eot": choice({"turn": {}}, _END),
     "shards": refused("Take a part of the data with split: train[:10%]."),

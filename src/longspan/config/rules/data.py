@@ -1,138 +1,39 @@
-"""What a config says of its data: blends, splits, and which of its keys go together.
-
-Megatron-LM's way to name token files (``data_path``, ``split``) and axolotl's (``datasets``) are two
-doors to one house; a run goes through one of them.
-"""
+"""The rules between the keys of data and tokenizers."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from fractions import Fraction
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
+from longspan.config.data import (
+    PATHS,
+    SPECIAL_TOKENS,
+    STREAM_KEYS,
+    end_problems,
+    marks_documents,
+    read_blend,
+    read_split,
+)
+from longspan.config.schema import TrainConfig
 from longspan.errors import Problem, UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from longspan.config.schema import TrainConfig
-
-DEFAULT_SPLIT = "969,30,1"
-"""Megatron-LM's, in parts of a thousand: training, evaluation, test."""
-
-MOCK_VOCAB_SIZE = 32768
-
-PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-
-#: names of special tokens, as tokenizer_config.json has them
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-
-
-class Member(NamedTuple):
-    """One source of a blend; the weight is None where all are taken as they are."""
-
-    path: str
-    weight: Fraction | None
-
-
-def read_blend(name: str, values: Sequence[str]) -> list[Member]:
-    """``[prefix, ...]`` or ``[weight, prefix, weight, prefix, ...]``. Weights are exact: 0.1 is a tenth.
-
-    Args:
-        name: of the key, for messages.
-
-    Raises:
-        UserError: numbers and prefixes do not alternate, a weight is not above 0, or a prefix comes twice.
-    """
-    numbers = [_NUMBER.fullmatch(value) is not None for value in values]
-    found = " ".join(values)
-    if not values or "" in values:
-        raise UserError(f"{name} {found!r}: empty. Give a .bin/.idx prefix.")
-    if any(numbers) and numbers != [True, False] * (len(values) // 2):
-        raise UserError(
-            f"{name} {found!r}: weights and prefixes alternate: weight prefix weight prefix ...; or give prefixes alone, which "
-            "are taken as one. (A prefix that is a number: ./7.)"
-        )
-    if any(numbers):
-        members = [Member(path, Fraction(weight)) for weight, path in zip(values[::2], values[1::2])]
-    else:
-        members = [Member(path, None) for path in values]
-    for member in members:
-        if member.weight is not None and member.weight <= 0:
-            raise UserError(
-                f"{name}: {member.path} has weight {member.weight}; it must be above 0. Leave it out."
-            )
-    paths = [member.path for member in members]
-    for path in dict.fromkeys(p for p in paths if paths.count(p) > 1):
-        raise UserError(
-            f"{name}: {path} is given {paths.count(path)} times. Give it once, with the sum of the weights."
-        )
-    return members
-
-
-def read_split(text: str) -> list[float]:
-    """``"99,1,0"`` -> shares of training, evaluation and test, which add up to 1; missing ones are 0.
-
-    Raises:
-        UserError: not one to three numbers from 0 on, the first above 0.
-    """
-    parts = [part for part in re.split(r"[,/\s]+", text.strip()) if part]
-    rule = "give one to three shares for training, evaluation and test, such as 99,1,0."
-    if not 1 <= len(parts) <= 3 or not all(_NUMBER.fullmatch(part) for part in parts):
-        raise UserError(f"split {text!r}: {rule}")
-    shares = [float(part) for part in parts] + [0.0] * (3 - len(parts))
-    if min(shares) < 0 or shares[0] == 0 or sum(shares) == float("inf"):
-        raise UserError(f"split {text!r}: shares are 0 or more, and training's is above 0: {rule}")
-    return [share / sum(shares) for share in shares]
-
-
-def has_validation(config: TrainConfig) -> bool:
-    """Does the config hold anything out to evaluate on? A wrong split does: it has a message of its own."""
-    if config.data_path or config.mock_data:
-        try:
-            return read_split(config.split or DEFAULT_SPLIT)[1] > 0
-        except UserError:
-            return True
-    return bool(config.val_set_size or config.valid_data_path or config.test_datasets)
-
-
-def evaluates(config: TrainConfig) -> bool:
-    """Is anything held out to evaluate on?"""
-    return has_validation(config) and config.eval_iters != 0
-
-
-def keeps_documents_apart(config: TrainConfig) -> bool:
-    """Do the documents of a sequence not see each other?"""
-    return config.sample_packing or config.reset_attention_mask
-
-
-#: what an end-of-document token does in the stream
-STREAM_KEYS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
-
-
-def marks_documents(config: TrainConfig) -> bool:
-    """Does an end-of-document token of the stream do anything?"""
-    return any(getattr(config, name) for name in STREAM_KEYS)
 
 
 def data_problems(config: TrainConfig) -> list[Problem]:
     """The rules between the keys of data and tokenizers."""
     found: list[Problem] = []
-    doors = [
+    given = [
         name for name in ("datasets", "data_path", "train_data_path", "mock_data") if getattr(config, name)
     ]
-    if not doors:
+    if not given:
         text = (
             "datasets: missing. A list such as 'datasets: [{path: my_texts}]'; or data_path, a .bin/.idx prefix; or mock_data: "
             "true."
         )
         found.append((("datasets",), text))
-    if len(doors) > 1:
-        text = f"{' and '.join(doors)} are given: each says what to train on. Keep one."
-        if doors == ["datasets", "data_path"]:
+    if len(given) > 1:
+        text = f"{' and '.join(given)} are given: each says what to train on. Keep one."
+        if given == ["datasets", "data_path"]:
             text += " (datasets take .bin/.idx prefixes too, and a weight each.)"
-        found.append((tuple(doors), text))
+        found.append((tuple(given), text))
     for name in PATHS:
         if (values := getattr(config, name)) is not None:
             _collect(found, (name,), lambda name=name, values=values: read_blend(name, values))
@@ -150,15 +51,15 @@ def data_problems(config: TrainConfig) -> list[Problem]:
                 "val_set_size cuts datasets" if config.datasets else "valid_data_path is what to evaluate on"
             )
             found.append((("split", "data_path"), f"{text}Leave it out: {other}."))
-    if doors and "datasets" not in doors:
+    if given and "datasets" not in given:
         for name, rule in (
             ("val_set_size", "split or valid_data_path says what to evaluate on"),
             ("test_datasets", "split or valid_data_path says what to evaluate on"),
             ("tokenizer_train_vocab_size", "there is no text to train a tokenizer on"),
         ):
             if getattr(config, name):
-                text = f"{name} goes with datasets; here ({doors[0]}) {rule}. Leave it out."
-                found.append(((name, doors[0]), text))
+                text = f"{name} goes with datasets; here ({given[0]}) {rule}. Leave it out."
+                found.append(((name, given[0]), text))
     _held_out(config, found)
     _stream(config, found)
     _weights(config, found)
@@ -271,13 +172,6 @@ def _stream(config: TrainConfig, found: list[Problem]) -> None:
             (("eod_token_id", "vocab_size"), text)
             for text in end_problems(config.eod_token_id, config.vocab_size)
         ]
-
-
-def end_problems(end: int | None, vocab: int | None) -> list[str]:
-    """What is wrong with the number of the token that ends a document, beside the size of the vocabulary."""
-    if end is None or vocab is None or end < vocab:
-        return []
-    return [f"eod_token_id {end} is beyond vocab_size {vocab}: tokens are numbered from 0. Give its number."]
 
 
 #: a dataset's keys that only its type reads

@@ -1,4 +1,4 @@
-"""The Megatron door: command-line flags alone, with Megatron's defaults.
+"""Megatron-LM's entry point: command-line flags alone, with Megatron's defaults.
 
 The parser is generated from the schema: a key's flag, its values and its default at this
 door are all said there, so adding a key adds both names.
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from longspan.config.data_rules import DEFAULT_SPLIT, read_split
-from longspan.config.load import Reading, make_config, parse_overrides
+from longspan.config.data import DEFAULT_SPLIT, read_split
+from longspan.config.load import Reading, make_config
+from longspan.config.options import parse_overrides
 from longspan.config.packages import has_package
 from longspan.config.schema import keys
 from longspan.errors import UserError
@@ -25,8 +26,8 @@ def parse_megatron_flags(
         other_options: options the caller handles itself, for near misses.
 
     Returns:
-        What was read, with the problems of flags and values, and the keys whose default differs here from
-        the YAML door's (for the banner).
+        What was read, with the problems of flags and values, and the keys whose default here differs from
+        the YAML's (for the banner).
     """
     given = parse_overrides(arguments, other_options)
     given.problems += [f"{a!r}: unexpected argument; values follow their --flag." for a in given.rest]
@@ -46,18 +47,18 @@ def parse_megatron_flags(
 
 
 def megatron_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that nobody gave, in any way, and whose default at this door is not the YAML door's."""
+    """The defaults of Megatron-LM that differ from the YAML's, of keys that are not given in any way."""
     idle = {key for key, other in OTHER_WAYS.items() if other in given}
     if not _evaluates(given):
         idle |= {"eval_steps", "eval_iters"}
     return {
-        k.name: k.default_at_megatron_door
+        k.name: k.default_of_megatron
         for k in keys()
-        if k.default_at_megatron_door != k.default and k.name not in {*given, *idle}
+        if k.default_of_megatron != k.default and k.name not in {*given, *idle}
     }
 
 
-#: keys with a default at this door -> the other way to say the same
+#: keys with a default at this entry point -> another key for the same thing
 OTHER_WAYS = {
     "warmup_steps": "warmup_ratio",
     "eval_steps": "evals_per_epoch",

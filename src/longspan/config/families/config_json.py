@@ -1,0 +1,199 @@
+"""A Hugging Face ``config.json`` as keys of TrainConfig, and a model as a ``config.json``.
+
+What is read is what transformers would compute with. Whatever transformers would compute and longspan
+cannot is refused by name. Each model type has its own class, in ``families``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from longspan.config.architecture import Architecture
+from longspan.config.families.family import Family, windows_of
+from longspan.config.families.gpt2 import GPT2
+from longspan.config.families.llama import Llama
+from longspan.config.families.mistral import Ministral, Mistral
+from longspan.config.families.qwen import Qwen2, Qwen3
+from longspan.config.families.rotary_decoder import RotaryDecoder
+from longspan.config.rope import reach
+from longspan.errors import UserError
+
+#: model_type -> family; a model without a base is written as the first one that holds it
+FAMILIES: dict[str, Family] = {
+    one.model_type: one for one in (Llama(), Mistral(), Ministral(), Qwen2(), Qwen3(), GPT2())
+}
+
+_REAL = ("rms_norm_eps", "layer_norm_epsilon", "initializer_range", "rope_theta", "partial_rotary_factor")
+_FLAGS = (
+    *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+    *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"),
+)
+#: fields that hold whole numbers -> the smallest and the largest that makes sense
+_WHOLE = {
+    name: (1, 1 << 31)
+    for name in (*(name for one in FAMILIES.values() for name in one.keys), "sliding_window")
+    if name not in (*_REAL, *_FLAGS)
+}
+_WHOLE |= dict.fromkeys(("num_hidden_layers", "n_layer"), (1, 1 << 14)) | {"max_window_layers": (0, 1 << 31)}
+
+#: Hugging Face's activation -> ours
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
+
+
+def keys_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The architecture keys of a ``config.json``.
+
+    Args:
+        data: its fields.
+        where: its name, for messages.
+
+    Raises:
+        UserError: its model type is not supported, or it asks for something that longspan does not have.
+    """
+    kind = data.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(f"base_model: {where} is of model_type {kind!r}; supported: {', '.join(FAMILIES)}.")
+    if data.get("quantization_config"):
+        raise UserError(
+            f"base_model: {where} has a quantization_config: its weights are quantised, and only whole ones are read. Give the "
+            "model it was made of."
+        )
+    data = _whole_numbers(data)
+    if odd := _odd_values(data):
+        raise UserError(
+            f"base_model: {where} sets {'; '.join(odd)}. Put the file right, or download it again."
+        )
+    family = FAMILIES[kind]
+    data = {**family.defaults, **data}
+    found = {ours: data[theirs] for theirs, ours in family.keys.items() if data.get(theirs) is not None}
+    found["activation_func"] = _activation(data, family.activation, where)
+    return found | family.read(data, where)
+
+
+def _whole_numbers(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with 4096.0 as 4096 where a whole number belongs."""
+    return {
+        k: int(v) if k in _WHOLE and isinstance(v, float) and v.is_integer() else v for k, v in data.items()
+    }
+
+
+def _odd_values(data: Mapping[str, Any]) -> list[str]:
+    """Fields whose value nobody can mean, each with what it must be; null stands for the default everywhere."""
+    found = []
+
+    def check(name: str, good: bool, rule: str) -> None:
+        if not good:
+            shown = repr(data[name])
+            found.append(f"{name} {shown if len(shown) < 60 else shown[:57] + '...'}: {rule}")
+
+    for name, value in data.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is None:
+            continue
+        if name in _WHOLE:
+            least, most = _WHOLE[name]
+            whole = isinstance(value, int) and number and least <= value <= most
+            check(name, whole, f"a whole number from {least} to {most}")
+        elif name in _REAL:
+            check(name, number and math.isfinite(value) and value >= 0, "a number from 0 on")
+        elif name in _FLAGS:
+            check(name, isinstance(value, bool), "true or false")
+        elif name in ("hidden_act", "activation_function"):
+            check(name, isinstance(value, str), "a name")
+        elif name == "layer_types":
+            good = isinstance(value, list) and all(isinstance(each, str) for each in value)
+            layers = data.get("num_hidden_layers")
+            fits = good and (not isinstance(layers, int) or len(value) == layers)
+            check(name, fits, "a list of one name a layer")
+    return found
+
+
+def _activation(data: Mapping[str, Any], field: str, where: str) -> str:
+    given = data.get(field) or "silu"
+    if given not in _ACTIVATIONS:
+        text = f"base_model: {where} sets {field} {given!r}; only {', '.join(_ACTIVATIONS)} are supported"
+        raise UserError(f"{text} (gelu is the exact one)." if "gelu" in str(given) else f"{text}.")
+    return _ACTIVATIONS[given]
+
+
+# --- out ------------------------------------------------------------------------------------
+
+
+def family_of(model: Architecture, base_type: str | None = None) -> Family | None:
+    """The family that a model is written as: its base model's, or the first that holds it; None if none does."""
+    families = list(FAMILIES.values())
+    if base_type in FAMILIES:
+        families.insert(0, FAMILIES[base_type])
+    return next((one for one in families if one.holds(model)), None)
+
+
+def export_problem(model: Architecture) -> str | None:
+    """Why no architecture of Hugging Face holds this model; None where one does."""
+    sizes = set(windows_of(model)) - {None}
+    if len(sizes) > 1:
+        return (
+            f"sliding_window {model.sliding_window}: a model whose layers have windows of different sizes has no Hugging Face "
+            "architecture (Ministral has one size, in some of its layers)."
+        )
+    if family_of(model) is not None:
+        return None
+    if model.learned_positions:
+        wrong = FAMILIES["gpt2"].missing(model)
+        return f"learned positions leave as a GPT-2, which has no place for {', '.join(wrong)}."
+    if wrong := RotaryDecoder().missing(model):
+        return (
+            f"no Hugging Face architecture that longspan writes has {', '.join(wrong)}: Llama, Mistral and Qwen have rotary "
+            "positions, RMSNorm and gated MLPs, and GPT-2 has learned positions, LayerNorm, plain MLPs and biases."
+        )
+    special = [k for k in ("add_bias_linear", "add_qkv_bias", "qk_layernorm") if getattr(model, k)]
+    if model.qk_layernorm:
+        return f"{' with '.join(special)} has no Hugging Face architecture: Qwen3 has normalised heads and no biases."
+    return "sliding_window with add_bias_linear has no Hugging Face architecture: Mistral has no biases."
+
+
+def hugging_face_config(
+    model: Architecture,
+    *,
+    vocab_size: int,
+    sequence_len: int,
+    dtype: str,
+    base: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The ``config.json`` of a model, by the pieces it has.
+
+    Args:
+        vocab_size: tokens, without padding.
+        sequence_len: tokens, the longest the model is made for where it names no max_position_embeddings.
+        dtype: of the written weights, such as ``bfloat16``.
+        base: the config.json the model started from; fields beside the architecture are kept.
+
+    Raises:
+        UserError: no architecture of Hugging Face holds this model.
+    """
+    if problem := export_problem(model):
+        raise UserError(problem)
+    base = dict(base or {})
+    family = family_of(model, base.get("model_type"))
+    assert family is not None
+    if base.get("model_type") != family.model_type:
+        # The fields of another type have no effect, or another one.
+        base = {k: v for k, v in base.items() if k.endswith("_token_id")}
+    # auto_map names Python files, which are not exported; transformers' own class is named instead.
+    windows = ("sliding_window", "layer_types", "use_sliding_window", "max_window_layers")
+    for name in (*windows, "dtype", "auto_map"):
+        base.pop(name, None)
+    common = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": model.share_embeddings_and_output_weights,
+        "initializer_range": model.init_method_std,
+        "torch_dtype": dtype,
+    }
+    longest = max(model.max_position_embeddings or sequence_len, reach(model.rope_scaling))
+    if family.model_type == "gpt2":
+        # Without these fields transformers takes the tokens of the first GPT-2.
+        base = {"bos_token_id": None, "eos_token_id": None} | base
+    return base | common | family.fields(model, longest)
