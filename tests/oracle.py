@@ -18,6 +18,7 @@ def plain_llama(weights, tokens, seen, positions, config):
         Logits [s, padded vocabulary].
     """
     d = config.kv_channels
+    scale = config.softmax_scale or 1 / d**0.5
     freqs = config.rotary_base ** -(torch.arange(0, d, 2, dtype=torch.float64) / d)
     angle = positions[:, None] * freqs
     cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
@@ -43,7 +44,7 @@ def plain_llama(weights, tokens, seen, positions, config):
         )
         q, k = turn(q), turn(k)
         k, v = (z.repeat_interleave(q.shape[0] // z.shape[0], 0) for z in (k, v))
-        scores = (q @ k.transpose(1, 2) / d**0.5).masked_fill(~seen, float("-inf"))
+        scores = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, float("-inf"))
         o = (scores.softmax(-1) @ v).transpose(0, 1).reshape(len(y), -1)
         x = x + o @ w["self_attention.linear_proj.weight"].T
         y = rms(x, w["pre_mlp_layernorm.weight"])

@@ -158,6 +158,8 @@ def test_what_is_written_reads_back_the_same(changes, kind):
         ({"normalization": "LayerNorm"}, r"has normalization LayerNorm \(needs RMSNorm\)"),
         ({"gated_linear_unit": False}, r"gated_linear_unit false \(needs true\)"),
         ({"position_embedding_type": "none"}, "position_embedding_type none"),
+        ({"softmax_scale": 0.1}, r"softmax_scale 0.1 \(needs null\)"),
+        (GPT | {"softmax_scale": 0.1}, "GPT-2, which has no place for softmax_scale 0.1"),
         ({"sliding_window": [3, 5]}, "windows of different sizes"),
         ({"qk_layernorm": True, "add_qkv_bias": True}, "add_qkv_bias with qk_layernorm has no"),
         ({"add_bias_linear": True, "sliding_window": 8}, "Mistral has no biases"),

@@ -259,9 +259,9 @@ def test_packing_that_the_model_would_ignore_is_refused():
 # --- one process against an independent, plain model ----------------------------------------
 
 
-def against_plain():
+def against_plain(options):
     mesh = ParallelMesh.build(MeshSizes())
-    config = transformer_config(MeshSizes())
+    config = transformer_config(MeshSizes(), **options)
     with torch.device("meta"):
         model = GPTModel(config, VOCAB, LENGTH, pg_collection=mesh.groups)
     model.to_empty(device="cpu")
@@ -286,8 +286,9 @@ def against_plain():
     assert (masked == 0).all()
 
 
-def test_one_process_equals_a_plain_model():
-    pool.run(1, against_plain)
+@pytest.mark.parametrize("options", [{}, {"softmax_scale": 0.7}], ids=str)
+def test_one_process_equals_a_plain_model(options):
+    pool.run(1, against_plain, options)
 
 
 # --- input that nobody has cut, and what is not there yet ---------------------------------------

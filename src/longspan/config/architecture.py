@@ -86,6 +86,7 @@ class Architecture(InitialValues):
     rope_scaling: Mapping[str, Any] | None = field(default=None, metadata=NUMBERS)
     sliding_window: int | list[int | None] | None = field(default=None, metadata=NUMBERS)
     layernorm_epsilon: float = field(default=1e-5, metadata=NUMBERS)
+    softmax_scale: float | None = field(default=None, metadata=NUMBERS)
 
     attention_dropout: float = field(default=0.0, metadata=TRAINING)
     hidden_dropout: float = field(default=0.0, metadata=TRAINING)

@@ -189,7 +189,7 @@ class DotProductAttention(nn.Module):
 
     Args:
         layer_number: from 1; picks the communication type and the window where config gives a list.
-        softmax_scale: None is 1 / sqrt(head size).
+        softmax_scale: None takes config.softmax_scale, and 1 / sqrt(head size) where that is None.
         attention_type, attention_dropout, k_channels, v_channels: Megatron's; what is not
             supported (cross-attention, dropout, unequal head sizes) is refused.
     """
@@ -227,7 +227,7 @@ class DotProductAttention(nn.Module):
                 f"k_channels {k_channels} and v_channels {v_channels} differ: unequal head sizes (MLA) are not supported yet."
             )
         self.channels, self.attn_mask_type = k_channels, attn_mask_type
-        self.softmax_scale = softmax_scale
+        self.softmax_scale = config.softmax_scale if softmax_scale is None else softmax_scale
         self.window = config.window_of_layer(layer_number)
         check_window(self.window, attn_mask_type.is_causal)
         chosen = cp_comm_type or config.comm_type_of_layer(layer_number)

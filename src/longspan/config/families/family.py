@@ -76,7 +76,7 @@ class Family:
         """Our fields of another value than the type has, each with both values."""
         return [
             f"{name} {_shown(getattr(model, name))} (needs {_shown(value)})"
-            for name, value in self.needs.items()
+            for name, value in {"softmax_scale": None, **self.needs}.items()
             if getattr(model, name) != value
         ]
 
@@ -145,4 +145,4 @@ def layer_types(model: Architecture) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

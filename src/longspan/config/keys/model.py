@@ -55,6 +55,9 @@ class ModelKeys(BaseModel):
         "Tokens a query sees, itself included; null for all before it; a list is cycled over the layers.",
         unit="tokens",
     )
+    softmax_scale: float | None = key(
+        None, "Attention scores are multiplied by it; default: 1 / sqrt(kv_channels).", gt=0
+    )
     tie_word_embeddings: bool = key(
         False,
         "Embedding and output layer share their weight.",
