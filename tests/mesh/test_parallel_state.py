@@ -160,8 +160,8 @@ def check_expert_mesh(pp, replicate, expert, names):
         assert mesh[name].mesh.tolist() == expected_ranks(expert, names, (axis,))
         assert dist.get_process_group_ranks(mesh.get_group(name)) == mesh[name].mesh.tolist()
     assert mesh["edp_replicate", "edp"].mesh.flatten().tolist() == expected_ranks(expert, names, ("dp",))
-    assert groups.ep_mesh.get_group() is groups.ep
-    assert groups.etp_mesh.get_group() is groups.etp
+    assert groups.expert_mesh.get_group("ep") is groups.ep
+    assert groups.expert_mesh.get_group("etp") is groups.etp
     total = torch.tensor([1.0])
     dist.all_reduce(total, group=mesh.get_group("edp"))
     assert total.item() == expert["dp"] // replicate

@@ -229,7 +229,7 @@ def experts(sizes):
     )
     if etp == 1:  # FSDP goes with one other axis at a time
         module.weight = nn.Parameter(
-            DTensor.from_local(held, mesh.groups.ep_mesh, [Shard(0)], run_check=False)
+            DTensor.from_local(held, mesh.groups.expert_mesh["ep"], [Shard(0)], run_check=False)
         )
         fully_shard(module, mesh=mesh.expert_mesh["edp"])
     fill(module.weight, Normal(0.1), SEED, "experts")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from longspan.config.experts import expert_problems
 from longspan.config.rope import rope_problems
 from longspan.errors import Problem
 
@@ -88,6 +89,26 @@ class Architecture(InitialValues):
     layernorm_epsilon: float = field(default=1e-5, metadata=NUMBERS)
     softmax_scale: float | None = field(default=None, metadata=NUMBERS)
 
+    num_moe_experts: int | None = field(default=None, metadata=SHAPES)
+    moe_ffn_hidden_size: int = field(default=None, metadata=SHAPES)  # type: ignore[assignment]
+    moe_layer_freq: int | list[int] = field(default=1, metadata=SHAPES)
+    moe_shared_expert_intermediate_size: int | None = field(default=None, metadata=SHAPES)
+    moe_shared_expert_gate: bool = field(default=False, metadata=SHAPES)
+    moe_router_enable_expert_bias: bool = field(default=False, metadata=SHAPES)
+    moe_router_topk: int = field(default=2, metadata=NUMBERS)
+    moe_router_score_function: str = field(default="softmax", metadata=NUMBERS)
+    moe_router_pre_softmax: bool = field(default=False, metadata=NUMBERS)
+    moe_router_num_groups: int | None = field(default=None, metadata=NUMBERS)
+    moe_router_group_topk: int | None = field(default=None, metadata=NUMBERS)
+    moe_router_topk_scaling_factor: float | None = field(default=None, metadata=NUMBERS)
+    moe_expert_capacity_factor: float | None = field(default=None, metadata=NUMBERS)
+    moe_pad_expert_input_to_capacity: bool = field(default=False, metadata=NUMBERS)
+    moe_token_drop_policy: str = field(default="probs", metadata=NUMBERS)
+    moe_router_load_balancing_type: str | list[str] = field(default="aux_loss", metadata=TRAINING)
+    moe_aux_loss_coeff: float | list[float] = field(default=0.0, metadata=TRAINING)
+    moe_z_loss_coeff: float | None = field(default=None, metadata=TRAINING)
+    moe_router_bias_update_rate: float = field(default=1e-3, metadata=TRAINING)
+
     attention_dropout: float = field(default=0.0, metadata=TRAINING)
     hidden_dropout: float = field(default=0.0, metadata=TRAINING)
 
@@ -100,6 +121,8 @@ class Architecture(InitialValues):
             object.__setattr__(self, "kv_channels", self.hidden_size // heads)
         if self.ffn_hidden_size is None:
             object.__setattr__(self, "ffn_hidden_size", 4 * self.hidden_size)
+        if self.moe_ffn_hidden_size is None and self.num_moe_experts is not None:
+            object.__setattr__(self, "moe_ffn_hidden_size", self.ffn_hidden_size)
 
     @classmethod
     def of(cls, config: TrainConfig) -> Architecture:
@@ -135,6 +158,28 @@ class Architecture(InitialValues):
         """The sliding window of layer ``layer_number`` (from 1), None for none."""
         windows = self.windows
         return windows[(layer_number - 1) % len(windows)]
+
+    def has_experts(self, layer_number: int) -> bool:
+        """Whether the MLP of layer ``layer_number`` (from 1) is a mixture of experts."""
+        if self.num_moe_experts is None:
+            return False
+        pattern = self.moe_layer_freq
+        index = layer_number - 1
+        return index % pattern == 0 if isinstance(pattern, int) else bool(pattern[index % len(pattern)])
+
+    @property
+    def expert_layers(self) -> list[int]:
+        """The numbers of the layers with experts."""
+        return [number for number in range(1, self.num_layers + 1) if self.has_experts(number)]
+
+    @property
+    def balancing(self) -> dict[str, float]:
+        """The balancing losses of each layer with experts: kind -> coefficient, without those of coefficient 0."""
+        kinds, coefficients = self.moe_router_load_balancing_type, self.moe_aux_loss_coeff
+        kinds = [kinds] if isinstance(kinds, str) else kinds
+        if not isinstance(coefficients, list | tuple):
+            coefficients = [coefficients] * len(kinds)
+        return {kind: value for kind, value in zip(kinds, coefficients) if kind != "none" and value}
 
 
 #: keys of the fields that decide shapes
@@ -209,7 +254,7 @@ def architecture_problems(model: Architecture) -> list[Problem]:
     )
     if model.position_embedding_type == "rope":
         found += [(("rope_scaling",), message) for message in rope_problems(model)]
-    return found
+    return found + expert_problems(model)
 
 
 def divisors(n: int) -> str:

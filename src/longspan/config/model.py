@@ -19,6 +19,7 @@ from longspan.config.architecture import (
     common_divisors,
     divisors,
 )
+from longspan.config.experts import expert_cut_problems
 from longspan.errors import Problem, did_you_mean
 
 VOCAB_MULTIPLE = 128
@@ -49,7 +50,7 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 #: fields of Megatron-LM's configs that stand for what is not there yet, by the beginnings of their names
 NOT_YET = {
-    "experts": ("moe_", "expert_"),
+    "this option of experts": ("moe_", "expert_"),
     "pipelines": (
         *(
             "pipeline_",
@@ -98,6 +99,8 @@ class ModelParallelConfig(InitialValues):
     hierarchical_context_parallel_sizes: tuple[int, ...] | None = None
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
+    moe_token_dispatcher_type: str = "alltoall"
+    moe_grouped_gemm: bool = True
     sequence_parallel: bool = False
     perform_initialization: bool = True
     params_dtype: Any = None  # torch.dtype; None is float32
@@ -143,12 +146,6 @@ class TransformerConfig(Architecture, ModelParallelConfig):
     attention_backend: str = "auto"
     deterministic_mode: bool = False
 
-    num_moe_experts: int | None = None
-    moe_router_topk: int = 2
-    moe_aux_loss_coeff: float = 0.0
-    moe_ffn_hidden_size: int | None = None
-    moe_token_dispatcher_type: str = "allgather"
-
     def __post_init__(self) -> None:
         ModelParallelConfig.__post_init__(self)
         Architecture.__post_init__(self)
@@ -160,6 +157,9 @@ class TransformerConfig(Architecture, ModelParallelConfig):
             cp=self.context_parallel_size,
             cp_comm_type=self.cp_comm_type,
             hierarchy=self.hierarchical_context_parallel_sizes,
+            ep=self.expert_model_parallel_size,
+            etp=self.expert_tensor_parallel_size,
+            dispatcher=self.moe_token_dispatcher_type,
         )
         for _, message in problems:
             raise ValueError(message)
@@ -183,23 +183,10 @@ def unsupported(config: TransformerConfig) -> list[str]:
     found = []
     for part, names in {
         "pipelines": ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
-        "experts": (
-            *(
-                "expert_model_parallel_size",
-                "expert_tensor_parallel_size",
-                "num_moe_experts",
-                "moe_router_topk",
-            ),
-            *("moe_aux_loss_coeff", "moe_ffn_hidden_size", "moe_token_dispatcher_type"),
-        ),
     }.items():
         for name in names:
             value, default = getattr(config, name), type(config).__dataclass_fields__[name].default
-            # A degree of 1 asks for nothing, and no more does an expert's tensor parallel size that is everybody's.
-            harmless = (default, 1) if name.endswith("_size") and "parallel" in name else (default,)
-            if name == "expert_tensor_parallel_size":
-                harmless = (*harmless, config.tensor_model_parallel_size)
-            if value not in harmless:
+            if value not in (default, 1):
                 found.append(f"{name}={value}: {part} are not supported yet. Leave it out.")
     return found
 
@@ -211,12 +198,16 @@ def cut_problems(
     cp: int,
     cp_comm_type: str | Sequence[str] | None,
     hierarchy: Sequence[int] | None,
+    ep: int = 1,
+    etp: int | None = None,
+    dispatcher: str = "alltoall",
 ) -> list[Problem]:
     """All broken rules of how an architecture is cut, as (config keys involved, message).
 
     Args:
-        tp, cp: ranks of the two axes.
+        tp, cp, ep, etp: ranks of these axes; etp None is tp.
         hierarchy: hierarchical_context_parallel_sizes.
+        dispatcher: moe_token_dispatcher_type.
     """
     heads, groups, ffn = model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size
     tp_key = "tensor_parallel_size"
@@ -265,7 +256,7 @@ def cut_problems(
         found.append((("hierarchical_context_parallel_sizes", "context_parallel_size"), problem))
     elif cp > 1 and heads % tp == 0:
         found += _head_move_problems(heads // tp, cp, {normal_comm_type(name) for name in types}, hierarchy)
-    return found
+    return found + expert_cut_problems(model, ep, tp if etp is None else etp, dispatcher)
 
 
 def _head_move_problems(heads: int, cp: int, types: set[str], sizes: Sequence[int] | None) -> list[Problem]:

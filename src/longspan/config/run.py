@@ -147,6 +147,7 @@ class Checked:
             layers=tuple(
                 LayerKind(
                     number,
+                    mlp="moe" if model.has_experts(number) else "dense",
                     window=model.window_of_layer(number),
                     comm_type=comm_type_of_layer(config.cp_comm_type, number),
                 )
@@ -175,6 +176,9 @@ class Checked:
             tensor_model_parallel_size=self.sizes.tp,
             context_parallel_size=self.sizes.cp,
             pipeline_model_parallel_size=self.sizes.pp,
+            expert_model_parallel_size=self.sizes.ep,
+            expert_tensor_parallel_size=self.sizes.etp,
+            moe_token_dispatcher_type=self.config.moe_token_dispatcher_type,
             sequence_parallel=self.sequence_parallel,
             cp_comm_type=self.config.cp_comm_type,
             hierarchical_context_parallel_sizes=self.sizes.hierarchical_cp or None,
@@ -224,6 +228,8 @@ def sizes_of(config: TrainConfig) -> MeshSizes:
         pp=config.pipeline_parallel_size,
         dp_shard=_filled(config.dp_shard_size),
         dp_replicate=config.dp_replicate_size,
+        ep=config.expert_parallel_size,
+        etp=config.expert_tensor_parallel_size,
         hierarchical_cp=tuple(config.hierarchical_context_parallel_sizes or ()),
     )
 

@@ -55,9 +55,8 @@ class ProcessGroupCollection:
     hcp: tuple[dist.ProcessGroup, ...] = ()
     #: 1-D DeviceMesh of ``tp``: where tensor parallel weights live as DTensors.
     tp_mesh: DeviceMesh | None = None
-    #: the same of ``ep`` and ``etp``: where experts' weights live.
-    ep_mesh: DeviceMesh | None = None
-    etp_mesh: DeviceMesh | None = None
+    #: 2-D DeviceMesh (ep, etp): where experts' weights live.
+    expert_mesh: DeviceMesh | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ class ParallelMesh:
             storage.contiguous(),
             mesh_dim_names=("pp", "edp_replicate", "edp", "ep", "etp"),
         )
-        groups = dataclasses.replace(groups, ep_mesh=expert_mesh["ep"], etp_mesh=expert_mesh["etp"])
+        groups = dataclasses.replace(groups, expert_mesh=expert_mesh["ep", "etp"])
         return cls(sizes, groups, device_mesh, expert_mesh, dense, expert)
 
     def __str__(self) -> str:

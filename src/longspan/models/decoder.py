@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from longspan.config.model import TransformerConfig, unsupported
 from longspan.context_parallel import PackedSeqParams, SequenceLayout
+from longspan.expert_parallel.tokens import Sequences
 from longspan.mesh.default_groups import process_groups
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.layer import Layer, Rows, make_rows, refuse_mask
 from longspan.models.norm import Norm
-from longspan.models.parts import MLP, SelfAttention
+from longspan.models.parts import SelfAttention, make_mlp
 from longspan.models.rotary import RotaryTable
 from longspan.tensor_parallel.initial import filled_by_name
 
@@ -41,11 +42,11 @@ class DecoderLayer(Layer):
             self.input_layernorm = Norm(config, pg_collection)
             self.self_attention = SelfAttention(config, number, pg_collection)
             self.pre_mlp_layernorm = Norm(config, pg_collection)
-            self.mlp = MLP(config, pg_collection)
+            self.mlp = make_mlp(config, number, pg_collection)
 
     @property
     def tiles(self) -> int | None:
-        """See ``parts.MLP``."""
+        """See ``parts.MLP``; without effect on experts."""
         return self.mlp.tiles
 
     @tiles.setter
@@ -55,19 +56,19 @@ class DecoderLayer(Layer):
     def plan(self, layout: SequenceLayout) -> None:
         self.self_attention.core_attention.plan(layout)
 
-    def compute(self, x: Tensor, rows: Rows, run: Callable[..., Any]) -> Tensor:
+    def compute(self, x: Tensor, rows: Rows, run: Callable[..., Any], memory: dict) -> Tensor:
         q, k, v = run(self._before, x, rows.rotary)
         context, _ = self.self_attention.core_attention(
             q, k, v, packed_seq_params=rows.packed_seq_params, layout=rows.layout
         )
-        return run(self._after, x, context, rows)
+        return run(self._after, x, context, rows, memory)
 
     def _before(self, x: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attention.heads(self.input_layernorm(x), rotary)
 
-    def _after(self, x: Tensor, context: Tensor, rows: Rows) -> Tensor:
+    def _after(self, x: Tensor, context: Tensor, rows: Rows, memory: dict) -> Tensor:
         x, normalised = self.pre_mlp_layernorm.after_adding(x, self.self_attention.output(context))
-        return x + self.mlp(normalised, rows)
+        return x + self.mlp(normalised, rows, memory)
 
 
 class TransformerLayer(DecoderLayer):
@@ -138,9 +139,12 @@ class TransformerBlock(nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         layout: SequenceLayout | None = None,
         position_ids: Tensor | None = None,
+        sequences: Sequences | None = None,
     ) -> tuple[Tensor, None]:
         refuse_mask(attention_mask)
-        rows = make_rows(self.config, self.groups, hidden_states, packed_seq_params, layout, position_ids)
+        rows = make_rows(
+            self.config, self.groups, hidden_states, packed_seq_params, layout, position_ids, sequences
+        )
         for layer in self.layers.values():
             hidden_states = layer(hidden_states, rows)
         if self.final_layernorm is not None:

@@ -22,6 +22,7 @@ from longspan.config.model import TransformerConfig
 from longspan.context_parallel import PackedSeqParams, SequenceLayout
 from longspan.context_parallel.attention import place_in_call
 from longspan.context_parallel.refusals import check_rows
+from longspan.expert_parallel.tokens import Sequences
 from longspan.mesh.default_groups import process_groups
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.decoder import TransformerBlock
@@ -104,6 +105,7 @@ class GPTModel(nn.Module):
         loss_mask: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         layout: SequenceLayout | None = None,
+        sequences: Sequences | None = None,
     ) -> Tensor:
         """Logits, or with labels the loss of each token.
 
@@ -113,6 +115,8 @@ class GPTModel(nn.Module):
             labels: [b, s], this rank's rows, already shifted; -100 where there is no target.
             loss_mask: [b, s]; the loss is 0 where it is 0.
             layout: who holds which tokens; None means zigzag, as Megatron's callers do.
+            sequences: which sequence of the data each row belongs to, for a model with experts; None takes each row
+                of the batch as one.
 
         Returns:
             Logits [b, s, v/tp] (whole vocabulary with parallel_output=False), loss [b, s] in
@@ -155,7 +159,7 @@ class GPTModel(nn.Module):
                 self._check_positions(layout)
                 places = layout.document_positions(rank)
             hidden = self.embedding(input_ids, places)
-        hidden, _ = self.decoder(hidden, attention_mask, packed_seq_params, layout, position_ids)
+        hidden, _ = self.decoder(hidden, attention_mask, packed_seq_params, layout, position_ids, sequences)
         if self.output_layer is None:
             return hidden
         out = self.output_layer(hidden, labels, self.parallel_output)

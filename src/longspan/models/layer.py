@@ -24,6 +24,7 @@ from longspan.config.model import TransformerConfig
 from longspan.context_parallel import PackedSeqParams, SequenceLayout
 from longspan.context_parallel.attention import default_layout, place_in_call
 from longspan.context_parallel.refusals import check_packed, check_rows
+from longspan.expert_parallel.tokens import RoutedTokens, Sequences
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.memory.offload import Offload
 from longspan.models.rotary import RotaryTable, attention_factor, frequencies, rotary_table
@@ -42,6 +43,7 @@ class Rows:
             documents are in ``layout``.
         real: bool, one for each row of the activations (so cut as they are under sequence parallelism):
             False where the row is padding of the layout. None where all rows are tokens.
+        routed: the rows as experts see them; None for a model without experts.
     """
 
     layout: SequenceLayout
@@ -49,6 +51,7 @@ class Rows:
     rotary: RotaryTable | None = None
     packed_seq_params: PackedSeqParams | None = None
     real: Tensor | None = None
+    routed: RoutedTokens | None = None
 
 
 def make_rows(
@@ -58,12 +61,14 @@ def make_rows(
     packed_seq_params: PackedSeqParams | None = None,
     layout: SequenceLayout | None = None,
     position_ids: Tensor | None = None,
+    sequences: Sequences | None = None,
 ) -> Rows:
     """Rows of activations [s, b, h], for a module that is called as Megatron's are.
 
     Args:
         layout: None is what Megatron's callers mean: zigzag, of each padded document where there are any.
         position_ids: [s], [1, s] or [b, s]; None takes the places in their documents from the layout.
+        sequences: which sequence each row belongs to, for a model with experts; None takes each column as one.
 
     Raises:
         ValueError: the activations are not this rank's rows of the layout.
@@ -79,7 +84,29 @@ def make_rows(
     rotary = _rotary(config, position_ids, hidden_states)
     part, parts = (groups.tp.rank(), groups.tp.size()) if config.sequence_parallel else (0, 1)
     real = _real(layout, rank, part, parts, hidden_states.device)
-    return Rows(layout, rank, rotary, packed_seq_params, real)
+    routed = None
+    if config.num_moe_experts is not None:
+        sequences = sequences or sequences_of(layout, rank, hidden_states.shape[1])
+        held = hidden_states.shape[0]
+        routed = sequences.routed(slice(part * held, (part + 1) * held), hidden_states.device)
+    return Rows(layout, rank, rotary, packed_seq_params, real, routed)
+
+
+def sequences_of(layout: SequenceLayout, rank: int, batch: int) -> Sequences:
+    """The rows of a rank where nothing but the layout is known: each of ``batch`` columns is one sequence."""
+    token = layout.positions(rank)
+    real = token < layout.total
+    bounds = torch.tensor(layout.cu_seqlens)
+    documents = len(bounds) - 1
+    document = torch.bucketize(token, bounds[1:], right=True)
+    column = torch.arange(batch).unsqueeze(1)
+    return Sequences(
+        torch.where(real, column, -1),
+        torch.where(real, column * documents + document, -1),
+        token.expand(batch, -1),
+        torch.full((batch,), layout.total),
+        bounds.diff().repeat(batch),
+    )
 
 
 def sequence_rows(config: TransformerConfig, groups: ProcessGroupCollection, hidden_states: Tensor) -> int:
@@ -150,21 +177,24 @@ class Layer(nn.Module):
     def plan(self, layout: SequenceLayout) -> None:
         """Computes ahead what :meth:`forward` needs of a layout: a loader's thread keeps it off the step's path."""
 
-    def compute(self, x: Tensor, rows: Rows, run: Callable[..., Any]) -> Tensor:
+    def compute(self, x: Tensor, rows: Rows, run: Callable[..., Any], memory: dict) -> Tensor:
         """The layer itself.
 
         Args:
             run: ``run(part, *args)`` returns ``part(*args)``, a part that ``selective`` recomputes.
+            memory: empty in a first pass; a recomputation of the layer or of a part gets it back. Decisions that must
+                not be taken a second time stand in it.
         """
         raise NotImplementedError
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        memory: dict = {}
         if not torch.is_grad_enabled():
-            return self.compute(x, rows, _run)
+            return self.compute(x, rows, _run, memory)
         with self._offloading(rows):
             if self.recompute == "full":
-                return _recomputed(self.compute, x, rows, _run)
-            return self.compute(x, rows, _run if self.recompute == "none" else _recomputed)
+                return _recomputed(self.compute, x, rows, _run, memory)
+            return self.compute(x, rows, _run if self.recompute == "none" else _recomputed, memory)
 
     def _offloading(self, rows: Rows) -> contextlib.AbstractContextManager:
         """Around a forward pass: moves what is kept, but for weights and what all layers share."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from longspan.compiled import Compilable
 from longspan.config.model import AttnMaskType, TransformerConfig
 from longspan.context_parallel import DotProductAttention
+from longspan.context_parallel.refusals import group_of_call
+from longspan.expert_parallel import MoELayer
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.layer import Rows
 from longspan.models.memory.recomputed import gated_linear
@@ -113,7 +115,7 @@ class MLP(nn.Module, Compilable):
         self.linear_down = RowParallelLinear(ffn, h, config, init_std=_residual_std(config), **kwargs)
         self.tiles: int | None = 1
 
-    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows | None = None, memory: dict | None = None) -> Tensor:
         """[s, b, h] -> [s, b, h]. Padding costs nothing more than its rows here, so ``rows`` is not read."""
         x = self.linear_up.enter(x)
         tiles = self.tiles or -(-x.shape[0] * x.shape[1] // x.shape[2])
@@ -126,3 +128,24 @@ class MLP(nn.Module, Compilable):
         gate = None if self.linear_gate is None else self.linear_gate.operands()
         up, down = self.linear_up.operands(), self.linear_down.operands()
         return self.part(mlp_product)(x, gate, up, down, self.activation)
+
+
+class SparseMLP(MoELayer):
+    """A mixture of experts in the place of an MLP.
+
+    Attributes:
+        tiles: without effect: an expert's activations are those of its tokens alone.
+    """
+
+    tiles: int | None = 1
+
+    def forward(self, x: Tensor, rows: Rows, memory: dict) -> Tensor:  # type: ignore[override]
+        """[s, b, h] -> [s, b, h]"""
+        assert rows.routed is not None
+        cp_group = group_of_call(rows.packed_seq_params, self.groups.cp)
+        return self.compute(x, rows.routed, memory, cp_group)[0]
+
+
+def make_mlp(config: TransformerConfig, number: int, groups: ProcessGroupCollection) -> MLP | SparseMLP:
+    """The MLP of layer ``number``: dense, or experts."""
+    return SparseMLP(config, number, groups) if config.has_experts(number) else MLP(config, groups)

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from longspan.config.model import ModelParallelConfig
-from longspan.tensor_parallel.layers import TensorParallelModule
+from longspan.tensor_parallel.layers import ParallelModule
 from longspan.tensor_parallel.random import fill, initial_seed
 
 
 def init_weights(
-    model: nn.Module, seed: int, kind: type[TensorParallelModule] = TensorParallelModule, prefix: str = ""
+    model: nn.Module, seed: int, kind: type[ParallelModule] = ParallelModule, prefix: str = ""
 ) -> None:
     """Fills what a module's parallel layers hold by (seed, name, shape): the same at every layout.
 

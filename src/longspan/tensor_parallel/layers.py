@@ -38,19 +38,64 @@ from longspan.tensor_parallel.random import Constant, FilledWhole, Initial, Norm
 InitMethod = Callable[[Tensor], Any]
 
 
-class TensorParallelModule(nn.Module):
-    """Shared ground: the group, the parameters as DTensors and how they are first filled.
+class ParallelModule(nn.Module):
+    """Shared ground: parameters as DTensors, and how they are first filled.
 
-    A subclass makes its parameters with :meth:`_parameter` and its buffers with :meth:`_buffer`. A layer
-    that is made by itself fills them at once (see ``random.lone_seed``); one on ``meta`` draws nothing.
+    A layer that is made by itself fills them at once (see ``random.lone_seed``); one on ``meta`` draws nothing.
+
+    Args:
+        parts: ranks that hold different parts of the weights.
 
     Attributes:
-        initial: for each of them how it is first filled; ``longspan.tensor_parallel.init_weights`` reads it.
+        initial: for each parameter and buffer how it is first filled; ``longspan.tensor_parallel.init_weights``
+            reads it.
+    """
+
+    def __init__(self, config: ModelParallelConfig, parts: int):
+        super().__init__()
+        self.parts = parts
+        self.dtype = config.params_dtype or (torch.bfloat16 if config.bf16 else torch.float32)
+        self.perform_initialization = config.perform_initialization
+        self.initial: dict[str, Initial | FilledWhole] = {}
+
+    def _place(
+        self,
+        name: str,
+        shape: Sequence[int],
+        mesh: DeviceMesh,
+        dims: Sequence[int | None],
+        initial: Initial | FilledWhole,
+        dtype: torch.dtype,
+    ) -> DTensor:
+        """A tensor of global ``shape``, cut over each axis of ``mesh`` along one of ``dims`` (None: copied).
+
+        Raises:
+            ValueError: initial values have no seed where there are copies.
+        """
+        shape, held = tuple(shape), list(shape)
+        for axis, dim in enumerate(dims):
+            if dim is not None:
+                held[dim] //= mesh.size(axis)
+        data = torch.empty(held, dtype=dtype)
+        placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
+        tensor = DTensor.from_local(data, mesh, placements, run_check=False)
+        self.initial[name] = initial
+        if self.perform_initialization and not data.is_meta:
+            seed, prefix = (0, "") if isinstance(initial, Constant) else lone_seed(self.parts)
+            fill(tensor, initial, seed, prefix + name)
+        return tensor
+
+
+class TensorParallelModule(ParallelModule):
+    """A module on the tensor parallel group.
+
+    A subclass makes its parameters with :meth:`_parameter` and its buffers with :meth:`_buffer`.
     """
 
     def __init__(self, config: ModelParallelConfig, tp_group: dist.ProcessGroup | DeviceMesh | None):
-        super().__init__()
-        self.tp_mesh = tensor_parallel_mesh(tp_group)
+        mesh = tensor_parallel_mesh(tp_group)
+        super().__init__(config, mesh.size())
+        self.tp_mesh = mesh
         self.tp_group = self.tp_mesh.get_group()
         self.tp_size = dist.get_world_size(self.tp_group)
         self.tp_rank = dist.get_rank(self.tp_group)
@@ -60,9 +105,6 @@ class TensorParallelModule(nn.Module):
                 f"config.tensor_model_parallel_size is {config.tensor_model_parallel_size}, the tensor parallel group has "
                 f"{self.tp_size} ranks. Initialise with the same sizes."
             )
-        self.dtype = config.params_dtype or (torch.bfloat16 if config.bf16 else torch.float32)
-        self.perform_initialization = config.perform_initialization
-        self.initial: dict[str, Initial | FilledWhole] = {}
 
     def _parameter(
         self, name: str, shape: Sequence[int], dim: int | None, initial: Initial | FilledWhole
@@ -94,22 +136,12 @@ class TensorParallelModule(nn.Module):
         initial: Initial | FilledWhole,
         dtype: torch.dtype,
     ) -> DTensor:
-        shape, local = tuple(shape), list(shape)
-        if dim is not None:
-            if shape[dim] % self.tp_size:
-                raise ValueError(
-                    f"{type(self).__name__}: {name} has size {shape[dim]} along dim {dim}, not divisible by the "
-                    f"tensor parallel size {self.tp_size}. Choose a multiple of it."
-                )
-            local[dim] //= self.tp_size
-        data = torch.empty(local, dtype=dtype)
-        placement = Replicate() if dim is None else Shard(dim)
-        tensor = DTensor.from_local(data, self.tp_mesh, [placement], run_check=False)
-        self.initial[name] = initial
-        if self.perform_initialization and not data.is_meta:
-            seed, prefix = (0, "") if isinstance(initial, Constant) else lone_seed(self.tp_size)
-            fill(tensor, initial, seed, prefix + name)
-        return tensor
+        if dim is not None and shape[dim] % self.tp_size:
+            raise ValueError(
+                f"{type(self).__name__}: {name} has size {shape[dim]} along dim {dim}, not divisible by the "
+                f"tensor parallel size {self.tp_size}. Choose a multiple of it."
+            )
+        return self._place(name, shape, self.tp_mesh, [dim], initial, dtype)
 
     def replicated(self, parameter: Tensor, over_heads: bool = False) -> Tensor:
         """A copied parameter, ready for compute: where each rank computes a part, its gradient is summed over tp.

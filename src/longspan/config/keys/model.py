@@ -97,6 +97,69 @@ class ModelKeys(BaseModel):
         unit="tokens",
         gt=0,
     )
+    num_moe_experts: int | None = key(
+        None,
+        "Experts of a layer with experts; default: every MLP is dense.",
+        unit="experts",
+        flag="--num-experts",
+        gt=0,
+    )
+    moe_ffn_hidden_size: int | None = key(
+        None, "Size of an expert; default: ffn_hidden_size.", unit="features", gt=0
+    )
+    moe_layer_freq: int | list[int] = key(
+        1,
+        "Experts in every n-th layer, from the first on; or a list of 1 (experts) and 0 (dense), cycled over the layers.",
+    )
+    moe_router_topk: int = key(2, "Experts that a token chooses.", unit="experts", gt=0)
+    moe_router_score_function: Literal["softmax", "sigmoid"] = key(
+        "softmax", "From the router's logits to scores."
+    )
+    moe_router_pre_softmax: bool = key(
+        False, "Softmax over all experts before the choice, instead of over the chosen ones after it."
+    )
+    moe_router_num_groups: int | None = key(
+        None, "Experts are in so many groups, and a token chooses in the best of them.", unit="groups", gt=0
+    )
+    moe_router_group_topk: int | None = key(None, "Groups in which a token chooses.", unit="groups", gt=0)
+    moe_router_topk_scaling_factor: float | None = key(
+        None, "Scores of the chosen experts are multiplied by it.", gt=0
+    )
+    moe_router_load_balancing_type: str | list[str] = key(
+        "aux_loss",
+        "What keeps the load even: aux_loss (of each sequence), seq_aux_loss (of each document), global_aux_loss (by the choices "
+        "of the last step) or none; or a list.",
+    )
+    moe_aux_loss_coeff: float | list[float] = key(
+        0.0, "Coefficient of the balancing loss, which an even layer then adds; a list for a list of kinds."
+    )
+    moe_z_loss_coeff: float | None = key(None, "Coefficient of the router's z-loss.", ge=0)
+    moe_router_enable_expert_bias: bool = key(
+        False,
+        "A bias of each expert takes part in the choice alone and is updated once a step, without a loss.",
+    )
+    moe_router_bias_update_rate: float = key(1e-3, "How far the bias of an expert moves in a step.", ge=0)
+    moe_expert_capacity_factor: float | None = key(
+        None,
+        "An expert takes at most tokens x topk / experts x this factor of each sequence and drops the rest; default: nothing is "
+        "dropped.",
+        gt=0,
+    )
+    moe_pad_expert_input_to_capacity: bool = key(
+        False, "Experts with fewer tokens are padded to their capacity."
+    )
+    moe_token_drop_policy: Literal["probs", "position"] = key(
+        "probs", "Which tokens an expert keeps: those with the largest scores, or the first of the sequence."
+    )
+    moe_shared_expert_intermediate_size: int | None = key(
+        None,
+        "Size of an expert that every token goes through, beside the chosen ones.",
+        unit="features",
+        gt=0,
+    )
+    moe_shared_expert_gate: bool = key(
+        False, "The shared expert's output is multiplied by a sigmoid of the input (Qwen2-MoE)."
+    )
     attention_dropout: float = key(
         0.0, "Share of attention weights dropped: only 0 is supported.", ge=0, le=1
     )

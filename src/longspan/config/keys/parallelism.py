@@ -32,6 +32,14 @@ class ParallelKeys(BaseModel):
         flag="--expert-model-parallel-size",
         ge=1,
     )
+    expert_tensor_parallel_size: int | None = key(
+        None, "Ranks that share each expert's weights; default: tensor_parallel_size.", unit="ranks", ge=1
+    )
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = key(
+        "alltoall",
+        "How tokens reach their experts: alltoall (a token goes once to each rank it needs) or allgather (every token to every "
+        "rank).",
+    )
     dp_shard_size: int | None = key(
         None,
         "Data parallel ranks that shard the parameters between them (FSDP); default: what is left of the processes.",

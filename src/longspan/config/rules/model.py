@@ -49,6 +49,9 @@ def model_problems(config: TrainConfig) -> list[Problem]:
             cp=config.context_parallel_size,
             cp_comm_type=config.cp_comm_type,
             hierarchy=config.hierarchical_context_parallel_sizes,
+            ep=config.expert_parallel_size,
+            etp=config.expert_tensor_parallel_size,
+            dispatcher=config.moe_token_dispatcher_type,
         )
     if config.export_hf and not found and (problem := export_problem(model)):
         found.append((("export_hf", *SHAPE_KEYS), f"export_hf: {problem} Set export_hf: false."))

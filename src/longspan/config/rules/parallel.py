@@ -10,7 +10,10 @@ from longspan.errors import Problem
 def parallel_problems(config: TrainConfig) -> list[Problem]:
     """What is not there yet, and keys that contradict each other or have no effect."""
     found: list[Problem] = []
-    _not_yet(config, found)
+    if config.pipeline_parallel_size > 1:
+        text = f"pipeline_parallel_size {config.pipeline_parallel_size}: pipeline parallelism is not supported yet. Use 1."
+        found.append((("pipeline_parallel_size",), text))
+    _experts(config, found)
     _hybrid(config, found)
     sizes = config.hierarchical_context_parallel_sizes
     if sizes and "a2a+p2p" not in _types(config):
@@ -34,12 +37,18 @@ def _types(config: TrainConfig) -> list[str]:
     return [normal_comm_type(name) for name in given]
 
 
-def _not_yet(config: TrainConfig, found: list[Problem]) -> None:
-    for name, what in (("pipeline_parallel_size", "pipeline"), ("expert_parallel_size", "expert")):
-        if getattr(config, name) > 1:
-            found.append(
-                ((name,), f"{name} {getattr(config, name)}: {what} parallelism is not supported yet. Use 1.")
-            )
+def _experts(config: TrainConfig, found: list[Problem]) -> None:
+    if config.num_moe_experts is not None:
+        return
+    for name, off in (
+        ("expert_parallel_size", 1),
+        ("expert_tensor_parallel_size", None),
+        ("moe_token_dispatcher_type", "alltoall"),
+    ):
+        value = getattr(config, name)
+        if value != off:
+            text = f"{name} {value} has no effect without num_moe_experts. Set it, or leave {name} out."
+            found.append(((name, "num_moe_experts"), text))
 
 
 def _hybrid(config: TrainConfig, found: list[Problem]) -> None:

@@ -1,0 +1,172 @@
+"""MoELayer against plain PyTorch at every mix of ranks: outputs, balancing losses and all gradients. fp64."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import moe_reference as plain
+import pool
+from longspan import TransformerConfig
+from longspan.config.sizes import MeshSizes
+from longspan.expert_parallel import MoELayer
+from longspan.mesh.mesh import ParallelMesh
+from longspan.tensor_parallel import init_weights, model_parallel_seed
+
+ROWS, BATCH, HIDDEN = 12, 2, 16
+
+
+def config_of(sizes, **changes):
+    defaults = dict(
+        num_layers=2,
+        hidden_size=HIDDEN,
+        num_attention_heads=2,
+        num_moe_experts=8,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=24,
+        gated_linear_unit=True,
+        activation_func="silu",
+        add_bias_linear=False,
+        params_dtype=torch.float64,
+        init_method_std=0.5,
+        moe_aux_loss_coeff=0.3,
+        moe_z_loss_coeff=0.1,
+        tensor_model_parallel_size=sizes.tp,
+        expert_model_parallel_size=sizes.ep,
+        expert_tensor_parallel_size=sizes.etp,
+        sequence_parallel=sizes.tp > 1,
+    )
+    return TransformerConfig(**defaults | changes)
+
+
+def data(batch=BATCH, rows=ROWS):
+    g = torch.Generator().manual_seed(5)
+    return [torch.randn(rows, batch, HIDDEN, generator=g, dtype=torch.float64) for _ in range(2)]
+
+
+def whole_gradients(layer, groups):
+    """Name -> whole gradient, summed over the ranks that saw other rows."""
+    found = {}
+    for name, p in layer.named_parameters():
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        expert = ".experts." in f".{name}" and "shared" not in name
+        held = grad.to_local().clone()
+        dist.all_reduce(held, group=groups.edp if expert else groups.dp_cp)
+        found[name] = type(grad).from_local(held, grad.device_mesh, grad.placements).full_tensor()
+    return found
+
+
+def at(sizes, changes):
+    """Output, loss and gradients of the layer: each data parallel rank has some columns, tensor parallel ones some rows."""
+    mesh = ParallelMesh.build(sizes)
+    config = config_of(sizes, **changes)
+    model_parallel_seed(1, 0)
+    layer = MoELayer(config, 1, mesh.groups)
+    init_weights(layer, 3)
+    layer.train()
+    x, up = (t.chunk(sizes.dp, 1)[dist.get_rank(mesh.groups.dp)] for t in data(4))
+    if config.sequence_parallel:
+        x, up = (t.chunk(sizes.tp, 0)[dist.get_rank(mesh.groups.tp)] for t in (x, up))
+    x = x.clone().requires_grad_()
+    out, loss = layer(x)
+    (out * up).sum().backward()
+    found = [t.detach() for t in (out, x.grad)]
+    for i, t in enumerate(found):
+        if config.sequence_parallel:
+            parts = [torch.empty_like(t) for _ in range(sizes.tp)]
+            dist.all_gather(parts, t.contiguous(), group=mesh.groups.tp)
+            t = torch.cat(parts, 0)
+        parts = [torch.empty_like(t) for _ in range(sizes.dp)]
+        dist.all_gather(parts, t.contiguous(), group=mesh.groups.dp)
+        found[i] = torch.cat(parts, 1)
+    return *found, loss, whole_gradients(layer, mesh.groups), layer.experts.dispatcher.sent
+
+
+def reference(changes, columns):
+    """The same on one process; each of ``columns`` groups of columns is a call with its own mean losses."""
+    mesh = ParallelMesh.build(MeshSizes())
+    config = config_of(MeshSizes(), **changes)
+    model_parallel_seed(1, 0)
+    layer = MoELayer(config, 1, mesh.groups)
+    init_weights(layer, 3)
+    weights = {n: p.detach().to_local().clone().requires_grad_() for n, p in layer.named_parameters()}
+    x, up = data(4)
+    x.requires_grad_()
+    outs, losses = [], []
+    for part in x.chunk(columns, 1):
+        s, b = part.shape[:2]
+        flat = part.reshape(-1, HIDDEN)
+        scores, indices, probabilities, logits = plain.route(flat, weights["router.weight"], config)
+        sets = [torch.arange(s) * b + j for j in range(b)]
+        loss = plain.balance(probabilities, indices, {k: sets for k in config.balancing}, s * b, config.balancing, config)
+        losses.append(loss)
+        z = config.moe_z_loss_coeff * logits.logsumexp(1).square().mean()
+        if config.moe_expert_capacity_factor:
+            keep = plain.kept(scores, indices, sets, config)
+            scores = scores * torch.zeros_like(scores).scatter(1, indices, keep.to(scores))
+        of = {n: weights.get(f"experts.{n}_weight") for n in ("gate", "up", "down")}
+        of |= {f"{n}_bias": weights[f"experts.{n}_bias"] for n in ("gate", "up", "down") if f"experts.{n}_bias" in weights}
+        y = plain.experts(flat, scores, of, config)
+        if "shared_experts.linear_up.weight" in weights:
+            w = {n: weights[f"shared_experts.linear_{n}.weight"] for n in ("gate", "up", "down")}
+            shared = (torch.nn.functional.silu(flat @ w["gate"].T) * (flat @ w["up"].T)) @ w["down"].T
+            if config.moe_shared_expert_gate:
+                shared = shared * (flat @ weights["shared_experts.gate.weight"].T).sigmoid()
+            y = y + shared
+        outs.append((y.view(s, b, HIDDEN), loss + z))
+    out = torch.cat([y for y, _ in outs], 1)
+    ((out * up).sum() + sum(extra for _, extra in outs)).backward()
+    return out.detach(), x.grad, [loss.detach() for loss in losses], {n: w.grad for n, w in weights.items()}
+
+
+LAYOUTS = {
+    "one": MeshSizes(etp=1),
+    "ep2": MeshSizes(dp_shard=2, ep=2),
+    "ep4": MeshSizes(dp_shard=4, ep=4),
+    "ep2 x edp2": MeshSizes(dp_shard=4, ep=2),
+    "tp2": MeshSizes(tp=2),
+    "tp2 etp1": MeshSizes(tp=2, etp=1),
+    "tp2 x ep2 folded": MeshSizes(tp=2, ep=2, etp=1),
+    "ep2 x etp2": MeshSizes(dp_shard=4, ep=2, etp=2),
+    "tp2 x ep2 x etp2": MeshSizes(tp=2, dp_shard=2, ep=2, etp=2),
+}
+OPTIONS = {
+    "plain": {},
+    "allgather": {"moe_token_dispatcher_type": "allgather"},
+    "no sequence parallelism": {"sequence_parallel": False},
+    "biases": {"add_bias_linear": True, "gated_linear_unit": False, "activation_func": "gelu"},
+    "shared": {"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_gate": True},
+    "capacity": {"moe_expert_capacity_factor": 0.8},
+    "capacity by position": {"moe_expert_capacity_factor": 0.6, "moe_token_drop_policy": "position"},
+    "groups": {"moe_router_num_groups": 4, "moe_router_group_topk": 2, "moe_router_score_function": "sigmoid"},
+    "top 1": {"moe_router_topk": 1, "moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5},
+}
+
+_references = {}
+
+
+def check(layout, option):
+    sizes, changes = LAYOUTS[layout], OPTIONS[option]
+    key = option, sizes.dp
+    if key not in _references:
+        _references[key] = pool.run(1, reference, changes, sizes.dp)[0]
+    out, x_grad, losses, grads = _references[key]
+    found = pool.run(sizes.world_size, at, sizes, changes)
+    for rank, (y, dx, _, whole, _) in enumerate(found):
+        torch.testing.assert_close(y, out, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(dx, x_grad, rtol=1e-10, atol=1e-10)
+        for name, grad in grads.items():
+            torch.testing.assert_close(whole[name], grad, rtol=1e-10, atol=1e-10, msg=lambda m, n=name, r=rank: f"{n} on rank {r}: {m}")
+    assert {f"{float(f[2]):.9f}" for f in found} == {f"{float(loss):.9f}" for loss in losses}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    check(layout, "plain")
+
+
+@pytest.mark.parametrize("option", list(OPTIONS)[1:])
+def test_options(option):
+    for layout in ("one", "tp2 x ep2 x etp2", "ep2 x etp2"):
+        if option == "capacity by position" and layout != "one":
+            continue  # alone, a layer does not know the places of its rows in a sequence that is cut
+        check(layout, option)
