@@ -1,4 +1,4 @@
-"""One training from start to end on this rank: trainer, sinks, resuming, signals, and how the process ends."""
+"""One training from start to end on this rank: trainer, sinks, resuming, signals, and its end."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def option_names(given: Sequence[str]) -> set[str]:
 
 
 def torchrun_settings() -> dict[str, str]:
-    """Environment variables with which torchrun leaves ignored signals ignored (nohup) and waits for a save."""
+    """Variables that make torchrun leave ignored signals ignored (nohup), and wait until a step is saved."""
     stopping = ",".join([number.name for number in heeded()] + ["SIGQUIT"])
     return {
         "TORCHELASTIC_SIGNALS_TO_HANDLE": stopping,

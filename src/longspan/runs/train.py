@@ -131,7 +131,7 @@ def join(checked: Checked | Run) -> int:
 
 
 def prepare_together(checked: Checked | Run, local_rank: int, hold: Callable[[], None]) -> Run:
-    """One process of each machine calls :func:`prepare`, unless the launcher has; the others wait up to a day.
+    """One process of each machine calls :func:`prepare`, unless the launcher has; others wait up to a day.
 
     Args:
         hold: locks the run's folder; called on the first rank.
