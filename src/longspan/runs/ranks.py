@@ -103,7 +103,7 @@ def run_together(
 def start_rank(
     command: Sequence[str], environment: Mapping[str, str], kept: Sequence[int]
 ) -> subprocess.Popen:
-    """Starts one rank in its own session: only the launcher gets a terminal's Ctrl-C, and passes it on once."""
+    """Starts one rank in its own session: only the launcher gets a terminal's Ctrl-C and passes it on."""
     return subprocess.Popen(command, env=dict(environment), pass_fds=tuple(kept), start_new_session=True)
 
 
