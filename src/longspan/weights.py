@@ -38,7 +38,7 @@ def load_pretrained(model: GPTModel, source: SafetensorsFolder) -> None:
     """Fills all but adapters from a Hugging Face model; collective. Each rank reads only its parts.
 
     Raises:
-        UserError: a tensor has another shape, or holds NaN or infinity; on all ranks, with the problems of all.
+        UserError: on all ranks, with the problems of all: a tensor of another shape, or with NaN or infinity.
     """
     names = Names(model.config, model.vocab_size)
     problems: list[str] = []

@@ -21,7 +21,7 @@ def finish(
     """Completes a run whose last step was done earlier, and prints that nothing else is left to do.
 
     Args:
-        beside: ``prepared`` of ``export``.
+        beside: on the first rank, the result of ``prepare_export`` at the run's start; None makes it now.
 
     Returns:
         The exit code.

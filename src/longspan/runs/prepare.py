@@ -47,7 +47,7 @@ def prepare(checked: Checked, show: bool) -> Run:
 
 
 def resume_point(run: Run, show: bool = True) -> str | None:
-    """The checkpoint that ``resume`` names, compared with the config; None if there is none yet.
+    """The checkpoint that ``resume`` names, compared with the config; None if there is none.
 
     Args:
         show: print a line if another checkpoint is used, or if the checkpoint has no checksums.

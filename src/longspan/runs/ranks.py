@@ -110,7 +110,7 @@ def start_rank(
 def _watch(ranks: Mapping[int, subprocess.Popen], asked: list[signal.Signals]) -> dict[int, int]:
     """Waits until all ranks have ended, one rank has failed, or a second signal has come.
 
-    After a failure the other ranks have ``GRACE_S`` seconds to end.
+    After a failure the other ranks have ``GRACE_S`` seconds to end; none if it was a mistake of the user.
 
     Returns:
         Failed rank -> its exit code.

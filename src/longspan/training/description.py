@@ -136,7 +136,7 @@ def _is_count(value: Any, least: int) -> bool:
 
 def _fits(name: str, value: Any) -> bool:
     """Whether the config's key of this name can have this value."""
-    # Not every architecture has every field.
+    # Not every architecture has every field, so any key can be None.
     if value is None:
         return True
     if isinstance(value, int) and abs(value) >= MOST:

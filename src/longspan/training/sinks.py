@@ -9,7 +9,7 @@ from longspan.training.metrics import JsonLines, Metrics, Sink, TensorBoard, Wan
 
 
 def open_sinks(run: Run, output: Path, step: int, resumed: Path | None) -> tuple[Metrics, list[str]]:
-    """The sinks, and new names of moved files: a resumed run continues its folder's files, others move them."""
+    """The sinks, and new names of moved files: a resumed run continues its files, other runs move files."""
     kept = []
     # Weights & Biases comes first, because nothing must have been moved if it refuses the run.
     wandb = wandb_sinks(run, output)

@@ -194,7 +194,7 @@ class Trainer:
         return {"params_norm": parameter_norm(self.model, self.run.sizes.pp).item()}
 
     def stop(self) -> str:
-        """Requests a stop at the end of the step; a signal may do so at any moment. Returns a text about it."""
+        """Requests a stop after this step; a signal may do so at any moment. Returns the effect as text."""
         self.signalled = True
         if self.step >= self.steps:
             return "the last step is done, and the run goes on to its end"
