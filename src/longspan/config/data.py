@@ -89,7 +89,7 @@ def read_split(text: str) -> list[float]:
 
 
 def has_validation(config: TrainConfig) -> bool:
-    """Whether the config holds out data to evaluate on; True for an invalid split, which has its own error."""
+    """Whether the config holds out data to evaluate on. An invalid split, reported elsewhere, counts too."""
     if config.data_path or config.mock_data:
         try:
             return read_split(config.split or DEFAULT_SPLIT)[1] > 0

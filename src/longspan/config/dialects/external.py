@@ -65,7 +65,7 @@ def refused(why: str, values: int = 1, unless: tuple[Any, ...] = NOTHING) -> Ext
 
 
 def becomes(keys: Callable[[Any], dict[str, Any]], why: str, values: int = 1) -> ExternalName:
-    """A name that other keys replace; ``keys`` raises ValueError or KeyError for a value that is not supported."""
+    """A name that keys replace; ``keys`` raises ValueError or KeyError for a value that is not supported."""
     return ExternalName(why, values, None, keys)
 
 

@@ -26,8 +26,8 @@ def parse_megatron_flags(
         other_options: options that the caller handles itself, for similar names in messages.
 
     Returns:
-        (the config, with the problems of flags and values; the defaults taken that differ from the YAML's, for
-        the banner).
+        (what was read, with the problems of flags and values; key -> Megatron's default, for each default
+        taken that differs from the YAML's).
     """
     given = parse_overrides(arguments, other_options)
     given.problems += [f"{a!r}: unexpected argument; values follow their --flag." for a in given.rest]
@@ -48,7 +48,7 @@ def parse_megatron_flags(
 
 
 def megatron_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Megatron-LM's defaults that differ from the YAML's, for the keys that the flags do not set in any way."""
+    """Megatron-LM's defaults that differ from the YAML's, for keys that the flags do not set in any way."""
     idle = {key for key, other in OTHER_WAYS.items() if other in given}
     if not _evaluates(given):
         idle |= {"eval_steps", "eval_iters"}
@@ -139,7 +139,7 @@ def _leftovers(given: Mapping[str, Any]) -> dict[str, str]:
 #: key -> {Megatron-LM's name of a value: longspan's name}
 _VALUES = {
     "optimizer": {"adam": "adamw_torch_fused"},
-    # "auto" takes the fastest flash kernel. "unfused" and "local" compute attention with plain products.
+    # "auto" takes the fastest kernel that is installed; "unfused" and "local" compute plain products.
     "attention_backend": {"flash": "auto", "fused": "auto", "unfused": "math", "local": "math"},
 }
 

@@ -25,8 +25,8 @@ def by_flags(problem: str, defaults: Mapping[str, Any] | None = None) -> str:
     """The message, with Megatron-LM's flags instead of keys.
 
     Args:
-        defaults: key -> Megatron-LM's default, for keys that the user did not set. A message that names such a
-            value gets the remark that it is the default.
+        defaults: key -> Megatron-LM's default, for keys that the user did not set. A message that names such
+            a value gets the remark that it is the default.
     """
     for begin, text in _WHOLE.items():
         if problem.startswith(begin):
