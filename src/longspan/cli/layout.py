@@ -310,7 +310,7 @@ def notes(run: Checked, lengths: list[int], layers: list[AlikeLayers], costs: Co
 
 
 def better(name: str, costs: dict[str, Costs]) -> list[str]:
-    """A remark for each better layout: as even and as little communication, and one of the two better by 0.02."""
+    """A remark for each layout that is not worse in balance and communication, and better by 0.02 in one."""
     mine, found = costs[name], []
     for other, c in costs.items():
         even, less = mine.imbalance - c.imbalance, mine.of_ring - c.of_ring

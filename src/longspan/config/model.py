@@ -274,7 +274,7 @@ def cut_problems(
 
 
 def _head_move_problems(heads: int, cp: int, types: set[str], sizes: Sequence[int] | None) -> list[Problem]:
-    """The rules of communication types that move heads, as far as they are broken.
+    """The broken rules of communication types that move heads, as (config keys involved, message).
 
     Args:
         heads: query heads of a tensor parallel rank.

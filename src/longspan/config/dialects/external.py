@@ -2,7 +2,7 @@
 
 A name is handled in one of three ways: it is replaced by keys, it has no effect in longspan (which is listed
 at start), or it is refused, with the reason and longspan's way. ``axolotl`` and ``megatron_flags`` hold the
-tables. Any other unknown name is a mistake.
+tables. A name in neither table is a mistake.
 """
 
 from __future__ import annotations

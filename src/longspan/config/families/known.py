@@ -1,7 +1,7 @@
 """Architectures of models on the Hugging Face hub, to check a config without weights and without a network.
 
-Each entry holds the fields of the model's ``config.json`` that longspan reads. The table lists only models
-whose numbers were compared with their published files; any other model works from its own folder.
+Each entry holds the relevant fields of the model's ``config.json``. The table lists only models whose numbers
+were compared with their published files; any other model works from its own folder.
 """
 
 from __future__ import annotations
