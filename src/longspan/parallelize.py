@@ -1,15 +1,15 @@
-"""From a model on ``meta`` to one that trains: the order below is the documentation.
+"""Makes a model that trains from a model on ``meta``, in this order:
 
-    1. recompute     switches on each layer, with tiles and offloading
-    2. compile       a switch too: what lies between the exchanges (``longspan.compiled``)
+    1. recompute     attributes of each layer, with tiles and offloading
+    2. compile       the code between the exchanges, compiled when it first runs (``longspan.compiled``)
     3. shard         FSDP2 over dp_shard x cp, copies over dp_replicate (HSDP)
     4. materialise   memory for this rank's shards only
-    5. initialise    by (seed, name, shape), whatever the layout
+    5. initialise    by (seed, name, shape), the same at every layout
 
 Tensor parallelism is in the layers already (their weights are DTensors on the tp axis).
 
-Gradients are summed over all ranks, never averaged: each rank's loss is its share of the
-global mean already (invariant I1).
+Gradients are summed over all ranks, never averaged, because each rank's loss is already its
+share of the global mean (invariant I1).
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ def parallelize(
     offload_params: bool = False,
     torch_compile: bool = False,
 ) -> GPTModel:
-    """Shards a model made on ``meta`` and fills it.
+    """Shards a model that was made on ``meta``, and fills its weights.
 
     Args:
-        seed: of the initial weights; None leaves them to ``load_pretrained``.
-        compute_dtype: bfloat16 computes in it while weights, gradients' reductions and the
-            optimizer stay in the parameters' own dtype; None computes in that.
+        seed: seed of the initial weights; None leaves the weights to ``load_pretrained``.
+        compute_dtype: dtype of the computation, such as bfloat16; weights and optimizer keep the parameters'
+            dtype, and gradients are reduced in float32. None computes in the parameters' dtype.
         recompute: ``none``, ``selective`` or ``full``, see ``models.layer.Layer``; ``offload`` is full with
             ``activation_offloading``.
         reshard_after_forward: frees a layer's gathered weights after its forward pass and
             gathers them again for backward.
-        activation_offloading: what the layers keep for backward goes to the CPU's memory. Without effect on
-            the CPU, where it is in that memory already: a copy would cost time and memory.
+        activation_offloading: moves the tensors that layers keep for backward to the CPU's memory. It has no
+            effect on the CPU, where they are in that memory already: a copy would cost time and memory.
         mlp_tiles: see MLP.tiles.
-        offload_params: this rank's shards of weights and gradients, and so the optimizer's state, lie in the CPU's memory;
-            a layer's weights are copied to the device to be gathered.
-        torch_compile: compiles what lies between the exchanges, at first use.
+        offload_params: keeps this rank's shards of weights and gradients, and so the optimizer's state, in
+            the CPU's memory; a layer's weights are copied to the device when they are gathered.
+        torch_compile: compiles the code between the exchanges when it first runs.
 
     Raises:
         UserError: this machine has no compiler for ``torch_compile``.
@@ -72,7 +72,7 @@ def parallelize(
     if torch_compile:
         check_compiler(device)
         compile_parts(model)
-    # pinned memory is copied while the device computes; there is none without a device
+    # Pinned memory can be copied while the device computes; without a GPU there is no pinned memory.
     policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload_params else OffloadPolicy()
     shard(model, mesh, compute_dtype, reshard_after_forward, policy)
     model.to_empty(device=torch.device("cpu") if offload_params else device)
@@ -88,11 +88,11 @@ def shard(
     reshard_after_forward: bool,
     offload_policy: OffloadPolicy,
 ) -> None:
-    """FSDP2 around each layer, and around the rest."""
+    """Applies FSDP2 to each layer, and to the rest of the model."""
     axes = ("dp_replicate", "fsdp") if mesh.sizes.dp_replicate > 1 else ("fsdp",)
     kwargs = {
         "mesh": mesh.device_mesh[axes],
-        # inputs stay as they are: the rotary table beside them is float32 on purpose
+        # Inputs are not cast, because the rotary table among them must stay float32.
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=compute_dtype,
             reduce_dtype=torch.float32 if compute_dtype is not None else None,
@@ -106,4 +106,5 @@ def shard(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # without it gloo is asked for an average
+            # Otherwise FSDP takes an average or a sum with a factor, which gloo does not have.
+            module.set_force_sum_reduction_for_comms(True)

@@ -1,6 +1,6 @@
-"""Where the first values of weights come from: drawn by (seed, name, shape), a pretrained model, adapters.
+"""The first values of weights: drawn by (seed, name, shape), or read from a pretrained model or adapters.
 
-Each rank fills what it holds and reads no more than that. Drawing is ``tensor_parallel.initial``'s.
+Each rank fills only the parts that it holds, and reads only these. ``tensor_parallel.initial`` draws.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from longspan.tensor_parallel.random import local_ranges
 
 
 def fill(model: GPTModel, run: Run) -> None:
-    """What ``parallelize`` leaves open: the weights of ``base_model``, and adapters. Collective.
+    """Fills what ``parallelize`` leaves unfilled: the weights of ``base_model``, and adapters. Collective.
 
     Raises:
         UserError: as :func:`load_pretrained` and :func:`load_adapters`.
@@ -35,10 +35,10 @@ def fill(model: GPTModel, run: Run) -> None:
 
 @torch.no_grad()
 def load_pretrained(model: GPTModel, source: SafetensorsFolder) -> None:
-    """Fills every parameter but adapters from a Hugging Face model; each rank reads only what it holds. Collective.
+    """Fills all but adapters from a Hugging Face model; collective. Each rank reads only its parts.
 
     Raises:
-        UserError: on all ranks, with what any of them found: a tensor of another shape, or one with NaN or infinity.
+        UserError: on all ranks, with the problems of all: a tensor of another shape, or with NaN or infinity.
     """
     names = Names(model.config, model.vocab_size)
     problems: list[str] = []
@@ -55,7 +55,7 @@ def load_pretrained(model: GPTModel, source: SafetensorsFolder) -> None:
 
 
 def _agree(problems: list[str]) -> None:
-    """Raises UserError on all ranks with the problems of any, so that none waits for one that has stopped."""
+    """Raises a UserError on all ranks if any rank has problems, so that no rank waits for a stopped one."""
     found: list = [None] * dist.get_world_size()
     dist.all_gather_object(found, problems)
     if together := list(dict.fromkeys(problem for each in found for problem in each)):
@@ -65,10 +65,10 @@ def _agree(problems: list[str]) -> None:
 
 @torch.no_grad()
 def load_adapters(model: GPTModel, folder: str | Path) -> None:
-    """Fills every adapter from a folder in PEFT's format; each rank reads only what it holds.
+    """Fills every adapter from a folder in PEFT's format; collective. Each rank reads only its parts.
 
     Raises:
-        UserError: on all ranks: the folder's adapters are of another model, or hold NaN or infinity.
+        UserError: the adapters belong to another model, or hold NaN or infinity; raised on all ranks.
     """
     adapters = {name: p for name, p in model.named_parameters() if is_adapter(name)}
     problems: list[str] = []
@@ -83,7 +83,7 @@ def load_adapters(model: GPTModel, folder: str | Path) -> None:
 
 
 def fill_adapters(model: GPTModel, run: Run) -> None:
-    """First values: those of ``lora_model_dir``, or drawn by (seed, name, shape), whatever the layout."""
+    """Fills adapters from ``lora_model_dir``, or draws them by (seed, name, shape), whatever the layout."""
     if run.config.lora_model_dir is not None:
         load_adapters(model, run.config.lora_model_dir)
     else:

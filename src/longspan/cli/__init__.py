@@ -1,1 +1,1 @@
-"""The command line: one module a command, each with ``run(arguments) -> exit code``."""
+"""The command line: one module for each command, with ``run(arguments) -> exit code``."""

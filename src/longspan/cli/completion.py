@@ -24,7 +24,7 @@ Prints a script that completes commands, options and values:
   zsh    echo 'eval "$(longspan completion zsh)"' >> ~/.zshrc     (after compinit)
   fish   longspan completion fish > ~/.config/fish/completions/longspan.fish
 """
-#: commands that take any key as an option, and those that start processes
+#: TAKE_KEYS: the commands that accept any key as an option; LAUNCH: the commands that start processes
 TAKE_KEYS = ("validate", "config", "train", "pretrain", "eval", "verify", "layout", "prepare")
 LAUNCH = ("train", "pretrain", "eval", "verify")
 SHELLS = ("bash", "zsh", "fish")
@@ -61,7 +61,7 @@ def own_options(command: str) -> list[str]:
 
 
 def key_options() -> dict[str, Key]:
-    """Option of a key, by each of its names, or switch -> its key."""
+    """Option of a key (under each of its names) or switch -> the key."""
     found: dict[str, Key] = {}
     for k in keys():
         for option in ("--" + k.name.replace("_", "-"), k.flag, *k.switches):

@@ -1,5 +1,7 @@
-"""``longspan config CONFIG``: the config with every key; ``--schema``: its JSON Schema; ``--markdown``: a
-page of all keys."""
+"""``longspan config CONFIG``: prints the config with every key.
+
+``--schema`` prints a config's JSON Schema, ``--markdown`` a page of all keys.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     # Nothing is trained here, so the learning rate may be missing.
     unsaid = {"learning_rate"} if reading.config.learning_rate is None else set()
     config = complete(reading.config, world, bad_keys=reading.bad | unsaid, earlier=reading.problems)
-    # these follow from the machine that trains, which need not be this one
+    # These keys follow from the machine that trains, which may be another machine.
     open_keys = ("device", "bf16", "tf32", "torch_compile")
     config = config.model_copy(update={name: getattr(reading.config, name) for name in open_keys})
     print(json.dumps(config.model_dump(), indent=2) if "--json" in taken else to_yaml(config), end="")

@@ -1,7 +1,7 @@
-"""``longspan convert``: between a checkpoint and a Hugging Face folder, without starting a job.
+"""``longspan convert``: converts between a checkpoint and a Hugging Face folder, and merges adapters.
 
-Both ways go through the tensors one after another; nothing is computed and no process group
-is made. From a checkpoint the optimizer's state stays behind; from Hugging Face there is none.
+Conversions read one tensor after another, compute nothing and make no process group. The optimizer's
+state of a checkpoint is not converted, and a checkpoint made from a Hugging Face folder has none.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``longspan env``: the facts for a bug report."""
+"""``longspan env``: prints versions, devices and environment variables for a bug report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``longspan eval``: what a trained model makes of long context, at any layout."""
+"""``longspan eval``: measures how well a trained model uses long context, at any layout."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def as_json(found: dict) -> str:
-    """The result as JSON, which knows no NaN: null instead."""
+    """The result as JSON, with null for NaN, which JSON does not have."""
     from longspan.training.metrics import finite
 
     lists = {name: [finite(record) for record in found[name]] for name in ("positions", "needles")}
@@ -70,7 +70,7 @@ def as_json(found: dict) -> str:
 
 
 def report(found: dict) -> None:
-    """Prints the tables."""
+    """Prints the result as tables."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""``longspan generate``: a model folder or a checkpoint writes on from a prompt, on one process, at small scale."""
+"""``longspan generate``: continues a prompt with a model folder or a checkpoint, on one process."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ HELP = """\
 
 
 def read_launch(taken: dict[str, str], torchrun_arguments: list[str], problems: list[str]) -> Launch:
-    """Reads the launcher's options; mistakes are added to the problems."""
+    """Reads the launcher's options; mistakes are added to ``problems``."""
     machines = number(taken, "--num-machines", problems) or 1
     rank = number(taken, "--machine-rank", problems, least=0) or 0
     port = number(taken, "--main-process-port", problems, most=65535) or (29500 if machines > 1 else 0)

@@ -1,7 +1,7 @@
-"""``longspan layout``: who holds and computes what, and what travels, for one pack.
+"""``longspan layout``: shows for one pack what each rank holds and computes, and what the ranks exchange.
 
-Nothing is started and nothing computed: the figures follow from the layout's integers, so the
-layout of 512 GPUs is shown on a laptop.
+No processes are started and no attention is computed. All numbers follow from the layout's integers, so a
+laptop can show the layout of 512 GPUs.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ OPTIONS = {
     "--png": True,
     "--json": False,
 }
-#: tokens of a pack: with more, sums over layers of pairs leave 64 bits
+#: most tokens of a pack: with more tokens, sums of pairs over layers do not fit into 64 bits
 MOST_TOKENS = 1 << 28
-#: spans and ranks that a line of the table names
+#: the most spans and the most ranks that a line of the table names
 NAMED_SPANS, NAMED_RANKS = 3, 8
 
 WHY = {
@@ -106,11 +106,14 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-# --- what is asked -----------------------------------------------------------------------------
+# --- reading the arguments ---------------------------------------------------------------------
 
 
 def read(arguments: Sequence[str]) -> tuple[Checked, list[int], Path | None, bool]:
-    """(the run, the tokens of each document, where the picture goes, JSON?).
+    """Reads the command's arguments.
+
+    Returns:
+        (the run, the tokens of each document, the path of the picture or None, whether to print JSON).
 
     Raises:
         UserError: with all problems at once.
@@ -132,7 +135,8 @@ def read(arguments: Sequence[str]) -> tuple[Checked, list[int], Path | None, boo
             "--step with sample_packing: false: every sequence is one document. Leave --step out."
         )
     if "--lengths" in taken or not keeps_documents_apart(config):
-        bad.add("datasets")  # not read, so they need not be there
+        # The datasets are not read, so they may be missing.
+        bad.add("datasets")
     elif "datasets" not in bad:
         problems += [f"{text} Or give --lengths, which needs no data." for text in missing_sources(config)]
     run = resolve(config, world, bad_keys=bad, earlier=problems)
@@ -144,7 +148,7 @@ def read(arguments: Sequence[str]) -> tuple[Checked, list[int], Path | None, boo
 
 
 def read_lengths(text: str, problems: list[str]) -> list[int] | None:
-    """The tokens of each document; a wrong list is added to the problems."""
+    """The tokens of each document; for a wrong list, None and a message in ``problems``."""
     parts = [part.strip() for part in text.split(",")]
     for place, part in enumerate(parts, 1):
         if not re.fullmatch("[1-9][0-9]{0,17}", part):
@@ -157,7 +161,7 @@ def read_lengths(text: str, problems: list[str]) -> list[int] | None:
 
 
 def read_picture(text: str, problems: list[str]) -> Path:
-    """Where the picture goes; what stands in its way is added to the problems, before anything is done."""
+    """The path of the picture; reasons why it cannot be written are added to ``problems`` before any work."""
     path = Path(text)
     if path.suffix.lower() != ".png":
         problems.append(f"--png {text}: the picture is a PNG. Give a name that ends with .png.")
@@ -173,7 +177,7 @@ def read_picture(text: str, problems: list[str]) -> Path:
 
 
 def lengths_of_step(run: Checked, step: int) -> list[int]:
-    """The documents of the first micro-batch of a training step, as the first data parallel rank takes it."""
+    """The tokens of each document in the first data parallel rank's first micro-batch of a training step."""
     from longspan.data import make_batch
     from longspan.data.splits import open_datasets
 
@@ -188,14 +192,23 @@ def lengths_of_step(run: Checked, step: int) -> list[int]:
 
 
 def make_layout(run: Checked, lengths: Sequence[int], name: str) -> SequenceLayout:
-    """The layout that training makes of such a pack."""
+    """The layout that training makes for a pack of documents with these lengths.
+
+    Args:
+        lengths: tokens of each document.
+        name: ``auto`` or one of ``LAYOUTS``.
+    """
     from longspan.context_parallel.run_layout import run_layout
 
     return run_layout(run, sum(lengths), [0, *itertools.accumulate(lengths)], name)
 
 
 def alike_layers(run: Checked, longest: int) -> list[AlikeLayers]:
-    """The layers by what they cost; one layer where all are alike."""
+    """The layers, grouped by their costs; if all layers are alike, one layer with the count 1.
+
+    Args:
+        longest: tokens of the longest document; a window that is not shorter has no effect and is left out.
+    """
     from longspan.context_parallel.costs import AlikeLayers
 
     found: Counter[tuple] = Counter()
@@ -208,11 +221,11 @@ def alike_layers(run: Checked, longest: int) -> list[AlikeLayers]:
     ]
 
 
-# --- the answer ---------------------------------------------------------------------------------
+# --- the result ---------------------------------------------------------------------------------
 
 
 def describe(run: Checked, lengths: list[int], layers: list[AlikeLayers], costs: dict[str, Costs]) -> dict:
-    """What ``--json`` prints."""
+    """The content of ``--json``."""
     asked, total, ranks = run.config.cp_layout, sum(lengths), run.sizes.cp
     name = make_layout(run, lengths, asked).name
     mine = costs[name]
@@ -265,12 +278,12 @@ def describe(run: Checked, lengths: list[int], layers: list[AlikeLayers], costs:
 
 
 def exact(value: float) -> int | float:
-    """A whole number as an int; heads that move make parts of rows and pairs."""
+    """A whole number as an int; if heads move, there are also parts of rows and pairs, as floats."""
     return int(value) if value == int(value) else round(float(value), 2)
 
 
 def notes(run: Checked, lengths: list[int], layers: list[AlikeLayers], costs: Costs) -> list[str]:
-    """What a reader of the figures should know."""
+    """Remarks that a reader needs to understand the numbers."""
     config, found = run.config, []
     if config.hybrid_context_parallel:
         found.append(
@@ -297,7 +310,7 @@ def notes(run: Checked, lengths: list[int], layers: list[AlikeLayers], costs: Co
 
 
 def better(name: str, costs: dict[str, Costs]) -> list[str]:
-    """The layouts that are as even as this one and move as little, and better at one of the two by 2 %."""
+    """A remark for each layout that is not worse in balance and communication, and better by 0.02 in one."""
     mine, found = costs[name], []
     for other, c in costs.items():
         even, less = mine.imbalance - c.imbalance, mine.of_ring - c.of_ring
@@ -313,7 +326,7 @@ def kind_text(layer: AlikeLayers) -> str:
 
 
 def report(result: dict, layers: list[AlikeLayers]) -> None:
-    """Prints the result for people."""
+    """Prints the result as text and tables."""
     from rich.console import Console
 
     lengths, padding, ranks = result["documents"], result["padding"], result["ranks"]
@@ -370,14 +383,15 @@ def report(result: dict, layers: list[AlikeLayers]) -> None:
 
 
 def table(title: str, columns: dict[str, Callable[[dict], str] | None], lines: list[dict]) -> Table:
-    """A table with a line a dict; columns of None are left out."""
+    """A table with one line for each dict of ``lines``; columns whose function is None are left out."""
     from rich import box
     from rich.table import Table
 
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1, 0, 0))
     shown = {name: text for name, text in columns.items() if text}
     for name in shown:
-        gives_way = name in ("tokens", "from")  # on a narrow terminal
+        # On a narrow terminal these columns are wrapped.
+        gives_way = name in ("tokens", "from")
         justify: JustifyMethod = "left" if gives_way or name == "layout" else "right"
         made.add_column(name, justify=justify, no_wrap=not gives_way, min_width=9 if gives_way else None)
     for line in lines:
@@ -391,7 +405,7 @@ def shortest_to_longest(lengths: list[int]) -> str:
 
 
 def span_text(spans: list[tuple[int, int]], total: int) -> str:
-    """The first spans, without padding, and how many there are."""
+    """The first spans as text, without padding, and the number of spans if there are too many."""
     real = [f"{start}:{min(stop, total)}" for start, stop in spans if start < total]
     if len(real) <= NAMED_SPANS:
         return " ".join(real) or "none"

@@ -1,4 +1,4 @@
-"""``longspan pretrain`` and ``pretrain_gpt.py``: training with Megatron-LM's flags and defaults alone."""
+"""``longspan pretrain`` and ``pretrain_gpt.py``: training with Megatron-LM's flags and defaults only."""
 
 from __future__ import annotations
 

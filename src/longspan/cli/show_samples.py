@@ -8,7 +8,7 @@ from typing import Any
 
 from longspan.config.schema import TrainConfig
 
-#: the most characters that are printed of a piece of text; the middle of a longer one is left out
+#: the most characters that are printed of a piece of text; the middle of a longer piece is left out
 SHOWN = 2_000
 
 
@@ -138,7 +138,7 @@ def _lines(document: dict[str, Any]) -> list[list[tuple[str, str]]]:
     if "pieces" not in document:
         return [[("> ", ""), (" ".join(map(str, document["tokens"][: SHOWN // 8])), "green")]]
     lines: list[list[tuple[str, str]]] = []
-    # whether the last line is learned, as long as it is not finished
+    # Whether the last line is learned; None if the last line is finished.
     open_line = None
     for piece in document["pieces"]:
         learned, text = bool(piece["learned"]), piece["text"]

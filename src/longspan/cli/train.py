@@ -1,4 +1,4 @@
-"""``longspan train``: check, tokenise, start the processes, train."""
+"""``longspan train``: checks the config, tokenises the data, starts the processes and trains."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def read_checked(
 ) -> tuple[Checked, Launch]:
     """Reads config, overrides and launcher options, and checks all rules.
 
-    Returns:
-        (Checked, Launch). ``taken`` (a dict) receives the command's own options.
+    Args:
+        more_options: the command's own options -> whether a value follows.
+        taken: is filled with the options that were taken: the command's own and the launcher's.
 
     Raises:
         UserError: with all problems at once.

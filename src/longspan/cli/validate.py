@@ -1,4 +1,4 @@
-"""``longspan validate``: is this config right? Without data, weights, GPU or network."""
+"""``longspan validate``: checks a config, without data, weights, GPU or network."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def run(arguments: Sequence[str]) -> int:
         print(USAGE)
         print(key_help("--megatron" in arguments))
         return 0
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's library then looks at what is on this machine alone
+    # With this variable the hub's library uses only the files on this machine.
+    os.environ["HF_HUB_OFFLINE"] = "1"
     taken, rest, problems = take_options(arguments, OPTIONS)
     world = number(taken, "--num-processes", problems)
     if "--megatron" in taken:
@@ -73,7 +74,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def read(path: str, given: Overrides) -> Reading:
-    """A config file with the options over it; a file that cannot be read is a problem of its own."""
+    """Reads a config file with the options over it. If it cannot be read, the result holds the problem."""
     try:
         reading = make_config(read_yaml(path), given.values)
     except UserError as error:
@@ -84,7 +85,7 @@ def read(path: str, given: Overrides) -> Reading:
 
 
 def check(name: str, reading: Reading, world: int | None) -> dict[str, Any]:
-    """What ``--json`` says of one config."""
+    """The content of ``--json`` for one config, and the lines of the summary under ``lines``."""
     result: dict[str, Any] = {"config": name, "valid": False, "problems": reading.problems}
     config, bad, not_checked = reading.config, set(reading.bad), []
     if config is None:
@@ -127,7 +128,7 @@ def check(name: str, reading: Reading, world: int | None) -> dict[str, Any]:
 
 
 def tokenizer_here(config: TrainConfig) -> str | None:
-    """The folder of the tokenizer that is loaded, where it is on this machine."""
+    """The tokenizer file or folder that the run loads, if it is on this machine."""
     folder = config.tokenizer_config or config.base_model
     if folder is None or config.vocab_file is not None or config.tokenizer_train_vocab_size is not None:
         return None
@@ -136,13 +137,13 @@ def tokenizer_here(config: TrainConfig) -> str | None:
 
 
 def has_tokenizer(config: TrainConfig) -> bool:
-    """May there be a tokenizer, perhaps one that is not on this machine?"""
+    """Whether the run may have a tokenizer, on this machine or elsewhere."""
     keys = ("tokenizer_config", "base_model", "vocab_file", "tokenizer_train_vocab_size")
     return any(getattr(config, name) is not None for name in keys)
 
 
 def check_templates(config: TrainConfig) -> None:
-    """Refuses a chat_template that names none of the bundled ones; the tokenizer's own are not looked for."""
+    """Refuses a chat_template that names no bundled template; a tokenizer's own template is not checked."""
     places: list[TrainConfig | DatasetConfig] = [config, *config.datasets, *config.test_datasets]
     for keys in places:
         name = keys.chat_template
@@ -153,7 +154,7 @@ def check_templates(config: TrainConfig) -> None:
 
 
 def is_elsewhere(base_model: str | None) -> bool:
-    """Is this the id of a model on the hub, and no folder?"""
+    """Whether a base_model is the id of a model on the hub, and not a local folder."""
     return base_model is not None and not Path(base_model).exists() and is_hub_id(base_model)
 
 
@@ -162,7 +163,7 @@ def is_here(path: str) -> bool:
 
 
 def summary(config: TrainConfig, world: int | None) -> dict[str, Any]:
-    """Mesh, batch, sequence, steps and model, as numbers and as the lines people read."""
+    """Mesh, batch, sequence, steps and model, as numbers and (``lines``) as text."""
     sizes, batch = sizes_of(config), batch_of(config)
     rows = -(-config.sequence_len // sizes.cp)
     moves = config.cp_comm_type if isinstance(config.cp_comm_type, str) else "/".join(config.cp_comm_type)
@@ -216,7 +217,11 @@ def summary(config: TrainConfig, world: int | None) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any], named: bool) -> None:
-    """Prints one config's result for people: problems to stderr, a summary to stdout."""
+    """Prints the result of one config: problems to stderr, a summary to stdout.
+
+    Args:
+        named: whether to begin a problem with the config's name, because there are several configs.
+    """
     name = f"{result['config']}: " if named else ""
     if not result["valid"]:
         for problem in result["problems"]:

@@ -1,4 +1,4 @@
-"""``longspan verify``: the first steps at the config's layout and on one process, side by side."""
+"""``longspan verify``: compares the first steps at the config's layout with the same steps on one process."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def quiet(text: str) -> None:
 
 
 def report_all(results: list[dict], as_json: bool) -> int:
-    """Prints a line a run; passed means all did."""
+    """Prints one line for each run; returns exit code 0 if all runs passed, otherwise 1."""
     from longspan.training.metrics import finite
 
     passed = all(result["passed"] for result in results)
@@ -92,7 +92,7 @@ def report_all(results: list[dict], as_json: bool) -> int:
 
 
 def report(result: dict, as_json: bool) -> int:
-    """Prints the result; the exit code says whether it passed."""
+    """Prints the result of one run; returns exit code 0 if it passed, otherwise 1."""
     from longspan.training.metrics import finite
 
     if as_json:

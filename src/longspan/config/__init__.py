@@ -1,1 +1,1 @@
-"""What is trained and how: TrainConfig (every key once), TransformerConfig, Megatron's flags."""
+"""What is trained and how: TrainConfig (each key is declared once), TransformerConfig, Megatron's flags."""

@@ -1,14 +1,14 @@
-"""Architecture: every field that makes a model, once, without torch.
+"""Architecture: every field that describes a model, declared once. Needs no torch.
 
-A field is declared here and in ``config/keys/model.py`` (its key). From here follow TransformerConfig
-(``config.model``), what a checkpoint records of its model (``longspan.json``), config.json in and out
-(``config.families``), and the names and shapes of the parameters (``config.parameters``).
+A field is declared here and in ``config/keys/model.py`` (its key). These follow from the fields:
+TransformerConfig (``config.model``), the record of the model in a checkpoint (``longspan.json``), reading and
+writing config.json (``config.families``), and the names and shapes of the parameters (``config.parameters``).
 
-Each field has in its metadata what it decides, and the name of its key where that is another one:
+The metadata of a field holds what the field decides, and the name of its key if the two names differ:
 
-    shapes      which weights there are and what they stand for: a checkpoint of another value does not fit
-    numbers     what is computed with the weights: a run is resumed with the same value only
-    training    how training begins or goes on: neither of the two
+    shapes      which weights there are and what they mean: a checkpoint with another value does not fit
+    numbers     what is computed with the weights: a run can only be resumed with the same value
+    training    how training begins or goes on: a resumed run may have another value
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from longspan.errors import Problem
 if TYPE_CHECKING:
     from longspan.config.schema import TrainConfig
 
-#: names activation_func takes
+#: the names that activation_func accepts
 ACTIVATIONS = ("silu", "gelu", "relu")
 
-#: how a model knows positions
+#: how a model represents the positions of tokens
 POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
 
 
@@ -42,7 +42,7 @@ def key_of(one: Field) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class InitialValues:
-    """What a layer alone needs of a model: how its weights begin."""
+    """The only field of a model that a single layer needs: how its weights are initialised."""
 
     init_method_std: float = field(default=0.02, metadata=TRAINING)
 
@@ -56,11 +56,12 @@ class Architecture(InitialValues):
     a head; None means hidden_size / num_attention_heads. ``ffn_hidden_size`` None means
     4 x hidden_size. ``activation_func`` is a name (``"gelu"``, ``"silu"``) or a callable.
     ``max_position_embeddings`` is the number of rows of a learned table of positions (None:
-    GPTModel's max_sequence_length) and where ``dynamic`` scaling of rotary embeddings begins.
-    ``sliding_window`` (tokens a query sees, itself included; None is no limit) holds for all
-    layers, or is a list cycled over the layers.
+    GPTModel's max_sequence_length) and the length beyond which ``dynamic`` scaling of rotary
+    embeddings has an effect. ``sliding_window`` is the number of tokens that a query attends to,
+    itself included; None means no limit. It is a number for all layers, or a list that is cycled
+    over the layers.
 
-    An object may break rules: :func:`architecture_problems` finds them.
+    An object may break rules: :func:`architecture_problems` finds the broken rules.
     """
 
     num_layers: int = field(metadata=SHAPES)
@@ -80,7 +81,7 @@ class Architecture(InitialValues):
     share_embeddings_and_output_weights: bool = field(
         default=False, metadata=SHAPES | {"key": "tie_word_embeddings"}
     )
-    # it decides shapes with a learned table of positions alone
+    # This field decides shapes only if there is a learned table of positions.
     max_position_embeddings: int | None = field(default=None, metadata=SHAPES)
 
     rotary_base: float = field(default=10000.0, metadata=NUMBERS)
@@ -116,7 +117,7 @@ class Architecture(InitialValues):
         heads = self.num_attention_heads
         if self.num_query_groups is None:
             object.__setattr__(self, "num_query_groups", heads)
-        # where it does not divide, the size of a head stays open, and architecture_problems finds that
+        # If heads does not divide hidden_size, kv_channels stays None, and architecture_problems reports it.
         if self.kv_channels is None and heads >= 1 and self.hidden_size % heads == 0:
             object.__setattr__(self, "kv_channels", self.hidden_size // heads)
         if self.ffn_hidden_size is None:
@@ -126,7 +127,7 @@ class Architecture(InitialValues):
 
     @classmethod
     def of(cls, config: TrainConfig) -> Architecture:
-        """The architecture of a config that gives layers, hidden_size and heads."""
+        """The architecture of a config in which num_layers, hidden_size and num_attention_heads are set."""
         values = {one.name: getattr(config, key_of(one)) for one in fields(Architecture)}
         if config.position_embedding_type == "learned_absolute":
             values["max_position_embeddings"] = config.max_position_embeddings or config.sequence_len
@@ -145,7 +146,7 @@ class Architecture(InitialValues):
 
     @property
     def learned_positions(self) -> bool:
-        """Is there a table of positions?"""
+        """Whether the model has a learned table of positions."""
         return self.position_embedding_type == "learned_absolute"
 
     @property
@@ -155,7 +156,7 @@ class Architecture(InitialValues):
         return list(given) if isinstance(given, list | tuple) else [given]
 
     def window_of_layer(self, layer_number: int) -> int | None:
-        """The sliding window of layer ``layer_number`` (from 1), None for none."""
+        """The sliding window of layer ``layer_number`` (from 1); None if the layer has no window."""
         windows = self.windows
         return windows[(layer_number - 1) % len(windows)]
 
@@ -182,12 +183,12 @@ class Architecture(InitialValues):
         return {kind: value for kind, value in zip(kinds, coefficients) if kind != "none" and value}
 
 
-#: keys of the fields that decide shapes
+#: the keys of the fields that decide shapes
 SHAPE_KEYS = tuple(key_of(one) for one in fields(Architecture) if one.metadata["decides"] == "shapes")
 
 
 def architecture_problems(model: Architecture) -> list[Problem]:
-    """All broken rules of an architecture, as (fields involved, message)."""
+    """All rules that an architecture breaks, as (fields involved, message)."""
     found: list[Problem] = []
 
     def rule(holds: bool, names: tuple[str, ...], message: str) -> None:
@@ -263,5 +264,5 @@ def divisors(n: int) -> str:
 
 
 def common_divisors(a: int, b: int) -> str:
-    """Those that two numbers have in common."""
+    """The divisors that two numbers have in common, for messages."""
     return divisors(math.gcd(a, b))

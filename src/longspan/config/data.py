@@ -1,7 +1,7 @@
-"""What a config names as data: blends and splits, and what its keys do with documents.
+"""The data that a config names: blends and splits, and what the config's keys do with documents.
 
-Token files are named as Megatron-LM does (``data_path``, ``split``) or as axolotl does (``datasets``); a run
-uses one of the two.
+A config names token files with Megatron-LM's keys (``data_path``, ``split``) or with axolotl's key
+(``datasets``). A run uses one of these two ways.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ MOCK_VOCAB_SIZE = 32768
 
 PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
-#: names of special tokens, as tokenizer_config.json has them
+#: the names of special tokens in tokenizer_config.json
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 class Member(NamedTuple):
-    """One source of a blend; the weight is None where all are taken as they are."""
+    """One source of a blend; the weight is None if the blend has no weights."""
 
     path: str
     weight: Fraction | None
 
 
 def read_blend(name: str, values: Sequence[str]) -> list[Member]:
-    """``[prefix, ...]`` or ``[weight, prefix, weight, prefix, ...]``. Weights are exact: 0.1 is a tenth.
+    """Reads ``[prefix, ...]`` or ``[weight, prefix, weight, prefix, ...]``. Weights are exact: 0.1 is 1/10.
 
     Args:
-        name: of the key, for messages.
+        name: the name of the key, for messages.
 
     Raises:
-        UserError: numbers and prefixes do not alternate, a weight is not above 0, or a prefix comes twice.
+        UserError: numbers and prefixes do not alternate, a weight is not above 0, a prefix comes twice or is
+            empty, or there is none.
     """
     numbers = [_NUMBER.fullmatch(value) is not None for value in values]
     found = " ".join(values)
@@ -75,7 +76,7 @@ def read_split(text: str) -> list[float]:
     """``"99,1,0"`` -> shares of training, evaluation and test, which add up to 1; missing ones are 0.
 
     Raises:
-        UserError: not one to three numbers from 0 on, the first above 0.
+        UserError: the text is not one to three numbers from 0 on, of which the first is above 0.
     """
     parts = [part for part in re.split(r"[,/\s]+", text.strip()) if part]
     rule = "give one to three shares for training, evaluation and test, such as 99,1,0."
@@ -88,7 +89,7 @@ def read_split(text: str) -> list[float]:
 
 
 def has_validation(config: TrainConfig) -> bool:
-    """Does the config hold anything out to evaluate on? A wrong split does: it has a message of its own."""
+    """Whether the config holds out data to evaluate on. An invalid split, reported elsewhere, counts too."""
     if config.data_path or config.mock_data:
         try:
             return read_split(config.split or DEFAULT_SPLIT)[1] > 0
@@ -98,26 +99,26 @@ def has_validation(config: TrainConfig) -> bool:
 
 
 def evaluates(config: TrainConfig) -> bool:
-    """Is anything held out to evaluate on?"""
+    """Whether a run evaluates: data is held out, and eval_iters is not 0."""
     return has_validation(config) and config.eval_iters != 0
 
 
 def keeps_documents_apart(config: TrainConfig) -> bool:
-    """Do the documents of a sequence not see each other?"""
+    """Whether the documents of a sequence do not attend to each other."""
     return config.sample_packing or config.reset_attention_mask
 
 
-#: what an end-of-document token does in the stream
+#: the keys that give an end-of-document token an effect in the stream of documents
 STREAM_KEYS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
 
 
 def marks_documents(config: TrainConfig) -> bool:
-    """Does an end-of-document token of the stream do anything?"""
+    """Whether an end-of-document token has an effect in the stream of documents."""
     return any(getattr(config, name) for name in STREAM_KEYS)
 
 
 def end_problems(end: int | None, vocab: int | None) -> list[str]:
-    """What is wrong with the number of the token that ends a document, beside the size of the vocabulary."""
+    """A message if the end-of-document token ``end`` lies outside a vocabulary of ``vocab`` tokens."""
     if end is None or vocab is None or end < vocab:
         return []
     return [f"eod_token_id {end} is beyond vocab_size {vocab}: tokens are numbered from 0. Give its number."]

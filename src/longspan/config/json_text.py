@@ -1,4 +1,4 @@
-"""JSON from files that others wrote."""
+"""Reads JSON files that other programs or users wrote."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def parse_json(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is not JSON, or it is nested more deeply than Python reads.
+        ValueError: the text is not JSON, or it is nested more deeply than Python can read.
     """
     try:
         return json.loads(text)
@@ -22,10 +22,10 @@ def parse_json(text: str) -> Any:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a settings file; an empty one where there is no file.
+    """The JSON object in a settings file; an empty object if there is no file.
 
     Raises:
-        UserError: it is none.
+        UserError: the file does not hold a JSON object.
     """
     if not file.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""From keys and values to TrainConfig, with all problems at once."""
+"""Makes a TrainConfig from keys and values, and reports all problems at once."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from longspan.config.schema import TrainConfig, names
 from longspan.config.yaml_file import read_yaml
 from longspan.errors import UserError, did_you_mean
 
-#: problems after which an unknown key gets no near name any more
+#: With this number of problems or more, the message of an unknown key names no similar key.
 MAX_NEAR = 50
 
 
 @dataclass
 class Reading:
-    """What was made of keys and values.
+    """The result of reading keys and values.
 
     Attributes:
-        config: of the good keys; None if there is none to be made.
+        config: the config of the valid keys; None if they make no config.
         problems, notes: as in :class:`Overrides`.
-        bad: keys that problems are about.
+        bad: the keys with problems.
     """
 
     config: TrainConfig | None
@@ -40,7 +40,12 @@ class Reading:
 
 
 def make_config(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Reading:
-    """Values under any accepted spelling -> TrainConfig."""
+    """Makes a TrainConfig from values under any accepted spelling of their keys.
+
+    Args:
+        values: spelling -> value; a mapping in ``NESTED`` holds keys of its own.
+        overrides: key -> value, which replace ``values``.
+    """
     table, bad = names(), set()
     found = Overrides()
     merged: dict[str, Any] = {}
@@ -50,10 +55,11 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         if name is not None and _asks_for_nothing(name, value):
             value = None
         if name is None and spelling in EXTERNAL_NAMES:
-            if value is not None and value not in ("", [], {}):  # empty, it asks for nothing
+            # An empty value has no effect.
+            if value is not None and value not in ("", [], {}):
                 read_external(spelling, value, found)
         elif name is None:
-            # Looking for the near name takes milliseconds, which a file of thousands of wrong keys would add up.
+            # Each search for a similar name takes milliseconds, too long for thousands of wrong keys.
             near = did_you_mean(spelling, [*table, *EXTERNAL_NAMES]) if len(found.problems) < MAX_NEAR else ""
             found.problems.append(f"{spelling}: unknown key.{near}")
         elif name in merged and merged[name] != value:
@@ -95,7 +101,7 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, Any] | None =
 
 
 def _has_zero(value: Any) -> bool:
-    """Whether there is a zero byte in a text, which the system takes in no path."""
+    """Whether a text in the value contains a zero byte, which the operating system allows in no path."""
     if isinstance(value, Mapping):
         return any(map(_has_zero, value)) or any(map(_has_zero, value.values()))
     if isinstance(value, list | tuple):
@@ -103,12 +109,12 @@ def _has_zero(value: Any) -> bool:
     return isinstance(value, str) and "\0" in value
 
 
-#: keys that a config cannot mean to leave empty
+#: Keys for which an empty value is a mistake and does not mean null.
 _NOT_EMPTY = ("base_model", "tokenizer_config")
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:
-    """Is a value another way to write null: false, or something empty, for a key that may be null?"""
+    """Whether a value means null: false, or an empty value, for a key whose default is null."""
     info = TrainConfig.model_fields[name]
     kinds = get_args(info.annotation)
     if type(None) not in kinds or info.default is not None or name in _NOT_EMPTY:
@@ -118,12 +124,12 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
     return value in ("", [], {})
 
 
-#: mappings whose members are keys of their own here: fsdp_config: {offload_params: true}
+#: Mappings whose members are keys of longspan: fsdp_config: {offload_params: true}.
 NESTED = ("fsdp_config",)
 
 
 def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Pairs of spelling and value; members of nested mappings as ``outer.inner``."""
+    """Pairs of spelling and value; a member of a mapping in ``NESTED`` has the spelling ``outer.inner``."""
     for outer, value in values.items():
         if outer in NESTED and isinstance(value, Mapping):
             yield from ((f"{outer}.{str(inner).removeprefix('fsdp_')}", v) for inner, v in value.items())
@@ -132,12 +138,13 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
-    """One line a wrong key, in our words."""
+    """Pydantic's errors as longspan's messages, one line for each wrong key."""
     lines: dict[str, str] = {}
     for e in error.errors():
         place = ".".join(map(str, e["loc"]))
         top = str(e["loc"][0])
-        if top in LISTS:  # which member of a union it is, is nothing to the user
+        # Pydantic's place contains the member of a union that was tried, which does not help the user.
+        if top in LISTS:
             place = ".".join(str(part) for part in e["loc"] if part != "InstructionType")
             if isinstance(values[top], list) and str(e["loc"][-1]).startswith("literal["):
                 continue
@@ -163,7 +170,8 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
                 str(e.get("ctx", {}).get("expected", "")).replace("'", "").replace(" or ", ", ").split(", ")
             )
             hint = did_you_mean(found, choices)
-        if base in lines:  # one line for all members of a union
+        # The errors of all members of a union make one line.
+        if base in lines:
             lines[base] = (
                 lines[base].replace(".", f", or {rule.removeprefix('must be ')}.", 1)
                 if not hint
@@ -175,7 +183,10 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
 
 
 def load_config(path: str | Path, arguments: Sequence[str] = ()) -> TrainConfig:
-    """Reads a YAML file and overrides; rules between keys are checked by ``config.resolve``.
+    """Reads a YAML file and command-line options over it; ``config.resolve`` checks the rules between keys.
+
+    Args:
+        arguments: options, as :func:`parse_overrides` reads them.
 
     Raises:
         UserError: with all problems found.
@@ -190,11 +201,11 @@ def load_config(path: str | Path, arguments: Sequence[str] = ()) -> TrainConfig:
 
 
 def architecture_config(values: Mapping[str, Any], sequence_len: int | None = None) -> TrainConfig:
-    """A config of an architecture alone, for commands that do not train.
+    """A config that holds only an architecture, for commands that do not train.
 
     Args:
-        values: as ``hub.architecture_of`` gives them.
-        sequence_len: None takes the longest the model is made for.
+        values: the architecture keys, as ``hub.architecture_of`` returns them.
+        sequence_len: in tokens; None means the longest that the model is made for, or the key's default.
 
     Raises:
         UserError: with all problems found.
@@ -218,5 +229,5 @@ def architecture_config(values: Mapping[str, Any], sequence_len: int | None = No
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """All keys with their values, in the order of the schema."""
+    """All keys with their values as YAML, in the order of the schema."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, width=100)

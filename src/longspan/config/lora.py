@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA): what the keys ask for, the rules between them, and PEFT's ``adapter_config.json``.
+"""Low-rank adapters (LoRA): the adapters that a config describes, and PEFT's ``adapter_config.json``.
 
 A linear layer Y = X W^T with an adapter computes Y = X W^T + scale (X A^T) B^T, where W [output, input] is
 frozen and A [rank, input], B [output, rank] are trained (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
@@ -16,12 +16,12 @@ from longspan.config.json_text import parse_json
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError
 
-#: linear layers of attention and MLP, by Hugging Face's names
+#: the linear layers of attention and MLP, by Hugging Face's names
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
-#: what PEFT can say in an adapter_config.json that these adapters cannot do
+#: Fields of PEFT's adapter_config.json that request what these adapters do not support.
 _UNSUPPORTED = (
     "use_dora",
     "modules_to_save",
@@ -41,8 +41,9 @@ _UNSUPPORTED = (
     "use_qalora",
 )
 
-#: ways of PEFT to initialise adapters that subtract them from the base model's weights (or quantise those): what is saved
-#: belongs to weights that are saved nowhere. The first two are names that variants begin with.
+#: PEFT's ways to initialise adapters that change the base model's weights: the initial adapters are
+#: subtracted from the weights, or the weights are quantised. The saved adapters fit only the changed
+#: weights, which are not saved. The first two are the beginnings of the names of variants.
 _MOVES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
@@ -53,8 +54,8 @@ class Lora:
     Attributes:
         rank: r, the inner size.
         alpha: the scale's numerator.
-        targets: layers that get one, by Hugging Face's names, in the order of ``TARGETS``.
-        rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r.
+        targets: the layers that get an adapter, by Hugging Face's names, in the order of ``TARGETS``.
+        rslora: the scale is alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r.
     """
 
     rank: int
@@ -67,11 +68,11 @@ class Lora:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
     def description(self) -> dict[str, Any]:
-        """As a checkpoint's description holds it: plain JSON."""
+        """The adapters as plain JSON, for a checkpoint's description."""
         return asdict(self) | {"targets": list(self.targets)}
 
     def peft_config(self, base_model: str) -> dict[str, Any]:
-        """PEFT's ``adapter_config.json``; a base model in a folder is named by its whole path."""
+        """PEFT's ``adapter_config.json``; a base model in a local folder is named by its absolute path."""
         folder = Path(base_model)
         return {
             "peft_type": "LORA",
@@ -90,7 +91,7 @@ class Lora:
 
 
 def lora_of(config: TrainConfig) -> Lora | None:
-    """The adapters a config asks for, None for full training; the rules hold already."""
+    """The adapters that a config describes; None if all weights are trained. The rules must hold already."""
     if config.adapter is None:
         return None
     assert config.lora_r is not None
@@ -100,10 +101,13 @@ def lora_of(config: TrainConfig) -> Lora | None:
 
 
 def read_peft_config(folder: str | Path) -> tuple[Lora, str | None]:
-    """Reads a folder of adapters in PEFT's format: the adapters and the base model it names.
+    """Reads a folder of adapters in PEFT's format.
+
+    Returns:
+        (the adapters, the base model that they name or None).
 
     Raises:
-        UserError: no such folder, another kind of adapter, or one with parts that are not supported.
+        UserError: the folder holds no such file, another kind of adapter, or parts that are not supported.
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():

@@ -1,7 +1,7 @@
-"""TransformerConfig: an Architecture and how it is cut, as one frozen dataclass.
+"""TransformerConfig: an Architecture and how it is cut over ranks, as one frozen dataclass.
 
 Field names and defaults are Megatron-LM's. All rules between the fields are checked when
-an object is made; a ValueError holds what was found, the rule and the remedy.
+an object is made; a ValueError names what was found, the rule and the remedy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CP_COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
 
 
 class AttnMaskType(enum.Enum):
-    """Who sees whom. A padding mask is expressed by ``PackedSeqParams``, never by a tensor."""
+    """Which keys a query attends to. ``PackedSeqParams`` describes a padding mask, never a tensor."""
 
     causal = "causal"
     no_mask = "no_mask"
@@ -44,11 +44,11 @@ class AttnMaskType(enum.Enum):
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """The next multiple of 128, whatever the tensor parallel size, so that checkpoints fit every layout."""
+    """The next multiple of 128, for every tensor parallel size, so that checkpoints fit every layout."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-#: fields of Megatron-LM's configs that stand for what is not there yet, by the beginnings of their names
+#: what is not supported yet -> the beginnings of the names of Megatron-LM's config fields for it
 NOT_YET = {
     "this option of experts": ("moe_", "expert_"),
     "pipelines": (
@@ -85,11 +85,11 @@ NOT_YET = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParallelConfig(InitialValues):
-    """How a model is cut. Sizes are numbers of ranks.
+    """How a model is cut over ranks. Sizes are numbers of ranks.
 
     Raises:
-        ValueError: a field of Megatron-LM's that stands for what is not there yet, or values that break a rule.
-        TypeError: a field that nobody has.
+        ValueError: a field of Megatron-LM is for something that is not supported yet, or values break a rule.
+        TypeError: a field is unknown.
     """
 
     tensor_model_parallel_size: int = 1
@@ -103,7 +103,8 @@ class ModelParallelConfig(InitialValues):
     moe_grouped_gemm: bool = True
     sequence_parallel: bool = False
     perform_initialization: bool = True
-    params_dtype: Any = None  # torch.dtype; None is float32
+    # A torch.dtype; None means float32.
+    params_dtype: Any = None
     bf16: bool = False
 
     def __new__(cls, *args: Any, **fields: Any) -> ModelParallelConfig:
@@ -134,9 +135,12 @@ class ModelParallelConfig(InitialValues):
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(Architecture, ModelParallelConfig):
-    """The architecture of a decoder and how it is cut.
+    """The architecture of a decoder and how it is cut over ranks.
 
-    ``cp_comm_type`` holds for all layers, or is a list cycled over the layers.
+    ``cp_comm_type`` is one name for all layers, or a list that is cycled over the layers.
+
+    Raises:
+        ValueError, TypeError: as :class:`ModelParallelConfig`, and for the rules of the architecture.
     """
 
     cp_comm_type: str | list[str] | None = None
@@ -179,7 +183,7 @@ class TransformerConfig(Architecture, ModelParallelConfig):
 
 
 def unsupported(config: TransformerConfig) -> list[str]:
-    """Fields that ask for what is not there yet, in words; a layer refuses them."""
+    """A message for each field that requests what is not supported yet; a layer refuses such a config."""
     found = []
     for part, names in {
         "pipelines": ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
@@ -202,7 +206,7 @@ def cut_problems(
     etp: int | None = None,
     dispatcher: str = "alltoall",
 ) -> list[Problem]:
-    """All broken rules of how an architecture is cut, as (config keys involved, message).
+    """All rules that the cut of an architecture over ranks breaks, as (config keys involved, message).
 
     Args:
         tp, cp, ep, etp: ranks of these axes; etp None is tp.
@@ -260,10 +264,12 @@ def cut_problems(
 
 
 def _head_move_problems(heads: int, cp: int, types: set[str], sizes: Sequence[int] | None) -> list[Problem]:
-    """Broken rules of communication types that move heads.
+    """The broken rules of communication types that move heads, as (config keys involved, message).
 
     Args:
         heads: query heads of a tensor parallel rank.
+        types: the communication types of all layers.
+        sizes: hierarchical_context_parallel_sizes.
     """
     found: list[Problem] = []
     hierarchy = "hierarchical_context_parallel_sizes"
@@ -290,7 +296,7 @@ def _head_move_problems(heads: int, cp: int, types: set[str], sizes: Sequence[in
 
 
 def hierarchy_problem(sizes: Any, cp: int) -> str | None:
-    """What is wrong with hierarchical_context_parallel_sizes; None where nothing is."""
+    """What is wrong with hierarchical_context_parallel_sizes; None if nothing is wrong."""
     sizes = list(sizes)
     if any(size < 1 for size in sizes):
         return f"hierarchical_context_parallel_sizes {sizes}: the size of a level is at least 1."
@@ -303,7 +309,7 @@ def hierarchy_problem(sizes: Any, cp: int) -> str | None:
 
 
 def hierarchy_proposal(cp: int, heads: int | None = None) -> list[int]:
-    """Sizes [inner, outer] for ``cp`` ranks: the inner one divides the heads and lies near the square root."""
+    """Sizes [inner, outer] for ``cp`` ranks: inner divides the heads and is near the square root of cp."""
     good = [d for d in range(1, cp + 1) if cp % d == 0 and (heads is None or heads % d == 0)]
     inner = min(good, key=lambda d: (abs(math.log(d * d / cp)), d))
     return [inner, cp // inner]
@@ -316,5 +322,5 @@ def comm_type_of_layer(types: str | Sequence[str] | None, layer_number: int) -> 
 
 
 def normal_comm_type(name: str) -> str:
-    """``allgather`` is accepted for ``all_gather``."""
+    """The name that ``CP_COMM_TYPES`` holds: ``allgather`` is accepted for ``all_gather``."""
     return "all_gather" if name == "allgather" else name

@@ -1,4 +1,4 @@
-"""Command-line options -> values of keys, under our own names, Megatron-LM's and axolotl's."""
+"""Reads command-line options as values of keys, under longspan's own names, Megatron-LM's and axolotl's."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from longspan.errors import did_you_mean
 
 @dataclass
 class Overrides:
-    """What command-line options say.
+    """What was read from command-line options.
 
     Attributes:
-        values: by key.
-        rest: arguments that are no options.
-        problems: what is wrong, a message each.
-        notes: options that have no effect here, each with the reason.
+        values: key -> value.
+        rest: arguments that are not options.
+        problems: one message for each mistake.
+        notes: options without effect in longspan, each with the reason.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -33,21 +33,23 @@ class Overrides:
 def parse_overrides(
     arguments: Sequence[str], other_options: Sequence[str] = (), positionals: int = 0
 ) -> Overrides:
-    """Command-line options -> key values.
+    """Reads command-line options as values of keys.
 
     Each key is an option under its own name (``--learning-rate 1e-4``, ``--learning_rate=1e-4``)
-    and under Megatron's (``--lr 1e-4``). Values are read as YAML. A boolean needs no value, and
-    ``--no-KEY`` switches it off. A key that may be a list takes several (``--cp-comm-type p2p a2a``).
-    Options of Megatron-LM and axolotl that are no keys here are handled by ``dialects.table``.
+    and under Megatron's name (``--lr 1e-4``). Values are read as YAML. A boolean needs no value, and
+    ``--no-KEY`` switches it off. A key that may be a list takes several values (``--cp-comm-type p2p a2a``).
+    ``dialects.table`` holds how options of Megatron-LM and axolotl that are not keys of longspan are handled.
 
     Args:
-        other_options: options the caller handles itself, for near misses.
-        positionals: arguments that are no options; those still to come are not taken for a list's values.
+        other_options: options that the caller handles itself, for similar names in messages.
+        positionals: number of expected arguments that are not options. As long as some of them have not been
+            read, a list takes only one value, so that it does not take such an argument.
     """
     table = option_table()
     found = Overrides()
     left = list(arguments)
-    given: dict[str, str] = {}  # key -> the option that said it
+    # key -> the option that set it
+    given: dict[str, str] = {}
     while left:
         argument = left.pop(0)
         if not argument.startswith("--") or argument == "--":
@@ -94,7 +96,10 @@ def parse_overrides(
 
 
 def option_table() -> dict[str, tuple[Key, Any]]:
-    """Every option without its dashes, underscored -> (key, the value it stands for or a mark that it takes one)."""
+    """Name of every option -> (its key, the value that it sets; ``_VALUE`` if a value follows the option).
+
+    The names have no leading dashes, and underscores instead of dashes.
+    """
     table: dict[str, tuple[Key, Any]] = {}
     for k in keys():
         for spelling in (k.name, *k.aliases):
@@ -108,7 +113,7 @@ def option_table() -> dict[str, tuple[Key, Any]]:
 
 
 def _take(left: list[str], count: int) -> list[str]:
-    """Takes up to ``count`` values (MANY: all) that follow an option."""
+    """Removes up to ``count`` values (MANY: all values) that follow an option, and returns them."""
     taken: list[str] = []
     while left and not left[0].startswith("--") and (count == MANY or len(taken) < count):
         taken.append(left.pop(0))
@@ -116,7 +121,7 @@ def _take(left: list[str], count: int) -> list[str]:
 
 
 def read_external(spelling: str, value: Any, found: Overrides) -> None:
-    """What becomes of a name that is no key here: keys, a note, or a problem."""
+    """Reads a name that is not a key of longspan, and adds keys, a note or a problem to ``found``."""
     entry = EXTERNAL_NAMES[spelling.removeprefix("--").replace("-", "_")]
     try:
         values = entry.read(spelling, value)
@@ -136,18 +141,18 @@ def _is_bool(k: Key) -> bool:
 
 
 def _is_switch(k: Key, spelling: str) -> bool:
-    """May the option stand alone? Megatron's own name of a key that is no mere switch takes a value always."""
+    """Whether the option of a boolean key may have no value; a Megatron flag of another name needs one."""
     return _is_bool(k) and (spelling in (k.name, *k.aliases) or k.flag == "--" + k.name.replace("_", "-"))
 
 
 def _is_list(k: Key) -> bool:
-    """A list of plain values."""
+    """Whether the key may be a list of plain values."""
     members = (k.annotation, *get_args(k.annotation))
     return any(get_origin(m) is list and get_args(m)[0] is not DatasetConfig for m in members)
 
 
 def _may_be_single(k: Key) -> bool:
-    """May a key that takes a list also be one plain value?"""
+    """Whether a key that may be a list may also be one plain value."""
     return any(
         get_origin(m) is not list and m is not type(None) for m in (get_args(k.annotation) or (k.annotation,))
     )
@@ -169,10 +174,11 @@ def _no_bool(text: str) -> bool:
 
 
 def _value(k: Key, text: str) -> Any:
-    """A value as YAML reads it; the text itself for a key that holds text."""
+    """A value as YAML reads it; for a key that holds text, the text itself."""
     members = set(getattr(k.annotation, "__args__", ()))
     if k.annotation is str or members == {str, type(None)}:
         return text
     if members == {list[str], type(None)} and not text.startswith("["):
-        return text  # a path may look like a number or a date
+        # A path may look like a number or a date.
+        return text
     return read_value(text)

@@ -1,9 +1,9 @@
-"""Which optional packages are installed; asking imports none."""
+"""Finds out which optional packages are installed, without importing them."""
 
 import importlib.util
 
 
 def has_package(name: str) -> bool:
-    """A folder of that name in the current directory, such as one of data called ``datasets``, is no package."""
+    """Whether a package is installed. A folder of that name in the current directory does not count."""
     spec = importlib.util.find_spec(name)
     return spec is not None and spec.origin is not None

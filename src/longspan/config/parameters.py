@@ -1,21 +1,21 @@
-"""The names and shapes of a model's parameters, from its architecture alone; no tensor is made."""
+"""The names and shapes of a model's parameters, computed from its architecture; no tensor is made."""
 
 from __future__ import annotations
 
 from longspan.config.architecture import Architecture
 from longspan.config.model import padded_vocab_size
 
-#: tables whose dim 0 is the vocabulary
+#: the tables whose dim 0 is the vocabulary
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 #: the table whose dim 0 is positions
 POSITIONS = "embedding.position_embeddings.weight"
 
 
 def parameter_shapes(model: Architecture, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every whole parameter of a GPTModel; tied ones once.
+    """Name -> shape of every uncut parameter of a GPTModel; tied parameters are listed once.
 
     Args:
-        vocab_size: tokens without padding; the shapes of tables contain it.
+        vocab_size: number of tokens without padding; the shapes of the tables include padding.
     """
     h, ffn, vocabulary = model.hidden_size, model.ffn_hidden_size, padded_vocab_size(vocab_size)
     q, kv = (model.kv_channels * n for n in (model.num_attention_heads, model.num_query_groups))

@@ -1,7 +1,7 @@
-"""From what the user wrote to a complete config: the rules between keys, and the arithmetic.
+"""Makes a complete config from the user's config: checks the rules between keys, and does the arithmetic.
 
-``resolve`` fills in everything that follows from the config, the number of processes and the device, and
-refuses with all broken rules at once. It needs neither torch nor a process group.
+``resolve`` fills in everything that follows from the config, the number of processes and the device. If rules
+are broken, it raises one error with all of them. It needs neither torch nor a process group.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from longspan.errors import Problem, UserError
 
 
 def processes_asked_for(config: TrainConfig) -> int:
-    """The product of the parallel sizes: the number of processes when nobody says."""
+    """The product of the parallel sizes: the number of processes if the caller gives none."""
     return (
         config.tensor_parallel_size
         * config.context_parallel_size
@@ -33,12 +33,15 @@ def processes_asked_for(config: TrainConfig) -> int:
 
 
 def resolve(config: TrainConfig, world_size: int | None = None, **known: Any) -> Checked:
-    """Checks the rules between keys and does the arithmetic; arguments and errors are those of :func:`complete`."""
+    """Checks the rules between keys and does the arithmetic; arguments and errors as for :func:`complete`."""
     return Checked.of(complete(config, world_size, **known))
 
 
 def compiles(config: TrainConfig, device: str) -> bool:
-    """Is the model compiled, if the machine has a compiler? ``torch_compile: auto`` is: on CUDA."""
+    """Whether the model is compiled, if the machine has a compiler.
+
+    ``torch_compile: auto`` compiles on CUDA, unless deterministic_mode is on.
+    """
     if config.torch_compile == "auto":
         return device == "cuda" and not config.deterministic_mode
     return config.torch_compile
@@ -53,14 +56,14 @@ def complete(
     bad_keys: Iterable[str] = (),
     earlier: Iterable[str] = (),
 ) -> TrainConfig:
-    """The config with every key filled in that follows from others, from base_model or from where it runs.
+    """The config, with each key filled in that follows from other keys, from base_model or from the device.
 
     Args:
-        world_size: processes; None takes the product of the parallel sizes.
-        device: ``cpu`` or ``cuda``, where it runs; None takes the config's, and the CPU for ``auto``.
-        compiler: the machine has one for that device.
-        bad_keys: keys already found wrong: rules about them are not reported again.
-        earlier: problems already found; raised together with the new ones.
+        world_size: number of processes; None means the product of the parallel sizes.
+        device: ``cpu`` or ``cuda``, for the run; None means the config's device, and the CPU for ``auto``.
+        compiler: whether the machine has a compiler for that device.
+        bad_keys: keys with problems that are already known: broken rules about them are not reported.
+        earlier: problems that are already known; they are raised together with the new problems.
 
     Raises:
         UserError: with all problems.
@@ -90,17 +93,17 @@ def complete(
             "gradient_accumulation_steps": accumulation,
             "global_batch_size": total,
             "dp_shard_size": sizes.dp_shard,
-            # None where tp is 1: there the key has no effect
+            # The key has no effect if tp is 1.
             "sequence_parallel": None if sizes.tp == 1 else True if parallel is None else parallel,
         }
     )
 
 
 def _with_base_model(config: TrainConfig, name: str, found: list[Problem], bad: set[str]) -> TrainConfig:
-    """The config with the architecture of base_model, where the config itself does not give a key."""
+    """The config, with base_model's architecture for all keys that the config itself does not set."""
     try:
         given = {k for k in config.model_fields_set if getattr(config, k) is not None}
-        # A model that was not found before is not looked for on the hub again.
+        # A model that was not found before is not searched on the hub again.
         whole = architecture_of(name, network="base_model" not in bad)
         base = {k: v for k, v in whole.items() if k not in given}
         config = TrainConfig.model_validate(config.model_dump(exclude_unset=True) | base)
@@ -116,7 +119,14 @@ def _with_base_model(config: TrainConfig, name: str, found: list[Problem], bad: 
 
 
 def _longer(config: TrainConfig, base: dict[str, Any], given: set[str]) -> TrainConfig:
-    """A model that trains on longer sequences than base_model was made for: what follows from base_model's own length."""
+    """The config with the keys that follow from base_model's own length, ``base["max_position_embeddings"]``.
+
+    A model may train on longer sequences than base_model was made for.
+
+    Args:
+        base: base_model's architecture keys.
+        given: the keys that the config sets itself.
+    """
     length, scaling = base.get("max_position_embeddings"), config.rope_scaling
     if config.position_embedding_type != "rope":
         return config
@@ -157,7 +167,7 @@ def _sizes(config: TrainConfig, world: int, found: list[Problem]) -> MeshSizes:
 
 
 def _batch(config: TrainConfig, dp: int, found: list[Problem]) -> tuple[int, int, int]:
-    """micro_batch_size, gradient_accumulation_steps, global_batch_size: any two give the third."""
+    """(micro_batch_size, gradient_accumulation_steps, global_batch_size), of which any two give the third."""
     micro, steps, total = (
         config.micro_batch_size,
         config.gradient_accumulation_steps,
@@ -176,7 +186,8 @@ def _batch(config: TrainConfig, dp: int, found: list[Problem]) -> tuple[int, int
         unit = (config.micro_batch_size or 1) * dp
         near = max(1, round(total / unit)) * unit
         given = [f"{name} {getattr(config, name)}" for name in keys[:2] if getattr(config, name) is not None]
-        factors = " x ".join([*given, f"dp {dp}"])  # of what was given alone
+        # The message shows only the factors that the config sets.
+        factors = " x ".join([*given, f"dp {dp}"])
         if len(given) == 2:
             text = (
                 f"global_batch_size {total}: {factors} = {micro * steps * dp}. The two must be equal; give two of the three: leave "

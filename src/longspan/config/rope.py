@@ -1,4 +1,4 @@
-"""Scaling of rotary embeddings for longer context, in Hugging Face's terms: the types, their fields and rules."""
+"""Scaling of rotary embeddings for longer context, with Hugging Face's names: types, fields and rules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-#: type -> (fields it needs, fields it may have)
+#: type -> (the fields it needs, the fields it may have)
 ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -18,7 +18,7 @@ ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
 }
 
-#: types that tell the length the model was first trained at
+#: the types with a field for the length, in tokens, that the model was first trained at
 _WITH_ORIGINAL = ("yarn", "llama3")
 
 _LONGROPE = (
@@ -28,16 +28,16 @@ _LONGROPE = (
 
 
 def rope_type(scaling: Mapping[str, Any] | None) -> str:
-    """The type a ``rope_scaling`` names, under its new or its old name; ``default`` where there is none."""
+    """The type of a ``rope_scaling``: its ``rope_type``, or its ``type`` (the old name), or ``default``."""
     scaling = scaling or {}
     return scaling.get("rope_type") or scaling.get("type") or "default"
 
 
 def rope_problems(c: Any) -> list[str]:
-    """Broken rules of ``rope_scaling``.
+    """A message for each rule that ``rope_scaling`` breaks.
 
     Args:
-        c: with rope_scaling, rotary_base, kv_channels and max_position_embeddings.
+        c: an object with rope_scaling, rotary_base, kv_channels and max_position_embeddings.
     """
     scaling = c.rope_scaling
     if not scaling:
@@ -72,7 +72,7 @@ def rope_problems(c: Any) -> list[str]:
 
 
 def _between(kind: str, numbers: Mapping[str, float], c: Any) -> list[str]:
-    """Broken rules between the fields of one type."""
+    """A message for each broken rule between the fields of one type."""
     found = []
     if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
         found.append(
@@ -106,7 +106,11 @@ def _between(kind: str, numbers: Mapping[str, float], c: Any) -> list[str]:
 
 
 def with_original_length(scaling: Mapping[str, Any], length: int | None) -> dict[str, Any]:
-    """A ``rope_scaling`` that says the length the model was first trained at; where it does not, that of its config.json."""
+    """A ``rope_scaling`` with the length that the model was first trained at, if the type has a field for it.
+
+    Args:
+        length: in tokens; taken if ``scaling`` holds no length.
+    """
     given = dict(scaling)
     if length is not None and rope_type(given) in _WITH_ORIGINAL:
         given.setdefault("original_max_position_embeddings", length)
@@ -114,7 +118,7 @@ def with_original_length(scaling: Mapping[str, Any], length: int | None) -> dict
 
 
 def reach(scaling: Mapping[str, Any] | None) -> int:
-    """Tokens that YaRN stretches a model to; 0 for the other types, which do not say."""
+    """The length, in tokens, that YaRN extends a model to; 0 for the other types, which define none."""
     if rope_type(scaling) != "yarn" or not scaling:
         return 0
     values = [scaling.get("factor"), scaling.get("original_max_position_embeddings")]

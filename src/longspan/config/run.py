@@ -1,13 +1,13 @@
-"""What is run, complete and frozen: no value that is still open, no "auto". Needs no torch.
+"""What is run, complete and frozen: no value is still to be decided, none is "auto". Needs no torch.
 
-Two states, each made from a *complete* config, in which every key that follows from others has its value:
+There are two states, made from a *complete* config, in which every key that follows from others is set:
 
     Checked     the rules hold and the arithmetic is done (``config.resolve.resolve``)
     Run         the same, and the data is prepared: tokens, the size of the vocabulary, the tokenizer, the
                 checkpoint to resume from (``runs.prepare.prepare``)
 
-``of`` makes either from a complete config without a rule, a file or the network, so a process that finds the
-written config builds the same Run as the one that wrote it.
+``of`` makes either of them from a complete config. It checks no rule, reads no file and uses no network, so a
+process that reads a written config makes the same Run as the process that wrote it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LayerKind:
 
     Attributes:
         number: from 1, in the whole model.
-        window: tokens a query sees, itself included; None for no limit.
+        window: tokens that a query attends to, itself included; None means no limit.
         comm_type: how keys reach queries, one of ``CP_COMM_TYPES``.
     """
 
@@ -49,7 +49,7 @@ class BatchSizes:
         accumulation: micro-batches of a step.
         global_size: sequences of a step, over all ranks.
         sequence_len: tokens of a sequence.
-        most_tokens: of a micro-batch on one rank, with hybrid context parallelism; None without it.
+        most_tokens: most tokens of a micro-batch on a rank with hybrid context parallelism; None without it.
     """
 
     micro: int
@@ -63,7 +63,7 @@ class BatchSizes:
         return self.global_size * self.sequence_len
 
     def equation(self, dp: int) -> str:
-        """``micro 1 x accumulation 2 x dp 2 = 4 sequences = 200 tokens a step``, with ``dp`` data parallel ranks."""
+        """``micro 1 x accumulation 2 x dp 2 = 4 sequences = 200 tokens a step``; ``dp`` counts ranks."""
         return (
             f"micro {self.micro} x accumulation {self.accumulation} x dp {dp} = {self.global_size} sequences = "
             f"{self.tokens_a_step:,} tokens a step"
@@ -77,7 +77,7 @@ class Precision:
     Attributes:
         params_dtype: of weights and optimizer.
         compute_dtype: of products and activations.
-        tf32: float32 products on CUDA are TensorFloat-32.
+        tf32: whether float32 products on CUDA are computed in TensorFloat-32.
     """
 
     params_dtype: str
@@ -86,7 +86,7 @@ class Precision:
 
     @property
     def mixed(self) -> bool:
-        """Is computed in another dtype than weights are held in?"""
+        """Whether the compute dtype differs from the dtype of the weights."""
         return self.compute_dtype != self.params_dtype
 
 
@@ -96,8 +96,8 @@ class Memory:
 
     Attributes:
         recompute: none, selective, full or offload.
-        mlp_tiles: 1 computes the MLP as a whole; None takes the tiles from the number of tokens, as they come.
-        reshard_after_forward, activation_offloading, offload_params, torch_compile: as the keys of these names.
+        mlp_tiles: tiles of an MLP; 1 computes it as a whole, None takes the number from each call's tokens.
+        reshard_after_forward, activation_offloading, offload_params, torch_compile: as the keys of that name.
     """
 
     recompute: str
@@ -113,13 +113,13 @@ class Checked:
     """A config whose rules hold, with its arithmetic done.
 
     Attributes:
-        config: complete; for printing, and for keys that act in one place only.
+        config: complete; for printing, and for keys that are read in one place only.
         device: ``cpu`` or ``cuda``.
         sizes: ranks of each axis.
-        sequence_parallel: activations between tensor parallel layers are cut along the sequence.
+        sequence_parallel: whether activations between tensor parallel layers are cut along the sequence.
         layers: every layer of the model, in order.
-        lora: the adapters that are trained beside frozen weights; None where all weights are trained.
-        pretrained: the model the weights come from; None where they are drawn.
+        lora: the adapters that are trained beside frozen weights; None if all weights are trained.
+        pretrained: the model that the weights come from; None if the initial weights are random.
     """
 
     config: TrainConfig
@@ -136,7 +136,7 @@ class Checked:
 
     @classmethod
     def of(cls, config: TrainConfig) -> Self:
-        """From a complete config; the same config gives the same object."""
+        """Makes the object from a complete config; equal configs make equal objects."""
         model = Architecture.of(config)
         return cls(
             config=config,
@@ -161,14 +161,14 @@ class Checked:
         )
 
     def with_keys(self, **keys: Any) -> Self:
-        """The same with other values of some keys, which must leave the config complete; no rule is checked."""
+        """A copy with other values of some keys. The config must stay complete; no rule is checked."""
         return type(self).of(self.config.model_copy(update=keys))
 
     def transformer_config(self, params_dtype: Any = None) -> TransformerConfig:
-        """The model's architecture and how it is cut.
+        """The model's architecture and how it is cut over ranks.
 
         Args:
-            params_dtype: a torch.dtype; None is float32.
+            params_dtype: a torch.dtype; None means float32.
         """
         return TransformerConfig(
             **{one.name: getattr(self.model, one.name) for one in dataclasses.fields(self.model)},
@@ -192,19 +192,19 @@ class Checked:
         return [layer.window for layer in self.layers]
 
     def head_group(self, layer: LayerKind) -> int:
-        """Context parallel ranks that exchange heads in a layer; 1 where it moves keys alone."""
+        """Number of context parallel ranks that exchange heads in a layer; 1 if the layer moves only keys."""
         inner = self.sizes.hierarchical_cp[0] if self.sizes.hierarchical_cp else 1
         return {"a2a": self.sizes.cp, "a2a+p2p": inner}.get(layer.comm_type, 1)
 
     @property
     def row_multiple(self) -> int:
-        """The rows of a rank are a multiple of this: with sequence parallelism they are cut over tp."""
+        """The number of a rank's rows is a multiple of this: sequence parallelism cuts them over tp."""
         return self.sizes.tp if self.sequence_parallel else 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Checked):
-    """What is run: a Checked with its data prepared.
+    """What is run: a Checked whose data is prepared.
 
     Attributes:
         vocab_size: tokens of the vocabulary, without padding.
@@ -214,14 +214,14 @@ class Run(Checked):
 
     @classmethod
     def of(cls, config: TrainConfig) -> Self:
-        """From the complete config of prepared data; the same config gives the same object."""
+        """Makes the object from the complete config of prepared data; equal configs make equal objects."""
         checked = Checked.of(config)
         parts = {one.name: getattr(checked, one.name) for one in dataclasses.fields(checked)}
         return cls(**parts, vocab_size=_filled(config.vocab_size))
 
 
 def sizes_of(config: TrainConfig) -> MeshSizes:
-    """The ranks of each axis, of a config that gives dp_shard_size."""
+    """The ranks of each axis, from a config in which dp_shard_size is set."""
     return MeshSizes(
         tp=config.tensor_parallel_size,
         cp=config.context_parallel_size,

@@ -1,9 +1,9 @@
 """TrainConfig: every key once, with its type, unit, default and Megatron flag.
 
-The keys are declared in ``config.keys``, a file for each group. Key names are axolotl's
-where axolotl has the key, and TransformerConfig's for the architecture. Everything else
-that needs to know the keys reads them here: the YAML loader, the command line, the
-Megatron flags, ``longspan config --schema`` and the documentation.
+The keys are declared in ``config.keys``, in one file for each group. Key names are axolotl's
+if axolotl has the key, and TransformerConfig's for the architecture. All other code reads the
+keys from here: the YAML loader, the command line, the Megatron flags, ``longspan config --schema``
+and the documentation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from longspan.config.keys.schedule import ScheduleKeys
 
 __all__ = ["GROUPS", "DatasetConfig", "Key", "TrainConfig", "keys", "names"]
 
-#: what a group of keys is called -> where they are declared
+#: the name of a group of keys -> the class that declares them
 GROUPS: dict[str, type[BaseModel]] = {
     "model": ModelKeys,
     "data": DataKeys,
@@ -39,17 +39,21 @@ GROUPS: dict[str, type[BaseModel]] = {
 }
 
 
-# Pydantic takes the fields of the last base first: this is the order of GROUPS.
+# Pydantic takes the fields of the last base class first, so the fields have the order of GROUPS.
 class TrainConfig(OutputKeys, MemoryKeys, OptimizerKeys, ScheduleKeys, ParallelKeys, DataKeys, ModelKeys):
     """What ``longspan train`` is told."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
-    # One validator does both, because those of pydantic run last first: a limit of its own would see the text.
+    # One validator converts a number and checks its limit. Pydantic runs the last validator first, so a
+    # second validator for the limit would get the text.
     @field_validator("*", mode="before")
     @classmethod
     def _number(cls, value: Any, info: ValidationInfo) -> Any:
-        """What is given for a number, or for a list of them, within its limit; see :func:`number_in` for text."""
+        """The value of a key for a number or a list of numbers, within the limit of its unit.
+
+        :func:`number_in` reads a number from text.
+        """
         field = cls.model_fields[info.field_name or ""]
         kinds = _kinds(field.annotation)
         if not {int, float} & kinds:
@@ -86,15 +90,15 @@ class TrainConfig(OutputKeys, MemoryKeys, OptimizerKeys, ScheduleKeys, ParallelK
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The types in an annotation, those of a list's members too."""
+    """The types in an annotation, including the types of a list's members."""
     return {annotation}.union(*map(_kinds, get_args(annotation)))
 
 
 def number_in(text: str) -> int | float | str:
-    """The number that a text is, such as ``1e3``, which YAML takes for text; another text as it is.
+    """The number in a text such as ``1e3``, which YAML reads as text; any other text is returned unchanged.
 
     Raises:
-        ValueError: it has two readings.
+        ValueError: the text can be read as two different numbers.
     """
     if re.fullmatch(r"[+-]?0[0-9_]+", text):
         raise ValueError(
@@ -107,14 +111,14 @@ def number_in(text: str) -> int | float | str:
             number = kind(text)
         except ValueError:
             continue
-        # 1e3 steps are no share of 1000.0
+        # 1e3 is the whole number 1000, because keys for steps read a float as a share.
         return int(number) if "e" in text.lower() and float(number).is_integer() else number
     return text
 
 
 @dataclass(frozen=True)
 class Key:
-    """What is known of one key, for parsers and documentation."""
+    """The declaration of one key, for parsers and documentation."""
 
     name: str
     group: str
@@ -153,7 +157,7 @@ def keys() -> Iterator[Key]:
 
 
 def names() -> dict[str, str]:
-    """Every accepted spelling of a key in YAML -> the key: itself, aliases and Megatron's name."""
+    """Every accepted spelling of a key in YAML (its name, its aliases, Megatron's name) -> the key's name."""
     table: dict[str, str] = {}
     for k in keys():
         for spelling in (k.name, *k.aliases, k.flag[2:].replace("-", "_")):

@@ -1,4 +1,4 @@
-"""MeshSizes: how many ranks each axis has, and the equation they must satisfy."""
+"""MeshSizes: how many ranks each axis has, and the equation that these numbers must satisfy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DEFAULT_ORDER = "tp-cp-ep-dp-pp"
 
 
 def equation(sizes: dict[str, int], world_size: int) -> str:
-    """Writes a product: ``tp 2 x cp 2 x pp 1 = 4``, with the world beside it when they differ."""
+    """A product as text: ``tp 2 x cp 2 x pp 1 = 4``, with ``world_size`` added if the two differ."""
     product = math.prod(sizes.values())
     text = " x ".join(f"{axis} {size}" for axis, size in sizes.items()) + f" = {product}"
     return text if product == world_size else f"{text}, but there are {world_size} processes"
@@ -17,7 +17,7 @@ def equation(sizes: dict[str, int], world_size: int) -> str:
 
 @dataclass(frozen=True)
 class MeshSizes:
-    """The sizes of all axes. ``dp`` is dp_shard x dp_replicate."""
+    """The sizes of all axes, in ranks. ``dp`` is dp_shard x dp_replicate; ``etp`` None means as ``tp``."""
 
     tp: int = 1
     cp: int = 1
@@ -25,7 +25,7 @@ class MeshSizes:
     dp_shard: int = 1
     dp_replicate: int = 1
     ep: int = 1
-    etp: int | None = None  # None: as tp
+    etp: int | None = None
     hierarchical_cp: tuple[int, ...] = ()
     order: str = DEFAULT_ORDER
 

@@ -1,6 +1,6 @@
-"""Reading YAML: the values a config's author meant, within limits.
+"""Reads YAML: the values that a config's author meant, within limits.
 
-A small file may stand for billions of values, or keep a reader busy for hours: it is refused.
+A small file may describe billions of values, or keep a reader busy for hours. Such a file is refused.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import yaml
 from longspan.config.schema import DatasetConfig, TrainConfig, names
 from longspan.errors import UserError, did_you_mean
 
-#: of a config file; the largest hold a chat template or some hundred paths
+#: bytes of a config file; the largest config files hold a chat template or some hundred paths
 MAX_BYTES = 1 << 20
-#: how deeply lists and mappings may lie in each other
+#: how deeply lists and mappings may be nested
 MAX_DEPTH = 50
-#: values in a file, each as often as an alias (``*name``) repeats it
+#: values in a file; a value counts again for each alias (``*name``) that repeats it
 MAX_VALUES = 20_000
 #: characters of a number or a date
 MAX_NUMBER = 400
@@ -28,13 +28,13 @@ _NUMBERS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "times
 
 
 class BoundedLoader(yaml.SafeLoader):
-    """YAML's safe loader that refuses, while it reads, what goes beyond the limits of this module.
+    """YAML's safe loader, which also refuses a file beyond the limits of this module, while it reads.
 
-    A node's extent is (values in it, their depth), with aliases counted as what they stand for. It
-    is made of the extents of its children, so an alias costs nothing, however much it repeats.
+    A node's extent is (values in it, their depth), where an alias counts as the node that it names. It is
+    computed from the extents of the node's children, so an alias takes no time, however much it repeats.
 
     Raises:
-        yaml.YAMLError: a limit is passed, or an alias stands inside what it names.
+        yaml.YAMLError: a limit is exceeded, or an alias is inside the node that it names.
     """
 
     def __init__(self, stream):
@@ -51,7 +51,7 @@ class BoundedLoader(yaml.SafeLoader):
             )
         node = super().compose_node(parent, index)
         self._open -= 1
-        # A file of too many values is refused where they become too many, not when all of it is read.
+        # A file with too many values is refused at the first value that is too many, before the rest is read.
         if node not in self._extents:
             if isinstance(event, yaml.AliasEvent):
                 raise yaml.YAMLError(
@@ -83,7 +83,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        UserError: no such file (with the near one), no YAML, or no mapping.
+        UserError: the file does not exist (the message names a similar file), is too large, cannot be read,
+            is not YAML in UTF-8, or holds no mapping.
     """
     path = Path(path)
     if not path.is_file():
@@ -95,7 +96,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             f"{path} has {path.stat().st_size:,} bytes; a config file has {MAX_BYTES:,} at most. Is it the config?"
         )
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=ConfigLoader)  # a SafeLoader
+        # ConfigLoader is a SafeLoader.
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=ConfigLoader)
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file in UTF-8.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -113,11 +115,11 @@ _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
 class ConfigLoader(BoundedLoader):
-    """YAML's safe loader, with what a config file means by its values.
+    """YAML's safe loader, which reads values as a config means them.
 
-    It refuses a key given twice, of which the first would be lost. The value of a key that holds text is
-    the text itself, also where it looks like a date or a number. Numbers that people and YAML read
-    differently, as 0100 and 1:30, stay text, which no number's key takes.
+    It refuses a key that is given twice, because YAML drops the first value. The value of a key that holds
+    text is the text itself, even if it looks like a date or a number. A number that people and YAML read
+    differently, such as 0100 or 1:30, stays text, which a key for a number refuses.
     """
 
     def construct_yaml_int(self, node):
@@ -129,7 +131,8 @@ class ConfigLoader(BoundedLoader):
     def construct_mapping(self, node, deep=False):
         for key_node, value_node in node.value:
             if isinstance(key_node, yaml.ScalarNode) and key_node.tag != _MERGE:
-                key_node.tag = _TEXT  # a key's name is what is written there, also ``no`` or ``7``
+                # A key's name is the text in the file, even if it is ``no`` or ``7``.
+                key_node.tag = _TEXT
             if isinstance(key_node, yaml.ScalarNode) and key_node.value in maps_of_text():
                 for _, member in value_node.value if isinstance(value_node, yaml.MappingNode) else ():
                     if isinstance(member, yaml.ScalarNode) and _is_written_text(member):
@@ -139,7 +142,8 @@ class ConfigLoader(BoundedLoader):
                 value_node.tag = _TEXT
         seen = set()
         for key_node, _ in node.value:
-            if key_node.tag == _MERGE:  # <<, which stands for keys that others may replace
+            # The keys that << inserts may be given again, to replace their values.
+            if key_node.tag == _MERGE:
                 continue
             name = self.construct_object(key_node, deep=True)
             if isinstance(name, str) and name in seen:
@@ -155,7 +159,7 @@ _AMBIGUOUS = re.compile(r"[+-]?(0[0-9_]+|[0-9][0-9_]*(:[0-9.]+)+)")
 
 
 def _is_written_text(node: yaml.ScalarNode) -> bool:
-    """Is it a date, a number, or a word such as ``on``? Null and false stay what they are: nothing."""
+    """Whether a node is a date, a number or a word such as ``on``; not null or false, which mean no value."""
     kind = node.tag.rpartition(":")[2]
     return kind in ("int", "float", "timestamp") or (
         kind == "bool" and node.value.lower() in ("yes", "on", "true")
@@ -164,7 +168,7 @@ def _is_written_text(node: yaml.ScalarNode) -> bool:
 
 @lru_cache
 def text_keys() -> frozenset[str]:
-    """Names of keys, of datasets too, whose value is text."""
+    """The names of keys, including the keys of a dataset, whose value is text."""
     text = {
         spelling for spelling, name in names().items() if _is_text(TrainConfig.model_fields[name].annotation)
     }
@@ -174,7 +178,7 @@ def text_keys() -> frozenset[str]:
 
 @lru_cache
 def maps_of_text() -> frozenset[str]:
-    """Names of keys, of datasets too, whose value is a mapping of names to text."""
+    """The names of keys, including the keys of a dataset, whose value is a mapping of names to text."""
     fields = TrainConfig.model_fields | DatasetConfig.model_fields
     return frozenset(name for name, info in fields.items() if dict[str, str] in get_args(info.annotation))
 
@@ -184,8 +188,9 @@ def _is_text(annotation: Any) -> bool:
 
 
 def read_value(text: str) -> Any:
-    """A value of the command line, read as YAML; the text itself where it is not YAML."""
+    """A value of the command line, read as YAML; the text itself if it is not YAML."""
     try:
-        return yaml.load(text, Loader=ConfigLoader)  # a SafeLoader
+        # ConfigLoader is a SafeLoader.
+        return yaml.load(text, Loader=ConfigLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
         return text

@@ -48,12 +48,14 @@ class Batch:
         cu_seqlens: ``[d + 1]``, the boundaries of the documents among the b*s tokens taken row by
             row, from 0 to b*s; padding at the end of a row is a document. None if documents are
             not kept apart: every row is one sequence then.
+        used: for each row its tokens without the padding at its end.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
     cu_seqlens: torch.Tensor | None
+    used: tuple[int, ...]
 
     @property
     def loss_mask(self) -> torch.Tensor:
@@ -72,16 +74,21 @@ class Batch:
             self.labels.to(device, non_blocking=True),
             self.positions.to(device, non_blocking=True),
             self.cu_seqlens,
+            self.used,
         )
 
 
 class Row(NamedTuple):
-    """One sample, int64: tokens, labels, positions ``[s]`` and document boundaries ``[d + 1]``, 0 to s."""
+    """One sample, int64: tokens, labels, positions ``[s]`` and document boundaries ``[d + 1]``, 0 to s.
+
+    ``used`` is the number of its tokens without the padding at its end.
+    """
 
     tokens: np.ndarray
     labels: np.ndarray
     positions: np.ndarray
     boundaries: np.ndarray
+    used: int
 
 
 class EndOfDocument(NamedTuple):
@@ -114,7 +121,9 @@ class EndOfDocument(NamedTuple):
         if self.resets_positions:
             begins = boundaries[:-1]
             positions = np.arange(size) - np.repeat(begins, np.diff(boundaries))
-        return Row(row.tokens, labels, positions, boundaries if self.cuts_attention else row.boundaries)
+        if not self.cuts_attention:
+            boundaries = row.boundaries
+        return row._replace(labels=labels, positions=positions, boundaries=boundaries)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +172,7 @@ class Packs:
         if used < self.sequence_len:
             row.positions[used:] = np.arange(self.sequence_len - used)
             boundaries.append(self.sequence_len)
-        return row._replace(boundaries=np.array(boundaries, dtype=np.int64))
+        return row._replace(boundaries=np.array(boundaries, dtype=np.int64), used=used)
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +210,7 @@ class Stream:
         used = min(len(found), self.sequence_len)
         row.tokens[:used] = found[:used]
         row.labels[: len(found) - 1] = found[1:]
-        return row
+        return row._replace(used=used)
 
     def _range(self, begin: int, end: int) -> list[tuple[int, int, int]]:
         end = min(end, int(self.begins[-1]))
@@ -263,6 +272,7 @@ def empty_row(sequence_len: int) -> Row:
         np.full(sequence_len, IGNORE_INDEX, dtype=np.int64),
         np.arange(sequence_len, dtype=np.int64),
         np.array([0, sequence_len], dtype=np.int64),
+        0,
     )
 
 
@@ -274,7 +284,7 @@ def make_batch(rows: Sequence[Row], apart: bool) -> Batch:
         begins = [row.boundaries[:-1] + i * size for i, row in enumerate(rows)]
         cu_seqlens = torch.from_numpy(np.concatenate([*begins, [len(rows) * size]]))
     tokens, labels, positions = (torch.from_numpy(np.stack([row[part] for row in rows])) for part in range(3))
-    return Batch(tokens, labels, positions, cu_seqlens)
+    return Batch(tokens, labels, positions, cu_seqlens, tuple(row.used for row in rows))
 
 
 def _checked(lengths: Sequence[int] | np.ndarray, sequence_len: int) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""The application: what the commands do, without their options and without their tables."""
+"""The application: what the commands do, except for parsing options and printing tables."""

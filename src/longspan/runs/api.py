@@ -5,7 +5,7 @@
     longspan.train(run)["loss"]
     longspan.evaluate(run)["positions"]
 
-The commands of the same names parse their options, call what these call, and print.
+The commands ``train``, ``verify`` and ``eval`` parse options, call the same functions as these, and print.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from longspan.training.metrics import records_of_kind
 
 
 def load(path: str | Path | None = None, **keys: Any) -> Run:
-    """A config as it will be run: every rule checked, its datasets tokenised, every open value decided.
+    """Reads a config, checks every rule, tokenises its datasets and fills in every open value.
 
     Args:
-        path: a YAML file; None takes the keys alone.
-        keys: keys of a config by any of their names; they replace those of the file.
+        path: a YAML file; None reads no file.
+        keys: config keys, by any of their names; they replace the keys of the file.
 
     Raises:
-        UserError: with all problems at once.
+        UserError: rules are broken, with all problems at once; or the data cannot be prepared.
     """
     values, table = (read_yaml(str(path)) if path is not None else {}), names()
     known = {table[name]: value for name, value in keys.items() if name in table}
@@ -48,10 +48,10 @@ def load(path: str | Path | None = None, **keys: Any) -> Run:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Trains as ``longspan train`` does, and returns the summary's record of ``metrics.jsonl``.
+    """Trains like ``longspan train``. Returns the last summary record of ``metrics.jsonl``.
 
-    It starts the processes that the run's layout needs. A process that torchrun has started joins the others instead,
-    and a run of one process trains here.
+    Starts the processes that the run's layout needs. A process that torchrun has started joins the other
+    processes instead, and a run of one process trains in this process.
 
     Raises:
         UserError: something does not fit, found before the first step.
@@ -64,35 +64,38 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def verify(run: Run, steps: int = 2, dtype: str = "float64") -> dict[str, Any]:
-    """Compares the first steps at the run's layout with those of one process, as ``longspan verify`` does.
+    """Compares the first steps at the run's layout with those of one process, like ``longspan verify``.
 
     Args:
-        steps: training steps to compare.
+        steps: number of training steps to compare.
         dtype: precision of both runs, float64 or float32.
 
     Returns:
-        layout, reference, dtype, tolerance, loss_error, grad_norm_error, max_gradient_error, worst_parameter, passed,
-        and the compared losses.
+        A dict of layout, reference, dtype, tolerance, loss_error, grad_norm_error, max_gradient_error,
+        worst_parameter, passed, the compared losses and more; see :func:`longspan.runs.verify.errors`.
 
     Raises:
-        UserError: something does not fit, or the layout's processes failed.
+        UserError: something does not fit.
+        ProcessesFailed: the layout's processes failed; their messages are on stderr.
     """
     _refuse_torchrun("verify")
     return verify_run(run, Launch(), steps, dtype)[0]
 
 
 def evaluate(run: Run, checkpoint: str | Path | None = None, needles: int = 2) -> dict[str, Any]:
-    """Loss by position and a needle test of a trained model, as ``longspan eval`` does.
+    """Measures a trained model's loss by position and runs a needle test, like ``longspan eval``.
 
     Args:
-        checkpoint: a checkpoint or a folder of them; None takes the newest in output_dir, else base_model.
-        needles: texts for each length and depth; 0 leaves the test out.
+        checkpoint: a checkpoint or a folder of checkpoints; None takes the newest one in output_dir, or else
+            base_model.
+        needles: number of texts for each length and depth; 0 omits the needle test.
 
     Returns:
-        checkpoint, step, layout, loss (nats), tokens, positions and needles.
+        A dict of checkpoint, step, layout, loss (nats), tokens, positions and needles.
 
     Raises:
-        UserError: there is nothing to evaluate on, or no weights that fit.
+        UserError: nothing is held out to evaluate on, or there are no weights that fit.
+        ProcessesFailed: a process failed; its message is on stderr.
     """
     _refuse_torchrun("evaluate")
     return evaluate_run(run, Launch(), None if checkpoint is None else str(checkpoint), needles)

@@ -1,4 +1,4 @@
-"""A config with every rule checked, and the device and the arithmetic filled in."""
+"""Checks every rule of a config, and fills in the device and the arithmetic."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ from longspan.runs.start import Launch, choose_device, under_torchrun
 
 
 def checked(reading: Reading, launch: Launch, announce: str = "") -> tuple[Checked, Launch]:
-    """What was read with every rule checked, and the device and the arithmetic filled in; prints what has no effect.
+    """Checks every rule of the config that was read, and fills in the device and the arithmetic.
+
+    The first rank prints the settings that have no effect on this run.
 
     Args:
-        announce: is printed too, when all is well.
+        announce: text to print before them if all rules hold.
+
+    Returns:
+        The checked config, and ``launch`` unchanged.
 
     Raises:
-        UserError: with all problems at once.
+        UserError: rules are broken, with all problems at once; or the attention backend cannot serve the run.
     """
     config, problems, bad = reading.config, reading.problems, reading.bad
     assert config is not None
@@ -51,7 +56,7 @@ def checked(reading: Reading, launch: Launch, announce: str = "") -> tuple[Check
 
 
 def compiler_problem(device: str) -> UserError | None:
-    """Why nothing can be compiled for a device; None where this machine has a compiler."""
+    """The error that explains why nothing can be compiled for a device; None if there is a compiler."""
     import torch
 
     from longspan.compiled import check_compiler
@@ -64,7 +69,7 @@ def compiler_problem(device: str) -> UserError | None:
 
 
 def check_backend(run: Checked) -> None:
-    """Refuses an attention backend that cannot serve this run (UserError)."""
+    """Raises a UserError if the attention backend cannot serve this run."""
     import torch
 
     from longspan.context_parallel.kernels.choose import select_kernel

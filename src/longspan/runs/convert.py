@@ -1,4 +1,4 @@
-"""Between a checkpoint and a Hugging Face folder, tensor by tensor; adapters put into their base model."""
+"""Converts between checkpoints and Hugging Face folders, and merges adapters into their base model."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 
 
 def holds_tokenizer(path: Path) -> bool:
-    """Is this a tokenizer.json, or a folder with one?"""
+    """Whether this is a tokenizer.json, or a folder with one."""
     return (path.is_file() and path.name == "tokenizer.json") or (path / "tokenizer.json").is_file()
 
 
 def config_of(path: Path) -> TrainConfig | None:
-    """The config of the run that a checkpoint (its own folder) lies in; None where it is not there or, with a line, cannot
-    be read."""
+    """The config of the run to which a checkpoint belongs; None if it is absent.
+
+    A config that cannot be read gives None too, after a line on stderr.
+
+    Args:
+        path: the checkpoint's own folder.
+    """
     from longspan.config.load import load_config
 
     config = path.parent.parent / CONFIG
@@ -36,7 +41,11 @@ def config_of(path: Path) -> TrainConfig | None:
 
 
 def tokenizer_of(path: Path) -> Path | None:
-    """The tokenizer that the run of a checkpoint (its own folder) names, or has exported."""
+    """The tokenizer that a checkpoint's run names, or else the exported one; None if neither exists.
+
+    Args:
+        path: the checkpoint's own folder.
+    """
     run = path.parent.parent
     config = run / CONFIG
     named = read_yaml(config).get("tokenizer_config") if config.is_file() else None
@@ -48,13 +57,15 @@ def _is_tokenizer(path: Path) -> bool:
 
 
 def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str) -> None:
-    """A checkpoint's weights -> a Hugging Face folder, tensor by tensor; its adapters -> a folder for PEFT.
+    """Writes a checkpoint as a Hugging Face folder, tensor by tensor; adapters as a folder for PEFT.
 
     Args:
         path: the checkpoint's own folder (``checkpoint.find``).
+        dtype: dtype of the written weights, such as ``bfloat16``.
 
     Raises:
-        UserError: its files are damaged, or are not those of the model that it describes.
+        UserError: the checkpoint's files are damaged, or do not hold the model that its description names; or
+            such a model cannot be exported.
     """
     import torch
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -108,7 +119,7 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
 
 
 def at_hand(config: TrainConfig) -> TrainConfig:
-    """A run's config without a base model that is not here any more; says what the export lacks for it."""
+    """A run's config, without a base_model that is no longer there; prints what the export then lacks."""
     from longspan.training.model_files import origin_of
 
     if config.base_model is None or config.reinit_weights:
@@ -127,7 +138,15 @@ def at_hand(config: TrainConfig) -> TrainConfig:
 def merge_adapters(
     adapters: Path, model: str | None, output: Path, tokenizer: Path | None, dtype: str | None
 ) -> None:
-    """Adapters in PEFT's format and their base model -> a plain Hugging Face folder, tensor by tensor."""
+    """Merges adapters in PEFT's format into their base model; writes a Hugging Face folder, tensor by tensor.
+
+    Args:
+        model: the base model; None takes the one that the adapters name.
+        dtype: dtype of the written weights; None keeps the dtype of each tensor.
+
+    Raises:
+        UserError: no base model is named, or the adapters do not fit it.
+    """
     import torch
 
     from longspan.config.families.hub import model_config, model_folder
@@ -142,7 +161,7 @@ def merge_adapters(
         raise UserError(f"{adapters} does not name its base model. Give it with --model.")
     base = model_folder(model)
     weights = SafetensorsFolder(base)
-    # config.json may name none, auto, or one that the weights are not in
+    # config.json may name no dtype, ``auto``, or a dtype other than that of the weights.
     written = dtype or str(weights.dtype).removeprefix("torch.")
     config = {k: v for k, v in model_config(str(base))[0].items() if k != "dtype"} | {"torch_dtype": written}
     files = files_of_merged(config, base, adapters, tokenizer)
@@ -156,7 +175,11 @@ def merge_adapters(
 
 
 def to_checkpoint(model: str, output: Path) -> None:
-    """A Hugging Face model -> a checkpoint of weights alone."""
+    """Writes a Hugging Face model as a checkpoint that holds only weights, in float32.
+
+    Raises:
+        UserError: the model does not fit, or the checkpoint cannot be written.
+    """
     import shutil
 
     import torch

@@ -1,4 +1,4 @@
-"""The count of what is tokenised, on the way."""
+"""Prints how much has been tokenised, while the work goes on."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import time
 
 
 class Counter:
-    """Shows documents (or other ``units``) and tokens while they are made: a live line on a terminal, else a line every
-    ``interval`` of them (if given) and one at the end."""
+    """Prints the numbers of documents (or other ``units``) and tokens so far to stderr.
+
+    On a terminal this is one live line. With ``interval`` it is a line every ``interval`` documents instead.
+    Unless an error ends the work, a line with the totals follows at the end.
+
+    Args:
+        what: the name of the source, for the lines.
+    """
 
     def __init__(self, what: str, interval: int | None = None, units: str = "documents"):
         self.what, self.live, self.seen = what, sys.stderr.isatty() and interval is None, (0, 0)

@@ -1,5 +1,7 @@
-"""Environment variables that launch scripts set, and what each does here: one table for ``longspan env``, the advice at
-start, and docs/migrating.md."""
+"""Environment variables that launch scripts set, and the effect of each on longspan.
+
+This one table serves ``longspan env``, the notes at the start of a run, and docs/migrating.md.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-#: the process id of the longspan that started a rank, by which it knows that longspan and not torchrun did
+#: The variable holds the process id of the longspan launcher. It is absent if torchrun started the rank.
 LAUNCHER = "LONGSPAN_LAUNCHER"
-#: the name of a run that longspan started, where torchrun has others
+#: TORCHELASTIC_RUN_ID in the ranks that longspan starts; torchrun sets other values
 RUN_ID = "longspan"
 
 Fate = Literal["set by longspan", "advised", "left alone", "no effect"]
@@ -21,12 +23,14 @@ UNREAD: Fate = "no effect"
 
 @dataclass(frozen=True)
 class Variable:
-    """What becomes of an environment variable.
+    """How longspan handles an environment variable.
 
     Attributes:
-        fate: set by longspan (where it is not set), advised, left alone (a library reads it), or no effect (nobody does).
-        text: who reads it, and what to do.
-        only: ``nccl``: it counts where NCCL is used, on CUDA; ``torchrun``: where torchrun starts the processes.
+        fate: ``set by longspan`` (some variables only if they are not set yet), ``advised``, ``left alone``
+            (a library or a script reads it), or ``no effect`` (no program reads it).
+        text: which program reads it, and what the user should do.
+        only: ``nccl``: it matters only if NCCL is used, on CUDA; ``torchrun``: only if torchrun starts the
+            processes; None: always.
     """
 
     fate: Fate
@@ -103,7 +107,7 @@ VARIABLES: dict[str, Variable] = {
 
 
 def found(environ: Mapping[str, str]) -> list[dict[str, str]]:
-    """The variables that are set: name, value, fate, text."""
+    """The variables of the table that are set, each as a dict of name, value, fate and text."""
     return [
         {"name": name, "value": environ[name], "fate": known.fate, "text": known.text}
         for name, known in VARIABLES.items()
@@ -112,13 +116,14 @@ def found(environ: Mapping[str, str]) -> list[dict[str, str]]:
 
 
 def without_effect(environ: Mapping[str, str], device: str, joined: bool) -> list[str]:
-    """A note for each variable that is set and changes nothing in this run.
+    """Notes on the variables that are set and change nothing in this run.
 
     Args:
         device: ``cpu`` or ``cuda``.
-        joined: torchrun has started this process, so the launcher's variables are its own.
+        joined: a launcher has started this process, so the launcher's variables have an effect.
     """
-    if environ.get("TORCHELASTIC_RUN_ID") == RUN_ID:  # the process that started this one has said it
+    # The longspan that started this process has printed these notes already.
+    if environ.get("TORCHELASTIC_RUN_ID") == RUN_ID:
         return []
     notes = []
     idle = (

@@ -1,4 +1,4 @@
-"""What a trained model makes of long context: loss by position and needles, at any layout."""
+"""Measures how a trained model uses long context: loss by position and needles, at any layout."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from longspan.runs.start import WORKER, Launch, ProcessesFailed, joined, start
 
 
 def evaluate_run(run: Run, launch: Launch, checkpoint: str | None, trials: int) -> dict:
-    """Loss by position and needles, at the run's layout.
+    """Starts the run's processes, which measure loss by position and needles. Returns their result.
 
     Args:
-        checkpoint: a checkpoint or a folder of them; None takes the newest in output_dir, else base_model.
-        trials: needles for each length and depth; 0 leaves the test out.
+        checkpoint: a checkpoint or a folder of checkpoints; None takes the newest one in output_dir, or else
+            base_model.
+        trials: number of needles for each length and depth; 0 omits the needle test.
+
+    Returns:
+        A dict of checkpoint, step, layout, loss (nats), tokens, positions and needles.
 
     Raises:
-        UserError: there is nothing to evaluate on, or no weights that fit.
+        UserError: nothing is held out to evaluate on, or there are no weights that fit.
         ProcessesFailed: a process failed; its message is on stderr.
     """
     if problem := nothing_held_out(run):
@@ -38,7 +42,7 @@ def evaluate_run(run: Run, launch: Launch, checkpoint: str | None, trials: int) 
 
 
 def nothing_held_out(run: Checked) -> str | None:
-    """Why there is nothing to evaluate on; None where there is."""
+    """The reason why there is nothing to evaluate on; None if documents are held out."""
     if evaluates(run.config):
         return None
     return (
@@ -48,10 +52,13 @@ def nothing_held_out(run: Checked) -> str | None:
 
 
 def with_weights(run: Run, checkpoint: str | None) -> Run:
-    """The run that starts from the weights in question.
+    """The run, changed to start from the weights to evaluate: a checkpoint's, or those of base_model.
+
+    Args:
+        checkpoint: as for :func:`evaluate_run`.
 
     Raises:
-        UserError: there are none, or they are of another model.
+        UserError: there are no weights, or they belong to another model.
     """
     from longspan.data.checks import check_data
     from longspan.training.checkpoint import check_fits, find, newest
@@ -76,7 +83,7 @@ def with_weights(run: Run, checkpoint: str | None) -> Run:
 
 
 def work(run: Run, trials: int, result: Path) -> int:
-    """One rank; the first writes the result."""
+    """Evaluates on one rank; the first rank writes the result as JSON. Returns the exit code."""
     import torch.distributed as dist
 
     from longspan.training.checkpoint import describe

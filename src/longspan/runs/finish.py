@@ -1,4 +1,4 @@
-"""A run whose last step was done before: what is missing after that step is made up for."""
+"""Completes a run whose last step was done earlier: makes the missing evaluations, summary and export."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from longspan.training.trainer import Trainer
 def finish(
     trainer: Trainer, resumed: Path, output: Path, beside: tuple[torch.dtype, Files] | None = None
 ) -> int:
-    """A run whose last step was done before: says so, and makes up for what comes after that step and is missing.
+    """Completes a run whose last step was done earlier, and prints that nothing else is left to do.
 
     Args:
-        beside: see ``export``.
+        beside: on the first rank, the result of ``prepare_export`` at the run's start; None makes it now.
 
     Returns:
         The exit code.
@@ -30,7 +30,8 @@ def finish(
     missing: list[list[str]] = [[]]
     if first and trainer.step == trainer.steps:
         missing = [unfinished(trainer, resumed, output)]
-    dist.broadcast_object_list(missing)  # one rank looks: folders differ where machines do not share them
+    # Only the first rank looks, because folders differ if the machines do not share them.
+    dist.broadcast_object_list(missing)
     if lacking := [name for name in missing[0] if name != "hf"]:
         make_up(trainer, lacking, output)
     if "hf" in missing[0]:
@@ -50,9 +51,9 @@ def finish(
 
 
 def unfinished(trainer: Trainer, resumed: Path, output: Path) -> list[str]:
-    """What comes after the last step and is not in the run's folder: eval, test, summary, hf."""
+    """The results after the last step that the run's folder lacks: eval, test, summary, hf."""
     found = []
-    # of a run in another folder the records are there
+    # If the run was in another folder, its records are in that folder and not missing in this one.
     if goes_on_in(output, resumed) and (done := records(output / "metrics.jsonl", trainer.step)):
         kinds = {record.get("split", record["kind"]) for record in done}
         wanted = {"eval": trainer.valid_data, "test": trainer.test_data, "summary": trainer.train_data}
@@ -61,7 +62,7 @@ def unfinished(trainer: Trainer, resumed: Path, output: Path) -> list[str]:
 
 
 def make_up(trainer: Trainer, lacking: list[str], output: Path) -> None:
-    """Writes the records that the last step lacks; the summary, which is the last one, is written anew."""
+    """Writes the records that the last step lacks; the summary, which comes last, is always written again."""
     done = records(output / "metrics.jsonl", trainer.step) if dist.get_rank() == 0 else []
     if dist.get_rank() == 0:
         keep_until(output / "metrics.jsonl", trainer.step)
@@ -84,7 +85,7 @@ def make_up(trainer: Trainer, lacking: list[str], output: Path) -> None:
             loss=last.get("loss"),
             eval_loss=evaluation["loss"],
             tokens=trainer.tokens,
-            # those of a run that was killed before it wrote them are not known
+            # These values are unknown if the run was killed before it wrote its summary.
             **{name: before.get(name) for name in ("train_time", "tokens_per_second", "peak_memory_gib")},
         )
     finally:

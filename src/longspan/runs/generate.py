@@ -1,4 +1,4 @@
-"""A model folder or a checkpoint writes on from a prompt, on one process, at small scale."""
+"""Generates text after a prompt, from a model folder or a checkpoint, on one process and at small scale."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ if TYPE_CHECKING:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Is this a run's folder, its ``checkpoints``, or one of them?"""
+    """Whether this is a run's folder, its ``checkpoints``, or one of the checkpoints."""
     if any((path / name).is_file() for name in ("checkpoints/latest", "latest", ".metadata")):
         return True
     return any(any(path.glob(f"{folder}step_*/.metadata")) for folder in ("", "checkpoints/"))
 
 
 def exported(path: Path, folder: Path, tokenizer: str | None) -> str:
-    """A checkpoint as a model folder, with the tokenizer its run names.
+    """Exports a checkpoint as a model folder in ``folder``. Returns the model folder.
+
+    Args:
+        tokenizer: a tokenizer.json or a folder with one; None takes the tokenizer of the checkpoint's run.
 
     Raises:
-        UserError: it is not whole, or there is no tokenizer.
+        UserError: the checkpoint is absent or incomplete, or there is no tokenizer.
     """
     from longspan.runs.convert import holds_tokenizer, to_hugging_face, tokenizer_of
     from longspan.runs.start import quiet_logs
@@ -42,7 +45,10 @@ def exported(path: Path, folder: Path, tokenizer: str | None) -> str:
 
 
 def prompt_ids(tokenizer: Tokenizer, folder: Path, prompt: str) -> list[int]:
-    """The tokens a model goes on from: the prompt's, with what training put in front of a text."""
+    """The numbers of a prompt's tokens, after the tokens that training puts in front of a text.
+
+    Nothing is put in front of a prompt that begins with a special token.
+    """
     from longspan.data import eod_id
     from longspan.data.text import begin_ids
 
@@ -51,12 +57,16 @@ def prompt_ids(tokenizer: Tokenizer, folder: Path, prompt: str) -> list[int]:
     if ids and ids[0] in special:
         return ids
     end = eod_id(tokenizer, folder)
-    # without a token in front, a document begins where another ended
+    # An empty prompt without tokens in front begins after the end of another document.
     return [*begin_ids(tokenizer, folder), *ids] or ([end] if end is not None else [0])
 
 
 def end_ids(tokenizer: Tokenizer, folders: Iterable[Path]) -> set[int]:
-    """The tokens that end what a model writes: the tokenizer's, and those of the first generation_config.json there is."""
+    """The numbers of the tokens that end generated text.
+
+    They are the tokenizer's end-of-document token and those of the first generation_config.json in
+    ``folders``.
+    """
     from longspan.data import eod_id
     from longspan.training.model_files import GENERATION, read_json
 
@@ -69,10 +79,16 @@ def end_ids(tokenizer: Tokenizer, folders: Iterable[Path]) -> set[int]:
 def generate(
     folder: str, prompt: str, count: int, temperature: float, seed: int, special: bool = False
 ) -> str:
-    """The prompt and what the model makes of it.
+    """Returns the prompt and the text that the model generates after it.
 
     Args:
-        special: special tokens are part of the text.
+        folder: a model folder, a model's name, or a folder of adapters in PEFT's format.
+        count: the largest number of new tokens.
+        temperature: 0 takes the most probable token.
+        special: keep special tokens in the text.
+
+    Raises:
+        UserError: the adapters name no base model, or the tokens are more than the learned positions.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What a run needs before its processes start: tokens, tokenizer, weights and a checkpoint, found and checked."""
+"""Finds and checks what a run needs before its processes start: tokens, tokenizer, weights and checkpoint."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from longspan.training.lock import unwritable
 
 
 def prepare(checked: Checked, show: bool) -> Run:
-    """What is run: with its data tokenised and checked, and its checkpoint found.
+    """Makes the Run of a checked config: tokenises and checks its data, and finds its checkpoint.
+
+    Args:
+        show: print progress and notes to stderr.
 
     Raises:
-        UserError: something a run needs is not there, or does not fit.
+        UserError: something that the run needs is missing or does not fit.
     """
     from longspan.data.checks import check_data
     from longspan.training.export import check_export
@@ -44,13 +47,14 @@ def prepare(checked: Checked, show: bool) -> Run:
 
 
 def resume_point(run: Run, show: bool = True) -> str | None:
-    """The checkpoint ``resume`` stands for, checked against the config before anything starts.
+    """The checkpoint that ``resume`` names, compared with the config; None if there is none.
 
     Args:
-        show: print which checkpoint was taken instead of another, and one without checksums.
+        show: print a line if another checkpoint is used, or if the checkpoint has no checksums.
 
     Raises:
-        UserError: there is none, it is not whole, or it is of another model, batch or data.
+        UserError: a required checkpoint is absent, or the checkpoint is incomplete, or belongs to another
+            model, batch or data.
     """
     config = run.config
     if config.resume is None:
@@ -83,16 +87,16 @@ def resume_point(run: Run, show: bool = True) -> str | None:
 
 
 def is_indexed(path: str) -> bool:
-    """Is this the prefix (or one of the files) of a ``.bin/.idx`` pair?"""
+    """Whether this is the prefix (or one of the files) of a ``.bin/.idx`` pair."""
     stem = path[:-4] if path.endswith((".bin", ".idx")) else path
     return Path(stem + ".idx").is_file() or Path(stem + ".bin").is_file()
 
 
 def check_weights(run: Run) -> None:
-    """Finds the weights a run starts from, fetching them where that is needed, and holds their names against the model.
+    """Finds (if needed downloads) the weights from which a run starts; compares their names with the model's.
 
     Raises:
-        UserError: they cannot be had, or are those of another model.
+        UserError: the weights are not available, or belong to another model.
     """
     if run.pretrained is None:
         return
@@ -102,11 +106,11 @@ def check_weights(run: Run) -> None:
 
 
 def prepare_data(checked: Checked, show: bool) -> Run:
-    """Tokenises the datasets of a config where that is not done yet.
+    """Tokenises the datasets of a config that are not tokenised yet.
 
     Returns:
-        The run whose config has each dataset's ``prepared`` prefix, the tokenizer's folder and
-        ``vocab_size`` filled in.
+        The run; its config has each dataset's ``prepared`` prefix, the tokenizer's folder, ``vocab_size``
+        and, if the data needs it, ``eod_token_id`` filled in.
 
     Raises:
         UserError: a missing or broken source, no tokenizer, or a vocabulary that does not fit.
@@ -152,11 +156,13 @@ def prepare_data(checked: Checked, show: bool) -> Run:
         )
         if counter is not None:
             counter.__exit__()
-        folder = folder or str(tokenizer_folder)  # one trained on the first dataset serves the others
+        # A tokenizer that is trained on the first dataset serves the other datasets too.
+        folder = folder or str(tokenizer_folder)
         sources.append(source.model_copy(update={"prepared": str(prefix)}))
     vocab = config.vocab_size
     if config.tokenizer_type == "NullTokenizer" and vocab is not None:
-        vocab += 1  # Megatron-LM's: one more token, which ends a document
+        # Megatron-LM's NullTokenizer has one more token, which ends a document.
+        vocab += 1
     if folder is not None:
         vocab = check_vocabulary(config.model_copy(update={"vocab_size": vocab}), folder)
     if vocab is None and config.mock_data:
@@ -174,7 +180,7 @@ def prepare_data(checked: Checked, show: bool) -> Run:
         update={
             "datasets": sources[: len(config.datasets)],
             "test_datasets": sources[len(config.datasets) :],
-            # the folder stands for all of these
+            # The folder replaces all keys that describe the tokenizer.
             "tokenizer_config": folder,
             "tokenizer_train_vocab_size": None,
             "tokenizer_type": None,
@@ -188,13 +194,13 @@ def prepare_data(checked: Checked, show: bool) -> Run:
 
 
 def check_vocabulary(config: TrainConfig, folder: str) -> int:
-    """The size of the vocabulary: what the config and its base_model say, else the tokenizer's.
+    """The size of the vocabulary: the config's (which base_model may give), or else the tokenizer's.
 
     Args:
-        folder: of the tokenizer, or its tokenizer.json.
+        folder: the tokenizer's folder, or its tokenizer.json.
 
     Raises:
-        UserError: the tokenizer has more tokens than the model, or eod_token_id is none of them.
+        UserError: the tokenizer has more tokens than the model, or eod_token_id is not in the vocabulary.
     """
     from longspan.data.text import load_tokenizer, vocabulary_size
 
@@ -225,15 +231,16 @@ def check_vocabulary(config: TrainConfig, folder: str) -> int:
 
 
 def end_of_document(config: TrainConfig, folder: str | None) -> int:
-    """The token that ends a document, of the tokenizer in ``folder`` or of none (NullTokenizer).
+    """The number of the token that ends a document, in the tokenizer in ``folder`` or in NullTokenizer.
 
     Raises:
-        UserError: nothing names one.
+        UserError: there is no tokenizer, or it has no such token.
     """
     from longspan.data.text import eod_id, load_tokenizer
 
     if config.tokenizer_type == "NullTokenizer" and config.vocab_size is not None:
-        return config.vocab_size  # Megatron-LM's: the token behind all others
+        # Megatron-LM's NullTokenizer ends a document with the token after all other tokens.
+        return config.vocab_size
     end = eod_id(load_tokenizer(folder), folder) if folder is not None else None
     if end is None:
         names = " and ".join(name for name in STREAM_KEYS if getattr(config, name))
@@ -245,7 +252,7 @@ def end_of_document(config: TrainConfig, folder: str | None) -> int:
 
 
 def check_indexed(source: DatasetConfig, prefix: str) -> None:
-    """Refuses token files that are not there, and those whose type says what they cannot know."""
+    """Raises a UserError if token files are missing, or lack the masks that the dataset's type needs."""
     from longspan.data import IndexedDataset, open_masks
 
     IndexedDataset(prefix)
@@ -257,7 +264,7 @@ def check_indexed(source: DatasetConfig, prefix: str) -> None:
 
 
 def prepare_records(config: TrainConfig, source: DatasetConfig, folder: str | None, show: bool) -> Path:
-    """Makes the samples of a dataset of records where that is not done yet; returns their prefix."""
+    """Makes the samples of a dataset of records unless they exist. Returns the prefix of their files."""
     from longspan.data.instruct import Recipe
     from longspan.data.samples import prepare_samples
 
@@ -280,7 +287,11 @@ def prepare_records(config: TrainConfig, source: DatasetConfig, folder: str | No
 
 
 def own_tokenizer(config: TrainConfig, folder: str) -> str:
-    """The tokenizer's folder, with the config's special_tokens and chat_template in it: a copy where they are not."""
+    """The tokenizer's folder with the config's special_tokens and chat_template: a copy if it lacks them.
+
+    Raises:
+        UserError: a special token is not in the vocabulary.
+    """
     from longspan.data.chat import find_template, own_template
     from longspan.data.text import load_tokenizer, special_tokens
     from longspan.data.tokenizer_files import changed_copy, folder_of
@@ -303,7 +314,7 @@ def own_tokenizer(config: TrainConfig, folder: str) -> str:
 
 
 def trained_template(config: TrainConfig) -> tuple[str | None, str | None]:
-    """chat_template and chat_template_jinja of the run: its own, else what all of its datasets of chats agree on."""
+    """The run's chat_template and chat_template_jinja, or else those that all its datasets of chats share."""
     own = (config.chat_template, config.chat_template_jinja)
     chats = {(d.chat_template, d.chat_template_jinja) for d in config.datasets if d.type == "chat_template"}
     return chats.pop() if own == (None, None) and len(chats) == 1 else own

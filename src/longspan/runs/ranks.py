@@ -1,4 +1,4 @@
-"""The processes of a run on one machine: started together, watched, told of signals, and ended together."""
+"""The processes of a run on one machine: they are started, watched, sent signals and ended together."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ from longspan.training.stopping import Heard, heeded, outliving_reader
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-#: seconds that the others have to tell of their own when one has failed
+#: seconds that the other ranks have to print their own errors after one rank has failed
 GRACE_S = 10.0
 LOOK_S = 0.05
 
 
 def serve_store(ip: str, port: int, machines: int) -> tuple[TCPStore, int]:
-    """The store in which the ranks of all machines find each other, and its port.
+    """Starts the store through which the ranks of all machines find each other. Returns it and its port.
 
-    It listens where the ranks are and nowhere else: on one machine on the loopback interface, on several on
-    the address that the others were given. Nothing that is read from it is run or unpickled by the launcher.
+    On one machine the store listens only on the loopback interface; on several machines only on the address
+    ``ip``, unless that is no address of this machine (see ``_listen``). The launcher does not run or unpickle
+    anything that it reads from the store.
+
+    Args:
+        port: 0 takes a free port.
 
     Raises:
-        UserError: the port is taken.
+        UserError: the store cannot listen there, for example because the port is in use.
     """
     from torch.distributed import TCPStore
 
@@ -50,10 +54,10 @@ def serve_store(ip: str, port: int, machines: int) -> tuple[TCPStore, int]:
 
 
 def _listen(ip: str, port: int) -> socket.socket:
-    """A listening socket on an address of this machine; on all of them where ``ip`` is none of its own.
+    """A socket that listens on ``ip``, or on all IPv4 addresses of this machine if ``ip`` is none of them.
 
-    A name that means the loopback interface here (as many machines have their own name) means another
-    address elsewhere.
+    It also listens on all of them if ``ip`` is a host name that means the loopback interface here. Many
+    machines resolve their own name so, but on other machines this name means another address.
     """
     (family, *_, (address, *_)) = socket.getaddrinfo(ip, port, type=socket.SOCK_STREAM)[0]
     if ip == address or not ipaddress.ip_address(address).is_loopback:
@@ -68,14 +72,17 @@ def _listen(ip: str, port: int) -> socket.socket:
 def run_together(
     command: Sequence[str], environments: Mapping[int, Mapping[str, str]], kept: Sequence[int] = ()
 ) -> int:
-    """Runs one process a rank of this machine and waits for all, as long as it takes. Returns the exit code.
+    """Runs one process for each rank of this machine and waits for all, without a time limit.
 
-    A first SIGTERM, SIGINT or SIGHUP is handed on, and the ranks save and stop in their own time; a second
-    one kills them. When one fails the others are ended too.
+    A first SIGTERM, SIGINT or SIGHUP is passed on, and the ranks save and stop in their own time; a second
+    signal kills them. If one rank fails, the other ranks are ended too.
 
     Args:
         environments: rank -> its environment.
-        kept: descriptors that the ranks inherit.
+        kept: file descriptors that the ranks inherit.
+
+    Returns:
+        The exit code.
     """
     asked = Heard()
     before = {number: signal.signal(number, lambda n, _: asked.hear(n)) for number in heeded()}
@@ -96,20 +103,25 @@ def run_together(
 def start_rank(
     command: Sequence[str], environment: Mapping[str, str], kept: Sequence[int]
 ) -> subprocess.Popen:
-    """Starts one rank, in a session of its own: a terminal's Ctrl-C reaches the launcher alone, which hands it on once."""
+    """Starts one rank in its own session: only the launcher gets a terminal's Ctrl-C and passes it on."""
     return subprocess.Popen(command, env=dict(environment), pass_fds=tuple(kept), start_new_session=True)
 
 
 def _watch(ranks: Mapping[int, subprocess.Popen], asked: list[signal.Signals]) -> dict[int, int]:
-    """Waits until the ranks have ended, one has failed, or a second signal came. Returns rank -> exit code
-    of failures."""
+    """Waits until all ranks have ended, one rank has failed, or a second signal has come.
+
+    After a failure the other ranks have ``GRACE_S`` seconds to end; none if it was a mistake of the user.
+
+    Returns:
+        Failed rank -> its exit code.
+    """
     told, failures, until = False, {}, float("inf")
     while len(asked) < 2:
         alive = [rank for rank, process in ranks.items() if process.poll() is None]
         for rank, process in ranks.items():
             if process.returncode and rank not in failures:
                 failures[rank] = process.returncode
-                # a mistake of the user's has been told, and the other ranks would only tell it again
+                # Exit code 2 is a mistake of the user, which is printed already; other ranks would repeat it.
                 until = min(until, time.monotonic() + (0 if process.returncode == 2 else GRACE_S))
         if not alive or time.monotonic() >= until:
             return failures
@@ -119,26 +131,27 @@ def _watch(ranks: Mapping[int, subprocess.Popen], asked: list[signal.Signals]) -
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(ranks[rank].pid, asked[0])
             text = f"longspan: {asked[0].name}: waiting for the ranks; a second signal stops them at once"
-            with contextlib.suppress(OSError):  # such as a full disk: the ranks are saving
+            # An error such as a full disk must not end the launcher while the ranks save.
+            with contextlib.suppress(OSError):
                 print(text, file=sys.stderr, flush=True)
         time.sleep(LOOK_S)
     return failures
 
 
 def _kill(ranks: Mapping[int, subprocess.Popen]) -> None:
-    """Ends what is left, with the processes it has started."""
+    """Kills the ranks that still run, with the processes that they have started."""
     for process in ranks.values():
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     for process in ranks.values():
-        # one that waits for a device that does not answer cannot be ended
+        # A process that waits for a device that does not answer cannot be ended.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
 
 
 def _report(failures: Mapping[int, int], asked: Sequence[signal.Signals]) -> int:
-    """Tells why the ranks have ended. Returns the launcher's exit code."""
+    """Prints why the ranks have ended. Returns the launcher's exit code."""
     if len(asked) > 1:
         print(
             f"longspan: stopped at once by a second signal, {asked[1].name}; what was not saved yet is lost",
@@ -147,7 +160,8 @@ def _report(failures: Mapping[int, int], asked: Sequence[signal.Signals]) -> int
         return 1
     if not failures:
         return 0
-    if 2 in failures.values():  # a mistake of the user's, told already
+    # Exit code 2 is a mistake of the user, which a rank has printed already.
+    if 2 in failures.values():
         return 2
     if asked:
         print(f"longspan: stopped by signal {asked[0].name}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""One training from start to end on this rank: trainer, sinks, resuming, signals, and how it ends."""
+"""One training from start to end on this rank: trainer, sinks, resuming, signals, and its end."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ from longspan.training.waiting import Watch, calls_of, late, lost, place, timed_
 
 
 def train(run: Run, device: torch.device, stopping: Stopping) -> int:
-    """Trains; rank 0 speaks and writes. Returns the exit code.
+    """Trains on this rank; rank 0 prints the output and writes the records. Returns the exit code.
 
     Args:
-        stopping: hears the signals; before the first step is done they end the process, for there is nothing to save.
+        stopping: handles the signals. Before the first step is done a signal ends the process, because there
+            is nothing to save.
     """
     config, output = run.config, Path(run.config.output_dir)
     first = dist.get_rank() == 0
@@ -41,12 +42,12 @@ def train(run: Run, device: torch.device, stopping: Stopping) -> int:
     def step() -> int | None:
         return None if trainer is None else trainer.step
 
-    # an exchange of NCCL that is not answered ends the process from within
+    # NCCL ends the process without an exception if an exchange is not answered, so a thread prints the place.
     watch = Watch(config.ddp_timeout, dist.get_rank(), step) if device.type == "cuda" else None
     progress: Progress = Progress()
     metrics = Metrics([])
     try:
-        # read now: what lies beside the weights is that of the run's start, whatever becomes of those folders meanwhile
+        # The files beside the weights are read now, so that later changes in their folders have no effect.
         beside = prepare_export(run) if first and config.export_hf else None
         trainer = Trainer(run, device)
         resumed = Path(config.resume) if config.resume else None
@@ -83,7 +84,8 @@ def train(run: Run, device: torch.device, stopping: Stopping) -> int:
     except UserError:
         raise
     except Exception as error:
-        progress.close()  # a bar hides the cursor
+        # A progress bar hides the cursor, and ``leave`` ends the process before ``finally``.
+        progress.close()
         leave(error, output, config.ddp_timeout, step())
     finally:
         progress.close()
@@ -103,7 +105,7 @@ def train(run: Run, device: torch.device, stopping: Stopping) -> int:
 
 
 def missing_output(output: Path, metrics: Metrics, exported: bool) -> list[str]:
-    """What a run has written and is not there at its end: its folder vanished, or the disk was full."""
+    """The output that is missing at a run's end, a text each: its folder is gone, or the disk was full."""
     found = list(metrics.trouble)
     if not (output / CONFIG).is_file():
         found.append(f"{output / CONFIG} is gone: output_dir was removed or moved while the run went on")
@@ -113,12 +115,14 @@ def missing_output(output: Path, metrics: Metrics, exported: bool) -> list[str]:
 
 
 def leave(error: Exception, output: Path, seconds: float, step: int | None = None) -> NoReturn:
-    """Ends this process at once with exit code 1: the other ranks wait for it in a collective, and torch's own
-    tear-down may wait for them in turn.
+    """Prints the error and ends this process at once with exit code 1.
+
+    The other ranks wait for this one in a collective, and torch's own tear-down may in turn wait for them.
 
     Args:
-        seconds: ddp_timeout, for the message of an exchange that was not answered.
-        step: the optimizer steps that are done; None where there is no trainer yet.
+        output: the run's folder, for messages.
+        seconds: ddp_timeout, for the message about an unanswered exchange.
+        step: number of finished optimizer steps; None before there is a trainer.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     many = dist.is_initialized() and dist.get_world_size() > 1
@@ -128,10 +132,12 @@ def leave(error: Exception, output: Path, seconds: float, step: int | None = Non
         print(
             f"longspan: error: {name}{error.strerror or error}: {error.filename or output}", file=sys.stderr
         )
-    elif isinstance(error, NotFinite):  # on all ranks at once
+    # All ranks raise this error at once, so only the first one prints it.
+    elif isinstance(error, NotFinite):
         if rank == 0:
             print(f"longspan: error: {error}", file=sys.stderr)
-    elif isinstance(error, SafetensorError):  # how an export finds that the disk is full
+    # An export raises this error when the disk is full.
+    elif isinstance(error, SafetensorError):
         print(f"longspan: error: {name}{error}: {output}", file=sys.stderr)
     elif many and timed_out(error):
         print(f"longspan: error: {late(rank, where, seconds)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Starting the processes of a run: where, how many, and by whom."""
+"""Starts the processes of a run: on which device, how many, and by which launcher."""
 
 from __future__ import annotations
 
@@ -23,18 +23,25 @@ from longspan.training.stopping import heeded
 if TYPE_CHECKING:
     import torch
 
-#: the option of a process that a launcher has started on a prepared config: its Run is made of it as it is
+#: the option of a process that longspan starts with a prepared config, from which its Run is made unchanged
 WORKER = "--worker"
 
-#: more would keep the machine busy with starting them
+#: The most processes for each core of a machine; more would keep it busy with starting them.
 PROCESSES_PER_CORE = 64
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How the processes of a run are started."""
+    """How the processes of a run are started.
 
-    processes: int | None = None  # over all machines
+    Attributes:
+        processes: number of processes over all machines; None derives it from the config and the GPUs.
+        machines, machine_rank: number of machines, and the number of this one, from 0.
+        ip, port: address of the first machine, at which the ranks find each other; port 0 takes a free port.
+        torchrun_arguments: arguments for torchrun; if there are any, torchrun starts the processes.
+    """
+
+    processes: int | None = None
     machines: int = 1
     machine_rank: int = 0
     ip: str = "127.0.0.1"
@@ -43,20 +50,21 @@ class Launch:
 
 
 def under_torchrun() -> bool:
-    """Has a launcher started this process as one of many?"""
+    """Whether a launcher, longspan or torchrun, has started this process as one of many."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def launcher() -> int | None:
-    """The process id of the longspan that started this process as one of many; None where nobody or torchrun did."""
+    """The process id of the longspan launcher that started this process; None if torchrun or none did."""
     return int(os.environ[LAUNCHER]) if under_torchrun() and LAUNCHER in os.environ else None
 
 
 def launched_world() -> int:
-    """The number of processes a launcher started.
+    """The number of processes that the launcher started.
 
     Raises:
-        UserError: its variables are not what a launcher sets, as where one is left over in the environment.
+        UserError: the launcher's variables are incomplete or invalid, for example because one is left over in
+            the environment.
     """
     texts = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE")}
     remedy = "Start with torchrun, or unset RANK and WORLD_SIZE."
@@ -74,8 +82,8 @@ def choose_device(config: TrainConfig, launch: Launch) -> tuple[str, int]:
     """The device type and the number of processes over all machines.
 
     Raises:
-        UserError: CUDA is asked for and there are not as many GPUs as local processes, the processes do not
-            divide by the machines, or they are more than a machine can start.
+        UserError: ``device: cuda`` with fewer GPUs than local processes; a number of processes that is not a
+            multiple of the machines or differs from the launcher's; or too many processes for a machine.
     """
     device, processes = _choose(config, launch)
     if processes % launch.machines:
@@ -127,7 +135,8 @@ def start(
     """Runs ``python -m longspan ARGUMENTS`` in every local process and waits. Returns the exit code.
 
     Args:
-        kept: descriptors that the processes inherit, such as the lock on their folder.
+        processes: number of processes over all machines.
+        kept: file descriptors that the processes inherit (not with torchrun), such as the folder's lock.
     """
     local = processes // launch.machines
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -145,7 +154,7 @@ def start(
         "MASTER_ADDR": launch.ip,
         "MASTER_PORT": port,
         LAUNCHER: os.getpid(),
-        # by these torch takes the store for the launcher's, which outlives every rank
+        # With these variables torch uses the launcher's store, which outlives every rank.
         "TORCHELASTIC_RUN_ID": RUN_ID,
         "TORCHELASTIC_USE_AGENT_STORE": True,
         "TORCHELASTIC_RESTART_COUNT": 0,
@@ -158,11 +167,15 @@ def start(
     try:
         return run_together([sys.executable, *command], environments, kept)
     finally:
-        del store  # until here the ranks needed it
+        # The ranks needed the store until here.
+        del store
 
 
 def _torchrun(launch: Launch, command: list[str], local: int) -> int:
-    """torchrun with the user's arguments; the numbers of processes and machines are ours unless they name them."""
+    """Runs torchrun with the user's arguments. Returns the exit code.
+
+    The numbers of processes and machines are those of ``launch`` unless the arguments give them.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
@@ -177,7 +190,7 @@ def _torchrun(launch: Launch, command: list[str], local: int) -> int:
             "--master-port": launch.port,
         }
     named = option_names(given)
-    # the machines find each other another way
+    # With these options torchrun itself finds the machines, so it gets no address and no machine rank.
     if named & {"--rdzv-endpoint", "--rdzv-backend", "--standalone"}:
         ours = {name: ours[name] for name in ("--nproc-per-node", "--nnodes") if name in ours}
     for name, value in torchrun_settings().items():
@@ -190,28 +203,31 @@ def _torchrun(launch: Launch, command: list[str], local: int) -> int:
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return 2 if failure.exitcode == 2 else 1
-    except SystemExit as error:  # its own parser
+    # torchrun's option parser ends in this way.
+    except SystemExit as error:
         return 2 if error.code else 0
     return 0
 
 
 def option_names(given: Sequence[str]) -> set[str]:
-    """The options among torchrun's arguments, which it takes with dashes and with underscores."""
+    """The names of the options in torchrun's arguments, with dashes; torchrun also accepts underscores."""
     return {a.partition("=")[0].replace("_", "-") for a in given if a.startswith("-")}
 
 
 def torchrun_settings() -> dict[str, str]:
-    """Environment variables by which torchrun leaves ignored signals ignored (nohup), and waits for a step to be saved."""
+    """Variables that make torchrun leave ignored signals ignored (nohup), and wait until a step is saved."""
     stopping = ",".join([number.name for number in heeded()] + ["SIGQUIT"])
     return {
         "TORCHELASTIC_SIGNALS_TO_HANDLE": stopping,
-        "PET_SIGNALS_TO_HANDLE": stopping,  # what stands for torchrun's argument, which is written over the other one
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(7 * 24 * 3600),  # a week, in seconds
+        # This variable replaces torchrun's argument, with which torchrun overwrites the variable above.
+        "PET_SIGNALS_TO_HANDLE": stopping,
+        # a week, in seconds
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(7 * 24 * 3600),
     }
 
 
 def end_with_launcher() -> None:
-    """Has this process end with the launcher that started it, longspan or torchrun; a shell that did may go."""
+    """Makes this process end when its launcher (longspan or torchrun, but not a shell) ends."""
     if launcher() is not None or (under_torchrun() and "TORCHELASTIC_RUN_ID" in os.environ):
         end_with_parent(launcher())
 
@@ -229,10 +245,10 @@ class ProcessesFailed(RuntimeError):
 
 
 def read_run(path: str) -> Run:
-    """The Run of a config that the launcher has prepared and written, in one of the processes it starts.
+    """The Run of a config that the launcher has prepared and written, for a process that it started.
 
     Raises:
-        UserError: the file cannot be read, or another number of processes was started than it is for.
+        UserError: the file cannot be read, or the number of started processes is not that of the config.
     """
     run = Run.of(load_config(path))
     if (world := launched_world()) != run.sizes.world_size:
@@ -244,9 +260,12 @@ def read_run(path: str) -> Run:
 
 @contextmanager
 def joined(run: Run) -> Iterator[torch.device]:
-    """The process group of a launched process; gives the device it computes on.
+    """A context in which a launched process belongs to the process group.
 
-    An error ends the process with a message, as in training.
+    A RuntimeError ends the process with a message, as in training.
+
+    Yields:
+        The device on which the process computes.
     """
     end_with_launcher()
     import torch
@@ -267,7 +286,7 @@ def joined(run: Run) -> Iterator[torch.device]:
 
 
 def quiet_logs() -> None:
-    """Hides what torch says to its own developers; errors stay."""
+    """Hides log messages and warnings that torch has for its own developers; errors are still shown."""
     import logging
     import warnings
 

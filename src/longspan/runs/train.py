@@ -1,4 +1,4 @@
-"""A training from a Checked to its end: the folder is claimed, the processes start or are joined."""
+"""A training from a Checked to its end: locks the run's folder, and starts the processes or joins them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,17 @@ WRITTEN_BY = "# written by longspan"
 
 
 def start_or_join(checked: Checked, launch: Launch) -> int:
-    """Trains in this process where a launcher started it or one is enough; else starts the processes."""
+    """Trains in this process if a launcher started it or if one process is enough; else starts the processes.
+
+    Returns:
+        The exit code.
+    """
     alone = checked.sizes.world_size == 1 and launch.machines == 1 and not launch.torchrun_arguments
     if under_torchrun() or alone:
         return join(checked)
     output = Path(checked.config.output_dir)
-    # of the launchers of a job the first holds the folder that they may share; among torchrun's the first rank does
+    # The launchers of a job may share the folder, so only the first launcher locks it; with torchrun, the
+    # first rank does.
     first = launch.machine_rank == 0 and not launch.torchrun_arguments
     with ExitStack() as until_the_end:
         lock = until_the_end.enter_context(claim(output)) if first else None
@@ -44,13 +49,17 @@ def start_or_join(checked: Checked, launch: Launch) -> int:
         else:
             path = Path(until_the_end.enter_context(tempfile.TemporaryDirectory())) / CONFIG
             path.write_text(to_yaml(run.config), encoding="utf-8")
-        # the ranks hold the lock too: it lasts as long as any process that can write
+        # The ranks hold the lock too, so that it lasts as long as any process that can write.
         kept = [] if lock is None else [lock]
         return start(launch, run.sizes.world_size, ["train", str(path), WORKER], run.device, kept)
 
 
 def claim(output: Path) -> AbstractContextManager[int | None]:
-    """Holds a run's folder, as :func:`longspan.training.lock.hold` does; one with a foreign config.yaml is refused."""
+    """Locks a run's folder with :func:`longspan.training.lock.hold`.
+
+    Raises:
+        UserError: longspan did not write the folder's config.yaml, or the folder cannot be locked or read.
+    """
     path = output / CONFIG
     try:
         foreign = path.is_file() and not path.read_text(encoding="utf-8").startswith(WRITTEN_BY)
@@ -74,13 +83,13 @@ def write_config(config: TrainConfig, output: Path) -> Path:
 
 
 def join(checked: Checked | Run) -> int:
-    """Trains as one rank of the world (or as the whole world, when it is one process).
+    """Trains as one rank of a run, or as its only process. Returns the exit code.
 
     Args:
-        checked: a Run where the process that started this one has prepared it.
+        checked: a Run if the launcher has prepared it.
 
     Raises:
-        UserError: on every rank, with what any of them found.
+        UserError: on every rank, with the problems that any rank found.
     """
     started_by, alone = launcher(), checked.sizes.world_size == 1 and not under_torchrun()
     end_with_launcher()
@@ -122,10 +131,13 @@ def join(checked: Checked | Run) -> int:
 
 
 def prepare_together(checked: Checked | Run, local_rank: int, hold: Callable[[], None]) -> Run:
-    """One process a machine does :func:`prepare`, unless the launcher has; the others wait for it, for as long as it takes.
+    """One process of each machine calls :func:`prepare`, unless the launcher has; others wait up to a day.
 
     Args:
-        hold: takes the run's folder; called on the first rank.
+        hold: locks the run's folder; called on the first rank.
+
+    Raises:
+        UserError: on every rank, with the problems that any rank found.
     """
     import datetime
 
@@ -147,5 +159,6 @@ def prepare_together(checked: Checked | Run, local_rank: int, hold: Callable[[],
     dist.destroy_process_group(waiting)
     if trouble := [problem for _, problems in found for problem in problems]:
         close_distributed()
-        raise UserError(dict.fromkeys(trouble))  # the first rank tells
+        # All ranks raise the same error, so that the first one can print it.
+        raise UserError(dict.fromkeys(trouble))
     return found[dist.get_rank() - local_rank][0]

@@ -1,9 +1,9 @@
-"""The first steps at the config's layout and on one process, side by side.
+"""Compares the first steps at the config's layout with the same steps on one process.
 
-Both runs start from the same config, weights and data, in float64. The layout's run uses the
-config's kernels; the reference is one process with the plain ``math`` kernel, so what is
-compared shares neither the cutting nor the kernel. Compared are the losses of all steps, the
-gradient norms, the evaluation, and every whole gradient of the first step.
+Both runs start from the same config, weights and data, in float64 or float32. The layout's run uses the
+config's kernels; the reference is one process with the plain ``math`` kernel, so the two runs share neither
+the layout nor the kernel. The losses and gradient norms of all steps, the evaluation, and every whole
+gradient of the first step (with LoRA of the last step) are compared.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from longspan.runs.start import WORKER, Launch, ProcessesFailed, joined, start
 if TYPE_CHECKING:
     from longspan.mesh.mesh import ParallelMesh
 
-#: relative, against the one-process reference
+#: the largest relative errors against the reference on one process
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4}
 EVALUATION_SAMPLES = 4
-#: steps looked at beyond the run's own for one in which a token counts
+#: number of steps after the run's own that are searched for steps in which a token counts
 MORE_STEPS = 100
 
 
 def variants(run: Run, everything: bool) -> list[Run]:
-    """The runs to compare: the config's own, or one for each communication type and layout that fits.
+    """The runs to compare: the config's own run, or one for each communication type and layout that fits.
 
     Raises:
-        UserError: everything is asked for where context parallelism is off.
+        UserError: ``everything`` without context parallelism.
     """
     if not everything:
         return [run]
@@ -80,7 +80,7 @@ def one_process(run: Run) -> Run:
         hierarchical_context_parallel_sizes=None,
         hybrid_context_parallel=False,
         max_seqlen_per_dp_cp_rank=None,
-        # the keys that save memory are held against doing without them
+        # The keys that save memory are off, so that their results are compared with results without them.
         gradient_checkpointing=False,
         activation_offloading=False,
         offload_params=False,
@@ -91,11 +91,18 @@ def one_process(run: Run) -> Run:
 
 
 def measure(run: Run, device, steps: int, mesh: ParallelMesh | None = None) -> dict:
-    """Losses, gradient norms, evaluation and whole gradients of the first step (with LoRA of the last one, because the
-    gradient of A is zero until B has changed). Collective.
+    """Trains ``steps`` steps, and measures what is compared. Collective.
 
-    Steps in which no token counts are passed over, and those behind the run's last one taken where they are needed:
-    the data begins again. Without warm-up each step changes the weights.
+    Steps in which no token counts are skipped. If needed, steps after the run's last one are used, for which
+    the data begins again. There is no warm-up, so that each step changes the weights.
+
+    Returns:
+        losses and norms (one number for each step); evaluation and evaluation_tokens; gradients (parameter's
+        name -> whole gradient, on the first rank only). The gradients are those of the first step; with LoRA
+        those of the last step, because the gradient of A is zero until B has changed.
+
+    Raises:
+        UserError: too few steps have a token that counts.
     """
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
@@ -124,7 +131,8 @@ def measure(run: Run, device, steps: int, mesh: ParallelMesh | None = None) -> d
                 if not parameter.requires_grad:
                     continue
                 assert isinstance(parameter.grad, DTensor)
-                whole = parameter.grad.full_tensor().cpu().clone()  # clipping works in place
+                # Clipping changes the gradient in place, so a copy is kept.
+                whole = parameter.grad.full_tensor().cpu().clone()
                 if first:
                     result["gradients"][name] = whole
         rate = learning_rate(run.config, step, last, warmup=0)
@@ -145,13 +153,14 @@ def verify_run(
     """Compares the run's layout, or every one that fits its mesh (``everything``), with one process.
 
     Args:
-        say: is given a line at the beginning of each part.
+        say: called with a line of text at the beginning of each part.
 
     Returns:
         The result of each comparison, see :func:`errors`.
 
     Raises:
-        UserError: something does not fit, or the processes of the layout failed.
+        UserError: something does not fit.
+        ProcessesFailed: the processes of the layout failed.
     """
     if dtype not in TOLERANCES:
         raise UserError(f"dtype {dtype!r}: one of {', '.join(TOLERANCES)}.")
@@ -175,16 +184,15 @@ def verify_run(
 
 
 def work(runs: list[Run], steps: int, result: Path) -> int:
-    """One rank of the layout's runs; rank 0 writes the results."""
+    """Measures the layout's runs on one rank; rank 0 writes the results. Returns the exit code."""
     import torch
     import torch.distributed as dist
 
     from longspan.mesh.mesh import ParallelMesh
 
     with joined(runs[0]) as device:
-        meshes: dict[
-            MeshSizes, ParallelMesh
-        ] = {}  # groups take threads, so runs that are cut alike share them
+        # Process groups take threads, so runs of the same sizes share one mesh.
+        meshes: dict[MeshSizes, ParallelMesh] = {}
         measured = []
         for run in runs:
             if run.sizes not in meshes:
@@ -196,12 +204,12 @@ def work(runs: list[Run], steps: int, result: Path) -> int:
 
 
 def relative(a: float, b: float) -> float:
-    """The difference over the reference's absolute value."""
+    """The absolute difference of a and the reference b, divided by the absolute value of b."""
     return abs(a - b) / max(abs(b), 1e-300)
 
 
 def largest(errors: Iterable[float]) -> float:
-    """The largest error; a NaN, which is no comparison, counts as larger than all numbers."""
+    """The largest error; NaN counts as larger than all numbers, because it means that a comparison failed."""
     return max(errors, key=_with_nan_last)
 
 
@@ -210,7 +218,7 @@ def _with_nan_last(error: float) -> tuple[bool, float]:
 
 
 def compare(runs: list[Run], steps: int, result: Path) -> list[dict]:
-    """Runs the reference in this process and holds the layout's results against it."""
+    """Runs the reference in this process and compares the layout's results with it, see :func:`errors`."""
     import torch
 
     from longspan.mesh.mesh import close_distributed, init_distributed
@@ -223,13 +231,20 @@ def compare(runs: list[Run], steps: int, result: Path) -> list[dict]:
 
 
 def errors(run: Run, steps: int, got: dict, expected: dict) -> dict:
-    """One run's result beside the reference's."""
+    """Compares one run with the reference.
+
+    Args:
+        got, expected: the results of :func:`measure` for the run and for the reference.
+
+    Returns:
+        A dict of the compared runs, the largest errors (relative), the tolerance, the losses, and passed.
+    """
     losses = list(map(relative, got["losses"], expected["losses"]))
-    # without a token that counts, which both must find, there is no loss to compare
+    # If both evaluations have no token that counts, there is no loss to compare.
     compared = bool(got["evaluation_tokens"] or expected["evaluation_tokens"])
     if compared:
         losses.append(relative(got["evaluation"], expected["evaluation"]))
-    # a gradient that is zero but for rounding is measured against the largest of all, not against itself
+    # A gradient that is zero except for rounding is measured by the largest gradient, not by itself.
     wholes = {name: whole.double() for name, whole in expected["gradients"].items()}
     least = 1e-5 * max(whole.abs().max().item() for whole in wholes.values())
     gradients = {
@@ -259,6 +274,6 @@ def errors(run: Run, steps: int, got: dict, expected: dict) -> dict:
         "eval_loss": got["evaluation"] if compared else None,
         "reference_eval_loss": expected["evaluation"] if compared else None,
         "eval_tokens": expected["evaluation_tokens"],
-        # a NaN is not within any tolerance
+        # The comparison is false for NaN, so a NaN does not pass.
         "passed": all(value <= TOLERANCES[dtype] for value in numbers.values()),
     }

@@ -1,4 +1,4 @@
-"""What a run prints at its start and at its end: what will run, in about ten lines, and what came of it."""
+"""The lines that a run prints at its start (what will run, in about ten lines) and at its end (results)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from longspan.training.trainer import Trainer
 
 def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: int, tested: int, steps: int, warmup: int,
            device: torch.device, local_rows: int, filling: str, learned: str, output: Path) -> str:  # fmt: skip
-    """The lines rank 0 prints before the first step.
+    """The lines that rank 0 prints before the first step.
 
     Args:
-        parameters: of the whole model, vocabulary padding included; trained: those that change.
-        samples, held_out, tested: sequences an epoch, of an evaluation, and of the test at the end.
-        local_rows: tokens of a sequence on one rank, padding included.
-        filling: what a sequence is made of.
-        learned: how many samples there are, and how many of their tokens are learned.
+        parameters: number of parameters of the whole model, vocabulary padding included.
+        trained: number of parameters that are trained.
+        samples, held_out, tested: numbers of sequences of an epoch, held out, and for the test at the end.
+        local_rows: number of tokens of a sequence on one rank, padding included.
+        filling: text on what a sequence is made of.
+        learned: text on the numbers of samples and of learned tokens.
     """
     c, sizes, model, batch, precision = run.config, run.sizes, run.model, run.batch, run.precision
     kernel, reason = select_kernel(
@@ -85,10 +86,10 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
 
 
 def memory_lines(run: Run, device_type: str) -> list[str]:
-    """What the keys come to on a device, for the banner.
+    """The effects of the memory keys on a device, for the banner.
 
-    On the CPU nothing can be moved to the CPU's memory. That is said, not refused: a config made for GPUs runs there
-    unchanged, with the same numbers.
+    On the CPU nothing can be moved to the CPU's memory. The banner mentions this, and the run is not refused,
+    so that a config made for GPUs runs there unchanged, with the same numbers.
     """
     memory = run.memory
     lines = [f"recompute {memory.recompute}"]
@@ -113,7 +114,7 @@ def memory_lines(run: Run, device_type: str) -> list[str]:
 
 
 def _without_effect(run: Run, steps: int, warmup: int) -> str:
-    """What is odd about a schedule: rates that change nothing, or a peak that is never reached."""
+    """A note on learning rates that change nothing or never reach their peak; empty for other rates."""
     if not any(learning_rate(run.config, step, steps, warmup) for step in range(1, min(2, steps) + 1)):
         why = ": the only step is the first of the warm-up" if warmup and run.config.learning_rate else ""
         return f"; WARNING: the learning rate is 0 in every step{why}, so this run changes nothing"
@@ -121,7 +122,7 @@ def _without_effect(run: Run, steps: int, warmup: int) -> str:
 
 
 def megatron_line(run: Run) -> str:
-    """The sizes as Megatron-LM prints them first."""
+    """The line of sizes that Megatron-LM prints first."""
     sizes = run.sizes
     levels = (
         f"hierarchical context-parallel sizes: {list(sizes.hierarchical_cp)}, "
@@ -155,7 +156,7 @@ def start_lines(trainer: Trainer, output: Path) -> str:
 
 
 def filling(trainer: Trainer) -> str:
-    """What a sequence is made of, and which samples are missing in it."""
+    """A text on what a sequence is made of, and on samples that were too long."""
     data, config = trainer.train_data, trainer.run.config
     what = "samples and documents" if None in data.masks else "samples"
     if not data.has_samples:
@@ -172,7 +173,7 @@ def filling(trainer: Trainer) -> str:
 
 
 def learned(trainer: Trainer) -> str:
-    """How much there is to learn in the training data."""
+    """A text on the numbers of samples and of learned tokens in the training data."""
     data = trainer.train_data
     what = "samples" if data.has_samples and None not in data.masks else "documents"
     what = "samples and documents" if data.has_samples and None in data.masks else what
@@ -180,7 +181,7 @@ def learned(trainer: Trainer) -> str:
 
 
 def last_lines(summary: dict, trainer: Trainer, output: Path, exported: bool) -> str:
-    """What happened, where it is, and what to try next."""
+    """The lines at the end of a run: the results, where the files are, and what to try next."""
     config = trainer.run.config
     stopped = trainer.step < trainer.steps
     loss = f"loss: {loss_text(summary['loss'])} in the last step"

@@ -1,4 +1,4 @@
-"""The parts of a run on this rank, from its config: groups, model, optimizer, and who cuts the data."""
+"""Builds the parts of a run on this rank from its config: groups, model, and the sharder that cuts data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from longspan.weights import fill
 def groups_of(run: Run, mesh: ParallelMesh) -> ProcessGroupCollection:
     """The process groups of the run's model.
 
-    In a hybrid run a sample is cut over as many of all dp x cp ranks as it needs, so these are its cp group.
+    In a hybrid run a sample may be cut over any of the dp x cp ranks, so all of these form the cp group.
     """
     if not run.config.hybrid_context_parallel:
         return mesh.groups
@@ -31,13 +31,15 @@ def groups_of(run: Run, mesh: ParallelMesh) -> ProcessGroupCollection:
 def build_model(
     run: Run, mesh: ParallelMesh, groups: ProcessGroupCollection, device: torch.device
 ) -> GPTModel:
-    """The model, sharded over the mesh and filled. Collective.
+    """Builds the model, shards it over the mesh and fills its weights. Collective.
 
     Raises:
-        UserError: its weights cannot be had, or are those of another model.
+        UserError: the weights are not available or belong to another model; or there is no compiler for
+            torch_compile.
     """
     config, memory = run.config, run.memory
-    if device.type == "cuda":  # for the whole process, as PyTorch has it
+    if device.type == "cuda":
+        # PyTorch has this setting only for the whole process.
         torch.set_float32_matmul_precision("high" if run.precision.tf32 else "highest")
     compute_dtype = getattr(torch, run.precision.compute_dtype) if run.precision.mixed else None
     with torch.device("meta"):
@@ -69,11 +71,11 @@ def build_model(
 def make_sharder(
     run: Run, groups: ProcessGroupCollection, plan: Callable[[SequenceLayout], None]
 ) -> Sharder | HybridSharder:
-    """Who cuts the micro-batches for this rank.
+    """The sharder that cuts the micro-batches for this rank.
 
     Args:
-        groups: of :func:`groups_of`.
-        plan: is called with every new layout, ahead of its use.
+        groups: the result of :func:`groups_of`.
+        plan: called with every new layout before the layout is used.
     """
     if run.config.hybrid_context_parallel:
         return HybridSharder(run, dist.get_rank(groups.cp), dist.get_world_size(groups.cp), plan)

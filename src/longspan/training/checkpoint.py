@@ -1,14 +1,15 @@
-"""Checkpoints by torch's distributed checkpoint (DCP): whole or absent, loadable at any layout.
+"""Checkpoints by torch's distributed checkpoint (DCP): complete or absent, loadable at any layout.
 
     checkpoints/step_00000100/   .metadata and one .distcp file a rank (DCP), longspan.json, checksums.json
     checkpoints/latest           one line: the newest name
 
-A checkpoint is written under a hidden name beside and renamed when it is whole, so a kill
-at any moment leaves it whole or absent. Writing goes on in a thread while training does: the
-step waits only for a copy of the state in memory. Weights and optimizer state are DTensors,
-so DCP reshards them to whatever layout loads them; ``longspan.json`` says what was trained. ``checkpoint_files`` has the
-files' format, ``checkpoint_folder`` finds a checkpoint, ``description`` compares it with a run.
-Frozen weights stay out: of a run with adapters a checkpoint holds the adapters and names the base model.
+A checkpoint is written under a hidden name in the same folder and renamed when it is complete, so a
+kill at any moment leaves it complete or absent. A thread writes it while training goes on: the step
+waits only for a copy of the state in memory. Weights and optimizer state are DTensors, so DCP reshards
+them to the layout that loads them; ``longspan.json`` describes what was trained. ``checkpoint_files``
+has the files' format, ``checkpoint_folder`` finds a checkpoint, ``description`` compares it with a run.
+Frozen weights are left out: if a run trains adapters, its checkpoints hold the adapters and name the
+base model.
 """
 
 from __future__ import annotations
@@ -72,26 +73,26 @@ __all__ = [
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written; earlier ones are as they were."""
+    """A checkpoint could not be written; earlier checkpoints are unchanged."""
 
 
 # --- reading --------------------------------------------------------------------------------
 
 
 def verify(path: Path, checksums: bool = True, option: str = "resume") -> Metadata:
-    """Refuses a checkpoint whose files are not as they were written; collective where there is a process group.
+    """Refuses a checkpoint whose files have changed; collective if there is a process group.
 
-    The ranks share the reading, so that it costs one parallel read of the checkpoint.
+    The ranks share the reading, so that the checkpoint is read once, in parallel.
 
     Args:
-        checksums: False looks at DCP's metadata alone (``verify_checkpoint: false``).
-        option: what named the checkpoint, for messages.
+        checksums: False checks only DCP's metadata (``verify_checkpoint: false``).
+        option: the option that named the checkpoint, for messages.
 
     Returns:
         DCP's metadata, for ``read_tensors``.
 
     Raises:
-        UserError: with the files' names, the same on all ranks.
+        UserError: files have changed or cannot be read; with their names, the same on all ranks.
     """
     together = dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
@@ -127,46 +128,50 @@ def load(
     checksums: bool = True,
     option: str = "resume",
 ) -> None:
-    """Loads weights, optimizer state (unless None) and random number states; collective, from any layout.
+    """Loads a checkpoint that was made at any layout; collective.
 
     Args:
+        optimizer: receives the optimizer state; None does not load it.
+        rng: load the state of the random numbers.
         checksums: compare the files with their checksums first.
-        option: what named the checkpoint, for messages.
+        option: the option that named the checkpoint, for messages.
 
     Raises:
-        UserError: the files are damaged or hold something else; the same on all ranks.
+        UserError: the files are damaged or hold other tensors; the same on all ranks.
     """
     metadata = verify(path, checksums, option)
     state: dict[str, Any] = {"model": trained_state(model)}
     own_optimizer: dict[str, Any] = {}
     if optimizer is not None:
         own_optimizer = optimizer_state(model, optimizer)
-        # without the groups' settings, which older checkpoints hold as pickles: they are the config's
+        # The groups' settings are not read: they follow from the config, and older checkpoints pickled them.
         state["optimizer"] = _tensors(own_optimizer)
     own = f"rng.{dist.get_rank()}"
-    if rng and own in metadata.state_dict_metadata:  # at another number of ranks each starts from its seed
+    # A rank that the checkpoint does not have starts from its seed.
+    if rng and own in metadata.state_dict_metadata:
         state[own] = torch.get_rng_state()
     read_tensors(path, state, metadata, option)
-    # frozen weights are missing there
+    # The load is not strict, because frozen weights are not in the checkpoint.
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     if optimizer is not None:
-        # the moments are the checkpoint's; weight decay, betas and the like are the config's, as the learning rate is
+        # The moments come from the checkpoint; learning rate, weight decay, betas and so on from the config.
         set_optimizer_state_dict(model, optimizer, own_optimizer | state["optimizer"], options=FLAT)
     if own in state:
         torch.set_rng_state(state[own])
 
 
-#: Optimizer state has one level of names, so that the stages of a pipeline add theirs to one checkpoint without a clash.
+#: Optimizer state has one level of names, so that pipeline stages can share a checkpoint without a clash.
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's tensors as ``state.NAME.exp_avg``, by the parameters' names, and the groups' settings.
 
-    An optimizer that has not stepped is left as if it had not.
+    An optimizer without a step still counts no step afterwards.
     """
     if not optimizer.state:
-        # torch makes the missing state by a step with learning rate and gradients of zero, which Adam counts
+        # torch makes missing state by a step with learning rate and gradients of zero. Adam counts this step,
+        # so the count is set back.
         get_optimizer_state_dict(model, optimizer)
         for held in optimizer.state.values():
             held["step"].zero_()
@@ -174,7 +179,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def _tensors(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of an optimizer's flat state; the groups' settings are the config's and no part of a checkpoint."""
+    """The tensors of an optimizer's flat state, without the groups' settings, which come from the config."""
     return {name: value for name, value in optimizer.items() if name.startswith("state.")}
 
 
@@ -182,7 +187,7 @@ def _tensors(optimizer: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_text(description: dict[str, Any]) -> str:
-    """The text of ``longspan.json``, for a checkpoint that has checksums."""
+    """The text of ``longspan.json`` for a checkpoint with checksums."""
     return json.dumps(description | {"checksums": CHECKSUMS}, indent=2)
 
 
@@ -191,28 +196,30 @@ class Checkpointer:
 
     Args:
         folder: ``output_dir/checkpoints``.
-        keep: how many of the newest stay; None keeps all.
+        keep: number of newest checkpoints that are kept; None keeps all.
         background: write in a thread while training goes on.
     """
 
     def __init__(self, folder: Path, keep: int | None = None, background: bool = True):
         self.folder, self.keep, self.background = folder, keep, background
         self.first = dist.get_rank() == 0
-        # of its own: the writing thread's messages must not meet the training's
+        # The writing thread has its own group, because its messages must not mix with those of training.
         self.group = dist.new_group(backend="gloo") if background else None
         self.pending: tuple[Path, Future] | None = None
-        self.named: Path | None = None  # what was last given its name, on the first rank
-        if self.first:  # what a kill left behind
+        # the checkpoint that was last given its final name; only on the first rank
+        self.named: Path | None = None
+        if self.first:
+            # A killed run may have left these folders.
             for leftover in [*folder.glob(".step_*.partial"), *folder.glob(".step_*.removed")]:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, description: dict[str, Any]
     ) -> Path:
-        """Starts writing the state of a step. Returns where it will be.
+        """Starts writing the state of a step. Returns the path that the checkpoint will have.
 
         Raises:
-            SaveError: an earlier save failed, or this one could not start.
+            SaveError: an earlier save failed, or this one could not start or, without ``background``, failed.
         """
         self.finish()
         self.named = None
@@ -236,8 +243,8 @@ class Checkpointer:
         }
         writer = SummingWriter(partial, to_text(description))
         if self.background:
-            # a copy of our own: tensors that are on the CPU already would be written while they change; DCP copies the
-            # others to the CPU itself before it returns
+            # Tensors on the CPU are copied here, because otherwise they would change while they are written.
+            # DCP itself copies the other tensors to the CPU before it returns.
             future = dcp.async_save(tree_map(_copy, state), storage_writer=writer, process_group=self.group)
             self.pending = (final, future)
         else:
@@ -251,10 +258,10 @@ class Checkpointer:
         return final
 
     def finish(self) -> Path | None:
-        """Waits until the last save is whole and named. Returns it.
+        """Waits until the last save is complete and has its final name. Returns its path, or None.
 
         Raises:
-            SaveError: it could not be written; what was there before is untouched.
+            SaveError: it could not be written; earlier checkpoints are unchanged.
         """
         if self.pending is None:
             return None
@@ -271,24 +278,30 @@ class Checkpointer:
         found = next((text for text in told if text), None)
         if found:
             there = next(parent for parent in final.parents if parent.exists())
-            free = shutil.disk_usage(there).free / 2**20  # PyTorch does not say that a disk is full
+            # The message names the free space, because PyTorch does not report that a disk is full.
+            free = shutil.disk_usage(there).free / 2**20
             if self.first:
                 shutil.rmtree(self._partial(final), ignore_errors=True)
             raise SaveError(f"cannot write {final}: {found} ({free:,.0f} MiB were free there)")
         return final
 
     def settle(self) -> None:
-        """Names a save whose writing has ended; cheap, no communication. ``finish`` reports what went wrong."""
+        """Gives a save whose writing has ended its final name; cheap, without communication.
+
+        Errors are left to ``finish``, which reports them.
+        """
         if self.first and self.pending and self.pending[1].done() and not self.pending[1].exception():
             final = self.pending[0]
             if self.named != final:
-                with contextlib.suppress(OSError):  # finish tries again
+                # After an error ``finish`` tries again.
+                with contextlib.suppress(OSError):
                     self._name(final)
 
     def _name(self, final: Path) -> None:
-        # the checksums are written last, after all ranks' files: what the first rank sees done is whole
+        # The checksums are written last, after the files of all ranks, so a finished save is complete.
         if self._partial(final).is_dir():
-            shutil.rmtree(final, ignore_errors=True)  # the same step of an earlier run
+            # An earlier run may have saved the same step.
+            shutil.rmtree(final, ignore_errors=True)
             os.rename(self._partial(final), final)
         elif not final.is_dir():
             raise FileNotFoundError(errno.ENOENT, "it was removed or moved while it was written", str(final))
@@ -300,9 +313,10 @@ class Checkpointer:
         return final.with_name(f".{final.name}.partial")
 
     def _prune(self, newest: Path) -> None:
-        """Removes all but the newest checkpoints; each loses its name before its files.
+        """Removes all but the newest checkpoints; each loses its name before its files are removed.
 
-        Those of later steps stay until this run comes to them: it went on from an earlier one, and may be the worse try.
+        Checkpoints of later steps are kept until this run reaches these steps: it has continued from an
+        earlier checkpoint, and may turn out to be worse than the run that wrote them.
         """
         if self.keep is None:
             return

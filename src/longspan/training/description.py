@@ -1,4 +1,4 @@
-"""``longspan.json`` of a checkpoint: what was trained, how far, and whether it fits a run."""
+"""``longspan.json``, a checkpoint's description: what was trained, to which step, and which run it fits."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from longspan.errors import UserError
 from longspan.training.adapters import adapter_description, adapter_problems
 from longspan.training.checkpoint_files import DESCRIPTION
 
-#: what must be the same, beside the architecture's numbers, for a run to go on as if it had not stopped
+#: keys that, besides the architecture's numbers, must be the same if a run is to continue as if never stopped
 SETTINGS = ("sequence_len", "sample_packing", "seed", "val_set_size")
-#: what must be the same too where samples are trained on
+#: further such keys if the run trains on samples
 SAMPLE_SETTINGS = ("train_on_inputs", "excess_length_strategy")
 
-#: no run counts further
+#: a number that is larger than any count of a run
 MOST = 1 << 53
 
 
 def describe(path: Path, option: str = "resume") -> dict[str, Any]:
-    """What ``longspan.json`` holds of a checkpoint, each value of the type and range it must have.
+    """Reads ``longspan.json`` of a checkpoint, and checks the types and ranges of its values.
 
     Args:
-        option: what named the checkpoint, for messages.
+        option: the option that named the checkpoint, for messages.
 
     Raises:
-        UserError: it cannot be read, or holds what no run writes.
+        UserError: the file cannot be read, or holds values that no run writes.
     """
     try:
         found = read_description(path)
@@ -55,10 +55,11 @@ def describe(path: Path, option: str = "resume") -> dict[str, Any]:
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The JSON of ``longspan.json``, with the entries that every checkpoint has.
+    """Reads the JSON of ``longspan.json``.
 
     Raises:
-        OSError, ValueError: it cannot be read.
+        OSError: the file cannot be read.
+        ValueError: it is no valid JSON, or lacks an entry that every checkpoint has.
     """
     text = (path / DESCRIPTION).read_text(encoding="utf-8")
     try:
@@ -76,13 +77,13 @@ def _no_number(name: str) -> float:
 
 
 def _odd_values(found: dict[str, Any]) -> list[str]:
-    """What is wrong with a description, a text each."""
+    """The invalid values of a description, a text each."""
     odd = [
         f"{name} {_short(found[name])}" for name in ("model", "settings") if not isinstance(found[name], dict)
     ]
     for name, least in (("step", 0), ("tokens", 0), ("global_batch_size", 1)):
         value = found.get(name, 0 if name == "tokens" else None)
-        # weights that were converted have no batch
+        # A checkpoint that was converted from a model has no batch size.
         if not (_is_count(value, least) or (name == "global_batch_size" and value is None)):
             odd.append(f"{name} {_short(value)}")
     if not odd:
@@ -92,7 +93,7 @@ def _odd_values(found: dict[str, Any]) -> list[str]:
 
 
 def _model_keys(description: dict[str, Any]) -> dict[str, Any]:
-    """The config keys of the model that a description holds, which is what an older one records of them."""
+    """The config keys of the model that a description holds; an older description holds fewer of them."""
     values = description["model"] | description["settings"]
     values |= {
         name: description[name]
@@ -104,7 +105,7 @@ def _model_keys(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_of_model(description: dict[str, Any]) -> TrainConfig:
-    """A config with the keys of a checkpoint's model, as far as :func:`describe` found them; the others are defaults."""
+    """A config with the model's keys that :func:`describe` has read; the other keys have their defaults."""
     return TrainConfig.model_construct(**_model_keys(description))
 
 
@@ -134,8 +135,9 @@ def _is_count(value: Any, least: int) -> bool:
 
 
 def _fits(name: str, value: Any) -> bool:
-    """Is this a value that the config's key of that name can have?"""
-    if value is None:  # not every architecture has every field
+    """Whether the config's key of this name can have this value."""
+    # Not every architecture has every field, so any key can be None.
+    if value is None:
         return True
     if isinstance(value, int) and abs(value) >= MOST:
         return False
@@ -159,27 +161,28 @@ def _short(value: Any) -> str:
 
 
 def check_fits(path: Path, now: dict[str, Any], weights_only: bool) -> dict[str, Any]:
-    """Refuses a checkpoint of another model, and (unless only weights are taken) of another batch or data.
+    """Refuses a checkpoint of another model or, unless ``weights_only``, of another batch or other data.
 
     Args:
-        now: what this run would write as its own description.
+        now: the description that this run would write.
 
     Returns:
         The checkpoint's description.
 
     Raises:
-        UserError: with every difference.
+        UserError: the checkpoint does not fit; every difference is listed.
     """
     then = describe(path)
     problems = [
         f"resume: {path.name} is a checkpoint of another model: {name} was {then['model'][name]!r}, the config says "
         f"{value!r}. Give the model's own value, or start without resume."
         for name, value in now["model"].items()
-        if then["model"].get(name, value) != value  # an older checkpoint does not name all
+        # An older checkpoint does not have all names.
+        if then["model"].get(name, value) != value
     ]
     problems += adapter_problems(path.name, then.get("adapter"), now["adapter"])
     if not weights_only:
-        # a checkpoint that is older than a field of the architecture was computed with the field's default
+        # If a checkpoint is older than a field of the architecture, its run used the default of that field.
         settings = {key_of(one): one.default for one in fields(Architecture)} | then["settings"]
         if then["global_batch_size"] != now["global_batch_size"]:
             problems.append(
@@ -215,7 +218,7 @@ def describe_run(run: Run, data: TokenDataset) -> dict:
     weights = data.counts if isinstance(data, BlendedDataset) else None
     about["settings"] |= {"weights": list(weights) if weights else None, "split": config.split}
     about["settings"]["training tokens"] = data.num_tokens
-    # null where they are off: checkpoints that do not name them were made without
+    # These keys are null if they are off: older checkpoints, which do not have them, were made without them.
     about["settings"] |= {name: getattr(config, name) or None for name in (*STREAM_KEYS, "eod_token_id")}
     about["settings"] |= {name: getattr(config, name) for name in SAMPLE_SETTINGS if data.has_samples}
     return about | {

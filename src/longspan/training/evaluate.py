@@ -1,12 +1,13 @@
-"""What a model makes of long context: loss by position, and a needle test. At any layout, with one answer.
+"""Measures how a model uses long context, by loss by position and a needle test; the same at any layout.
 
-Loss by position: the held-out tokens by their place in their document. A model that uses its
-context is better the more of it there is; one trained on short documents gets worse beyond.
+Loss by position: the loss of held-out tokens, grouped by their place in their document. A model that
+uses its context gets better with more context; a model that was trained on short documents gets worse
+at positions beyond their length.
 
-Needle: in held-out text of a given length a made-up pair "key value" (random tokens) stands at a
-given depth; the text ends with the key, and the model must go on with the value. Nothing but
-attention over the whole distance can do that. (After Kamradt 2023; with random tokens it asks
-for no tokenizer, no instruction following and no language.)
+Needle: held-out text of a given length has a made-up pair "key value" (random tokens) at a given depth.
+At the end the key comes again, and the model must continue with the value. Only attention over the
+whole distance can do this. (After Kamradt 2023; random tokens need no tokenizer, no instruction
+following and no language.)
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from longspan.data import TokenDataset
 from longspan.training.sharding import LocalBatch
 from longspan.training.trainer import Trainer
 
-#: tokens of a needle's key, and of its value
+#: number of tokens of a needle's key, and of its value
 NEEDLE = 8
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-#: the random numbers of needles: no other purpose has this seed
+#: seed of the random numbers of needles, which nothing else uses
 SEED = 7
 
 
 def position_edges(sequence_len: int, buckets: int = 8) -> list[int]:
-    """0, then powers of two of the whole: [0, s/128, .., s/2, s]"""
+    """The edges of the buckets: 0, then the length s divided by powers of two: [0, s/128, .., s/2, s]."""
     return [0, *sorted({sequence_len >> i for i in range(buckets)} - {0})]
 
 
@@ -41,7 +42,7 @@ def loss_by_position(trainer: Trainer) -> list[dict]:
 
     Returns:
         For each bucket: from, to (positions in the document), tokens, loss (nats; None without
-        tokens), right (share of tokens the model gives more than half of the probability).
+        tokens), right (share of tokens to which the model gives a probability of more than a half).
     """
     assert trainer.valid_data is not None
     trainer.model.eval()
@@ -71,15 +72,15 @@ def loss_by_position(trainer: Trainer) -> list[dict]:
 
 @torch.no_grad()
 def needles(trainer: Trainer, lengths: Sequence[int], trials: int) -> list[dict]:
-    """How often the value of a needle is found again; collective.
+    """Measures how often the model finds the value of a needle; collective.
 
     Args:
-        lengths: tokens of the texts.
-        trials: texts for each length and depth.
+        lengths: numbers of tokens of the texts.
+        trials: number of texts for each length and depth.
 
     Returns:
-        For each length and depth: right (share of the value's tokens that get more than half of
-        the probability) and probability (their geometric mean).
+        For each length and depth: length, depth, right (share of the value's tokens that get a probability
+        of more than a half) and probability (the geometric mean of these tokens' probabilities).
     """
     assert trainer.valid_data is not None
     trainer.model.eval()
@@ -114,13 +115,14 @@ def needles(trainer: Trainer, lengths: Sequence[int], trials: int) -> list[dict]
 def needle_text(
     data: TokenDataset, vocab: int, length: int, depth: float, trial: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """tokens, labels [1, length]: held-out text with a needle; labels are the value's at the end alone."""
+    """Held-out text with a needle: tokens and labels, [1, length]; only the value at the end has labels."""
     g = np.random.Generator(np.random.PCG64([SEED, length, int(100 * depth), trial]))
     key, value = g.integers(0, vocab, NEEDLE), g.integers(0, vocab, NEEDLE)
     room = length - 4 * NEEDLE
     rows: list[np.ndarray] = []
     at, held = int(g.integers(len(data))), 0
-    while held < room:  # rows one after another, from a random one on
+    # The text is made of successive rows, from a random row on.
+    while held < room:
         bounds = data.boundaries(at % len(data))
         rows.append(data.row(at % len(data)).tokens[: bounds[-1]])
         held, at = held + len(rows[-1]), at + 1

@@ -1,4 +1,4 @@
-"""All steps of a run: training, evaluating and saving on the way, the same at every layout."""
+"""Runs all steps of a run, with their evaluations and checkpoints, the same at every layout."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from longspan.training.saving import Saving
 from longspan.training.schedule import interval
 from longspan.training.trainer import NotFinite, Trainer
 
-#: steps in a row without a target that are warned of
+#: number of successive steps without a target after which a warning is printed
 IDLE_STEPS = 4
 
 
 def train(
     trainer: Trainer, output: Path, progress: Progress, started: Callable[[], None] = lambda: None
 ) -> dict:
-    """Runs the steps that are left, evaluating and saving on the way; returns the summary's record.
+    """Runs the remaining steps, with their evaluations and checkpoints. Returns the summary's record.
 
     A run that is asked to stop (``signalled``) finishes its step, saves and returns.
 
@@ -31,7 +31,9 @@ def train(
         started: called once, after the first step.
 
     Raises:
-        SaveError: the last checkpoint could not be written. A failed earlier one is reported and training goes on.
+        SaveError: the last checkpoint could not be written. If an earlier checkpoint fails, this is reported
+            and training goes on.
+        NotFinite: the loss or the gradient norm of a step is infinite or NaN.
     """
     run, config = trainer.run, trainer.run.config
 
@@ -42,7 +44,8 @@ def train(
     hold_waiting_time()
     begun, tokens = time.perf_counter(), trainer.tokens
     record = learned = evaluation = None
-    idle = 0  # steps in a row in which nothing counted
+    # the number of successive steps in which no token counted
+    idle = 0
     an_epoch = len(trainer.train_data) / run.batch.global_size
     eval_every = interval(config.eval_steps, config.evals_per_epoch, trainer.steps, an_epoch)
     save_every = interval(config.save_steps, config.saves_per_epoch, trainer.steps, an_epoch)
@@ -55,8 +58,9 @@ def train(
     for batches in trainer.steps_ahead():
         try:
             first, record = record is None, trainer.train_step(batches)
-        except NotFinite:  # on all ranks at once
-            saving.finish()  # the last good checkpoint may be on its way
+        except NotFinite:
+            # All ranks raise this at once, so they can wait together for a checkpoint that is being written.
+            saving.finish()
             raise
         if first:
             started()
@@ -71,10 +75,11 @@ def train(
         saving.settle()
         scheduled = bool(eval_every) and trainer.step % eval_every == 0
         trainer.owed = trainer.stop_asked and scheduled and trainer.valid_data is not None
-        # save_last is of the last step; a run that stops earlier is to go on
+        # save_last concerns the last step; a run that stops earlier always saves, so that it can continue.
         to_save = trainer.stop_asked or (config.save_last and last)
         to_save = to_save or bool(save_every and trainer.step % save_every == 0)
-        if to_save and trainer.asked:  # who asked may not wait for an evaluation
+        # The sender of the signal may not wait for an evaluation, so the save comes first.
+        if to_save and trainer.asked:
             saving.save(last)
         if trainer.valid_data is not None and (last or scheduled) and not trainer.stop_asked:
             evaluation = trainer.evaluate()
@@ -101,7 +106,7 @@ def train(
 
 
 def _still_owed(trainer: Trainer, output: Path) -> bool:
-    """Was an evaluation due where the run stopped, and is it not recorded yet? Collective."""
+    """Whether an evaluation was due where the run stopped, and is not recorded yet. Collective."""
     if not trainer.owed or trainer.valid_data is None:
         return False
     trainer.owed = False

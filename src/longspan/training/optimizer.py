@@ -1,4 +1,4 @@
-"""AdamW, the norm of the whole gradient, and clipping by it."""
+"""AdamW, the norm of the whole gradient, and clipping by this norm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longspan.config.schema import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW of what is trained; weight decay acts on matrices only, not on norms and biases."""
+    """AdamW for the trained parameters; weight decay acts only on matrices, not on norms and biases."""
     assert config.learning_rate is not None
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -36,14 +36,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def gradient_norm(model: nn.Module, stages: int = 1) -> torch.Tensor:
-    """The norm of the whole gradient, each element counted once: one number, one all-reduce.
+    """The L2 norm of the whole gradient, each element counted once, by one all-reduce of one number.
 
-    A rank counts the squares of what it holds, divided by the number of ranks that hold the
-    same (copies over dp_replicate; norm weights over tp; every weight of a model without FSDP over dp and cp).
+    A rank sums the squares of the elements that it holds, divided by the number of ranks that hold the same
+    elements (copies over dp_replicate; norm weights over tp; without FSDP every weight over dp and cp).
 
     Args:
-        model: what this rank holds of the whole model, in a pipeline its stage.
-        stages: pipeline stages; a parameter lies on the ranks of one of them only.
+        model: this rank's part of the model, in a pipeline its stage.
+        stages: number of pipeline stages; a parameter is on the ranks of only one stage.
+
+    Returns:
+        A scalar.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients, "no parameter has a gradient"
@@ -52,7 +55,7 @@ def gradient_norm(model: nn.Module, stages: int = 1) -> torch.Tensor:
 
 @torch.no_grad()
 def parameter_norm(model: nn.Module, stages: int = 1) -> torch.Tensor:
-    """The norm of all weights, counted as :func:`gradient_norm` counts; tied ones count once."""
+    """The L2 norm of all weights, computed like :func:`gradient_norm`; tied weights count once."""
     return _norm(list(model.parameters()), stages)
 
 
@@ -65,7 +68,8 @@ def _norm(tensors: Sequence[torch.Tensor], stages: int) -> torch.Tensor:
         held, mesh = whole.to_local(), whole.device_mesh
         shards = 1
         for axis, placement in enumerate(whole.placements):
-            shards *= 1 if placement.is_replicate() else mesh.size(axis)  # _StridedShard is no Shard
+            # A test for ``Shard`` would miss ``_StridedShard``, which is no ``Shard``.
+            shards *= 1 if placement.is_replicate() else mesh.size(axis)
         wide = torch.promote_types(held.dtype, torch.float32)
         square = torch.linalg.vector_norm(held, dtype=wide).square() * (shards / holders)
         total = square if total is None else total + square
@@ -77,7 +81,11 @@ def _norm(tensors: Sequence[torch.Tensor], stages: int) -> torch.Tensor:
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, norm: torch.Tensor, max_norm: float) -> None:
-    """Scales all gradients so that the whole gradient's norm is at most ``max_norm`` (0: as they are)."""
+    """Scales all gradients so that the norm of the whole gradient is at most ``max_norm``; 0 changes nothing.
+
+    Args:
+        norm: the present norm of the whole gradient, a scalar.
+    """
     if max_norm <= 0:
         return
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -1,4 +1,4 @@
-"""Saving checkpoints during a run: announcing those that are whole, and reporting failures."""
+"""Saves checkpoints during a run: announces complete checkpoints, and reports failures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longspan.training.progress import Progress
 class Saving:
     """Saves checkpoints and reports on them.
 
-    A checkpoint is announced as whole when it is on disk, which may be some steps after its save began.
+    A checkpoint is announced when it is complete on disk, which may be some steps after its save began.
 
     Args:
         folder: the folder of the checkpoints.
@@ -27,7 +27,7 @@ class Saving:
         self.announced: Path | None = None
 
     def settle(self) -> None:
-        """Gives a checkpoint that is being saved its final name, if it is whole by now."""
+        """Gives a checkpoint that is being saved its final name, if it is complete by now."""
         self.checkpointer.settle()
         self._announce()
 
@@ -57,7 +57,7 @@ class Saving:
         self._announce()
 
     def _announce(self) -> None:
-        """Announces a checkpoint that is whole since the last check; the first rank gives it its name."""
+        """Announces a checkpoint that was completed since the last check; on the first rank only."""
         if self.checkpointer.named is not None and self.checkpointer.named != self.announced:
             self.announced = self.checkpointer.named
             self.progress.saved(self.announced)

@@ -1,11 +1,11 @@
-"""From samples to this rank's part of them: the layout of each micro-batch, and the rows that layout gives the rank.
+"""Makes this rank's part of the samples: the layout of each micro-batch, and the rank's rows in it.
 
-Two ways, one interface: a ``Sharder`` gives each data parallel rank samples of its own, cut over
-its context parallel ranks; a ``HybridSharder`` cuts all samples of a step over all ranks, each
-over as many as it needs (``context_parallel.hybrid``).
+Two classes have the same interface: a ``Sharder`` gives each data parallel rank its own samples, cut
+over its context parallel ranks; a ``HybridSharder`` cuts all samples of a step over all ranks, each
+sample over as many ranks as it needs (``context_parallel.hybrid``).
 
-Runs in the loader's thread, a step or two ahead: planning a layout and its schedules is
-integer work that must not wait on the step's path.
+This runs in the loader's thread, a step or two ahead: planning a layout and its schedules of
+exchanges is integer work, for which a step should not wait.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LocalBatch(NamedTuple):
     """One rank's rows of a micro-batch: tokens, labels and positions [b, rows], int64.
 
     Attributes:
-        positions: None where each token's position is its place in its document of the layout.
+        positions: None if each token's position is its place in its document of the layout.
     """
 
     tokens: Tensor
@@ -40,16 +40,16 @@ class LocalBatch(NamedTuple):
 
     @property
     def num_valid(self) -> int:
-        """How many of this rank's tokens count in the loss."""
+        """The number of this rank's tokens that count in the loss."""
         return int((self.labels != IGNORE_INDEX).sum())
 
 
 class Sharder:
-    """Each data parallel rank has samples of its own; a micro-batch is cut over the context parallel ranks.
+    """Each data parallel rank has its own samples; a micro-batch is cut over the context parallel ranks.
 
     Args:
-        dp_rank, cp_rank: of this process.
-        plan: called with each new layout, to compute ahead what the layers will ask of it.
+        dp_rank, cp_rank: this process's ranks in the dp and the cp group.
+        plan: called with each new layout, to compute ahead what the layers will need of it.
     """
 
     def __init__(self, run: Run, dp_rank: int, cp_rank: int, plan: Callable[[SequenceLayout], None]):
@@ -57,7 +57,7 @@ class Sharder:
         self._plain = lru_cache(maxsize=4)(self._make_layout)
 
     def local_rows(self) -> int:
-        """Tokens of a sequence on this rank, padding included."""
+        """The number of tokens of a sequence on this rank, padding included."""
         return self._plain(self.run.batch.sequence_len).local_length
 
     def training(self, data: TokenDataset, step: int) -> list[LocalBatch]:
@@ -72,7 +72,7 @@ class Sharder:
         return list(map(self._cut, batches))
 
     def evaluation(self, data: TokenDataset) -> Iterator[LocalBatch]:
-        """This rank's part of every held-out sample, once; equally many micro-batches on each rank."""
+        """This rank's part of each held-out sample, once; every rank has the same number of micro-batches."""
         batches = data.evaluation_batches(
             micro_batch_size=self.run.batch.micro,
             dp_rank=self.dp_rank,
@@ -90,7 +90,8 @@ class Sharder:
         tokens, labels, positions = batch.tokens, batch.labels, batch.positions
         if batch.cu_seqlens is None:
             layout = self._plain(tokens.shape[1])
-        else:  # all rows as one pack: its documents are kept apart anyway
+        else:
+            # All rows become one pack, because its documents are kept apart anyway.
             tokens, labels, positions = (x.reshape(1, -1) for x in (tokens, labels, positions))
             layout = self._make_layout(tokens.shape[1], batch.cu_seqlens)
         _check_tokens(self.run, tokens, labels)
@@ -103,10 +104,10 @@ class Sharder:
 
 
 class HybridSharder:
-    """All documents of a step over all ranks of dp x cp, each over as many ranks as it needs.
+    """All documents of a step are cut over all ranks of dp x cp, each over as many ranks as it needs.
 
     Args:
-        rank: among the ``ranks`` of dp x cp.
+        rank: this process's rank among the ``ranks`` ranks of dp x cp.
         plan: as for :class:`Sharder`.
     """
 
@@ -116,22 +117,23 @@ class HybridSharder:
         self.max_tokens = run.batch.most_tokens
 
     def local_rows(self) -> int:
-        """The most tokens this rank holds."""
+        """The largest number of tokens of a micro-batch on this rank."""
         return self.max_tokens
 
     def training(self, data: TokenDataset, step: int) -> list[LocalBatch]:
-        """As :meth:`Sharder.training`; the number of micro-batches differs from step to step, never from rank to rank."""
+        """Like :meth:`Sharder.training`; the number of micro-batches differs by step, but not by rank."""
         return list(self._micro_batches(data, data.global_batch(step, self.run.batch.global_size)))
 
     def evaluation(self, data: TokenDataset) -> Iterator[LocalBatch]:
-        """As :meth:`Sharder.evaluation`."""
+        """Like :meth:`Sharder.evaluation`."""
         count = min(len(data), evaluation_limit(self.run) or len(data))
         width = self.run.batch.micro * self.run.sizes.dp
         for begin in range(0, count, width):
             yield from self._micro_batches(data, list(range(begin, min(begin + width, count))))
 
     def _micro_batches(self, data: TokenDataset, samples: list[int]) -> Iterator[LocalBatch]:
-        documents = []  # (sample, first token, token after the last)
+        # (sample, first token, token after the last)
+        documents = []
         for sample in samples:
             bounds = data.boundaries(sample)
             documents += [(sample, *ends) for ends in zip(bounds, bounds[1:])]
@@ -155,15 +157,15 @@ class HybridSharder:
 
 
 def _positions_differ(run: Run) -> bool:
-    """Is a token's position another number than its place among the tokens that attend to each other?
+    """Whether a token's position differs from its place among the tokens that attend to each other.
 
-    So it is where only one of the two begins anew at the end of a document.
+    It does if only one of positions and attention begins anew at the end of a document.
     """
     return run.config.reset_position_ids != run.config.reset_attention_mask
 
 
 def _check_tokens(run: Run, tokens: Tensor, labels: Tensor) -> None:
-    """UserError for a token beyond the vocabulary."""
+    """Raises a UserError if a token is not in the vocabulary."""
     vocab = run.vocab_size
     largest, smallest = int(max(tokens.max(), labels.max())), int(tokens.min())
     if largest >= vocab or smallest < 0:

@@ -9,14 +9,14 @@ from longspan.training.metrics import JsonLines, Metrics, Sink, TensorBoard, Wan
 
 
 def open_sinks(run: Run, output: Path, step: int, resumed: Path | None) -> tuple[Metrics, list[str]]:
-    """The sinks, and new names of moved files: a resumed run continues earlier files, others move them."""
+    """The sinks, and new names of moved files: a resumed run continues its files, other runs move files."""
     kept = []
     # Weights & Biases comes first, because nothing must have been moved if it refuses the run.
     wandb = wandb_sinks(run, output)
     old = ["metrics.jsonl", "checkpoints", "hf", "tensorboard"]
     if goes_on_in(output, resumed) and step:
         keep_until(output / "metrics.jsonl", step)
-        # The export is of earlier weights.
+        # Only the export is moved, because it holds earlier weights.
         old = ["hf"]
     for name in old:
         if aside := set_aside(output / name):

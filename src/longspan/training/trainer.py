@@ -1,4 +1,4 @@
-"""The trainer: a model, its optimizer and its data, and one step of them, the same at every layout.
+"""The trainer: a model, its optimizer, its data, and one training step, the same at every layout.
 
 A step, on every rank:
 
@@ -6,8 +6,8 @@ A step, on every rank:
     each micro-batch: shard by the layout -> model -> sum of losses / global count -> backward
     gradient norm over all axes -> clip -> AdamW
 
-Each rank's loss is its share of the global mean already, and gradients are summed (not
-averaged) by FSDP, so the loss and its gradient are those of one process (invariant I1).
+Each rank's loss is already its share of the global mean, and FSDP sums gradients (it does not
+average them), so the loss and its gradient are those of one process (invariant I1).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from longspan.training.sharding import LocalBatch
 
 
 class NotFinite(RuntimeError):
-    """The loss or the gradient is infinite or no number."""
+    """The loss or the gradient is infinite or NaN."""
 
 
 class Trainer:
@@ -51,18 +51,23 @@ class Trainer:
 
     Args:
         run: the resolved config, with ``vocab_size`` filled in.
-        device: where this rank computes.
-        metrics: where records go; rank 0 has sinks.
-        mesh: of the run's sizes; None makes one.
+        device: the device on which this rank computes.
+        metrics: takes the records; only rank 0 has sinks.
+        mesh: a mesh of the run's sizes; None makes one.
+
+    Attributes:
+        step: optimizer steps done, including those without a target.
+        steps: optimizer steps of the whole run.
+        tokens: valid tokens trained on so far, over all ranks.
     """
 
     run: Run
     mesh: ParallelMesh
     model: GPTModel
     optimizer: torch.optim.AdamW
-    step: int  # optimizer steps done, those without a target included
-    steps: int  # optimizer steps in all
-    tokens: int  # valid tokens trained on so far
+    step: int
+    steps: int
+    tokens: int
 
     def __init__(
         self,
@@ -77,10 +82,14 @@ class Trainer:
         self.steps = training_steps(run, len(self.train_data))
         self.warmup = warmup_steps(config, self.steps)
         self.step = self.tokens = 0
-        self.signalled = False  # this rank alone was asked to stop; a signal sets it at any moment
-        self.asked = False  # some rank was asked to stop; agreed in each step, as what follows
-        self.ran_out = False  # it is time to stop: exit_interval or exit_duration_in_mins
-        self.owed = False  # the evaluation of this step is due and not done: a resume makes up for it
+        # True if this rank was asked to stop; a signal may set it at any moment.
+        self.signalled = False
+        # True if some rank was asked to stop. In each step all ranks agree on this and on ``ran_out``.
+        self.asked = False
+        # True if it is time to stop, by exit_interval or exit_duration_in_mins.
+        self.ran_out = False
+        # True if the evaluation of this step is due and not done, so that a resumed run does it.
+        self.owed = False
         self.begun = time.perf_counter()
 
         self.mesh = mesh or ParallelMesh.build(run.sizes, device.type)
@@ -93,17 +102,21 @@ class Trainer:
     # --- resuming -------------------------------------------------------------------------
 
     def description(self) -> dict:
-        """What a checkpoint says of itself: where it stands and what it fits."""
+        """The description for a checkpoint: the position in the run, and the run that it fits."""
         where = {"step": self.step, "tokens": self.tokens, "evaluation_due": self.owed}
         return describe_run(self.run, self.train_data) | where
 
     def resume(self, path: Path, option: str = "resume") -> None:
-        """Goes on from a checkpoint made at any layout: weights, optimizer, position; see ``checkpoint.check_fits``.
+        """Continues from a checkpoint made at any layout: loads weights, optimizer and position. Collective.
 
-        A checkpoint of the last step or beyond leaves nothing to do: ``step`` is then ``steps`` or more.
+        If the checkpoint is of the last step or a later one, nothing is left to do, and ``step`` is at least
+        ``steps``.
 
         Args:
-            option: what named the checkpoint, for messages.
+            option: the option that named the checkpoint, for messages.
+
+        Raises:
+            UserError: the checkpoint is damaged, or does not fit the run (``checkpoint.check_fits``).
         """
         config = self.run.config
         then = check_fits(path, self.description(), weights_only=config.no_load_optim)
@@ -121,7 +134,7 @@ class Trainer:
             layer.plan(layout)
 
     def losses(self, batch: LocalBatch) -> Tensor:
-        """The loss of each of this rank's tokens of a micro-batch, [b, rows]; 0 where there is no target."""
+        """The loss (nats) of each of this rank's tokens of a micro-batch, [b, rows]; 0 without a target."""
         tokens, labels = batch.tokens.to(self.device), batch.labels.to(self.device)
         positions = None if batch.positions is None else batch.positions.to(self.device)
         return self.model(tokens, position_ids=positions, labels=labels, layout=batch.layout)
@@ -133,9 +146,11 @@ class Trainer:
         return self.shard.training(self.train_data, step)
 
     def compute_gradients(self, batches: list[LocalBatch]) -> tuple[float | None, int]:
-        """Forward and backward of a global batch. Returns (loss, valid tokens) of all ranks.
+        """Computes forward and backward of a global batch. Collective.
 
-        Where no token counts on any rank there is nothing to compute: the loss is None, and no gradient is made.
+        Returns:
+            The mean loss (nats) and the number of valid tokens, over all ranks. If no token counts on any
+            rank, the loss is None and no gradient is made.
         """
         count = torch.tensor(sum(batch.num_valid for batch in batches), dtype=torch.int64)
         dist.all_reduce(count, group=self.groups.dp_cp)
@@ -145,7 +160,8 @@ class Trainer:
         self.optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, batch in enumerate(batches):
-            self.model.set_requires_all_reduce(i == len(batches) - 1)  # copies (HSDP) agree once a step
+            # The copies of HSDP sum their gradients once a step, in the last micro-batch.
+            self.model.set_requires_all_reduce(i == len(batches) - 1)
             loss = self.losses(batch).sum()
             (loss / count.item()).backward()
             total += loss.detach()
@@ -153,10 +169,13 @@ class Trainer:
         return (total / count).item(), int(count)
 
     def apply_gradients(self, rate: float) -> float:
-        """Clips and updates the weights. Returns the gradient norm before clipping.
+        """Clips the gradients and updates the weights. Returns the gradient norm before clipping. Collective.
 
         Args:
             rate: the learning rate.
+
+        Raises:
+            NotFinite: the gradient norm is infinite or NaN; the weights are not updated.
         """
         norm = gradient_norm(self.model, self.run.sizes.pp)
         if not torch.isfinite(norm):
@@ -175,7 +194,7 @@ class Trainer:
         return {"params_norm": parameter_norm(self.model, self.run.sizes.pp).item()}
 
     def stop(self) -> str:
-        """Asks this rank to stop at the end of the step; a signal may at any moment. Returns what comes of it."""
+        """Requests a stop after this step; a signal may do so at any moment. Returns the effect as text."""
         self.signalled = True
         if self.step >= self.steps:
             return "the last step is done, and the run goes on to its end"
@@ -183,11 +202,15 @@ class Trainer:
 
     @property
     def stop_asked(self) -> bool:
-        """Do all ranks stop after this step? After the last one there is nothing to stop."""
+        """Whether all ranks stop after this step. After the last step there is nothing to stop."""
         return (self.asked or self.ran_out) and self.step < self.steps
 
     def run_out(self, now: float) -> bool:
-        """Is it time to save and stop before the last step: exit_interval, exit_duration_in_mins?"""
+        """Whether exit_interval or exit_duration_in_mins requires to save and stop before the last step.
+
+        Args:
+            now: the time by ``time.perf_counter``, in seconds.
+        """
         config = self.run.config
         minutes = (now - self.begun) / 60
         due = config.exit_interval is not None and self.step % config.exit_interval == 0
@@ -195,10 +218,14 @@ class Trainer:
         return due and self.step < self.steps
 
     def train_step(self, batches: list[LocalBatch]) -> dict:
-        """One optimizer step; returns its record.
+        """Does one optimizer step. Returns its record. Collective.
 
-        A step in which no token counts on any rank has loss and gradient norm None. It changes neither weights nor
-        optimizer state (weight decay would act on the weights otherwise); the step number and the schedule go on.
+        If no token counts on any rank, the loss and the gradient norm are None, and neither the weights nor
+        the optimizer state change (otherwise weight decay would act on the weights). The step number and the
+        schedule of the learning rate go on.
+
+        Raises:
+            NotFinite: the loss or the gradient norm is infinite or NaN; the weights are not updated.
         """
         start = time.perf_counter()
         loss, count = self.compute_gradients(batches)
@@ -211,7 +238,8 @@ class Trainer:
         norm = None if loss is None else self.apply_gradients(rate)
         self.step += 1
         self.tokens += count
-        # one small message: the largest memory of a rank, whether any was asked to stop, and whether it is time to
+        # One small message holds a rank's largest memory, whether a rank was asked to stop, and whether it is
+        # time to stop.
         asked = [float(self.signalled), float(self.run_out(time.perf_counter()))]
         shared = torch.tensor([peak_memory_gib(self.device), *asked], dtype=torch.float64)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
@@ -233,17 +261,25 @@ class Trainer:
     # --- all steps -------------------------------------------------------------------------
 
     def steps_ahead(self) -> Iterator[list[LocalBatch]]:
-        """The micro-batches of each step that is left, read ahead in a thread."""
+        """Yields the micro-batches of each remaining step, which a thread reads ahead."""
         with Prefetcher(self.micro_batches, self.step, self.steps) as ahead:
             yield from ahead
 
     @torch.no_grad()
     def evaluate(self, data: TokenDataset | None = None, **more: str) -> dict:
-        """The mean loss over all valid tokens of the held-out set, or of ``data``; returns its record, with ``more`` in it."""
+        """Computes the mean loss (nats) over the valid tokens of the held-out set or of ``data``. Collective.
+
+        Args:
+            more: further fields of the record.
+
+        Returns:
+            The record; its loss is NaN if there are no valid tokens.
+        """
         data = self.valid_data if data is None else data
         assert data is not None
         self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, tokens
+        # the sum of losses, and the number of tokens
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in self.shard.evaluation(data):
             sums[0] += self.losses(batch).sum()
             sums[1] += batch.num_valid

@@ -1,1 +1,1 @@
-"""The vocabularies of Megatron-LM and axolotl: how names that are no keys here are handled."""
+"""The vocabularies of Megatron-LM and axolotl: how names that are not keys of longspan are handled."""

@@ -1,4 +1,7 @@
-"""axolotl's keys that are no keys here, and how each is handled. The keys that are carry axolotl's names."""
+"""axolotl's keys that are not keys of longspan, and how each is handled.
+
+The keys that longspan shares with axolotl have axolotl's names.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ _OLD_TRICK = "It is not supported; leave it out."
 
 
 def _plugins(value: Any) -> dict[str, Any]:
-    """Plugins that only bring what is built in."""
+    """No keys for plugins that only add what longspan has built in; other plugins raise ValueError."""
     for name in [value] if isinstance(value, str) else value:
         if not any(part in name.lower() for part in ("cut_cross_entropy", "liger")):
             raise ValueError(name)
@@ -34,11 +37,11 @@ def _plugins(value: Any) -> dict[str, Any]:
 
 
 def _flag(**keys: Any):
-    """True stands for the keys, False for nothing."""
+    """The choices of a boolean: True sets the keys, False sets nothing."""
     return {True: keys, False: {}}
 
 
-#: YAML reads ``no`` as false
+# YAML reads ``no`` as false.
 _EVALUATION = choice(
     {"steps": {}, "epoch": {"evals_per_epoch": 1}, "no": {"eval_iters": 0}, False: {"eval_iters": 0}},
     "steps (with eval_steps), epoch or no.",

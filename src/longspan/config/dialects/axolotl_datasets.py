@@ -1,6 +1,6 @@
-"""How axolotl's types and fields of a dataset that do not exist here are handled, and its old spellings.
+"""How axolotl's types and fields of a dataset that longspan does not have are handled, and old spellings.
 
-The fields that are, carry axolotl's names: see ``DatasetConfig``.
+The fields that longspan shares with axolotl have axolotl's names: see ``DatasetConfig``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from longspan.config.dialects.external import ExternalName, choice, no_effect, r
 from longspan.config.keys.data import DatasetConfig
 from longspan.errors import did_you_mean
 
-#: keys of a config that hold lists of datasets
+#: the keys of a config that hold lists of datasets
 LISTS = ("datasets", "test_datasets")
 
 TYPES = ("completion", "alpaca", "chat_template")
@@ -20,7 +20,7 @@ TYPES = ("completion", "alpaca", "chat_template")
 _MAPPING = "Say its fields and its prompt as a mapping: type: {field_instruction: %s, field_output: %s, format: '%s'}."
 _RL = "Only pretraining and supervised fine-tuning are supported."
 _OTHER = "Turn it into alpaca (instruction, input, output) or chats (messages) first."
-#: types of axolotl -> what to write instead
+#: type of axolotl -> why it is not supported, or what to write instead
 OTHER_TYPES = {
     "alpaca_chat": _MAPPING % ("instruction", "output", "USER: {instruction}\\n{input}\\nASSISTANT:"),
     "alpaca_chat.load_qa": _MAPPING % ("question", "answer", "USER: {instruction}\\nASSISTANT:"),
@@ -90,7 +90,14 @@ FIELDS: dict[str, ExternalName] = {
 
 
 def read_datasets(name: str, value: Any) -> tuple[Any, list[str], list[str]]:
-    """A list of datasets as the user wrote it -> (what ``DatasetConfig`` takes, problems, notes)."""
+    """Reads the list of datasets that the user wrote.
+
+    Args:
+        name: the key of the list.
+
+    Returns:
+        (the list for ``DatasetConfig``, problems, notes). A value that is not a list is returned unchanged.
+    """
     problems: list[str] = []
     notes: list[str] = []
     if not isinstance(value, list):

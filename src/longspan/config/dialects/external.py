@@ -1,8 +1,8 @@
-"""Names of Megatron-LM and axolotl that are no keys here, and how each is handled.
+"""Names of Megatron-LM and axolotl that are not keys of longspan, and how each is handled.
 
-A name is handled in one of three ways: it stands for keys, it has no effect here (which is listed at start),
-or it is refused with the reason and our way. ``axolotl`` and ``megatron_flags`` hold the tables. Any other
-unknown name is a mistake.
+A name is handled in one of three ways: it is replaced by keys, it has no effect in longspan (which is listed
+at start), or it is refused, with the reason and longspan's way. ``axolotl`` and ``megatron_flags`` hold the
+tables. A name in neither table is a mistake.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-#: values that ask for nothing
+#: values with which a refused name has no effect, so that it is accepted
 NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
-#: a flag takes all values up to the next flag
+#: The number of values of a flag that takes all values up to the next flag.
 MANY = -1
 
 
@@ -22,10 +22,10 @@ class ExternalName:
     """How a name is handled.
 
     Attributes:
-        why: what becomes of it, or why it is refused and what to say instead.
+        why: why the name has no effect, or why it is refused and what to write instead.
         values: how many values a flag takes: 0, 1 or MANY.
-        accepts: whether this value is harmless (no effect); None accepts all.
-        becomes: the keys a value stands for.
+        accepts: whether a value is harmless (it has no effect); None accepts all values.
+        becomes: value -> the keys that it is replaced by.
     """
 
     why: str
@@ -34,10 +34,10 @@ class ExternalName:
     becomes: Callable[[Any], dict[str, Any]] | None = None
 
     def read(self, spelling: str, value: Any) -> dict[str, Any] | None:
-        """The keys it stands for; ``{}`` where a value asks for nothing, None where it has no effect.
+        """The keys that replace the name; ``{}`` if the value is harmless, None if the name has no effect.
 
         Raises:
-            ValueError: it is refused.
+            ValueError: the value is refused.
         """
         if self.becomes is not None:
             try:
@@ -53,27 +53,27 @@ class ExternalName:
 
 
 def no_effect(why: str, values: int = 1) -> ExternalName:
-    """Changes nothing here; listed at start."""
+    """A name that changes nothing in longspan, and is listed at start."""
     return ExternalName(why, values)
 
 
 def refused(why: str, values: int = 1, unless: tuple[Any, ...] = NOTHING) -> ExternalName:
-    """Refused, unless the value asks for nothing."""
+    """A name that is refused, but for the values in ``unless``."""
     return ExternalName(
         why, values, lambda value: values != 0 and any(value is u or value == u for u in unless)
     )
 
 
 def becomes(keys: Callable[[Any], dict[str, Any]], why: str, values: int = 1) -> ExternalName:
-    """Another way to say some keys; ``keys`` raises ValueError or KeyError for a value that is none."""
+    """A name that keys replace; ``keys`` raises ValueError or KeyError for a value that is not supported."""
     return ExternalName(why, values, None, keys)
 
 
 def choice(choices: dict[Any, dict[str, Any]], why: str, values: int = 1) -> ExternalName:
-    """As :func:`becomes`, by a table of values."""
+    """As :func:`becomes`, with a table of values -> keys."""
     return becomes(lambda value: choices[value], why, values)
 
 
 def refuses(name: ExternalName) -> bool:
-    """Is a name refused, unless its value asks for nothing?"""
+    """Whether a name is refused, but for harmless values."""
     return name.accepts is not None

@@ -1,7 +1,7 @@
-"""Megatron-LM's entry point: command-line flags alone, with Megatron's defaults.
+"""Megatron-LM's entry point: only command-line flags, with Megatron's defaults.
 
-The parser is generated from the schema: a key's flag, its values and its default at this
-door are all said there, so adding a key adds both names.
+The parser is generated from the schema, which holds a key's flag, its values and its default at this
+entry point. So a new key has both names.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from longspan.errors import UserError
 def parse_megatron_flags(
     arguments: Sequence[str], other_options: Sequence[str] = ()
 ) -> tuple[Reading, dict[str, Any]]:
-    """``--num-layers 2 --hidden-size 64 --lr 1e-4 ...`` -> a config with Megatron's defaults.
+    """Reads ``--num-layers 2 --hidden-size 64 --lr 1e-4 ...`` as a config with Megatron's defaults.
 
     Args:
-        other_options: options the caller handles itself, for near misses.
+        other_options: options that the caller handles itself, for similar names in messages.
 
     Returns:
-        What was read, with the problems of flags and values, and the keys whose default here differs from
-        the YAML's (for the banner).
+        (what was read, with the problems of flags and values; key -> Megatron's default, for each default
+        taken that differs from the YAML's).
     """
     given = parse_overrides(arguments, other_options)
     given.problems += [f"{a!r}: unexpected argument; values follow their --flag." for a in given.rest]
     values = {name: _ours(name, value) for name, value in given.values.items()}
-    if values.get("wandb_project") and "use_wandb" not in values:  # Megatron-LM's way to ask for it
+    # Megatron-LM uses Weights & Biases if a project is given.
+    if values.get("wandb_project") and "use_wandb" not in values:
         values["use_wandb"] = has_package("wandb")
         if not values["use_wandb"]:
             text = "needs the wandb package, which is not installed. pip install 'longspan[wandb]', or leave it out."
@@ -47,7 +48,7 @@ def parse_megatron_flags(
 
 
 def megatron_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of Megatron-LM that differ from the YAML's, of keys that are not given in any way."""
+    """Megatron-LM's defaults that differ from the YAML's, for keys that the flags do not set in any way."""
     idle = {key for key, other in OTHER_WAYS.items() if other in given}
     if not _evaluates(given):
         idle |= {"eval_steps", "eval_iters"}
@@ -58,7 +59,7 @@ def megatron_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-#: keys with a default at this entry point -> another key for the same thing
+#: key with a default at this entry point -> another key for the same thing
 OTHER_WAYS = {
     "warmup_steps": "warmup_ratio",
     "eval_steps": "evals_per_epoch",
@@ -67,7 +68,7 @@ OTHER_WAYS = {
 
 
 def _evaluates(given: Mapping[str, Any]) -> bool:
-    """Is there anything to evaluate on, and is it wanted? What is wrong with a value is said elsewhere."""
+    """Whether there is data to evaluate on, and evaluation is on. Invalid values are reported elsewhere."""
     if given.get("eval_iters") == 0:
         return False
     if given.get("train_data_path"):
@@ -83,9 +84,9 @@ def _evaluates(given: Mapping[str, Any]) -> bool:
 
 
 def _leftovers(given: Mapping[str, Any]) -> dict[str, str]:
-    """Keys of a launch script that the rest of it leaves without effect, each with the reason.
+    """Keys that have no effect because of other keys of a launch script, each with the reason.
 
-    Megatron-LM takes them without a word. Where a script asks for one thing in two ways, that is refused elsewhere.
+    Megatron-LM accepts such keys without a message. Two keys for the same thing are refused elsewhere.
     """
     found: dict[str, str] = {}
 
@@ -135,10 +136,10 @@ def _leftovers(given: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-#: values that Megatron-LM calls otherwise
+#: key -> {Megatron-LM's name of a value: longspan's name}
 _VALUES = {
     "optimizer": {"adam": "adamw_torch_fused"},
-    # attention is a flash kernel, whichever is the fastest; "unfused" and "local" are the plain products
+    # "auto" takes the fastest kernel that is installed; "unfused" and "local" compute plain products.
     "attention_backend": {"flash": "auto", "fused": "auto", "unfused": "math", "local": "math"},
 }
 

@@ -1,4 +1,7 @@
-"""Megatron-LM's flags that are no keys here, and how each is handled. The flags of keys are declared in ``config.keys``."""
+"""Megatron-LM's flags that are not keys of longspan, and how each is handled.
+
+The flags of keys are declared in ``config.keys``.
+"""
 
 from __future__ import annotations
 

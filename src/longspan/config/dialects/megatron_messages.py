@@ -1,7 +1,7 @@
-"""Messages at Megatron's entry point: every key by its flag, every value as a flag takes it.
+"""Messages at Megatron's entry point: every key is named by its flag, every value is written as after a flag.
 
-Rules are written by key names, with ``key: value`` where they quote a config. Here, at the very end,
-``micro_batch_size: 3`` becomes ``--micro-batch-size 3``, so that no rule has two texts.
+The messages of rules name keys, and write ``key: value`` if they quote a config. This module replaces
+``micro_batch_size: 3`` by ``--micro-batch-size 3`` before a message is printed, so no rule has two texts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, get_args
 from longspan.config.model import CP_COMM_TYPES
 from longspan.config.schema import Key, keys
 
-#: messages of which a Megatron-LM user would write nothing -> what to give at this entry point
+#: beginning of a message about keys that a Megatron-LM user does not use -> the message at this entry point
 _WHOLE = {
     "datasets: missing.": "--data-path: missing. Give a .bin/.idx prefix (longspan prepare makes one), or --mock-data.",
 }
@@ -22,10 +22,11 @@ _QUOTED = r"'[^']*'|\[[^\]]*\]|\{[^}]*\}"
 
 
 def by_flags(problem: str, defaults: Mapping[str, Any] | None = None) -> str:
-    """A message in which keys go by Megatron-LM's flags.
+    """The message, with Megatron-LM's flags instead of keys.
 
     Args:
-        defaults: keys that nobody gave, with the values taken for them: a message that names one says so.
+        defaults: key -> Megatron-LM's default, for keys that the user did not set. A message that names such
+            a value gets the remark that it is the default.
     """
     for begin, text in _WHOLE.items():
         if problem.startswith(begin):
@@ -45,7 +46,7 @@ def by_flags(problem: str, defaults: Mapping[str, Any] | None = None) -> str:
 
 
 def as_flag(k: Key, value: Any) -> str:
-    """How a value is given at this entry point: ``--seq-length 128``, ``--disable-bias-linear``."""
+    """A key and its value as flags: ``--seq-length 128``, ``--disable-bias-linear``."""
     for switch, stands_for in k.switches.items():
         if value == stands_for and type(value) is type(stands_for):
             return switch
@@ -68,15 +69,15 @@ def _translated(text: str, k: Key) -> str:
     text = re.sub(rf"{name}: {values}(?![\w+-])", pair, text)
     if "_" in k.name:
         return re.sub(rf"{name}(?![\w-])", k.flag, text)
-    # a name of one word is also an English word: it is the key where a message begins with it, before a value of its
-    # own, and as what is to be given
+    # A name of one word is also an English word. It is the key only at the beginning of a message, before a
+    # value, and after a word such as "give".
     text = re.sub(rf"^{k.name}(?![\w-])", k.flag, text)
     text = re.sub(rf"{name}(?= (?:'|\d+(?:,\d+)+))", k.flag, text)
     return re.sub(rf"(?<![\w.-])(by|give|without|beside|leave) {k.name}(?=[,.;: ]|$)", rf"\1 {k.flag}", text)
 
 
 def _words(k: Key) -> set[str]:
-    """The words a key's value may be."""
+    """The words that a key accepts as its value."""
 
     def inside(annotation: Any) -> set[str]:
         if isinstance(annotation, str):

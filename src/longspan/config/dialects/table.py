@@ -1,4 +1,4 @@
-"""Every name of Megatron-LM and axolotl that is no key here, in one table."""
+"""All names of Megatron-LM and axolotl that are not keys of longspan, in one table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from longspan.config.dialects.axolotl import KEYS
 from longspan.config.dialects.external import ExternalName
 from longspan.config.dialects.megatron_flags import FLAGS
 
-#: name, as a key is written (a flag without its dashes, underscored) -> how it is handled
+#: name, spelled as a key (a flag without its leading dashes, with underscores) -> how it is handled
 EXTERNAL_NAMES: dict[str, ExternalName] = KEYS | {
     flag.removeprefix("--").replace("-", "_"): name for flag, name in FLAGS.items()
 }

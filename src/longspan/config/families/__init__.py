@@ -1,1 +1,1 @@
-"""Model families of Hugging Face: config.json in and out, tensor names, and where a model is found."""
+"""Model families of Hugging Face: config.json, read and written; tensor names; and where a model is found."""

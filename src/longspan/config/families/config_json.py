@@ -1,7 +1,7 @@
-"""A Hugging Face ``config.json`` as keys of TrainConfig, and a model as a ``config.json``.
+"""Reads a Hugging Face ``config.json`` as keys of TrainConfig, and writes a model's ``config.json``.
 
-What is read is what transformers would compute with. Whatever transformers would compute and longspan
-cannot is refused by name. Each model type has its own class, in ``families``.
+A file is read as transformers reads it. What transformers would compute and longspan cannot is refused by
+name. Each model type has its own class in ``families``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from longspan.config.families.rotary_decoder import RotaryDecoder
 from longspan.config.rope import reach
 from longspan.errors import UserError
 
-#: model_type -> family; a model without a base is written as the first one that holds it
+#: model_type -> family; a model without a base model is written as the first family that can hold it
 FAMILIES: dict[str, Family] = {
     one.model_type: one for one in (Llama(), Mistral(), Ministral(), Qwen2(), Qwen3(), GPT2())
 }
@@ -30,7 +30,7 @@ _FLAGS = (
     *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
     *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"),
 )
-#: fields that hold whole numbers -> the smallest and the largest that makes sense
+#: field that holds a whole number -> (the smallest, the largest number that is accepted)
 _WHOLE = {
     name: (1, 1 << 31)
     for name in (*(name for one in FAMILIES.values() for name in one.keys), "sliding_window")
@@ -38,7 +38,7 @@ _WHOLE = {
 }
 _WHOLE |= dict.fromkeys(("num_hidden_layers", "n_layer"), (1, 1 << 14)) | {"max_window_layers": (0, 1 << 31)}
 
-#: Hugging Face's activation -> ours
+#: Hugging Face's name of an activation -> longspan's name
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
 
 
@@ -46,11 +46,12 @@ def keys_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The architecture keys of a ``config.json``.
 
     Args:
-        data: its fields.
-        where: its name, for messages.
+        data: the fields of the file.
+        where: the name of the file, for messages.
 
     Raises:
-        UserError: its model type is not supported, or it asks for something that longspan does not have.
+        UserError: the model type is not supported, a field has an impossible value, or the model needs
+            something that longspan does not have.
     """
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -73,14 +74,14 @@ def keys_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _whole_numbers(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with 4096.0 as 4096 where a whole number belongs."""
+    """The fields, with 4096 instead of 4096.0 in a field for whole numbers."""
     return {
         k: int(v) if k in _WHOLE and isinstance(v, float) and v.is_integer() else v for k, v in data.items()
     }
 
 
 def _odd_values(data: Mapping[str, Any]) -> list[str]:
-    """Fields whose value nobody can mean, each with what it must be; null stands for the default everywhere."""
+    """The fields with impossible values, each with the rule; null means the default in every field."""
     found = []
 
     def check(name: str, good: bool, rule: str) -> None:
@@ -118,11 +119,15 @@ def _activation(data: Mapping[str, Any], field: str, where: str) -> str:
     return _ACTIVATIONS[given]
 
 
-# --- out ------------------------------------------------------------------------------------
+# --- writing config.json --------------------------------------------------------------------
 
 
 def family_of(model: Architecture, base_type: str | None = None) -> Family | None:
-    """The family that a model is written as: its base model's, or the first that holds it; None if none does."""
+    """The family that a model is written as: the base model's or else the first that can hold it, or None.
+
+    Args:
+        base_type: the model_type of the base model.
+    """
     families = list(FAMILIES.values())
     if base_type in FAMILIES:
         families.insert(0, FAMILIES[base_type])
@@ -130,7 +135,7 @@ def family_of(model: Architecture, base_type: str | None = None) -> Family | Non
 
 
 def export_problem(model: Architecture) -> str | None:
-    """Why no architecture of Hugging Face holds this model; None where one does."""
+    """Why no architecture of Hugging Face can hold this model; None if one can."""
     sizes = set(windows_of(model)) - {None}
     if len(sizes) > 1:
         return (
@@ -161,16 +166,17 @@ def hugging_face_config(
     dtype: str,
     base: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The ``config.json`` of a model, by the pieces it has.
+    """The ``config.json`` of a model.
 
     Args:
         vocab_size: tokens, without padding.
-        sequence_len: tokens, the longest the model is made for where it names no max_position_embeddings.
+        sequence_len: tokens; the longest sequence that the model is made for, if it has no
+            max_position_embeddings.
         dtype: of the written weights, such as ``bfloat16``.
-        base: the config.json the model started from; fields beside the architecture are kept.
+        base: the config.json that the model started from; fields beside the architecture are kept.
 
     Raises:
-        UserError: no architecture of Hugging Face holds this model.
+        UserError: no architecture of Hugging Face can hold this model.
     """
     if problem := export_problem(model):
         raise UserError(problem)
@@ -178,7 +184,7 @@ def hugging_face_config(
     family = family_of(model, base.get("model_type"))
     assert family is not None
     if base.get("model_type") != family.model_type:
-        # The fields of another type have no effect, or another one.
+        # The fields of another model type have no effect here, or a different effect.
         base = {k: v for k, v in base.items() if k.endswith("_token_id")}
     # auto_map names Python files, which are not exported; transformers' own class is named instead.
     windows = ("sliding_window", "layer_types", "use_sliding_window", "max_window_layers")
@@ -194,6 +200,6 @@ def hugging_face_config(
     }
     longest = max(model.max_position_embeddings or sequence_len, reach(model.rope_scaling))
     if family.model_type == "gpt2":
-        # Without these fields transformers takes the tokens of the first GPT-2.
+        # Without these fields transformers uses the special tokens of OpenAI's GPT-2.
         base = {"bos_token_id": None, "eos_token_id": None} | base
     return base | common | family.fields(model, longest)

@@ -1,4 +1,4 @@
-"""What longspan needs of one model type of Hugging Face: its fields, its pieces, its tensors. Needs no torch."""
+"""What longspan needs of one model type of Hugging Face: its fields and its tensors. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from longspan.errors import UserError
 
 
 class Place(NamedTuple):
-    """A tensor in Hugging Face's files that holds a parameter of ours, or rows of it.
+    """A tensor in Hugging Face's files that holds a parameter of longspan, or rows of it.
 
     Attributes:
-        name: of the tensor there.
-        rows: which of our dim 0 it holds, as an index: a slice, or a number where it is one row without that dim.
-        part, parts: those rows are block ``part`` of ``parts`` equal ones along the tensor's own dim 0.
-        transposed: its dims are in the opposite order.
-        shift: the tensor there is larger by this number.
+        name: of Hugging Face's tensor.
+        rows: the rows of longspan's parameter that it holds, as an index of dim 0: a slice, or a number if
+            the tensor is one row without that dim.
+        part, parts: the rows are block ``part`` of ``parts`` equal blocks of the tensor: along its dim 0, or
+            along its last dim if it is transposed.
+        transposed: whether the tensor's dims are in the opposite order.
+        shift: Hugging Face's values are longspan's values plus this number.
     """
 
     name: str
@@ -35,12 +37,12 @@ class Family:
     Attributes:
         model_type: as in config.json.
         architecture: transformers' class.
-        keys: field of config.json -> our key.
-        defaults: what transformers takes where a config.json does not name a field.
+        keys: field of config.json -> longspan's key.
+        defaults: field of config.json -> transformers' value if the file does not have the field.
         activation: the field that names the activation.
-        needs: our field -> the value that a model of this type has.
-        layers: the prefix of a layer's tensors.
-        outside, inside: our module -> theirs, outside of the layers and inside one.
+        needs: field of Architecture -> the value that a model of this type has.
+        layers: the prefix of the names of a layer's tensors.
+        outside, inside: longspan's module -> transformers' module, outside of the layers and inside a layer.
     """
 
     model_type: ClassVar[str]
@@ -53,27 +55,28 @@ class Family:
     outside: ClassVar[Mapping[str, str]]
     inside: ClassVar[Mapping[str, str]]
 
-    # --- config.json in
+    # --- reading config.json
 
     def read(self, data: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """Our keys for what a config.json asks for beside ``keys`` and the activation.
+        """longspan's keys for the fields of a config.json that are neither in ``keys`` nor the activation.
 
         Args:
-            data: the file's fields, with ``defaults``; where: the file's name, for messages.
+            data: the file's fields, with ``defaults``.
+            where: the file's name, for messages.
 
         Raises:
-            UserError: it asks for what the type has and longspan does not.
+            UserError: a field requests a feature of the type that longspan does not have.
         """
         raise NotImplementedError
 
-    # --- config.json out
+    # --- writing config.json
 
     def holds(self, model: Architecture) -> bool:
         """Whether a model is of this type, so that it can be written as one."""
         return not self.missing(model)
 
     def missing(self, model: Architecture) -> list[str]:
-        """Our fields of another value than the type has, each with both values."""
+        """The fields of Architecture whose value differs from the type's value, each with both values."""
         return [
             f"{name} {_shown(getattr(model, name))} (needs {_shown(value)})"
             for name, value in {"softmax_scale": None, **self.needs}.items()
@@ -81,17 +84,17 @@ class Family:
         ]
 
     def fields(self, model: Architecture, positions: int) -> dict[str, Any]:
-        """The fields of the architecture in a config.json, but for those that all types have.
+        """The architecture's fields in a config.json, without the fields that all types have.
 
         Args:
-            positions: the longest sequence that the model is made for.
+            positions: the longest sequence that the model is made for, in tokens.
         """
         raise NotImplementedError
 
     # --- tensors
 
     def tensor_name(self, name: str) -> str:
-        """Our parameter name -> theirs.
+        """longspan's name of a parameter -> Hugging Face's name.
 
         Raises:
             ValueError: a model of this type has no such parameter.
@@ -105,7 +108,7 @@ class Family:
         return f"{self.layers}.{match[1]}.{self.inside[match[2]]}.{kind}"
 
     def places(self, name: str, model: Architecture) -> list[Place]:
-        """Our parameter name -> the tensors that hold its rows, in the order of the rows.
+        """longspan's name of a parameter -> the tensors that hold its rows, in the order of the rows.
 
         Raises:
             ValueError: as :meth:`tensor_name`.
@@ -120,15 +123,15 @@ def windows_of(model: Architecture) -> list[int | None]:
 
 
 def one_window(model: Architecture) -> int | None:
-    """The size of the windows, of a model whose layers have one size or none."""
+    """The size of the windows, if all windows of the model have one size; None if no layer has a window."""
     return next((window for window in windows_of(model) if window is not None), None)
 
 
 def windows_by_type(types: list[str], window: int, where: str) -> int | list[int | None] | None:
-    """``layer_types`` of a config.json -> our ``sliding_window``.
+    """``layer_types`` of a config.json -> longspan's ``sliding_window``.
 
     Raises:
-        UserError: a layer of another type.
+        UserError: a layer has another type.
     """
     if others := sorted(set(types) - {"full_attention", "sliding_attention"}):
         raise UserError(
@@ -140,7 +143,7 @@ def windows_by_type(types: list[str], window: int, where: str) -> int | list[int
 
 
 def layer_types(model: Architecture) -> list[str]:
-    """Our ``sliding_window`` -> ``layer_types`` of a config.json."""
+    """longspan's ``sliding_window`` -> ``layer_types`` of a config.json."""
     return ["full_attention" if window is None else "sliding_attention" for window in windows_of(model)]
 
 

@@ -1,6 +1,6 @@
-"""GPT-2: LayerNorm, learned positions, plain MLPs, biases, and as many key/value as query heads.
+"""GPT-2: LayerNorm, learned positions, plain MLPs, biases, and as many key/value heads as query heads.
 
-Its files keep query, key and value in one tensor and linear weights as [input, output].
+Its files hold query, key and value in one tensor, and linear weights as [input, output].
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a ``base_model`` is found: a local folder, the table of known architectures, or the hub."""
+"""Finds a ``base_model``: in a local folder, in the table of known architectures, or on the hub."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def model_file(base_model: str, name: str, network: bool = True) -> Path:
     """A file of a model: in a local folder, or fetched from the hub for an id such as ``org/name``.
 
     Args:
-        network: False takes what an earlier run fetched, and asks nobody.
+        network: False uses only the files that were fetched earlier, and no network.
 
     Raises:
-        UserError: it is in neither.
+        UserError: the file is in neither.
     """
     path = Path(base_model) / name
     if path.is_file():
@@ -30,7 +30,8 @@ def model_file(base_model: str, name: str, network: bool = True) -> Path:
             from huggingface_hub import hf_hub_download
 
             return Path(hf_hub_download(base_model, name, local_files_only=not network))
-        except Exception as error:  # offline, no such model, no access: the remedy is the same
+        # The remedy is the same without a network, without such a model and without access.
+        except Exception as error:
             raise UserError(_not_fetched(base_model, name, error)) from None
     raise UserError(
         f"base_model {base_model!r}: there is no {name} in it. Give a folder that holds a Hugging Face "
@@ -39,7 +40,7 @@ def model_file(base_model: str, name: str, network: bool = True) -> Path:
 
 
 def is_hub_id(base_model: str) -> bool:
-    """Is this of the form ``org/name``?"""
+    """Whether a name has the form ``org/name``."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model) is not None
 
 
@@ -53,30 +54,37 @@ def _not_fetched(base_model: str, what: str, error: Exception) -> str:
 
 
 def model_folder(base_model: str) -> Path:
-    """The folder of a model with its weights and tokenizer; a hub id is fetched whole (safetensors, tokenizer and JSON only).
+    """The folder of a model with its weights and tokenizer.
+
+    For an id on the hub, all its safetensors, tokenizer and JSON files are fetched.
 
     Raises:
-        UserError: it is no folder and cannot be fetched.
+        UserError: the model is not a folder and cannot be fetched.
     """
     if Path(base_model).is_dir():
         return Path(base_model)
     if not is_hub_id(base_model):
-        return model_file(base_model, "config.json").parent  # which says that there is none
+        # model_file raises the error that there is no such model.
+        return model_file(base_model, "config.json").parent
     try:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
         return Path(snapshot_download(base_model, allow_patterns=patterns))
-    except Exception as error:  # offline, no such model, no access: the remedy is the same
+    # The remedy is the same without a network, without such a model and without access.
+    except Exception as error:
         remedy = " To start from random weights of this architecture: reinit_weights: true."
         raise UserError(_not_fetched(base_model, "its weights", error) + remedy) from None
 
 
 def model_config(base_model: str, network: bool = True) -> tuple[dict[str, Any], str]:
-    """What a model's ``config.json`` holds, and its name for messages: from a folder, the table, or the hub.
+    """(the fields of a model's ``config.json``, its name for messages), from a folder, the table, or the hub.
+
+    Args:
+        network: as in :func:`model_file`.
 
     Raises:
-        UserError: it is in none of them, or no JSON object.
+        UserError: the file is in none of these places, cannot be read, or holds no JSON object.
     """
     if not Path(base_model).exists() and (known := known_model(base_model)) is not None:
         return known, f"the known architecture of {base_model}"
@@ -95,22 +103,22 @@ def model_config(base_model: str, network: bool = True) -> tuple[dict[str, Any],
 
 
 def architecture_of(base_model: str, network: bool = True) -> dict[str, Any]:
-    """The architecture keys of a model; of a known one without its folder and without a network.
+    """The architecture keys of a model; a known model needs neither its folder nor a network.
 
     Args:
         network: as in :func:`model_file`.
 
     Raises:
-        UserError: no such folder, no config.json, or a model that is not supported.
+        UserError: there is no such folder or no config.json, or the model is not supported.
     """
     return keys_of(*model_config(base_model, network))
 
 
 def unused_fields(base_model: str) -> list[str]:
-    """A line for what a model's ``config.json`` names and nobody reads; nothing is fetched.
+    """A line that lists the fields of a model's ``config.json`` that are ignored, if any; nothing is fetched.
 
     Args:
-        base_model: one whose architecture was read already.
+        base_model: a model whose architecture was read already.
     """
     data, where = model_config(base_model, network=False)
     named = ", ".join(ignored_fields(data))
@@ -118,10 +126,14 @@ def unused_fields(base_model: str) -> list[str]:
 
 
 def vocabulary_of(values: dict[str, Any], base_model: str) -> int:
-    """The vocabulary's size among the architecture keys of a model.
+    """The size of the vocabulary, from the architecture keys of a model.
+
+    Args:
+        values: the keys, as :func:`architecture_of` returns them.
+        base_model: the model's name, for messages.
 
     Raises:
-        UserError: its config.json names none, and transformers' default would not fit its weights but by chance.
+        UserError: the config.json names no vocab_size; transformers' default would hardly fit the weights.
     """
     if values.get("vocab_size") is None:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Architectures of models on the Hugging Face hub, so that a config can be checked without weights and without a network.
+"""Architectures of models on the Hugging Face hub, to check a config without weights and without a network.
 
-Each entry is what matters of the model's ``config.json``. Only models whose figures were held against their published files
-are here; any other model works from its own folder.
+Each entry holds the relevant fields of the model's ``config.json``. The table lists only models whose numbers
+were compared with their published files; any other model works from its own folder.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ _LLAMA_32_3B = _llama(3072, 28, 24, 8, 8192, 128256, 131072, theta=5e5, factor=3
 _MISTRAL_01 = _mistral(32000, 1e4, 4096)
 _MISTRAL_03 = _mistral(32768, 1e6, None)
 
-#: architecture -> where it is found; names with {} come as they are and with the ending of instruction-tuned ones
+#: (architecture, the hub's names of the models that have it); a name with {} is two names: without an ending,
+#: and with the ending of the instruction-tuned model
 _PLACES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (
         _LLAMA_2_7B,
@@ -158,6 +159,6 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
 
 
 def known_model(name: str) -> dict[str, Any] | None:
-    """The ``config.json`` of a model on the hub, as far as it says the architecture; None for one that is not in the table."""
+    """The architecture's fields in the ``config.json`` of a model on the hub; None if not in the table."""
     found = KNOWN_MODELS.get(name)
     return dict(found) if found is not None else None

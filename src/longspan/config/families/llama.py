@@ -19,7 +19,7 @@ class Llama(RotaryDecoder):
         return read_biases(bool(data.get("attention_bias")), bool(data.get("mlp_bias")), where)
 
     def holds(self, model: Architecture) -> bool:
-        # transformers' Llama has no window, whatever its config.json names
+        # transformers' Llama has no window, even if its config.json names one.
         return super().holds(model) and one_window(model) is None
 
     def fields(self, model: Architecture, positions: int) -> dict[str, Any]:

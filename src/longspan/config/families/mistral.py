@@ -1,4 +1,4 @@
-"""Mistral and Ministral: no biases; one sliding window in all layers, or (Ministral) in some."""
+"""Mistral and Ministral: no biases; one sliding window in all layers, or (Ministral) in some layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen2 (biases of query, key and value) and Qwen3 (normalised heads); a window in some layers, or none."""
+"""Qwen2 (biases of query, key and value) and Qwen3 (normalised heads); a window in some layers or in none."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Qwen2(RotaryDecoder):
         return super().fields(model, positions) | {
             "use_sliding_window": one_window(model) is not None,
             "sliding_window": one_window(model),
-            # transformers reads this number where there are no layer_types
+            # transformers reads this number if it reads no layer_types.
             "max_window_layers": next((i for i, w in enumerate(windows) if w is not None), len(windows)),
             "layer_types": layer_types(model),
         }

@@ -1,6 +1,6 @@
-"""What Llama, Mistral and Qwen have in common: RMSNorm, rotary positions, gated MLPs, and the names of their tensors.
+"""What Llama, Mistral and Qwen have in common: RMSNorm, rotary positions, gated MLPs, and the tensor names.
 
-    ours                                                       theirs
+    longspan                                                   Hugging Face
     embedding.word_embeddings.weight     [v padded, h]         model.embed_tokens.weight  [v, h]
     decoder.layers.I.input_layernorm                           model.layers.I.input_layernorm
     decoder.layers.I.self_attention.linear_{q,k,v}             model.layers.I.self_attn.{q,k,v}_proj
@@ -11,7 +11,7 @@
     decoder.final_layernorm                                    model.norm
     output_layer.weight                  [v padded, h]         lm_head.weight  [v, h]
 
-each with .weight and, where the model has it, .bias.
+each with .weight and, if the model has it, .bias.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from longspan.config.families.family import Family
 from longspan.config.rope import ROPE_TYPES, rope_type
 from longspan.errors import UserError
 
-#: fields of a rope_scaling that do not belong to its type
+#: the fields that a rope_scaling of any type may have
 _OF_ALL_TYPES = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
 class RotaryDecoder(Family):
-    """The base of these types; each adds its biases, norms and windows."""
+    """The base class of these model types; each type adds its biases, norms and windows."""
 
     keys = {
         "num_hidden_layers": "num_layers",
@@ -72,16 +72,16 @@ class RotaryDecoder(Family):
         return found | read_rotary(data, where)
 
     def read_pieces(self, data: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """Keys of biases, norms and the like."""
+        """The keys of biases and norms."""
         return {}
 
     def read_window(self, data: Mapping[str, Any], where: str) -> int | list[int | None] | None:
-        """The sliding window as transformers' class reads it: one for all layers, or a list of each layer's."""
+        """The sliding window as transformers' class reads it: one for all layers, or a list of all layers."""
         return None
 
     def fields(self, model: Architecture, positions: int) -> dict[str, Any]:
         scaled = rope_type(model.rope_scaling) != "default"
-        # transformers 5 reads rope_parameters, 4 reads rope_theta and rope_scaling; all three are written
+        # transformers 5 reads rope_parameters, 4 reads rope_theta and rope_scaling, so all three are written.
         scaling = {k: v for k, v in (model.rope_scaling or {}).items() if k != "type"} if scaled else {}
         scaling = {"rope_type": rope_type(model.rope_scaling), **scaling}
         return {
@@ -101,7 +101,13 @@ class RotaryDecoder(Family):
 
 
 def read_rotary(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """rotary_base and rope_scaling; transformers 4 has rope_theta and rope_scaling, 5 keeps both in rope_parameters."""
+    """The keys rotary_base and rope_scaling.
+
+    transformers 4 has the fields rope_theta and rope_scaling; 5 has both in rope_parameters.
+
+    Raises:
+        UserError: the fields are not for all layers, or request something that is not supported.
+    """
     rope = data.get("rope_scaling") or data.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise UserError(
@@ -123,7 +129,7 @@ def read_rotary(data: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def ignored_fields(data: Mapping[str, Any]) -> list[str]:
-    """Fields of a config.json's rope_scaling that its type does not have: transformers ignores them, and so do we."""
+    """Fields of a config.json's rope_scaling that its type does not have; transformers ignores them too."""
     rope = data.get("rope_scaling") or data.get("rope_parameters") or {}
     known = (
         ROPE_TYPES.get(kind) if isinstance(rope, dict) and isinstance(kind := rope_type(rope), str) else None
@@ -135,10 +141,10 @@ def ignored_fields(data: Mapping[str, Any]) -> list[str]:
 
 
 def read_biases(attention: bool, mlp: bool, where: str) -> dict[str, Any]:
-    """``add_bias_linear`` of a type whose attention and MLP may have biases.
+    """The key ``add_bias_linear`` of a model type whose attention and MLP may have biases.
 
     Raises:
-        UserError: only one of them has.
+        UserError: only one of the two has biases.
     """
     if attention != mlp:
         only = "attention_bias" if attention else "mlp_bias"

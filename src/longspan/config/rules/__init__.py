@@ -1,4 +1,4 @@
-"""The rules between keys, one file for each kind. ``resolve`` goes through the list."""
+"""The rules between keys, one file for each kind. ``config.resolve`` checks all of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from longspan.config.rules.schedule import schedule_problems
 from longspan.config.schema import TrainConfig
 from longspan.errors import Problem
 
-#: each returns (keys, message) for every rule that a config breaks
+#: Each function returns (keys, message) for every rule that a config breaks.
 RULES: tuple[Callable[[TrainConfig], Iterable[Problem]], ...] = (
     missing_keys,
     data_problems,

@@ -18,7 +18,7 @@ from longspan.errors import Problem, UserError, did_you_mean
 
 
 def data_problems(config: TrainConfig) -> list[Problem]:
-    """The rules between the keys of data and tokenizers."""
+    """(keys, message) for each broken rule between the keys of data and tokenizers."""
     found: list[Problem] = []
     given = [
         name for name in ("datasets", "data_path", "train_data_path", "mock_data") if getattr(config, name)
@@ -152,7 +152,7 @@ def _held_out(config: TrainConfig, found: list[Problem]) -> None:
 
 
 def _stream(config: TrainConfig, found: list[Problem]) -> None:
-    """The keys of the stream of documents, beside what makes no stream."""
+    """Problems with keys of the stream of documents, if other keys make no stream."""
     samples = next((s for s in [*config.datasets, *config.test_datasets] if s.type != "completion"), None)
     for name in (name for name in STREAM_KEYS if getattr(config, name)):
         if config.sample_packing:
@@ -174,7 +174,7 @@ def _stream(config: TrainConfig, found: list[Problem]) -> None:
         ]
 
 
-#: a dataset's keys that only its type reads
+#: type of a dataset -> the dataset's keys that only this type reads
 _OF_TYPE = {"completion": ("field",), "chat_template": (
     "field_messages",
     "message_property_mappings",

@@ -8,7 +8,7 @@ from longspan.config.lora import TARGETS, lora_of, read_peft_config
 from longspan.config.schema import TrainConfig
 from longspan.errors import Problem, UserError, did_you_mean
 
-#: keys that speak of adapters -> their value that asks for nothing
+#: keys of adapters -> the value that has no effect
 KEYS: dict[str, Any] = {
     "lora_r": None,
     "lora_alpha": None,
@@ -21,7 +21,7 @@ KEYS: dict[str, Any] = {
 
 
 def lora_problems(config: TrainConfig) -> list[Problem]:
-    """The rules between the keys of adapters: (keys, message) for each that is broken."""
+    """(keys, message) for each broken rule between the keys of adapters."""
     if config.adapter is None:
         return [
             ((key, "adapter"), f"{key} {getattr(config, key)!r} has no effect without adapter: lora. Set it, or leave it out.")
@@ -74,7 +74,7 @@ def _target_problems(config: TrainConfig) -> list[Problem]:
 
 
 def _start_problems(config: TrainConfig) -> list[Problem]:
-    """Adapters to start from must be those the config describes."""
+    """Problems if the adapters in lora_model_dir are not the adapters that the config describes."""
     key = ("lora_model_dir",)
     try:
         there, _ = read_peft_config(config.lora_model_dir or "")

@@ -1,4 +1,4 @@
-"""Rules between the keys of memory and precision."""
+"""The rules between the keys of memory and precision."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from longspan.errors import Problem
 
 
 def memory_problems(config: TrainConfig) -> list[Problem]:
-    """Keys that contradict or repeat each other."""
+    """(keys, message) for keys that contradict or repeat each other, or have no effect."""
     found: list[Problem] = []
     shards = config.tiled_mlp_num_shards
     if shards is not None and not config.tiled_mlp:

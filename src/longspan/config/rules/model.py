@@ -14,7 +14,7 @@ from longspan.errors import Problem
 
 
 def position_problems(config: TrainConfig) -> Iterator[Problem]:
-    """The length of a sequence beside the positions that the model has."""
+    """(keys, message) if a sequence is longer than the number of positions of the model."""
     most, length = config.max_position_embeddings, config.sequence_len
     if most is None or length <= most:
         return
@@ -37,7 +37,7 @@ def position_problems(config: TrainConfig) -> Iterator[Problem]:
 
 
 def model_problems(config: TrainConfig) -> list[Problem]:
-    """The rules of the architecture and of its cut, and whether it can leave for Hugging Face."""
+    """(keys, message) for broken rules of the architecture, of its cut over ranks, and of its export."""
     if None in (config.num_layers, config.hidden_size, config.num_attention_heads):
         return []
     model = Architecture.of(config)

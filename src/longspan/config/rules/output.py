@@ -1,4 +1,4 @@
-"""Rules between the keys of what a run writes, and to whom."""
+"""The rules between the keys of a run's output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from longspan.errors import Problem
 
 
 def output_problems(config: TrainConfig) -> list[Problem]:
-    """Keys of a service that is not asked for, or not installed."""
+    """(keys, message) for keys of a service that is not switched on, or not installed."""
     found: list[Problem] = []
     if config.use_wandb and not has_package("wandb"):
         found.append(

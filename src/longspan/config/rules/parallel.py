@@ -1,4 +1,4 @@
-"""Rules between the keys of parallelism, but for the product of the sizes, which is ``resolve``'s arithmetic."""
+"""The rules between the keys of parallelism. ``config.resolve`` checks the product of the sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from longspan.errors import Problem
 
 
 def parallel_problems(config: TrainConfig) -> list[Problem]:
-    """What is not there yet, and keys that contradict each other or have no effect."""
+    """(keys, message) for keys that are not supported yet, contradict each other or have no effect."""
     found: list[Problem] = []
     if config.pipeline_parallel_size > 1:
         text = f"pipeline_parallel_size {config.pipeline_parallel_size}: pipeline parallelism is not supported yet. Use 1."

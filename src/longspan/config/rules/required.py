@@ -9,7 +9,7 @@ from longspan.errors import Problem
 
 
 def missing_keys(config: TrainConfig) -> Iterator[Problem]:
-    """Keys that neither the config nor base_model gives, and reinit_weights where there is no base_model."""
+    """(keys, message) for missing keys of the model, learning_rate, and reinit_weights without base_model."""
     if config.reinit_weights and config.base_model is None:
         yield ("reinit_weights",), "reinit_weights: true without base_model has no effect. Leave it out."
     missing = [k for k in ("num_layers", "hidden_size", "num_attention_heads") if getattr(config, k) is None]

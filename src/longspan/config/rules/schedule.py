@@ -1,4 +1,4 @@
-"""Rules between the keys of steps, warm-up, evaluations and checkpoints."""
+"""The rules between the keys of steps, the learning rate, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _warms_up(config: TrainConfig) -> bool:
 
 
 def schedule_problems(config: TrainConfig) -> list[Problem]:
-    """All broken rules between these keys, as (keys involved, message)."""
+    """(keys, message) for each broken rule between these keys."""
     return list(_problems(config))
 
 
