@@ -1,4 +1,4 @@
-"""A decoder's layer (attention, then an MLP, each after a norm and added to its input), and the stack of layers."""
+"""A decoder's layer (attention, then an MLP, each after a norm and added to its input), and all layers."""
 
 from __future__ import annotations
 

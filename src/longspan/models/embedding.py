@@ -62,7 +62,7 @@ class Embedding(nn.Module):
         )
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """position_ids [s], [1, s] or [b, s]: rows' positions in documents, used for learned positions only."""
+        """position_ids [s], [1, s] or [b, s]: positions in documents; used for learned positions only."""
         check_ids("input_ids", input_ids, self.vocab_size, "the vocabulary")
         words = self.word_embeddings
         found = words.look_up(_out_of_padding(input_ids, self.vocab_size, words))

@@ -137,7 +137,7 @@ def refuse_mask(attention_mask: Tensor | None) -> None:
 
 
 class Layer(nn.Module):
-    """``forward(x [s, b, h], rows) -> x [s, b, h]``. A subclass defines :meth:`compute`.
+    """``forward(x [s, b, h], rows) -> x [s, b, h]``. A subclass defines ``compute``, and ``plan`` if needed.
 
     Attributes:
         number: the layer's number in the whole model, from 1.

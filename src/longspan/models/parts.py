@@ -32,7 +32,7 @@ def _residual_std(config: TransformerConfig) -> float:
 def projected_heads(
     x: Tensor, linears: tuple[Operands, ...], norms: tuple | None, rotary: RotaryTable | None, head_dim: int
 ) -> list[Tensor]:
-    """[s, b, h] -> query [s, b, n, d], key and value [s, b, m, d]; ``norms`` has query's and key's, if any."""
+    """[s, b, h] -> query [s, b, n, d], key and value [s, b, m, d]; ``norms`` of query and key, or None."""
     q, k, v = (projected(x, linear).unflatten(-1, (-1, head_dim)) for linear in linears)
     if norms is not None:
         q, k = normalised(q, *norms[0]), normalised(k, *norms[1])
@@ -44,7 +44,7 @@ def projected_heads(
 def mlp_product(
     x: Tensor, gate: Operands | None, up: Operands, down: Operands, activation: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """[.., h], the same on all tensor parallel ranks -> this rank's part of the sum [.., h], token by token."""
+    """[.., h], equal on all tensor parallel ranks -> this rank's part of the sum [.., h]; token by token."""
     if gate is None:
         return projected(activation(projected(x, up)), down)
     gates, ups = projected(x, gate), projected(x, up)

@@ -68,7 +68,10 @@ def frequencies(head_dim: int, base: float, scaling: Mapping[str, Any] | None = 
 
 
 def _yarn_ramp(head_dim: int, base: float, context: float, scaling: Mapping[str, Any]) -> Tensor:
-    """The divided share of each pair's frequency, float64 [d/2]: 0 above beta_fast turns, 1 below beta_slow."""
+    """The divided share of each pair's frequency, float64 [d/2].
+
+    It is 0 above beta_fast turns and 1 below beta_slow turns. Between them it rises with the pair's number.
+    """
 
     def pair_of(turns: float) -> float:
         # The number (with a fraction) of the pair that makes ``turns`` turns within the original context.
