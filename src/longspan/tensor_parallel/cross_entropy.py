@@ -270,7 +270,7 @@ def _empty_gradients(hidden: Tensor, weight: Tensor, trained: bool) -> tuple[Ten
 def _add_chunk(
     sums: tuple[Tensor, Tensor | None], grad: Tensor, hidden: Tensor, used: Tensor, part: slice
 ) -> None:
-    """Sets a chunk's rows of hidden's gradient, and adds to the weight's, from logit gradients [c, columns]."""
+    """From logit gradients [c, columns]: sets a chunk's rows of hidden's gradient, adds to the weight's."""
     grad_hidden, grad_weight = sums
     grad_hidden[part] = product(grad, used)
     if grad_weight is not None:
