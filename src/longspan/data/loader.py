@@ -210,8 +210,8 @@ class TokenDataset:
     def has_targets(self, most: int) -> bool:
         """Whether a token of this split counts in the loss.
 
-        Only about the first ``most`` tokens are read; if none of them counts and there are more, the result is
-        True. A sample's first token is never a label, and truncated tokens are not learned.
+        Only about the first ``most`` tokens are read; if none of them counts and there are more, the result
+        is True. A sample's first token is never a label, and truncated tokens are not learned.
         """
         if isinstance(self._plan, Stream):
             return self.num_tokens > 1
