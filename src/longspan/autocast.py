@@ -1,6 +1,6 @@
-"""torch.autocast for parts with autograd functions written by hand, inside of which autocast has no effect.
+"""torch.autocast for parts with hand-written autograd functions, inside which autocast has no effect.
 
-Like PyTorch's own functions, such a part casts its inputs to autocast's type and computes with autocast off.
+Like PyTorch's own functions, such a part casts its inputs to autocast's dtype and computes with autocast off.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, in autocast's type if autocast is on; float64 stays, because the user chose it."""
+    """The tensors, in autocast's dtype if autocast is on; float64 stays, because the user chose it."""
     if not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
@@ -29,7 +29,7 @@ def off(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 def state(tensor: Tensor) -> Callable[[], torch.autocast]:
-    """Makes contexts with the present autocast state of the tensor's device, for recomputing in backward."""
+    """A function that makes contexts with the device's present autocast state, to recompute in backward."""
     kind = tensor.device.type
     return partial(
         torch.autocast, kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)

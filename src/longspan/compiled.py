@@ -1,9 +1,9 @@
 """torch.compile for the computation between two exchanges: pure functions, compiled once for all layers.
 
-A module with such parts derives from :class:`Compilable` and calls them by :meth:`Compilable.part`. The parts
-take this rank's plain tensors, never modules, DTensors or groups. So FSDP's hooks, recomputation and every
-collective stay outside, and a compiled part serves all layers of the same shapes. When a shape changes from
-one call to the next, the second call compiles a version for any size.
+A module with such parts derives from :class:`Compilable` and calls them through :meth:`Compilable.part`. The
+parts take this rank's plain tensors, never modules, DTensors or groups. So FSDP's hooks, recomputation and
+every collective stay outside, and a compiled part serves all layers of the same shapes. When a shape changes
+from one call to the next, the second call compiles a version for any size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from longspan.errors import UserError
 
-#: The backend of torch.compile. A test uses one that generates no code, because that takes most of the time.
+#: The backend of torch.compile. A test uses a backend that generates no code, because generating takes long.
 BACKEND = "inductor"
 
 

@@ -1,6 +1,6 @@
-"""Gradients of a model in your own loop: summed over the ranks that see different tokens.
+"""Gradients of a model in your own training loop: summed over the ranks that have different tokens.
 
-In the trainer FSDP2 does this (``parallelize``); a model without FSDP2 needs one call after backward.
+In the trainer FSDP2 sums them (``parallelize``); a model without FSDP2 needs one call after backward.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def finalize_model_grads(
     """Sums a model's gradients over the data and context parallel ranks, each of which has a part of the sum.
 
     Call it on every rank after the last backward of a step, before the gradient norm, clipping and the
-    optimizer. Gradients are summed, never averaged, in at least float32. Over tensor parallel ranks nothing
-    is left to sum, with or without sequence parallelism, because the layers do it in backward.
+    optimizer. Gradients are summed, never averaged, in at least float32. They need no sum over tensor
+    parallel ranks, with or without sequence parallelism, because the layers compute it in backward.
 
-    The loss decides what the sum means. Each rank's loss covers its own tokens, and either
+    The loss decides what the sum means. Each rank's loss covers its own tokens, and there are two ways:
 
     - each rank divides the *sum* of its losses by the number of valid tokens of the whole step, over all
       micro-batches and all data and context parallel ranks (the sum of ``(labels != -100)`` over
       ``pg_collection.dp_cp``); or
     - each rank's loss is a plain sum and ``num_tokens`` is given (Megatron's ``calculate_per_token_loss``):
-      this function then divides the gradients by the sum of ``num_tokens`` over those ranks.
+      this function then divides the gradients by the sum of ``num_tokens`` over the same ranks.
 
     Both give the gradient of the mean over all valid tokens at every layout. Each rank's own *mean* would be
     wrong, because ranks have different numbers of valid tokens. (For that reason Megatron's other convention
@@ -44,9 +44,9 @@ def finalize_model_grads(
 
     Args:
         model: a module without FSDP2 or DDP, or several modules. A parameter that they share is summed once.
-            A parameter without a gradient on this rank (it ran no backward) counts as zero, if other ranks
-            have one. Frozen parameters are not changed.
-        num_tokens: valid tokens of this rank in the step; None if the losses are divided already. If no rank
+            A parameter without a gradient on this rank (which ran no backward) counts as zero, if other ranks
+            have its gradient. Frozen parameters are not changed.
+        num_tokens: valid tokens of this rank in the step; None if the losses are already divided. If no rank
             has a valid token, the gradients are not divided.
         pg_collection: None takes the installed groups.
 
@@ -80,7 +80,8 @@ def sum_gradients(
 ) -> None:
     """Sums the gradients over the ranks of a group, in at least float32, and multiplies them by ``scale``.
 
-    A parameter with a gradient on some ranks only counts as zero on the others; without any it keeps none.
+    A gradient that only some ranks have counts as zero on the other ranks. A parameter without a gradient on
+    any rank gets none.
     """
     if not parameters:
         return
@@ -95,5 +96,5 @@ def sum_gradients(
         held = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
         wide = held.to(torch.promote_types(held.dtype, torch.float32)).contiguous()
         dist.all_reduce(wide, group=group)
-        # In float32 and float64, wide may be this same tensor.
+        # In float32 and float64, wide may be the same tensor as held.
         held.copy_(wide if scale is None else wide * scale)

@@ -1,9 +1,9 @@
 """Matrix products on the CPU by the faster of PyTorch's two libraries.
 
-``torch.matmul`` sends float32 on x86 to MKL, which on AMD processors runs at less than half of
-what oneDNN reaches, with the same precision (bfloat16 goes to oneDNN anyway). oneDNN's float32
-product is called through the operator that PyTorch's own compiler uses for linear layers. Everything
-else (other dtypes, other processors, CUDA) is plain PyTorch.
+On x86, ``torch.matmul`` computes float32 with MKL, which on AMD processors is less than half as fast as
+oneDNN, at the same precision (it computes bfloat16 with oneDNN). oneDNN's float32 product is called
+through the operator that PyTorch's own compiler uses for linear layers. All other products (other
+dtypes, other processors, CUDA) are plain PyTorch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HAS_ONEDNN = (
 
 
 def fast_dtypes() -> tuple[torch.dtype, ...]:
-    """Types whose products oneDNN computes fast on this processor."""
+    """The dtypes whose products oneDNN computes fast on this processor."""
     if not _HAS_ONEDNN:
         return ()
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -46,11 +46,11 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` for [m, k] and [k, n] of any strides. No autograd."""
+    """``a @ b`` [m, n] for [m, k] and [k, n] of any strides, without autograd."""
     if not _onednn(a, b):
         return a @ b
-    # This operator computes (x, w) -> x w^T and copies x if it is not contiguous. Where a is larger than b,
-    # the transposed product is computed, so that the smaller of the two is copied.
+    # This operator computes (x, w) -> x w^T and copies x if it is not contiguous. If a is larger than b,
+    # the transposed product is computed, so that the smaller tensor is copied.
     linear = torch.ops.mkldnn._linear_pointwise
     if not a.is_contiguous() and a.shape[0] > b.shape[1]:
         return linear(b.t(), _dense(a), None, "none", [], "").t()
@@ -60,7 +60,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
-        # The input is needed for the weight's gradient only, which a frozen weight does not have.
+        # Only the weight's gradient needs the input, and a frozen weight has no gradient.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return product(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], weight.shape[0])
 
@@ -77,8 +77,8 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x [.., k] @ weight [n, k]^T + bias``, as ``torch.nn.functional.linear``."""
-    # The compiler chooses the library itself.
+    """``x [.., k] @ weight [n, k]^T + bias [n]`` -> [.., n], like ``torch.nn.functional.linear``."""
+    # The compiler itself chooses the library, so it gets the plain operation.
     if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() < 2 or not x.numel()

@@ -1,11 +1,11 @@
-"""Megatron's ``parallel_state`` functions over one installed ParallelMesh.
+"""Megatron's ``parallel_state`` functions, which read one installed ParallelMesh.
 
-A facade for users: ``initialize_model_parallel`` makes a mesh and installs it, the getters
-hand out its parts. Nothing inside longspan reads this file; public constructors take the installed groups
-where none are given (``mesh.default_groups``).
+The functions are for users: ``initialize_model_parallel`` makes a mesh and installs it, and the getters
+return parts of it. No other module of longspan imports this file. Public constructors without process groups
+take the installed groups (``mesh.default_groups``).
 
-Every getter takes ``check_initialized=True``; with False it returns None instead of raising
-an error when nothing is installed.
+Every getter has the argument ``check_initialized=True``. Without an installed mesh it raises a RuntimeError;
+with ``check_initialized=False`` it returns None instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from longspan.config.sizes import DEFAULT_ORDER, MeshSizes
 from longspan.errors import did_you_mean
 from longspan.mesh.default_groups import installed, installed_mesh
 from longspan.mesh.mesh import ParallelMesh, ProcessGroupCollection, init_distributed
-from longspan.mesh.topology import RankGenerator as RankGenerator  # Megatron has it here, too
+
+# Megatron's module has RankGenerator and hierarchical_groups too, so they are exported here.
+from longspan.mesh.topology import RankGenerator as RankGenerator
 from longspan.mesh.topology import data_parallel_size
 from longspan.mesh.topology import hierarchical_groups as hierarchical_groups
 from longspan.tensor_parallel import random
@@ -40,20 +42,21 @@ def initialize_model_parallel(
     device_type: str | None = None,
     distributed_timeout_minutes: float = 10.0,
 ) -> None:
-    """Makes the groups of all axes and installs them. All ranks call it.
+    """Makes the groups of all axes and installs them. All ranks must call it.
 
-    Starts the default process group if there is none yet: from the launcher's environment
-    under torchrun, else a world of one process (NCCL with CUDA, gloo otherwise).
+    It starts the default process group if there is none: under torchrun from the launcher's
+    environment, otherwise as a world of one process (NCCL with CUDA, gloo without).
 
     Args:
-        data_parallel_replicate_size: number of whole copies of the sharded parameters (HSDP); a
-            divisor of the data parallel size.
-        device_type: ``"cpu"`` or ``"cuda"``; None takes CUDA where it is available.
+        data_parallel_replicate_size: number of whole copies of the sharded parameters (HSDP); it must
+            divide the data parallel size.
+        device_type: ``"cpu"`` or ``"cuda"``; None takes CUDA if it is available.
+        distributed_timeout_minutes: the time that a collective may take, in minutes.
 
     Raises:
-        RuntimeError: already initialised, an axis is missing from ``order``, or virtual stages without
-            pipeline stages.
-        ValueError: the sizes do not multiply to the world size.
+        RuntimeError: groups are already installed, ``order`` is wrong or lacks an axis, or there are
+            virtual stages without pipeline stages.
+        ValueError: the product of the sizes does not fit the number of processes.
     """
     global _virtual_pipeline_rank, _virtual_pipeline_size
     if installed.mesh is not None:
@@ -95,7 +98,7 @@ def initialize_model_parallel(
 
 
 def install(mesh: ParallelMesh) -> None:
-    """Installs a mesh that was made elsewhere (the trainer makes its own)."""
+    """Installs a mesh that the caller has made (the trainer makes its own mesh)."""
     installed.mesh = mesh
 
 
@@ -107,7 +110,7 @@ is_initialized = model_parallel_is_initialized
 
 
 def destroy_model_parallel() -> None:
-    """Drops the installed groups and the seed of ``model_parallel_seed``. The default process group stays."""
+    """Removes the installed groups and the seed of ``model_parallel_seed``; keeps the default group."""
     global _virtual_pipeline_rank, _virtual_pipeline_size
     installed.mesh, _virtual_pipeline_rank, _virtual_pipeline_size = None, None, None
     random.get_rng_tracker().reset()
@@ -119,7 +122,7 @@ def get_mesh(check_initialized: bool = True) -> ParallelMesh | None:
 
 
 def get_process_groups(check_initialized: bool = True) -> ProcessGroupCollection | None:
-    """All groups of the installed mesh: what modules take as ``pg_collection``."""
+    """All groups of the installed mesh, which modules take as ``pg_collection``."""
     mesh = get_mesh(check_initialized)
     return mesh.groups if mesh else None
 
@@ -201,7 +204,7 @@ def get_tensor_and_data_parallel_group(check_initialized: bool = True, with_cont
 def get_amax_reduction_group(
     with_context_parallel: bool = False, tp_only_amax_red: bool = False, check_initialized: bool = True
 ):
-    """The ranks with parts of one activation; without ``tp_only_amax_red`` those with other samples too."""
+    """The ranks with parts of one activation; without ``tp_only_amax_red`` also ranks with other samples."""
     name = "tp" if tp_only_amax_red else "tp_dp"
     return _group(
         {"tp": "tp_cp", "tp_dp": "tp_dp_cp"}[name] if with_context_parallel else name, check_initialized
@@ -229,7 +232,11 @@ def get_context_parallel_global_ranks(check_initialized: bool = True):
 
 
 def get_hierarchical_context_parallel_groups(check_initialized: bool = True):
-    """One group a level, innermost first; with check_initialized, raises if there are no levels."""
+    """This rank's group of each level, the innermost first.
+
+    Raises:
+        RuntimeError: there are no levels. With ``check_initialized=False`` the result is None instead.
+    """
     groups = get_process_groups(check_initialized)
     if groups is None:
         return None
@@ -245,7 +252,10 @@ def get_hierarchical_context_parallel_groups(check_initialized: bool = True):
 
 
 def get_data_parallel_group(with_context_parallel: bool = False, check_initialized: bool = True):
-    """The ranks with the same model part and different samples (with context parallelism: tokens)."""
+    """The ranks with the same part of the model and different samples.
+
+    With ``with_context_parallel`` they are all ranks with different tokens.
+    """
     return _group("dp_cp" if with_context_parallel else "dp", check_initialized)
 
 
@@ -396,12 +406,12 @@ def get_expert_tensor_and_model_parallel_rank(check_initialized: bool = True):
 
 
 def is_rank_0() -> bool:
-    """Is this global rank 0? True without torch.distributed too: then there is only one process."""
+    """Whether this is global rank 0; True without torch.distributed, where there is only one process."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def get_all_ranks(check_initialized: bool = True):
-    """This rank's numbers on tp, dp, cp, pp and ep, joined by underscores, for the name of a file."""
+    """This rank's numbers on the axes tp, dp, cp, pp and ep, joined by underscores, for a file name."""
     ranks = [_rank(name, check_initialized) for name in ("tp", "dp", "cp", "pp", "ep")]
     return None if None in ranks else "_".join(map(str, ranks))
 
@@ -414,7 +424,7 @@ _ENDS = "pipelines are not supported yet, and without them embedding and output 
 _PARTIAL = "there is no distributed optimizer in parts. FSDP2 shards over dp_shard x cp and copies over dp_replicate: get_mesh().device_mesh"
 _BUFFER = "PyTorch's allocator keeps memory for reuse; leave the call out"
 
-#: name of Megatron's -> what to use instead
+#: Megatron's name -> its replacement.
 _INSTEAD = {
     "get_data_parallel_group_gloo": _GLOO.format("get_data_parallel_group()"),
     "get_expert_data_parallel_group_gloo": _GLOO.format("get_expert_data_parallel_group()"),
@@ -474,7 +484,7 @@ _INSTEAD = {
 
 
 def __getattr__(name: str):
-    """Raises an AttributeError; for a name of Megatron's its message gives what to use instead."""
+    """Raises an AttributeError; for a name of Megatron, the message names the replacement."""
     if name in _INSTEAD:
         raise AttributeError(f"longspan.parallel_state has no {name}. Instead: {_INSTEAD[name]}.")
     known = [known for known in globals() if not known.startswith("_")]

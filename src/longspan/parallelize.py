@@ -15,6 +15,7 @@ share of the global mean (invariant I1).
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -22,8 +23,10 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import Shard
 
 from longspan.compiled import check_compiler, compile_parts
+from longspan.expert_parallel import GroupedMLP
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models.gpt import GPTModel
 from longspan.models.memory.offload import Offload
@@ -101,6 +104,9 @@ def shard(
         "offload_policy": offload_policy,
     }
     for layer in model.decoder.layers.values():
+        for module in layer.modules():
+            if isinstance(module, GroupedMLP):
+                _shard_experts(module, mesh, reshard_after_forward, kwargs)
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **kwargs)
     fully_shard(model, reshard_after_forward=False, **kwargs)
     for module in model.modules():
@@ -108,3 +114,23 @@ def shard(
             module.set_gradient_divide_factor(1.0)
             # Otherwise FSDP takes an average or a sum with a factor, which gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _shard_experts(
+    experts: GroupedMLP, mesh: ParallelMesh, reshard_after_forward: bool, kwargs: dict
+) -> None:
+    """FSDP2 around the experts of a layer, over the ranks that hold the same ones: before the layer, which has its own axis."""
+    axes = ("edp_replicate", "edp") if mesh.sizes.dp_replicate > 1 else ("edp",)
+    ranks = mesh.expert_mesh["edp"].size()
+    # More ranks than experts of one rank: their weights are cut along another dim, so that no rank's part is empty.
+    dim = 0 if experts.num_local_experts >= ranks else 1
+
+    def place(parameter: nn.Parameter) -> Shard:
+        return Shard(dim)
+
+    fully_shard(
+        experts,
+        reshard_after_forward=reshard_after_forward,
+        shard_placement_fn=place,
+        **kwargs | {"mesh": mesh.expert_mesh[axes]},
+    )

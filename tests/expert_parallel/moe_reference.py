@@ -16,11 +16,16 @@ def route(x, weight, config, bias=None):
     if config.moe_router_num_groups:
         size = experts // config.moe_router_num_groups
         for row in select:
-            best = [sum(sorted(row[g * size : (g + 1) * size].tolist())[-(k // config.moe_router_group_topk) :]) for g in range(config.moe_router_num_groups)]
+            best = [
+                sum(sorted(row[g * size : (g + 1) * size].tolist())[-(k // config.moe_router_group_topk) :])
+                for g in range(config.moe_router_num_groups)
+            ]
             good = sorted(range(len(best)), key=lambda g: (-best[g], g))[: config.moe_router_group_topk]
             for g in set(range(len(best))) - set(good):
                 row[g * size : (g + 1) * size] = -math.inf
-    indices = torch.stack([torch.tensor(sorted(range(experts), key=lambda e: (-row[e].item(), e))[:k]) for row in select])
+    indices = torch.stack(
+        [torch.tensor(sorted(range(experts), key=lambda e: (-row[e].item(), e))[:k]) for row in select]
+    )
     chosen = scores.gather(1, indices)
     if sigmoid and k > 1:
         chosen = chosen / chosen.sum(1, keepdim=True)
@@ -69,9 +74,18 @@ def experts(x, scores, weights, config):
     for e in range(config.num_moe_experts):
         up = x @ weights["up"][e].T + weights.get("up_bias", torch.zeros(config.num_moe_experts, 1).to(x))[e]
         if weights.get("gate") is not None:
-            up = act(x @ weights["gate"][e].T + weights.get("gate_bias", torch.zeros(config.num_moe_experts, 1).to(x))[e]) * up
+            up = (
+                act(
+                    x @ weights["gate"][e].T
+                    + weights.get("gate_bias", torch.zeros(config.num_moe_experts, 1).to(x))[e]
+                )
+                * up
+            )
         else:
             up = act(up)
-        y = up @ weights["down"][e].T + weights.get("down_bias", torch.zeros(config.num_moe_experts, 1).to(x))[e]
+        y = (
+            up @ weights["down"][e].T
+            + weights.get("down_bias", torch.zeros(config.num_moe_experts, 1).to(x))[e]
+        )
         out = out + scores[:, e : e + 1] * y
     return out

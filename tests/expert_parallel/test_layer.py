@@ -1,10 +1,10 @@
 """MoELayer against plain PyTorch at every mix of ranks: outputs, balancing losses and all gradients. fp64."""
 
+import moe_reference as plain
 import pytest
 import torch
 import torch.distributed as dist
 
-import moe_reference as plain
 import pool
 from longspan import TransformerConfig
 from longspan.config.sizes import MeshSizes
@@ -97,14 +97,20 @@ def reference(changes, columns):
         flat = part.reshape(-1, HIDDEN)
         scores, indices, probabilities, logits = plain.route(flat, weights["router.weight"], config)
         sets = [torch.arange(s) * b + j for j in range(b)]
-        loss = plain.balance(probabilities, indices, {k: sets for k in config.balancing}, s * b, config.balancing, config)
+        loss = plain.balance(
+            probabilities, indices, {k: sets for k in config.balancing}, s * b, config.balancing, config
+        )
         losses.append(loss)
         z = config.moe_z_loss_coeff * logits.logsumexp(1).square().mean()
         if config.moe_expert_capacity_factor:
             keep = plain.kept(scores, indices, sets, config)
             scores = scores * torch.zeros_like(scores).scatter(1, indices, keep.to(scores))
         of = {n: weights.get(f"experts.{n}_weight") for n in ("gate", "up", "down")}
-        of |= {f"{n}_bias": weights[f"experts.{n}_bias"] for n in ("gate", "up", "down") if f"experts.{n}_bias" in weights}
+        of |= {
+            f"{n}_bias": weights[f"experts.{n}_bias"]
+            for n in ("gate", "up", "down")
+            if f"experts.{n}_bias" in weights
+        }
         y = plain.experts(flat, scores, of, config)
         if "shared_experts.linear_up.weight" in weights:
             w = {n: weights[f"shared_experts.linear_{n}.weight"] for n in ("gate", "up", "down")}
@@ -137,7 +143,11 @@ OPTIONS = {
     "shared": {"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_gate": True},
     "capacity": {"moe_expert_capacity_factor": 0.8},
     "capacity by position": {"moe_expert_capacity_factor": 0.6, "moe_token_drop_policy": "position"},
-    "groups": {"moe_router_num_groups": 4, "moe_router_group_topk": 2, "moe_router_score_function": "sigmoid"},
+    "groups": {
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+        "moe_router_score_function": "sigmoid",
+    },
     "top 1": {"moe_router_topk": 1, "moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5},
 }
 
@@ -155,7 +165,13 @@ def check(layout, option):
         torch.testing.assert_close(y, out, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(dx, x_grad, rtol=1e-10, atol=1e-10)
         for name, grad in grads.items():
-            torch.testing.assert_close(whole[name], grad, rtol=1e-10, atol=1e-10, msg=lambda m, n=name, r=rank: f"{n} on rank {r}: {m}")
+            torch.testing.assert_close(
+                whole[name],
+                grad,
+                rtol=1e-10,
+                atol=1e-10,
+                msg=lambda m, n=name, r=rank: f"{n} on rank {r}: {m}",
+            )
     assert {f"{float(f[2]):.9f}" for f in found} == {f"{float(loss):.9f}" for loss in losses}
 
 

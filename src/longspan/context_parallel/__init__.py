@@ -1,8 +1,8 @@
 """Context parallelism: one sequence, or one pack of documents, cut over many ranks.
 
-layout (which rank holds which tokens; balance assigns chunks) -> tiles, schedule (what to
-receive, what to compute) -> calls, kernels (one call of attention) -> move_keys, move_heads
-(moving rows) -> attention (all of it behind one function, with the checks of refusals).
+layout (which rank holds which tokens; balance assigns chunks) -> tiles, schedule (which rows to
+receive, which tiles to compute) -> calls, kernels (one call of attention) -> move_keys, move_heads
+(moving rows) -> attention (one function that uses all of these, after the checks of refusals).
 """
 
 from longspan.context_parallel import hybrid

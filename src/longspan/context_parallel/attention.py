@@ -1,10 +1,10 @@
 """Attention over a sequence cut over the context parallel group.
 
 ``context_parallel_attention`` is the function, ``DotProductAttention`` the module with
-Megatron's signature. Both pick a layout, a schedule, a kernel and a way to move, and refuse
-what no path supports before anything is sent (``checks``).
+Megatron's signature. Both choose a schedule, a kernel and a communication type. Unsupported
+arguments are refused before anything is sent (``refusals``).
 
-The four communication types are two moves:
+The four communication types are made of two moves:
 
     p2p, all_gather    move keys, step by step or all at once
     a2a                move heads, so that every rank has the whole sequence
@@ -68,7 +68,7 @@ def _attend(
     deterministic: bool,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """q, k, v [s, b, heads, d] -> out [s, b, n, d], lse [b, n, s]. ``group`` None is one rank."""
+    """q, k, v [s, b, heads, d] -> out [s, b, n, d], lse [b, n, s]. ``group`` None means one rank."""
     q, k, v = autocast.cast(q, k, v)
     ranks, n, m = _size(group), q.shape[-2], k.shape[-2]
     comm_type = check_comm_type(cp_comm_type, ranks, _levels(hierarchical_groups))
@@ -92,7 +92,7 @@ def _attend(
 def _moves(
     comm_type: str, group: dist.ProcessGroup | None, hierarchical_groups: Groups | None
 ) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """(the group that moves heads, the group that moves keys); None where nothing moves."""
+    """(the group that moves heads, the group that moves keys); None for a move that is not made."""
     if _size(group) == 1 or comm_type in ("p2p", "all_gather"):
         return None, group
     if comm_type == "a2a":
@@ -105,7 +105,7 @@ def _moves(
 def _plan(
     layout: SequenceLayout, rank: int, comm_type: str, inner: int, causal: bool, window: int | None
 ) -> tuple[Schedule, tuple[int, ...]]:
-    """The schedule of the keys' move, and the ranks this one exchanges heads with (``inner`` of them)."""
+    """The schedule that moves keys, and the ``inner`` ranks that exchange heads, this rank among them."""
 
     def make() -> tuple[Schedule, tuple[int, ...]]:
         groups = [tuple(range(first, first + inner)) for first in range(0, layout.ranks, inner)]
@@ -133,29 +133,29 @@ def context_parallel_attention(
 ) -> tuple[Tensor, Tensor]:
     """Exact attention for one pack of documents, or a batch of sequences, cut over a group of ranks.
 
-    A query sees the keys of its own document (up to itself when ``causal``).
+    A query attends to the keys of its own document (up to itself if ``causal``).
 
     Args:
-        q: [t, n, d], this rank's rows of the pack as ``layout`` holds them; or [s, b, n, d], a
-            batch of b sequences that are all cut by the one layout.
+        q: [t, n, d], this rank's rows of the pack in the layout's order; or [s, b, n, d], a
+            batch of b sequences that are all cut by the same layout.
         k, v: [t, m, d] or [s, b, m, d]; m divides n.
-        group: the ranks the pack is cut over; None is this rank alone.
-        layout: who holds which tokens.
-        window: a query sees itself and the ``window - 1`` tokens before it; None is no limit.
-        softmax_scale: None is 1 / sqrt(d).
+        group: the ranks that the pack is cut over; None means this rank alone.
+        layout: which tokens each rank holds.
+        window: a query attends to itself and the ``window - 1`` tokens before it; None means no limit.
+        softmax_scale: None means 1 / sqrt(d).
         cp_comm_type: ``p2p`` (keys step by step), ``all_gather`` (keys all at once), ``a2a``
-            (heads; n divides by the ranks) or ``a2a+p2p``.
+            (heads; the number of ranks divides n) or ``a2a+p2p``.
         deterministic: two runs give equal bits. Gradients are always summed in a fixed
-            order here, so this only matters to kernels that are not deterministic themselves.
-        hierarchical_groups: for ``a2a+p2p``, this rank's inner (consecutive ranks of the group)
-            and outer group.
+            order here, so this argument only affects kernels that are not deterministic themselves.
+        hierarchical_groups: for ``a2a+p2p``, this rank's inner group (consecutive ranks of
+            ``group``) and outer group.
 
     Returns:
-        out in q's shape and dtype (autocast's, where that is on), and lse [n, t] or [b, n, s] (natural log, at least float32).
-        Padding rows are 0 and -inf.
+        out in q's shape and dtype (autocast's dtype if autocast is on), and lse [n, t] or [b, n, s]
+        (natural log, at least float32). Padding rows are 0 and -inf.
 
     Raises:
-        ValueError: shapes, layout, type, heads or window do not fit; nothing was sent.
+        ValueError: shapes, layout, communication type, heads or window do not fit; nothing was sent.
     """
     pack = q.dim() == k.dim() == v.dim() == 3
     if pack:
@@ -180,18 +180,21 @@ class DotProductAttention(nn.Module):
     """Megatron's core attention (there: ``TEDotProductAttention``), without parameters.
 
     ``forward(query, key, value) -> (context, softmax_lse)``: query [s, b, n, d], key and
-    value [s, b, m, d], s this rank's rows; context has query's shape, lse is [b, n, s]. With
-    ``qkv_format="thd"``: [t, n, d] and lse [n, t].
+    value [s, b, m, d], where s is the number of this rank's rows; context has query's shape, lse is
+    [b, n, s]. With ``qkv_format="thd"``: [t, n, d] and lse [n, t].
 
-    The rows are taken as zigzag of the whole sequence (``sbhd``) or of each padded document
-    (``thd``); ``layout=`` says otherwise. ``packed_seq_params.cp_group`` switches the group for
-    one call, ``local_cp_size=1`` switches context parallelism off.
+    Without ``layout=``, the rows are zigzag of the whole sequence (``sbhd``) or of each padded
+    document (``thd``). ``packed_seq_params.cp_group`` replaces the group for one call, and
+    ``local_cp_size=1`` switches context parallelism off.
 
     Args:
-        layer_number: from 1; picks the communication type and the window where config gives a list.
-        softmax_scale: None takes config.softmax_scale, and 1 / sqrt(head size) where that is None.
-        attention_type, attention_dropout, k_channels, v_channels: Megatron's; what is not
-            supported (cross-attention, dropout, unequal head sizes) is refused.
+        layer_number: from 1; selects the communication type and the window if they differ between layers.
+        softmax_scale: None takes config.softmax_scale, and 1 / sqrt(head size) if that is None.
+        attention_type, attention_dropout, k_channels, v_channels: Megatron's arguments; unsupported
+            values (cross-attention, dropout, unequal head sizes) are refused.
+
+    Raises:
+        ValueError: a value is not supported, or the config does not fit the groups.
     """
 
     def __init__(
@@ -238,7 +241,7 @@ class DotProductAttention(nn.Module):
         self.backend, self.deterministic = config.attention_backend, config.deterministic_mode
 
     def plan(self, layout: SequenceLayout) -> None:
-        """Computes ahead what ``forward`` needs of a layout: a loader's thread keeps it off the step's path."""
+        """Computes in advance what ``forward`` needs of a layout, so that a loader's thread can do it."""
         inner, _ = _moves(self.cp_comm_type, self.cp_group, self.hierarchical_groups)
         _plan(
             layout,
@@ -307,10 +310,13 @@ class DotProductAttention(nn.Module):
 def place_in_call(
     cp_group: dist.ProcessGroup, packed_seq_params: PackedSeqParams | None = None
 ) -> tuple[int, int]:
-    """(this rank's place, number of ranks) in the context parallel group of a call.
+    """(this process's rank, number of ranks) in the context parallel group of a call.
 
     Args:
-        cp_group: the model's, which ``packed_seq_params`` may replace.
+        cp_group: the model's group, which ``packed_seq_params`` may replace.
+
+    Raises:
+        ValueError: this process is not in the group of ``packed_seq_params``, or its sizes differ.
     """
     group = group_of_call(packed_seq_params, cp_group)
     return (0 if group is None else dist.get_rank(group)), _size(group)
@@ -319,11 +325,14 @@ def place_in_call(
 def default_layout(
     cp_group: dist.ProcessGroup, rows: int, packed_seq_params: PackedSeqParams | None = None
 ) -> SequenceLayout:
-    """Zigzag of the whole sequence, or of each padded document: what Megatron-style callers hand in.
+    """Zigzag of the whole sequence, or of each padded document, as Megatron's callers cut their rows.
 
     Args:
-        cp_group: the model's, which ``packed_seq_params`` may replace.
-        rows: this rank's rows.
+        cp_group: the model's group, which ``packed_seq_params`` may replace.
+        rows: number of this rank's rows.
+
+    Raises:
+        ValueError: ``packed_seq_params`` lacks boundaries, or the rows are no zigzag of a whole sequence.
     """
     ranks = _size(group_of_call(packed_seq_params, cp_group))
     if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
@@ -340,7 +349,7 @@ def default_layout(
 
 @functools.lru_cache(maxsize=64)
 def _zigzag(total: int, ranks: int) -> SequenceLayout:
-    """Zigzag layouts by size, so that every layer reads one schedule."""
+    """The zigzag layout of a size, cached so that all layers share the layout and its schedules."""
     layout = SequenceLayout.zigzag(total, ranks)
     if layout.padded_total != total:
         raise ValueError(

@@ -1,15 +1,15 @@
 """Balanced layouts: which chunks of a pack each rank holds, so that work is even and few rows are sent.
 
 Short and long documents in one pack make causal work uneven: the last chunk of a long document
-costs many times as much as a chunk of short ones. The pack is cut into equal chunks; then
+costs many times as much as a chunk of short documents. The pack is cut into equal chunks. Then
 
-    1. largest area first, each chunk goes to a rank with a free slot and room for its work: to the
-       rank that needs the fewest additional rows for it, and among equals to the least loaded;
+    1. each chunk, the largest area first, goes to a rank with a free slot and room for its work: to the
+       rank that needs the fewest additional rows for it, and among equal ranks to the least loaded;
     2. heavy chunks of the most loaded rank are swapped with lighter chunks of other ranks, by the
        swap that costs the fewest rows, until the busiest rank is within 2 % of the mean.
 
 If this balance is not reached, the chunks are halved and both steps start again. (Assigning by
-area comes from MagiAttention, 2025; placing by received rows, and the swaps, are longspan's.)
+area comes from MagiAttention, 2025; placing by received rows, and the swaps, are longspan's own.)
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-#: balance is reached when the busiest rank's work over the mean is at most this
+#: Balance is reached when the busiest rank's work, divided by the mean, is at most this number.
 TOLERANCE = 1.02
-#: the most work over the mean that the first placement may give a rank
+#: The most work, divided by the mean, that the first placement may assign to a rank.
 SLACK = 1.04
-#: chunks a rank: the first number to try, and the last; it is doubled in between
+#: Chunks per rank: the first number to try, and the last; the number is doubled in between.
 CHUNKS = (16, 64)
-#: the fewest rows of a chunk when chunks are halved for balance
+#: The fewest rows of a chunk when chunks are halved for balance.
 SMALLEST_CHUNK = 32
 
 
@@ -36,10 +36,10 @@ def balanced_chunks(
     Args:
         bounds: document boundaries [d + 1], from 0 to the number of tokens.
         windows: the sliding window of each layer (None for no window); areas are summed over them.
-        multiple_of: the number of rows of every rank is a multiple of this.
+        multiple_of: the number of rows of every rank is a multiple of this number.
 
     Returns:
-        Tokens a chunk, and the chunks of each rank in rising order; all ranks have equally many.
+        Tokens of a chunk, and the chunks of each rank in rising order; all ranks have equally many.
     """
     total = bounds[-1]
     count = max(1, min(CHUNKS[0], total // (ranks * SMALLEST_CHUNK)))
@@ -60,7 +60,7 @@ def balanced_chunks(
 
 
 class _Pack:
-    """Chunks, their work, the chunks they need, and their ranks. A set of chunks is the bits of an int."""
+    """Chunks, their work, the chunks that they need, and their ranks. An int's bits are a set of chunks."""
 
     def __init__(
         self, bounds: Sequence[int], ranks: int, count: int, size: int, windows: Sequence[int | None]
@@ -77,7 +77,7 @@ class _Pack:
             first = np.maximum(first, edges[:-1] - widest + 1)
         self.need = [((1 << i) - 1) >> (a // size) << (a // size) for i, a in enumerate(first.tolist())]
         self.held: list[list[int]] = [[] for _ in range(ranks)]
-        # sets of chunks as bits
+        # The chunks that each rank needs, and those that it holds, as bits.
         self.needed, self.own = [0] * ranks, [0] * ranks
         self.load = np.zeros(ranks)
         self.mean = float(self.area.sum()) / ranks
@@ -87,7 +87,7 @@ class _Pack:
         return float(self.load.max()) / self.mean
 
     def place(self) -> None:
-        """Step 1. Chunks that need no other chunk (short documents, padding) come last, into free slots."""
+        """Step 1: places chunks. Chunks that need no other chunk (short documents, padding) come last."""
         area, load, limit = self.area.tolist(), [0.0] * self.ranks, SLACK * self.mean
         for i in np.argsort(-self.area, kind="stable").tolist():
             need, bit, a = self.need[i], 1 << i, area[i]
@@ -111,7 +111,7 @@ class _Pack:
         self.load = np.array(load)
 
     def swap(self) -> None:
-        """Step 2: the busiest rank swaps a chunk for a lighter one until it is within the tolerance."""
+        """Step 2: the busiest rank swaps a chunk for a lighter chunk, until it is within the tolerance."""
         for _ in range(4 * self.ranks * self.slots):
             busy = int(self.load.argmax())
             if self.load[busy] <= TOLERANCE * self.mean:
@@ -136,7 +136,7 @@ class _Pack:
         for r in others[: max(8, self.ranks // 4)]:
             theirs = np.array(self.held[r])
             gain = self.area[ours][:, None] - self.area[theirs][None, :]
-            # the larger of the two loads after a swap
+            # The larger load of the two ranks after each swap.
             after = np.maximum(self.load[busy] - gain, self.load[r] + gain)
             after = np.where(gain > 0, after, np.inf)
             for at in np.argsort(after, axis=None, kind="stable")[:4].tolist():

@@ -1,12 +1,12 @@
-"""Calls: the part of a step that one kernel call computes, a tile or many tiles as variable-length sequences.
+"""Calls: the part of a step that one kernel call computes, either one tile, or many tiles as sequences.
 
 A ``TileCall`` is one tile. A ``VarlenCall`` is all tiles of a step with the same mask, for kernels
-that take sequences of different lengths in one call (``kernel.varlen``): a run of queries and
-all keys that it sees are one sequence, whose rows are gathered one after another. A causal tile and
-the full tiles of the same queries make one sequence too, with the causal keys last (bottom-right
+that take sequences of different lengths in one call (``kernel.varlen``). A run of queries and
+all keys that it attends to are one sequence, whose rows are gathered one after another. A causal tile
+and the full tiles of the same queries also make one sequence, with the causal keys last (bottom-right
 aligned). Tiles whose keys would be copied many times stay ``TileCall``s.
 
-Both kinds give the rows that they read and write, so the loops over calls (``move_keys``) are the same.
+Both kinds hold the rows that they read and write, so the loops over calls (``move_keys``) are the same.
 """
 
 from __future__ import annotations
@@ -27,13 +27,19 @@ from longspan.context_parallel.tiles import Mask, Range, Tile
 
 Rows = slice | Tensor
 
-#: the most copies of a row that a call may gather; with more copies its tiles stay single calls
+#: The most key rows that a call may gather, as a multiple of the rows that it reads or of its queries,
+#: whichever are more. With more key rows, its tiles stay single calls.
 MOST_COPIES = 4
 
 
 @dataclass(frozen=True)
 class TileCall:
-    """One tile; an ANTI tile is computed in reverse order as a causal tile."""
+    """One tile; an ANTI tile is computed as a causal tile, with its rows in reverse order.
+
+    Attributes:
+        q, k: rows of the local q, and of the step's k and v.
+        first: whether no earlier call has computed these query rows.
+    """
 
     q: slice
     k: slice
@@ -50,7 +56,7 @@ class TileCall:
         return (out.flip(0), lse.flip(-1)) if self.mask is Mask.ANTI else (out, lse)
 
     def backward(self, kernel: Kernel, dout, q, k, v, out, lse, scale):
-        """As :meth:`forward`, with the whole dout, out and lse -> (dq, dk, dv) of this call's rows."""
+        """Like :meth:`forward`, with the whole dout, out and lse -> (dq, dk, dv) of this call's rows."""
         dout, q, k, v, out = self._turn(dout[self.q], q[self.q], k[self.k], v[self.k], out[self.q])
         lse = lse[:, :, self.q]
         if self.mask is Mask.ANTI:
@@ -60,7 +66,14 @@ class TileCall:
 
 @dataclass(frozen=True)
 class VarlenCall:
-    """Many sequences in one call: rows ``q`` and ``k`` in order, cut at ``cu_q`` and ``cu_k`` (int32)."""
+    """Many sequences in one call.
+
+    Attributes:
+        q, k: rows of the local q, and of the step's k and v, sequence after sequence.
+        cu_q, cu_k: boundaries of the sequences in these rows, int32 [sequences + 1].
+        max_q, max_k: rows of the longest sequence.
+        mask, first: as for :class:`TileCall`, the same for all sequences.
+    """
 
     q: Rows
     k: Rows
@@ -71,23 +84,23 @@ class VarlenCall:
     mask: Mask
     first: bool
 
-    # Cached: all layers use the same call, and copying the boundaries to a GPU would wait for it.
+    # The call is cached: all layers use it, and copying the boundaries to a GPU would wait for the GPU.
     @classmethod
     @lru_cache(maxsize=64)
     def single(cls, q_rows: int, k_rows: int, mask: Mask, device: torch.device) -> VarlenCall:
-        """One sequence of all rows."""
+        """A call with one sequence of all rows."""
         cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (q_rows, k_rows))
         return cls(slice(0, q_rows), slice(0, k_rows), cu_q, cu_k, q_rows, k_rows, mask, True)
 
     def forward(self, kernel, q, k, v, scale):
-        """As :meth:`TileCall.forward`; batch entries are folded into the heads."""
+        """Like :meth:`TileCall.forward`; the batch dim is flattened into the heads."""
         b, n = q.shape[1:3]
         flat = (x.flatten(1, 2) for x in (q[self.q], k[self.k], v[self.k]))
         out, lse = kernel.forward_varlen(*flat, self, scale)
         return out.unflatten(1, (b, n)), lse.unflatten(0, (b, n))
 
     def backward(self, kernel, dout, q, k, v, out, lse, scale):
-        """As :meth:`TileCall.backward`."""
+        """Like :meth:`TileCall.backward`; the batch dim is flattened into the heads."""
         rows = (dout[self.q], q[self.q], k[self.k], v[self.k], out[self.q])
         flat = (x.flatten(1, 2) for x in rows)
         grads = kernel.backward_varlen(*flat, lse[:, :, self.q].flatten(0, 1), self, scale)
@@ -95,7 +108,7 @@ class VarlenCall:
 
 
 def calls_of(step: Step, kernel: Kernel, device: torch.device) -> Sequence[TileCall | VarlenCall]:
-    """The calls of a step, first those that are the first to compute their rows; made once a step."""
+    """The calls of a step, made once; calls that are the first to compute their rows come first."""
 
     def make() -> list[TileCall | VarlenCall]:
         return _joined(step.tiles, device) if kernel.varlen else [_single(t) for t in step.tiles]
@@ -134,7 +147,10 @@ def _joined(tiles: Sequence[Tile], device: torch.device) -> list[TileCall | Varl
 
 
 def _add(calls_of_kind: dict, kind: tuple[bool, Mask], q: Range, keys: list[Range]) -> None:
-    """Adds a sequence to the first call of its kind without its query rows; calls stay sorted by them."""
+    """Adds a sequence to the first call of its kind that does not have its query rows yet.
+
+    The sequences of a call stay sorted by their query rows.
+    """
     for number in itertools.count():
         held = calls_of_kind[*kind, number]
         at = bisect.bisect_left(held, q, key=lambda sequence: sequence[0])
@@ -162,7 +178,7 @@ def _varlen_call(
 
 
 def _rows(ranges: list[Range], device: torch.device) -> Rows:
-    """A slice if the ranges follow one another, otherwise the row numbers."""
+    """A slice if the ranges are adjacent in order, otherwise the row numbers, int64 [rows]."""
     if all(a[1] == b[0] for a, b in zip(ranges, ranges[1:])):
         return slice(ranges[0][0], ranges[-1][1])
     return torch.cat([torch.arange(*r) for r in ranges]).to(device)

@@ -1,13 +1,13 @@
 """Costs: each rank's computation and communication in a forward pass, from a layout alone.
 
-Without process groups and tensors: integers in, integers out, for ``longspan layout`` and for plans.
+They are computed for ``longspan layout`` and for plans, without process groups and tensors.
 
-    move keys    a rank computes all heads of its queries and receives the rows they need
+    move keys    a rank computes all heads of its queries and receives the key/value rows that they need
     move heads   a rank computes its share of the heads for the rows of its group, and all
                  ranks of the group exchange their rows of q, k, v and out
 
-Communication is counted in *key/value rows*: one token's keys and values of all heads that a rank
-holds. If heads move, rows of q and out count by their size, so that layouts can be compared.
+The unit of communication is a *key/value row*: one token's keys and values of all heads that a rank
+holds. If heads move, rows of q and out count in proportion to their size, so that layouts can be compared.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class AlikeLayers:
     """Attention layers that are alike, and their number (``count``).
 
     Attributes:
+        comm_type: the communication type, for example ``p2p``.
+        window: the sliding window, in tokens; None means no window.
         together: number of ranks that exchange heads with each other; 1 if only keys move.
     """
 
@@ -42,12 +44,14 @@ class Costs:
     """The costs, summed over the layers.
 
     Attributes:
-        pairs: [P] (query, key) pairs that a rank computes; for 1/i of the heads a pair counts 1/i.
-        keys: [users, owners] key/value rows that are sent (after heads have moved, rows of some heads).
+        pairs: [P] (query, key) pairs that each rank computes; a pair of only 1/i of the heads counts 1/i.
+        keys: [users, owners] key/value rows that owners send to users; after a move of heads, a row has
+            only some of the heads.
         head_rows: number of rows of each of q, k, v and out that every rank sends and receives to move heads.
-        wire: [users, owners] all communication, in key/value rows by size.
-        steps: [P] steps of a rank's schedule in the layer with the most steps.
-        ring: the rows that a plain ring would move, in which each rank receives all others' rows; a sum.
+        wire: [users, owners] all communication, as key/value rows of the same size.
+        steps: [P] steps of each rank's schedule, in the layer with the most steps.
+        ring: key/value rows that a plain ring would send, in which each rank receives all other ranks' rows;
+            summed over the ranks.
     """
 
     layout: SequenceLayout
@@ -91,17 +95,17 @@ class Costs:
 
     @property
     def imbalance(self) -> float:
-        """The busiest rank's work over the mean."""
+        """The busiest rank's work, divided by the mean."""
         return float(self.pairs.max() / self.pairs.mean())
 
     @property
     def of_ring(self) -> float:
-        """All communication over that of a plain ring."""
+        """All communication, divided by the communication of a plain ring."""
         return float(self.wire.sum()) / self.ring if self.ring else 0.0
 
     @property
     def rank_of_ring(self) -> np.ndarray:
-        """[P] the same ratio for the rows that each rank receives."""
+        """[P] the ratio of :attr:`of_ring` for the rows that each rank receives."""
         return self.wire.sum(1) * self.layout.ranks / max(1, self.ring)
 
     def padding(self, rank: int) -> int:
@@ -110,7 +114,7 @@ class Costs:
 
 
 def _steps(layout: SequenceLayout, layer: AlikeLayers) -> np.ndarray:
-    """[P] steps of each rank's Schedule, without making tiles: all up to the last one with a message."""
+    """[P] steps of each rank's Schedule up to the last step with a message, computed without tiles."""
     window, ranks = effective_window(layout, layer.window), np.arange(layout.ranks)
     matrix = rows_matrix(layout, window=window)
     steps = np.ones(layout.ranks, dtype=np.int64)

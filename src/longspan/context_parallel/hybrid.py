@@ -1,14 +1,14 @@
 """Hybrid context parallelism: each sample has its own degree, chosen by its length.
 
-Batches with very different lengths are cut over all ranks of dp x cp at once. A short sample
-stays on one rank; a long one is spread over as many ranks as its tokens and the balance of work
-need, and no more. No groups are made: a micro-batch is one pack with one
-``SequenceLayout``, short samples communicate nothing, and every rank runs every micro-batch.
+A batch whose samples have very different lengths is cut over all ranks of dp x cp at once. A short
+sample stays on one rank. A long sample is spread over as many ranks as its tokens and the balance of
+work need, and no more. No groups are made: a micro-batch is one pack with one ``SequenceLayout``,
+short samples need no communication, and every rank runs every micro-batch.
 
-A sample spread over K ranks is cut zigzag: each part is a run from its front and a run from
-its back, so that all parts have the same number of tokens and the same causal work.
+A sample spread over K ranks is cut zigzag: each part is a run from the front of the sample and a run
+from its back, so that all parts have the same number of tokens and the same causal work.
 
-(The idea of a degree a sample: Megatron-LM's hybrid context parallelism; ByteScale, 2025.)
+(One degree for each sample comes from Megatron-LM's hybrid context parallelism and ByteScale, 2025.)
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from collections.abc import Sequence
 
 from longspan.context_parallel.layout import SequenceLayout
 
-#: (sample, start, stop): a run of one sample's tokens
+#: (sample, start, stop): a run of one sample's tokens.
 Piece = tuple[int, int, int]
 MicroBatch = list[list[Piece]]
 
-#: balance is reached when the busiest rank's work over the mean is at most this
+#: Balance is reached when the busiest rank's work, divided by the mean, is at most this number.
 TOLERANCE = 1.05
-#: the largest work of a sample's part over a rank's mean work; tried in this order until balance is reached
+#: The largest work of a sample's part, divided by a rank's mean work; tried in order until there is balance.
 PART_SIZES = (1.0, 0.5, 0.25, 0.12, 0.06, 0.04)
-#: the share of the room that micro-batches use if full ones cannot be balanced
+#: The share of the ranks' room for tokens that micro-batches use if full micro-batches cannot be balanced.
 FILL = 0.95
-#: the most tokens over the mean that a rank may hold at first, because all ranks are padded to the fullest
+#: The most tokens that a rank may hold at first, divided by the mean. All ranks are padded to the fullest.
 SPARE = 1.05
 
 
@@ -41,18 +41,20 @@ def schedule(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[MicroB
         max_tokens: the most tokens that a rank holds in a micro-batch.
 
     Returns:
-        Micro-batches; each has a list of pieces (sample, start, stop) a rank, every token exactly once.
+        Micro-batches. Each has, for each rank, a list of pieces (sample, start, stop); together these hold
+        every token exactly once.
 
     Raises:
-        ValueError: a sample is longer than all ranks together can hold.
+        ValueError: a sample is longer than all ranks together can hold, or a number is too small.
 
     Bounds. Every rank holds at most ``max_tokens``. Let *mean* be a rank's mean causal work in a
-    micro-batch. Parts are placed largest first on the least loaded rank with room. So if room
-    is never the limit, the busiest rank has at most the mean and one part (Graham 1969), and the
-    smallest parts tried are at most 0.04 of the mean, or 1/ranks of their sample: within 1.05. If no
-    such placement is found, every sample is cut over all ranks, with numbers of tokens that differ
-    by at most one (each sample then adds at most about its length, the work of its last row, to the
-    difference of two ranks), and late rows of the busiest rank are swapped for early ones of the idlest.
+    micro-batch. Parts are placed in the order of their work, the largest first, each on the least loaded
+    rank with room. So if room is never the limit, the busiest rank has at most the work of the mean and one
+    part (Graham 1969). The smallest parts that are tried have at most 0.04 of the mean, or are 1/ranks of
+    their sample, so the busiest rank is within 1.05 of the mean. If no such placement is found, every sample
+    is cut over all ranks, with numbers of tokens that differ by at most one. Each sample then adds at most
+    about its length, which is the work of its last row, to the difference of two ranks. To reduce this
+    difference, late rows of the busiest rank are swapped for early rows of the rank with the least work.
     """
     if ranks < 1 or max_tokens < 1:
         raise ValueError(f"ranks={ranks}, max_tokens={max_tokens}: both are at least 1.")
@@ -84,7 +86,10 @@ def layout_of(
     """The micro-batch as one pack: its samples in order, and the layout of their tokens over the ranks.
 
     Args:
-        multiple_of: every rank's rows are padded to a multiple of this.
+        multiple_of: every rank's rows are padded to a multiple of this number.
+
+    Returns:
+        The samples' numbers in rising order, and the layout, whose documents are these samples.
     """
     samples = sorted({sample for pieces in micro_batch for sample, _, _ in pieces})
     start_of, bounds = {}, [0]
@@ -99,7 +104,7 @@ def layout_of(
 
 
 def _deal(lengths: Sequence[int], usable: int, room: int) -> list[list[int]]:
-    """Micro-batches with even work and at most ``usable`` tokens, or one longer sample, up to ``room``."""
+    """Micro-batches with even work, each of at most ``usable`` tokens, or of one sample of up to ``room``."""
     order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: (-lengths[i], i))
     total = sum(lengths)
     usable = max(1, usable)
@@ -120,7 +125,7 @@ def _deal(lengths: Sequence[int], usable: int, room: int) -> list[list[int]]:
 
 
 def _work(rows: int) -> int:
-    """Causal pairs of the first rows of a sample."""
+    """Number of causal pairs of the first ``rows`` rows of a sample."""
     return rows * (rows + 1) // 2
 
 
@@ -179,7 +184,7 @@ def _place(lengths: Sequence[int], degrees: dict[int, int], ranks: int, room: in
 
 
 def _even_out(placed: MicroBatch, mean: float, max_tokens: int) -> MicroBatch:
-    """Moves the last rows of the busiest rank to the idlest; if that is full, swaps them for early rows."""
+    """Moves late rows of the busiest rank to the rank with the least work; if that is full, swaps rows."""
     placed = [sorted(pieces) for pieces in placed]
     for _ in range(8 * len(placed)):
         work = [sum(_work(stop) - _work(start) for _, start, stop in pieces) for pieces in placed]
@@ -204,7 +209,7 @@ def _even_out(placed: MicroBatch, mean: float, max_tokens: int) -> MicroBatch:
 
 
 def _give(placed: MicroBatch, giver: int, taker: int, piece: Piece, start: int, stop: int) -> None:
-    """Moves rows [start, stop) of a piece, which lie at one of its ends."""
+    """Moves rows [start, stop) of a piece, at one of its ends, to another rank."""
     sample, first, last = piece
     placed[giver].remove(piece)
     placed[giver] += [(sample, a, b) for a, b in ((first, start), (stop, last)) if a < b]
@@ -223,7 +228,7 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
 
 
 def _spread(lengths: Sequence[int], samples: list[int], ranks: int) -> MicroBatch:
-    """Cuts every sample over all ranks; remainders go to ranks in turn, so tokens differ by at most one."""
+    """Cuts every sample over all ranks; they take remainders in turn, so tokens differ by at most one."""
     placed: MicroBatch = [[] for _ in range(ranks)]
     turn = 0
     for i in samples:
@@ -236,7 +241,7 @@ def _spread(lengths: Sequence[int], samples: list[int], ranks: int) -> MicroBatc
 
 
 def _zigzag(sample: int, length: int, sizes: Sequence[int]) -> list[list[Piece]]:
-    """Parts of given sizes, each half from the front and half from the back of the sample."""
+    """Parts of these sizes, each half from the front and half from the back of the sample."""
     parts, front, back = [], 0, length
     for number, size in enumerate(sizes):
         # An odd token goes alternately to the front and to the back.

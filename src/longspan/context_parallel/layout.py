@@ -1,13 +1,13 @@
 """SequenceLayout: which tokens of a sequence (or of a pack of documents) each rank holds.
 
 A *span* is a contiguous run of tokens that one rank holds. A layout is an ordered list of
-spans a rank, the same number of tokens on each: pure integers, the same on every rank
-without communication.
+spans for each rank, with the same number of tokens on each rank. It consists of integers only,
+and every rank computes the same layout without communication.
 
     contiguous   P = 2   rank 0: 0 1 2 3        rank 1: 4 5 6 7
     zigzag       P = 2   rank 0: 0 1 . . 6 7    rank 1: 2 3 4 5      (2P chunks: r and 2P-1-r)
     per-document zigzag  zigzag of every document by itself, as Megatron's packed code assumes
-    balanced             chunks of a pack dealt out so that work is even and few rows travel
+    balanced             chunks of a pack on ranks such that work is even and few rows are sent
 
 Tokens are numbered 0 .. total-1; numbers from ``total`` up to ``padded_total`` stand for
 padding, which belongs to no document, attends to nothing and is attended by nothing.
@@ -31,7 +31,7 @@ from longspan.mesh import collectives
 
 Span = tuple[int, int]
 
-#: the makers by name
+#: The names of the layouts that a method makes.
 LAYOUTS = ("contiguous", "zigzag", "per_document_zigzag", "balanced")
 
 
@@ -39,9 +39,11 @@ class Segment(NamedTuple):
     """A run of tokens of one document in consecutive local rows."""
 
     document: int
-    start: int  # global token number
+    #: The global token numbers are start .. stop - 1.
+    start: int
     stop: int
-    row: int  # local row of ``start``
+    #: The local row of ``start``.
+    row: int
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,11 @@ class SequenceLayout(Once):
 
     Attributes:
         ranks: number of ranks P.
-        total: tokens given.
-        padded_total: tokens with padding: P x the rows of a rank.
-        cu_seqlens: document boundaries, from 0 to total.
+        total: number of tokens without padding.
+        padded_total: number of tokens with padding: P x the rows of a rank.
+        cu_seqlens: document boundaries [d + 1], from 0 to total.
+        all_spans: the spans of each rank, in local order.
+        name: the name of the layout, for messages.
     """
 
     ranks: int
@@ -72,15 +76,16 @@ class SequenceLayout(Once):
         """Rank r holds the r-th of P equal runs.
 
         Args:
-            total: tokens; any number.
-            cu_seqlens: document boundaries [d + 1]; None is one document.
-            multiple_of: every rank's rows are padded to a multiple of this (sequence
+            total: number of tokens; any number from 1.
+            cu_seqlens: document boundaries [d + 1]; None means one document.
+            multiple_of: every rank's rows are padded to a multiple of this number (sequence
                 parallelism needs a multiple of tp).
-            rows: every rank is padded to this many rows, so that all layouts of a run have
-                equally many (a pipeline needs that); None pads no more than is needed.
+            rows: every rank is padded to this number of rows, so that all layouts of a run have
+                equally many (a pipeline needs this); None pads no more than necessary.
 
         Raises:
-            ValueError: ``rows`` is too few, or no multiple of ``multiple_of``.
+            ValueError: ``rows`` is too small or no multiple of ``multiple_of``, or ``total``, ``ranks`` or
+                ``cu_seqlens`` is wrong.
         """
         _check_sizes(total, ranks)
         run = _round_up(-(-total // ranks), multiple_of)
@@ -91,9 +96,9 @@ class SequenceLayout(Once):
     def zigzag(
         cls, total: int, ranks: int, *, cu_seqlens=None, multiple_of: int = 1, rows: int | None = None
     ) -> SequenceLayout:
-        """Of 2P equal chunks, rank r holds the r-th and the r-th from the end: equal causal work.
+        """Of 2P equal chunks, rank r holds the r-th and the r-th from the end, so causal work is equal.
 
-        Args as for :meth:`contiguous`. (Megatron-LM; Zhu 2024, zigzag ring attention.)
+        Arguments and errors are those of :meth:`contiguous`. (Megatron-LM; Zhu 2024, zigzag ring attention.)
         """
         _check_sizes(total, ranks)
         if ranks == 1:
@@ -115,15 +120,19 @@ class SequenceLayout(Once):
         multiple_of: int = 1,
         rows: int | None = None,
     ) -> SequenceLayout:
-        """Zigzag of each document by itself, each padded to a multiple of 2P: what Megatron's ``thd`` code assumes.
+        """Zigzag of each document by itself, padded to a multiple of 2P, as Megatron's ``thd`` code assumes.
 
         Args:
             cu_seqlens: document boundaries [d + 1].
-            cu_seqlens_padded: boundaries with the padding the caller put behind each document;
-                every padded length must divide by 2P. None pads each document just enough.
+            cu_seqlens_padded: boundaries [d + 1] with the padding that the caller put after each document;
+                2P must divide every padded length. None pads each document no more than necessary.
             multiple_of, rows: as for :meth:`contiguous`.
+
+        Raises:
+            ValueError: as for :meth:`contiguous`, or ``cu_seqlens_padded`` does not fit.
         """
-        edges = _checked(cu_seqlens, None)  # an empty document may have padding
+        # Empty documents stay here, because they may have padding.
+        edges = _checked(cu_seqlens, None)
         total = edges[-1]
         _check_sizes(total, ranks)
         bounds, lengths = edges[:-1], [stop - start for start, stop in zip(edges, edges[1:])]
@@ -144,7 +153,8 @@ class SequenceLayout(Once):
                         "which needs no padding."
                     )
         spans: list[list[Span]] = [[] for _ in range(ranks)]
-        spare = total  # the next number that stands for padding
+        # The next number that stands for padding.
+        spare = total
         for start, n, n_padded in zip(bounds, lengths, padded):
             chunk = n_padded // (2 * ranks)
             for r in range(ranks):
@@ -173,15 +183,19 @@ class SequenceLayout(Once):
         multiple_of: int = 1,
         rows: int | None = None,
     ) -> SequenceLayout:
-        """Chunks of the pack so that causal work is even (the busiest rank within about 2 %) and few rows travel.
+        """Chunks of the pack on ranks such that causal work is even and few rows are sent.
 
-        One document without a window is cut zigzag, which is even and moves least. See ``balance``.
+        The busiest rank is usually within 2 % of the mean. One document without a window is cut zigzag, which
+        is even and sends the fewest rows. See ``balance``.
 
         Args:
             cu_seqlens: document boundaries [d + 1].
-            window: the sliding window, in tokens, or a list with the window of each layer:
-                what a query sees decides its work.
+            window: the sliding window in tokens, or a list with the window of each layer, because
+                the number of keys that a query attends to is its work.
             multiple_of, rows: as for :meth:`contiguous`.
+
+        Raises:
+            ValueError: as for :meth:`contiguous`, or a window is below 1.
         """
         bounds = _boundaries(cu_seqlens, None)
         total = bounds[-1]
@@ -205,12 +219,12 @@ class SequenceLayout(Once):
     def from_spans(
         cls, spans: Sequence[Sequence[Span]], cu_seqlens, name: str = "custom", *, multiple_of: int = 1
     ) -> SequenceLayout:
-        """Any spans, every token exactly once; ranks are padded to the longest one.
+        """A layout of any spans that hold every token once; all ranks are padded to the most rows of a rank.
 
         Args:
             spans: for each rank its (start, stop) runs in local order, without padding.
             cu_seqlens: document boundaries [d + 1].
-            multiple_of: every rank's rows are padded to a multiple of this.
+            multiple_of: every rank's rows are padded to a multiple of this number.
 
         Raises:
             ValueError: a token is missing or held twice.
@@ -244,18 +258,21 @@ class SequenceLayout(Once):
         together: int = 1,
         rows: int | None = None,
     ) -> SequenceLayout:
-        """A layout by name; ``auto`` takes what is even and moves least.
+        """A layout by name; ``auto`` chooses a layout with even work that sends few rows.
 
         Args:
             name: ``auto`` or one of ``LAYOUTS``.
-            windows: the sliding window of each layer.
-            together: ranks that exchange heads in every layer. Keys then travel between groups of
-                so many, so ``auto`` and ``balanced`` deal out to the groups, and each cuts its
-                rows into runs.
-            multiple_of, rows: as for :meth:`contiguous`.
+            windows: the sliding window of each layer, in tokens; None means no window.
+            together: number of ranks that exchange heads in every layer. Keys are then sent between
+                groups of this many ranks, so ``auto`` and ``balanced`` assign chunks to the groups,
+                and the rows of each group are cut into runs for its ranks.
+            total, cu_seqlens, multiple_of, rows: as for :meth:`contiguous`.
 
-        ``auto``: one document without a window is ``zigzag``; else ``contiguous`` where that is even
-        already (only neighbours talk), and ``balanced`` where it is not.
+        Raises:
+            ValueError: as for :meth:`contiguous`, or the name is unknown.
+
+        ``auto`` takes ``zigzag`` for one document without a window. Otherwise it takes ``contiguous`` if this
+        is even already (few ranks then exchange rows), and ``balanced`` if it is not.
         """
         cu = (0, total) if cu_seqlens is None else _boundaries(cu_seqlens, total)
         if together > 1 and name in ("auto", "balanced"):
@@ -288,7 +305,7 @@ class SequenceLayout(Once):
         return make(total, ranks, cu_seqlens=cu, multiple_of=multiple_of, rows=rows)
 
     def _padded(self, rows: int | None, multiple_of: int = 1) -> SequenceLayout:
-        """Every rank's rows followed by padding up to ``rows``."""
+        """The layout with every rank's rows followed by padding, up to ``rows`` rows."""
         if rows is None:
             return self
         if rows % multiple_of or rows < self.local_length:
@@ -304,7 +321,7 @@ class SequenceLayout(Once):
         return self._make(self.name, self.total, self.ranks, self.cu_seqlens, spans)
 
     def _split(self, parts: int) -> SequenceLayout:
-        """Every rank's rows cut into runs of equal length for ``parts`` ranks."""
+        """The layout with every rank's rows cut into runs of equal length, for ``parts`` ranks each."""
         rows, spans = self.local_length // parts, []
         for held in self.all_spans:
             runs: list[list[Span]] = [[] for _ in range(parts)]
@@ -321,7 +338,7 @@ class SequenceLayout(Once):
         """The layout after an all-to-all inside each group: a merged rank holds its group's tokens, in order.
 
         Args:
-            groups: equally many ranks each; together all ranks.
+            groups: the ranks of each group. Groups have equally many ranks, and every rank is in one.
         """
         groups = tuple(tuple(group) for group in groups)
 
@@ -337,24 +354,24 @@ class SequenceLayout(Once):
         padded = sum(stop - start for s in merged for start, stop in s)
         return cls(ranks, total, padded, _boundaries(cu_seqlens, total), merged, name)
 
-    # --- who holds what -------------------------------------------------------------------
+    # --- which tokens each rank holds -----------------------------------------------------
 
     @property
     def local_length(self) -> int:
-        """Rows of every rank, padding included."""
+        """Number of rows of each rank, padding included."""
         return self.padded_total // self.ranks
 
     def spans(self, rank: int) -> list[Span]:
-        """The (start, stop) runs rank ``rank`` holds, in local order; numbers >= total are padding."""
+        """The (start, stop) runs that rank ``rank`` holds, in local order; numbers >= total are padding."""
         return list(self.all_spans[rank])
 
     def positions(self, rank: int) -> Tensor:
-        """The global token number of each local row, int64 [rows]; >= total where padding."""
+        """The global token number of each local row, int64 [rows]; >= total for padding."""
         runs = [torch.arange(start, stop) for start, stop in self.all_spans[rank]]
         return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64)
 
     def document_positions(self, rank: int) -> Tensor:
-        """Each local row's place in its own document, int64 [rows]; 0 where padding."""
+        """Each local row's position in its own document, int64 [rows]; 0 for padding."""
 
         def make() -> Tensor:
             out = torch.zeros(self.local_length, dtype=torch.int64)
@@ -366,7 +383,7 @@ class SequenceLayout(Once):
         return self.once(("document_positions", rank), make)
 
     def segments(self, rank: int) -> list[Segment]:
-        """The spans of a rank cut at document borders, in local order, without padding and empty documents."""
+        """The spans of a rank cut at document boundaries, in local order; no padding, no empty documents."""
 
         def make() -> list[Segment]:
             found, row, bounds = [], 0, self.cu_seqlens
@@ -384,13 +401,14 @@ class SequenceLayout(Once):
 
     @property
     def longest_document(self) -> int:
-        """Tokens of the longest document."""
+        """Number of tokens of the longest document."""
         return max(stop - start for start, stop in zip(self.cu_seqlens, self.cu_seqlens[1:]))
 
     def area(self, rank: int, window: int | None = None) -> int:
-        """Causal (query, key) pairs computed on a rank, in a sliding window if one is given."""
+        """Number of causal (query, key) pairs that a rank computes; None means no window."""
 
-        def pairs(rows: int) -> int:  # of the first rows of a document
+        # The number of pairs of the first ``rows`` rows of a document.
+        def pairs(rows: int) -> int:
             ramp = rows if window is None else min(rows, window)
             return ramp * (ramp + 1) // 2 + (rows - ramp) * (window or 0)
 
@@ -398,16 +416,16 @@ class SequenceLayout(Once):
         return sum(pairs(s.stop - start) - pairs(s.start - start) for s, start in starts)
 
     def received_rows(self, rank: int, window: int | None = None) -> int:
-        """Key/value rows a rank receives in one forward pass of ``p2p``."""
+        """Number of key/value rows that a rank receives in one forward pass of ``p2p``."""
         return int(rows_matrix(self, window=window)[rank].sum())
 
     # --- moving tensors in and out --------------------------------------------------------
 
     def shard(self, tensor: Tensor, rank: int, dim: int = 0, pad_value: float = 0) -> Tensor:
-        """[.., total, ..] -> [.., rows, ..]: a rank's rows of a whole tensor, padding filled with ``pad_value``.
+        """[.., total, ..] -> [.., rows, ..]: a rank's rows of a whole tensor; padding is ``pad_value``.
 
         Raises:
-            ValueError: the tensor's size along ``dim`` is not ``total``.
+            ValueError: the tensor's size along ``dim`` is not ``total``, or there is no such rank.
         """
         if tensor.shape[dim] != self.total:
             raise ValueError(
@@ -427,10 +445,13 @@ class SequenceLayout(Once):
         return torch.cat(parts, dim) if parts else tensor.narrow(dim, 0, 0)
 
     def unshard(self, local: Tensor, group: dist.ProcessGroup, dim: int = 0) -> Tensor:
-        """[.., rows, ..] -> [.., total, ..]: the whole tensor on every rank, padding taken off.
+        """[.., rows, ..] -> [.., total, ..]: the whole tensor on every rank, without padding.
 
-        Differentiable, for ranks that go on alike: each takes its own rows of the gradient,
-        so one loss computed on every rank counts once.
+        It is differentiable, for ranks that all compute the same from the result: in backward each
+        rank takes its own rows of the gradient, so a loss computed on every rank counts once.
+
+        Raises:
+            ValueError: the tensor's size along ``dim`` is not a rank's number of rows.
         """
         if local.shape[dim] != self.local_length:
             raise ValueError(
@@ -440,7 +461,7 @@ class SequenceLayout(Once):
         return gathered.index_select(dim, self._inverse().to(local.device))
 
     def _inverse(self) -> Tensor:
-        """For each token 0 .. total-1 its row among all ranks' rows, rank after rank."""
+        """For each token 0 .. total-1 its row among all ranks' rows, rank after rank; int64 [total]."""
 
         def make() -> Tensor:
             held = torch.cat([self.positions(r) for r in range(self.ranks)])
@@ -461,7 +482,7 @@ def _zigzag_chunks(rank: int, ranks: int, chunk: int) -> list[Span]:
 
 
 def _join(spans: Sequence[Span]) -> list[Span]:
-    """Drops empty spans and joins neighbours."""
+    """The spans without empty ones, with adjacent spans joined."""
     joined: list[Span] = []
     for start, stop in spans:
         if start == stop:
@@ -481,7 +502,7 @@ def _check_sizes(total: int, ranks: int) -> None:
 
 
 def _boundaries(cu_seqlens, total: int | None) -> tuple[int, ...]:
-    """cu_seqlens as checked integers without empty documents; None is one document of ``total`` tokens."""
+    """cu_seqlens as checked integers without empty documents; None means one document of ``total`` tokens."""
     if cu_seqlens is None:
         assert total is not None
         return (0, total)

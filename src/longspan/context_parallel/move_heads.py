@@ -6,10 +6,10 @@ With P ranks of a group, s rows a rank, n query heads and m key/value heads:
     to tokens   out [P s, b, n/P, d] -> [s, b, n, d]
 
 (Jacobs et al. 2023, DeepSpeed Ulysses.) A rank with query heads a .. b needs the key/value
-heads that these share. If P divides m, each rank gets m/P of them. Otherwise a head is sent to
-every rank that needs it, and its gradients are summed on the rank that owns the rows. Rows
-arrive rank after rank and are put in sequence order, so that attention has few, long tiles
-at every layout.
+heads that these query heads share. If P divides m, each rank gets m/P key/value heads. Otherwise a
+head is sent to every rank that needs it, and its gradients are summed on the rank that owns the
+rows. Rows arrive rank after rank and are put in sequence order, so that attention has few, long
+tiles at every layout.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class HeadMove:
 
     Attributes:
         q_heads, kv_heads: the heads of each rank of the group.
-        order: the ranges that put rows from rank order into sequence order; ``inverse`` undoes it.
+        order: the ranges that put rows from rank order into sequence order.
+        inverse: the ranges that put rows from sequence order into rank order.
     """
 
     group: dist.ProcessGroup
@@ -59,8 +60,11 @@ class HeadMove:
 
 
 def check_heads(n: int, ranks: int, of: int | None = None) -> None:
-    """Raises ValueError if ``ranks`` does not divide ``n`` query heads. ``of`` is the number of all ranks
-    (None: the same), for the message."""
+    """Raises ValueError if ``ranks`` does not divide ``n`` query heads.
+
+    Args:
+        of: number of all context parallel ranks, for the message; None means ``ranks``.
+    """
     if n % ranks:
         good = [d for d in range(1, ranks + 1) if n % d == 0 and ranks % d == 0]
         raise ValueError(
@@ -72,8 +76,8 @@ def check_heads(n: int, ranks: int, of: int | None = None) -> None:
 def split_heads(n: int, m: int, ranks: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """(query heads, key/value heads) of each rank.
 
-    Runs of ``unit`` query heads of a rank share one key/value head. One head for each run
-    keeps the groups even, also if a group is split over ranks.
+    Runs of ``unit`` query heads of a rank share one key/value head. A rank gets one key/value head for
+    each run, so its groups have equal sizes, also if a group is split over ranks.
     """
     each, share = n // ranks, n // m
     unit = math.gcd(each, share)
@@ -84,7 +88,7 @@ def split_heads(n: int, m: int, ranks: int) -> tuple[tuple[tuple[int, ...], ...]
 
 def _orders(spans: list[list[Span]], rows: int) -> tuple[tuple[Range, ...], tuple[Range, ...]]:
     """The ranges that sort the ranks' rows by token, and the ranges that undo this."""
-    # (first token, first row and end of the rows in order of arrival)
+    # A piece is (first token, first row, end of the rows), with rows numbered in order of arrival.
     pieces = []
     for number, held in enumerate(spans):
         at = number * rows
@@ -105,7 +109,7 @@ def _sort(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:
 
 
 def _exchange(send: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[P, ..] -> [P, ..]: entry i goes to rank i, entry i comes from rank i."""
+    """[P, ..] -> [P, ..]: sent entry i goes to rank i, and received entry i comes from rank i."""
     received = torch.empty_like(send)
     dist.all_to_all_single(received, send, group=group)
     return received

@@ -1,14 +1,14 @@
-"""Move keys: each rank receives the key/value rows its queries need, and keeps its queries.
+"""Move keys: each rank receives the key/value rows that its queries need, and keeps its queries.
 
-For one rank with s rows, which receives r_i rows at step i (see schedule):
+For one rank with s rows, which receives r_i rows at step i (see ``schedule``):
 
     forward    k, v [s, b, m, d]  -> [r_i, 2, b, m, d] from the peers of step i
     backward   the same once more, and dk, dv [r_i, 2, b, m, d] back to the owners
 
 Rows are sent directly from owner to user while the previous step computes. Received rows are
-not kept for backward, because every rank would then hold the whole sequence's keys; backward
-receives them again (as in ring attention; Liu et al. 2023). Gradients are sent and summed in
-at least float32, in the order of the steps, so two runs are bit-equal.
+not kept for backward, because every rank would then hold the whole sequence's keys. Backward
+receives the rows again (as in ring attention; Liu et al. 2023). Gradients are sent and summed in
+at least float32, in the order of the steps, so two runs give equal bits.
 """
 
 from __future__ import annotations
@@ -223,5 +223,5 @@ def _add_rows(total: Tensor, rows: Rows, part: Tensor, fixed_order: bool) -> Non
 
 
 def _with_next(steps: tuple[Step, ...]):
-    """Each step with the one after it (None at the end)."""
+    """Each step with the step after it (None at the end)."""
     return zip(steps, (*steps[1:], None))

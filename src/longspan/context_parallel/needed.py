@@ -1,4 +1,4 @@
-"""Which key/value rows each rank needs from each other rank: from a layout alone, the same on every rank."""
+"""The key/value rows that each rank needs from other ranks; every rank computes them from the layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def effective_window(layout: SequenceLayout, window: int | None) -> int | None:
 
 
 def rows_matrix(layout: SequenceLayout, *, causal: bool = True, window: int | None = None) -> np.ndarray:
-    """[users, owners]: the key/value rows rank ``user`` receives from rank ``owner`` in a forward pass."""
+    """int64 [users, owners]: number of key/value rows that ``user`` receives from ``owner`` in forward."""
     window = effective_window(layout, window)
     key = ("rows_matrix", causal, window)
 
@@ -52,8 +52,9 @@ def _first_needed(
 ) -> np.ndarray:
     """The first token that the user needs of each segment (document, start, stop); stop if it needs none.
 
-    Spans are disjoint, so a segment lies before or after each whole query segment. Of the query
-    segments after it, the nearest sees furthest back, and what it sees reaches the segment's end.
+    Spans are disjoint, so a key segment lies completely before or after each query segment. Of the query
+    segments after it, the nearest needs the earliest tokens, and it needs all tokens from there to the key
+    segment's end.
     """
     document, start, stop = held.T
     keys, limit = _query_starts(layout, user), layout.total + 1

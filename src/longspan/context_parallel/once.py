@@ -9,12 +9,12 @@ T = TypeVar("T")
 
 
 class Once:
-    """A base of frozen dataclasses whose last field is ``_made``, an empty dict."""
+    """A base class of frozen dataclasses whose last field is ``_made``, an empty dict at first."""
 
     _made: dict
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The result of ``make``, which is called at the first call with ``key`` only."""
+        """The result of ``make``, which only the first call with ``key`` calls."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]

@@ -1,7 +1,7 @@
 """Packs of documents with Megatron's names: parameters, padding, and a rank's slices of a batch.
 
-longspan itself needs none of this padding, because a ``SequenceLayout`` takes any lengths; these
-functions serve code that was written for Megatron.
+These functions are for code that was written for Megatron. longspan itself needs no such padding,
+because a ``SequenceLayout`` takes any lengths.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from longspan.context_parallel.layout import SequenceLayout
 from longspan.mesh.default_groups import process_groups
 
-#: An entry of a batch whose name begins like one of these describes the batch and holds no tokens.
+#: An entry of a batch whose name begins with one of these words describes the batch and holds no tokens.
 METADATA = ("cu_seqlens", "cu_seq_lens", "max_seqlen", "max_length", "local_cp_size")
 
 
@@ -28,10 +28,11 @@ class PackedSeqParams:
         qkv_format: ``"thd"``: tensors are [t, n, d], documents one after another; ``"sbhd"``:
             [s, b, n, d], no packing.
         cu_seqlens_q, cu_seqlens_kv: document boundaries without padding, int32 [d + 1].
-        cu_seqlens_q_padded, cu_seqlens_kv_padded: boundaries with the padding after each document.
+        cu_seqlens_q_padded, cu_seqlens_kv_padded: boundaries with the padding after each document,
+            int32 [d + 1].
         max_seqlen_q, max_seqlen_kv: the longest document, in tokens.
-        local_cp_size, cp_group: context parallelism of this call, if it differs from the
-            model's: another group, or 1 for none.
+        local_cp_size, cp_group: the context parallel size and group of this call, if they differ from
+            the model's; a size of 1 without a group means no context parallelism.
     """
 
     qkv_format: str | None = None
@@ -45,7 +46,7 @@ class PackedSeqParams:
     cp_group: dist.ProcessGroup | None = None
 
     def group_only(self) -> PackedSeqParams:
-        """The group without the documents, to be passed on with a layout that was made from the documents."""
+        """The parameters of the group only, to pass on with a layout that was made from the documents."""
         return PackedSeqParams(local_cp_size=self.local_cp_size, cp_group=self.cp_group)
 
 
@@ -62,10 +63,10 @@ def get_padding(
     """The number of tokens to add, so that a sequence divides as Megatron's layers require.
 
     Args:
-        has_sp: the model uses sequence parallelism (rows divide by tp_size).
-        decoder_tp_comm_overlap: with has_sp, pad to ``decoder_seq_len`` whatever the sizes.
-        fp8_enabled, fp8_recipe: without context and sequence parallelism, rows divide by 16
-            (32 for ``"mxfp8"``).
+        has_sp: the model uses sequence parallelism, so tp_size must divide the rows.
+        decoder_tp_comm_overlap: with has_sp, pad to ``decoder_seq_len`` at all sizes.
+        fp8_enabled, fp8_recipe: without context and sequence parallelism, 16 (32 for ``"mxfp8"``)
+            must divide the rows.
 
     Raises:
         ValueError: decoder_tp_comm_overlap without a decoder_seq_len of at least seq_len.
@@ -95,11 +96,14 @@ def get_packed_seq_params(
     Args:
         tokens: [b, s], the text tokens, padding included.
         img_seq_len: image tokens of each row.
-        padding_needed: how many tokens at the end of each row are padding.
+        padding_needed: number of tokens at the end of each row that are padding.
         use_packed_sequence: rows are packed even without padding.
 
     Returns:
-        ``thd`` with padded boundaries where cp_size > 1 and there is padding or packing, else ``sbhd``.
+        ``thd`` with padded boundaries if cp_size > 1 and there is padding or packing, else ``sbhd``.
+
+    Raises:
+        ValueError: padding_needed is negative or leaves no token of a row.
     """
     rows, padded = tokens.shape[0], tokens.shape[1] + img_seq_len
     real = padded - padding_needed
@@ -144,18 +148,18 @@ def get_batch_on_this_cp_rank(
 ) -> dict[str, Any]:
     """[b, s, ..] tensors -> [b, s / cp, ..]: this rank's zigzag slices of a batch.
 
-    The sequence is cut as one, whatever documents ``cu_seqlens`` names: its layout is
-    ``SequenceLayout.zigzag(s, cp, cu_seqlens=...)``. For ``thd``, where each document is cut, use
+    The sequence is cut as a whole, even if ``cu_seqlens`` names several documents: its layout is
+    ``SequenceLayout.zigzag(s, cp, cu_seqlens=...)``. For ``thd``, where each document is cut by itself, use
     ``SequenceLayout.per_document_zigzag(cu_seqlens, cp).shard``.
 
     Args:
-        batch: tensors (None stays None); a 4-D ``attention_mask`` [b, 1, s, s] is cut along its queries.
-            Entries that describe the batch (``cu_seqlens``, ``max_seqlen``, ``local_cp_size`` and the like,
-            and single numbers) are not changed.
-        cp_size, cp_rank: None takes those of the installed context parallel group.
+        batch: tensors by name (None stays None); a 4-D ``attention_mask`` [b, 1, s, s] is cut along its
+            queries. Entries whose names begin with a word of ``METADATA``, and single numbers, stay the same.
+        cp_size, cp_rank: None takes the size or rank of the installed context parallel group.
 
     Raises:
-        ValueError: 2 x cp_size does not divide s, or two tensors have different lengths.
+        ValueError: 2 x cp_size does not divide s, two tensors have different lengths, a tensor has too few
+            dims, or there is no such rank.
     """
     if cp_size is None or cp_rank is None:
         group = process_groups().cp

@@ -1,6 +1,6 @@
 """Checks of context parallel attention, made before anything is sent (invariant I5).
 
-Every refusal is a ValueError that names what was found, the rule and the remedy.
+Every refusal is a ValueError that names the wrong value, the rule and the remedy.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def check_comm_type(cp_comm_type: str, ranks: int, levels: Sequence[int] | None)
 
 
 def check_window(window: int | None, causal: bool) -> None:
-    """Refuses windows without a meaning."""
+    """Refuses a window that is below 1, or that is used with full attention."""
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"window={window}: a window holds at least the query itself, so it is 1 or more.")
     if window is not None and not causal:
@@ -51,7 +51,7 @@ def check_window(window: int | None, causal: bool) -> None:
 
 
 def check_heads_of(name: str, heads: int, ranks: int, levels: Sequence[int] | None) -> None:
-    """Refuses to move query heads that do not divide by the ranks."""
+    """Refuses to move query heads if the number of ranks that exchange them does not divide their number."""
     if ranks > 1 and name == "a2a":
         check_heads(heads, ranks)
     if ranks > 1 and name == "a2a+p2p" and levels:
@@ -59,7 +59,7 @@ def check_heads_of(name: str, heads: int, ranks: int, levels: Sequence[int] | No
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, ranks: int) -> None:
-    """Refuses tensors that do not fit each other or the layout. All [s, b, heads, d]."""
+    """Refuses tensors that do not fit each other or the layout. All three must be [s, b, heads, d]."""
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(
             f"query, key and value have {q.dim()}, {k.dim()} and {v.dim()} dims: all three are [s, b, heads, d], or "
@@ -106,10 +106,10 @@ def check_rows(what: str, rows: int, layout: SequenceLayout, ranks: int) -> None
 
 
 def check_uncut(params: PackedSeqParams | None, rows: int, ranks: int) -> None:
-    """Refuses an ``sbhd`` batch with as many rows on a rank as ``packed_seq_params`` gives for all ranks."""
+    """Refuses an ``sbhd`` batch if a rank has as many rows as ``packed_seq_params`` names for all ranks."""
     if ranks == 1 or params is None or params.qkv_format != "sbhd":
         return
-    # The number is compared first, because reading a tensor waits for the device, again in each layer.
+    # The number is compared first, because reading a tensor waits for the device, and each layer would do so.
     if params.max_seqlen_q and params.max_seqlen_q > rows:
         return
     edges = [x for x in (params.cu_seqlens_q, params.cu_seqlens_q_padded) if x is not None]
@@ -123,7 +123,8 @@ def check_uncut(params: PackedSeqParams | None, rows: int, ranks: int) -> None:
 
 
 def check_packed(params: PackedSeqParams | None, batch: int, layout: SequenceLayout | None) -> None:
-    """Refuses packing that would be ignored: unknown formats, boundaries with a layout, two boundaries."""
+    """Refuses packing that would be ignored: an unknown format, boundaries beside a layout, boundaries of
+    queries and keys that differ, or boundaries that do not fit the batch."""
     if params is None:
         return
     cu = params.cu_seqlens_q
@@ -154,7 +155,7 @@ def check_packed(params: PackedSeqParams | None, batch: int, layout: SequenceLay
 
 
 def check_padded_rows(params: PackedSeqParams | None, total: int, causal: bool) -> None:
-    """Refuses full attention over ``sbhd`` rows that end with padding, because every token would see it."""
+    """Refuses full attention over ``sbhd`` rows that end with padding: every token would attend to it."""
     if causal or params is None or params.qkv_format != "sbhd" or params.cu_seqlens_q is None:
         return
     shortest = int(params.cu_seqlens_q.diff().min())
@@ -168,7 +169,15 @@ def check_padded_rows(params: PackedSeqParams | None, total: int, causal: bool) 
 def group_of_call(
     params: PackedSeqParams | None, default: dist.ProcessGroup | None
 ) -> dist.ProcessGroup | None:
-    """The context parallel group of one call; ``packed_seq_params`` may give another group or None."""
+    """The context parallel group of one call; None means that one rank holds the whole sequence.
+
+    Args:
+        params: may replace the group (``cp_group``) or switch context parallelism off (``local_cp_size=1``).
+        default: the model's group.
+
+    Raises:
+        ValueError: this rank is not in ``cp_group``, or its size is not ``local_cp_size``.
+    """
     if params is None or (params.cp_group is None and params.local_cp_size is None):
         return default
     group, size = params.cp_group, params.local_cp_size

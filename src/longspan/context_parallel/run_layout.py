@@ -1,4 +1,4 @@
-"""The layout of a run's packs, made in one place for training, evaluation, the banner and ``longspan layout``."""
+"""The layout of a run's packs, for training, evaluation, the banner and ``longspan layout``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run_layout(
     """The layout of ``total`` tokens over the context parallel ranks of a run.
 
     Args:
-        cu_seqlens: boundaries of the documents, integers from 0 to total; None is one document.
+        cu_seqlens: boundaries of the documents, integers from 0 to total; None means one document.
         name: ``auto`` or one of ``LAYOUTS``; None takes the run's ``cp_layout``.
     """
     return SequenceLayout.make(
@@ -25,6 +25,6 @@ def run_layout(
         cu_seqlens=cu_seqlens,
         windows=run.windows,
         multiple_of=run.row_multiple,
-        # the ranks that exchange heads in every layer are dealt out to as one
+        # Ranks that exchange heads in every layer get chunks together.
         together=min(map(run.head_group, run.layers)),
     )

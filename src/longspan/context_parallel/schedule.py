@@ -1,17 +1,18 @@
-"""Schedule: from a SequenceLayout to Steps of "receive these rows, then compute these tiles".
+"""Schedule: the Steps of a rank for a SequenceLayout. A Step receives rows, then computes tiles with them.
 
 Forward, backward and the planner use the same Steps. Everything follows from the layout,
-so sender and receiver compute a message's size without communication.
+so sender and receiver both compute a message's size, without communication.
 
 Step 0 computes with the rank's own rows. Then, with P ranks:
 
     step by step (p2p)       step i: rows from rank r-i, rows to rank r+i
     all at once (all_gather) step 1: rows from every rank, rows to every rank
 
-Only rows that a rank needs are sent. A causal zigzag sequence moves 3/4 of the rows of a
-ring (summed over the ranks), because only ranks r < j need the second chunk of rank j.
-Steps with few rows are merged into one exchange, so that 512 ranks do not mean 511 tiny messages
-one after another. All ranks merge the same steps, because they compare the heaviest rank's rows.
+Only rows that a rank needs are sent. For a causal zigzag sequence these are 3/4 of the rows that a
+ring sends (summed over the ranks), because only ranks r < j need the second chunk of rank j.
+Steps with few rows are merged into one exchange, so that 512 ranks do not need 511 tiny messages
+one after another. All ranks merge the same steps, because they compare the rows of the rank that
+receives most.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from longspan.context_parallel.needed import effective_window, needed, rows_matr
 from longspan.context_parallel.once import Once
 from longspan.context_parallel.tiles import Range, Tile, own_tiles, received_tiles, row_ranges
 
-#: key/value rows that one exchange should bring at least to the rank that receives most
+#: The fewest key/value rows that one exchange should send to the rank that receives most.
 ROWS_A_STEP = 512
 
 
 class Message(NamedTuple):
-    """Rows to or from one peer: ``ranges`` gives the owner's local rows, ``rows`` their number."""
+    """Rows to or from one peer: ``ranges`` holds the owner's local rows, ``rows`` is their number."""
 
     peer: int
     ranges: tuple[Range, ...]
@@ -72,7 +73,7 @@ class Schedule:
     rank: int
     rows: int
     steps: tuple[Step, ...]
-    #: whether every local row is in some tile (False: there is padding)
+    #: Whether every local row is a token; False means that some rows are padding.
     covered: bool
 
     @classmethod
@@ -86,11 +87,12 @@ class Schedule:
         all_at_once: bool = False,
         rows_a_step: int | None = None,
     ) -> Schedule:
-        """The schedule of a rank; computed once for each layout.
+        """The schedule of a rank; computed once for each layout and these arguments.
 
         Args:
-            window: a query sees itself and the ``window - 1`` tokens before it; None is no limit.
-            rows_a_step: rows that an exchange should bring at least; None is ``ROWS_A_STEP``.
+            window: a query attends to itself and the ``window - 1`` tokens before it; None means no limit.
+            all_at_once: one exchange with every rank (``all_gather``).
+            rows_a_step: the fewest rows that an exchange should send to a rank; None means ``ROWS_A_STEP``.
         """
         window = effective_window(layout, window)
         rows_a_step = ROWS_A_STEP if rows_a_step is None else rows_a_step
@@ -126,7 +128,8 @@ def exchanges(layout: SequenceLayout, causal: bool, window: int | None, least: i
     """The offsets i (rows from rank r-i, to rank r+i) of each exchange; the same on every rank.
 
     Args:
-        least: rows that an exchange should bring at least to the heaviest rank; None for all at once.
+        least: the fewest rows that an exchange should send to the rank that receives most; None means one
+            exchange.
     """
     P = layout.ranks
     if least is None or P == 1:
@@ -170,7 +173,7 @@ def _build(
             arrived, _ = _place(arrived, 0)
         tiles = received_tiles(mine, arrived, causal, window)
         steps.append(Step(tuple(sends), tuple(receives), order, tiles))
-    # An empty step in between stays, because all ranks must post their messages in the same order:
+    # An empty step between other steps stays, because all ranks must post their messages in the same order:
     # NCCL matches the messages of a pair of ranks by their order, not by a tag.
     while len(steps) > 1 and not steps[-1].sends and not steps[-1].receives:
         steps.pop()

@@ -1,4 +1,4 @@
-"""Tiles: which local query rows attend to which key rows, as rectangles that a kernel can compute.
+"""Tiles: the local query rows that attend to key rows, as rectangles that a kernel can compute.
 
 Spans are disjoint and documents are causal, so without a window a tile is never partly
 masked: it is FULL (all its keys come before all its queries, in one document) or CAUSAL (a
@@ -37,7 +37,7 @@ Range = tuple[int, int]
 
 
 class Mask(enum.Enum):
-    """Which pairs of a tile count; CAUSAL and ANTI tiles are square."""
+    """The pairs of a tile that are computed; CAUSAL and ANTI tiles are square."""
 
     FULL = "full"
     CAUSAL = "causal"
@@ -106,7 +106,7 @@ def _by_document(segments: Iterable[Segment]) -> dict[int, list[Segment]]:
 
 
 def _join_segments(segments: Iterable[Segment]) -> list[Segment]:
-    """The segments; one that continues the segment before, in position and in rows, is joined with it."""
+    """The segments; a segment that continues the one before, in position and in rows, is joined with it."""
     joined: list[Segment] = []
     for s in segments:
         last = joined[-1] if joined else None
@@ -128,7 +128,7 @@ def _causal_tiles(mine: Sequence[Segment]) -> tuple[Tile, ...]:
     Segments of a document whose positions and rows both rise are causal in row order too, even with
     gaps between them, so they make one tile (unless another own segment fills the gap).
     """
-    # document -> (positions, rows)
+    # document -> its runs (positions, rows)
     runs: dict[int, list[tuple[Range, Range]]] = defaultdict(list)
     rising = set(pairwise(sorted(mine)))
     for last, s in zip((None, *mine), mine):
@@ -181,7 +181,7 @@ def _band_tiles(mine: Sequence[Segment], window: int) -> tuple[Tile, ...]:
         order = sorted(range(len(same)), key=lambda i: same[i].start)
         stops = [same[i].stop for i in order]
         for q in same:
-            # the blocks that end less than window - 1 tokens before q
+            # The blocks that end less than window - 1 tokens before q.
             ends = (bisect.bisect_right(stops, q.start - window + 1), bisect.bisect_right(stops, q.start))
             for i in sorted(order[slice(*ends)]):
                 tiles += _before(q, same[i], window)
@@ -193,9 +193,9 @@ def _rows(s: Segment) -> Range:
 
 
 def _before(q: Segment, k: Segment, window: int) -> Iterator[Tile]:
-    """Tiles of queries with earlier keys of their document; a query sees keys less than ``window`` back."""
+    """Tiles of queries with earlier keys of their document, less than ``window`` tokens before the query."""
     first_key = max(k.start, q.start - window + 1)
-    # exclusive
+    # The end of the queries that see a key; it is exclusive.
     last_query = min(q.stop, k.stop + window - 1)
     if first_key >= k.stop or last_query <= q.start:
         return

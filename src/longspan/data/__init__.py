@@ -3,15 +3,15 @@
 - `indexed`: Megatron's token files, read and written.
 - `text`: documents from files, tokenizers, and the cached step from documents to token files.
 - `sources`, `json_lines`: records from files, folders and the hub.
-- `instruct`, `chat`, `templates`: from a record to a sample, and which of its tokens are learned.
+- `instruct`, `chat`, `turns`, `templates`: from a record to a sample, and its learned tokens.
 - `limited`: calls within limits of time and memory, for rendering chat templates.
 - `samples`: samples in token files, with files of masks beside them.
-- `packing`: which tokens make a row, with shifted labels; `Batch`.
-- `loader`: which rows a rank trains on at which step; `blend`: several datasets by weights.
+- `packing`: the tokens of each row, with shifted labels; `Batch`.
+- `loader`: the rows that each rank trains on at each step; `blend`: several datasets mixed by weights.
 - `splits`: from a config to its datasets; `mock`: made-up datasets.
-- `preprocess`, `merge`, `gpt2`: the parts of `longspan prepare` and `longspan merge`.
+- `preprocess`, `merge`, `gpt2`: parts of `longspan prepare` and `longspan merge`.
 
-Names are imported at their first use, because checking that a file exists must not wait for torch.
+Names are imported at their first use, because a check that a file exists must not wait for torch.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Several datasets mixed by weights.
 
-The endless line of samples assigns each place t to a member dataset. As everywhere in `loader`, this
-is looked up: weights are fractions with a common denominator, so the order of members repeats
-with that period, and one period is a table. Place t is entry t % period; the number of samples
-that the member has given before follows from t // period. So a resume at any step iterates over
+The endless line of samples assigns each place t to a member dataset. As everywhere in `loader`, the
+member is looked up. Weights are fractions with a common denominator, so the order of members repeats
+with this period, and a table holds one period. Place t is entry t % period. The number of samples
+of this member before place t follows from t // period. So a resume at any step iterates over
 nothing, and memory is a table of at most `PERIOD` entries for a run of any length.
 
 No order is fairer: after any number of samples, each member's number of samples differs from
-its share by less than one. (Megatron-LM's rule, "the largest deficit next", has the same shares
-in the long run, but in between a member may fall behind by up to two samples.)
+its share by less than one. (Megatron-LM's rule, to take the member with the largest deficit, has the
+same shares in the long run, but in between a member may be up to two samples below its share.)
 """
 
 from __future__ import annotations
@@ -29,17 +29,20 @@ PERIOD = 1 << 20
 
 
 class BlendedDataset(TokenDataset):
-    """The samples of several datasets, mixed by weights; the rest is as in `TokenDataset`.
+    """The samples of several datasets, mixed by weights; otherwise like `TokenDataset`.
 
-    Each member goes through shuffled epochs of its own: it gives all of its samples before
-    any comes again, and as often as its weight requires. An epoch of the blend has as many
-    samples as the members together.
+    Each member has its own shuffled epochs: all its samples come once before a sample comes
+    again, and epochs repeat as often as its weight requires. An epoch of the blend has as many
+    samples as all members together.
 
     Args:
         members: datasets with the same sequence_len and the same sample_packing.
-        weights: above 0, one for each member; only their ratios count.
-        held_out: number the samples so that the first n of them are mixed by the weights too, each
-            sample once (an evaluation takes them in order of number).
+        weights: one number above 0 for each member; only their ratios count.
+        held_out: number the samples so that the first n samples, for any n, are also mixed by the weights,
+            each sample once (an evaluation takes samples in the order of their numbers).
+
+    Raises:
+        ValueError: there is no member, a weight is not above 0, or the numbers of members and weights differ.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class BlendedDataset(TokenDataset):
         self.counts = common_counts(weights)
         """Samples of each member in a period."""
         sizes = [len(member) for member in members]
-        # the first sample of each member in the common numbering
+        # The first sample of each member in the common numbering.
         self._first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._numbers = None
         if held_out:
@@ -109,7 +112,7 @@ class BlendedDataset(TokenDataset):
         return samples
 
     def deal(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(member, number of samples it has given before) of places ``[start, stop)``, int64 each."""
+        """(member, number of its samples before) for places ``[start, stop)``, int64 each."""
         givers, turns = period(self.counts)
         round_, at = np.divmod(np.arange(start, stop, dtype=np.int64), len(givers))
         giver = givers[at].astype(np.int64)
@@ -125,6 +128,9 @@ def common_counts(weights: Sequence[Fraction | float]) -> tuple[int, ...]:
     """The weights as whole numbers without a common divisor, with a sum of at most `PERIOD`.
 
     If this needs rounding, each number is right to one part in `PERIOD`, and at least 1.
+
+    Raises:
+        ValueError: a weight is not above 0.
     """
     parts = [w if isinstance(w, Fraction) else Fraction(str(w)) for w in weights]
     if min(parts) <= 0:
@@ -150,18 +156,18 @@ def common_counts(weights: Sequence[Fraction | float]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4)
 def period(counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """One period: (member of each place, number of samples it gave before in this period), int32 each.
+    """One period: (member of each place, number of its samples before in this period), int32 each.
 
-    Sample j of a member with share w must not come so early that the member is more than one
-    ahead of its share (before place (j - 1) / w), and must come before it is one behind (place
-    j / w). Among the samples allowed at a place, the one with the earliest deadline comes. If any
-    order keeps all deadlines, this order does, and there always is such an order (Tijdeman 1980).
+    Sample j of a member with share w must not come so early that the member is more than one sample
+    above its share (before place (j - 1) / w), and must come before the member is one sample below it
+    (place j / w). Of the samples that are allowed at a place, the sample with the earliest deadline comes.
+    If any order keeps all deadlines, this order does, and there is always such an order (Tijdeman 1980).
     """
     length = sum(counts)
     givers = np.empty(length, dtype=np.int32)
     given = [0] * len(counts)
-    # waiting: (first place, from 1, at which the member's next sample may come, member)
-    # ready: (last place at which it must come, member)
+    # waiting: (first place, from 1, at which the member's next sample may come, member).
+    # ready: (last place at which this sample must come, member).
     waiting = [(1, d) for d in range(len(counts))]
     ready: list[tuple[int, int]] = []
     for place in range(1, length + 1):

@@ -14,7 +14,7 @@ from longspan.errors import UserError
 
 
 def is_whole(prefix: Path) -> bool:
-    """Whether there are token files with at least one document."""
+    """Whether the prefix has valid token files with at least one document."""
     try:
         return len(IndexedDataset(prefix)) > 0
     except UserError:
@@ -23,8 +23,10 @@ def is_whole(prefix: Path) -> bool:
 
 @contextmanager
 def only_here(folder: Path) -> Iterator[None]:
-    """A context that only one process at a time can enter for a folder; makes the folder if it is missing.
-    The system releases the lock of a process when it ends, also when it is killed."""
+    """A context that only one process at a time can enter for a folder; it makes a missing folder.
+
+    The system releases the lock when the process ends, also when it is killed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:

@@ -1,6 +1,6 @@
 """Chats as text, by templates.
 
-A template (jinja) turns messages into one text, which is tokenised as a whole, so that training has
+A template (jinja) turns messages into one text. It is tokenised as a whole, so that training has
 the same tokens as the later use of the model. ``turns`` finds the answers in the text.
 """
 
@@ -28,7 +28,7 @@ from longspan.errors import UserError, did_you_mean
 _OPEN, _CLOSE = "\ue0a1\ue0b2\ue0c3", "\ue0c3\ue0b2\ue0a1"
 
 _BUNDLED = frozenset(TEMPLATES.values())
-#: the most characters of a template; the longest of known models have a tenth of this
+#: The most characters of a template. The longest templates of known models have a tenth of this.
 MAX_TEMPLATE = 200_000
 
 Span = tuple[int, int]
@@ -62,7 +62,7 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
 
 @lru_cache(maxsize=16)
 def _compiled(text: str) -> jinja2.Template:
-    """A template, compiled as in transformers but without strftime_now: samples do not depend on the day."""
+    """A template, compiled as in transformers, but without strftime_now: samples do not depend on the day."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -81,7 +81,7 @@ def _render(text: str, names: Mapping[str, Any]) -> str:
 
 
 def _within_limits(function: Callable[..., Any], text: str, *more: Any) -> Any:
-    """Calls a function with a template's text; within limits of time and memory unless it is bundled.
+    """Calls a function with a template's text, within limits of time and memory unless it is bundled.
 
     Raises:
         jinja2.TemplateError: a limit was exceeded, or the function raised it.
@@ -130,7 +130,7 @@ class ChatTemplate:
         """The chat as text, and the spans that the template itself marks as answers.
 
         Args:
-            prompt: end with the prompt for the next answer.
+            prompt: the text ends with the prompt for the next answer.
 
         Raises:
             jinja2.TemplateError: the template refuses this chat.
@@ -164,7 +164,7 @@ def find_template(
         special_tokens, atoms: see `ChatTemplate`.
 
     Raises:
-        UserError: there is no such template, or it is not jinja.
+        UserError: there is no such template, or it is not a jinja template.
     """
     if jinja is not None or (name is not None and ("{%" in name or "{{" in name)):
         text = jinja if jinja is not None else name

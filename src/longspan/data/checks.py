@@ -1,4 +1,4 @@
-"""Checks of prepared data: data that would fail or teach nothing is refused before any process starts."""
+"""Checks of prepared data: data that cannot be trained on is refused before any process starts."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from longspan.errors import UserError
 if TYPE_CHECKING:
     from longspan.data.loader import TokenDataset
 
-#: number of tokens that are checked before a run; later tokens are not checked
+#: Number of tokens that are checked before a run; later tokens are not checked.
 SCANNED_TOKENS = 1 << 28
 
 
 def check_data(run: Run) -> TokenDataset:
-    """Opens a prepared config's data; refuses data that would fail or teach nothing before processes start.
+    """Opens a prepared config's data, and refuses data that cannot be trained on before processes start.
 
     Raises:
-        UserError: a side of the split has no document, no token has a next one, or a token is too large.
+        UserError: a part of the split has no document, no token counts in the loss, or a token number is too
+            large.
     """
-    # imported here because they need torch, and missing sources are found without it
+    # These modules are imported here, because they need torch, and missing sources are found without torch.
     from longspan.data.splits import PARTS, named_files, open_datasets
 
     train, *others = open_datasets(run)
@@ -114,7 +115,7 @@ def missing_files(prefix: str) -> list[str]:
     missing = next((path for path in reversed(bin_and_idx(prefix)) if not path.is_file()), None)
     if missing is None:
         return []
-    # The name has neither ending, because with one of them that file would have been found.
+    # The name has neither ending, because a file with one of them would have been found before.
     if Path(prefix).is_file():
         return [
             f"{prefix} is no .bin/.idx pair. Make one: longspan prepare --input {prefix} --output-prefix PREFIX, or train on "

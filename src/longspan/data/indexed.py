@@ -1,7 +1,7 @@
 """Token files on disk: the ``.bin``/``.idx`` pair that Megatron's preprocessing writes.
 
 ``.bin`` holds the tokens of all sequences one after another, raw and little-endian.
-``.idx`` describes where the sequences are:
+``.idx`` holds the places of the sequences:
 
     bytes   content
     9       ``MMIDIDX\\0\\0``
@@ -14,8 +14,8 @@
 
 So there are D - 1 documents, and a document is one or more whole sequences. (Megatron's
 multimodal files have one more byte for each sequence, its mode, which is not read.) The
-sequences lie one after another, without a gap, and fill ``.bin``; this check detects a wrong
-token type and a ``.bin`` of other data.
+sequences must lie one after another, without a gap, and fill ``.bin``. A check of this detects a
+wrong token type and a ``.bin`` of other data.
 
 Every error in a pair of files is found when it is opened, not at step 40,000, and is a
 `UserError` that names the file.
@@ -72,10 +72,10 @@ class IndexedDataset:
     """A pair of token files, memory-mapped.
 
     Args:
-        prefix: the path without ``.bin``/``.idx``, or with either.
+        prefix: the path without ``.bin``/``.idx``, or with one of them.
 
     Raises:
-        UserError: a file is missing, invalid or cut short.
+        UserError: a file is missing, invalid or too short.
     """
 
     def __init__(self, prefix: str | Path):
@@ -122,7 +122,7 @@ class IndexedDataset:
                 f"{self.bin_path}: tokens {start} to {stop} of document {document}, which has {length}"
             )
         parts = []
-        # the sequence's place in the document, in tokens
+        # The sequence's place in the document, in tokens.
         offset = 0
         for sequence in range(first, last):
             if offset >= stop:
@@ -232,14 +232,17 @@ class IndexedDataset:
 
 
 class IndexedDatasetWriter:
-    """Writes a pair of token files, whole or not at all.
+    """Writes a pair of token files, completely or not at all.
 
-    It is a context manager. The tokens go to temporary files beside the final files; these
-    are renamed at the end of the block, and removed if it raises an error.
+    It is a context manager. The tokens go to temporary files beside the final files. The temporary
+    files are renamed at the end of the block, and removed if the block raises an error.
 
     Args:
-        prefix: the path without ``.bin``/``.idx`` (or with either); folders are created.
+        prefix: the path without ``.bin``/``.idx``, or with one of them; folders are created.
         dtype: one of the integer types in `DTYPES`; see `best_dtype`.
+
+    Raises:
+        UserError: tokens of this type cannot be written.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype | type | str):
@@ -273,7 +276,7 @@ class IndexedDatasetWriter:
 
         Args:
             tokens: ``[t]`` token numbers.
-            sequence_lengths: tokens in each of its sequences; None is one sequence.
+            sequence_lengths: tokens in each of the document's sequences; None means one sequence.
 
         Raises:
             UserError: a token does not fit the type, or a sequence is too long for the format.
@@ -302,7 +305,11 @@ class IndexedDatasetWriter:
         self.num_tokens += len(values)
 
     def add_file(self, other: IndexedDataset) -> None:
-        """Appends all documents and sequences of a file with this token type; copies tokens in pieces."""
+        """Appends all documents and sequences of a file with the same token type; copies tokens in pieces.
+
+        Raises:
+            ValueError: the file has another token type.
+        """
         if other.dtype != self.dtype:
             raise ValueError(f"{other.dtype} tokens into a file of {self.dtype}")
         for piece in other.pieces(1 << 24):

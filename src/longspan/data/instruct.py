@@ -1,11 +1,12 @@
-"""From a record to a sample: tokens, and which of them count in the loss.
+"""From a record to a sample: its tokens, and the mask of tokens that count in the loss.
 
-A sample is prompt and answer (alpaca, or a mapping of fields and a format), a chat (``chat``), or
+A sample is a prompt and an answer (alpaca, or a mapping of fields and a format), a chat (``chat``), or
 a document. Its mask has a 1 for each token that is learned: the answers with their end tokens.
 
 Prompt and answer are tokenised separately, because a model in use gets the prompt and writes the
-answer. A chat is tokenised as the one text that its template makes. In it a token counts if it
-holds a character of an answer; an added token (such as <|im_end|>) only if it lies wholly inside.
+answer. A chat is tokenised as the one text that its template makes. A token of it counts if it
+holds a character of an answer; an added token (such as <|im_end|>) counts only if it lies wholly
+inside an answer.
 """
 
 from __future__ import annotations
@@ -32,22 +33,22 @@ from longspan.errors import UserError, did_you_mean
 _WITH_INPUT = "an instruction that describes a task, paired with an input that provides further context"
 _WITHOUT = "an instruction that describes a task"
 _TASK = "Below is {}. Write a response that appropriately completes the request.\n\n### Instruction:\n{{instruction}}\n\n"
-#: the prompt with which Stanford's Alpaca was trained
+#: The prompt with which Stanford's Alpaca was trained.
 ALPACA = InstructionType(
     format=_TASK.format(_WITH_INPUT) + "### Input:\n{input}\n\n### Response:\n",
     no_input_format=_TASK.format(_WITHOUT) + "### Response:\n",
     system_format="",
 )
 
-#: name of a role in the data -> the role
+#: Name of a role in the data -> the role.
 ROLES = {"human": "user", "gpt": "assistant"} | {
     name: name for name in ("user", "assistant", "system", "tool", "developer", "function", "ipython")
 }
 
-#: fields of a message, besides its role, that do not hold its content
+#: Fields of a message, besides its role, that do not hold its content.
 _NO_CONTENT = ("tool_calls", "tool_call_id", "name", *THOUGHTS)
 
-#: increased whenever the same records make other samples
+#: The version of the samples, which is increased whenever the same records make other samples.
 VERSION = 3
 
 Sample = tuple[np.ndarray, np.ndarray | None]
@@ -79,7 +80,7 @@ class Recipe:
         """The recipe of a dataset.
 
         Args:
-            chat_template, chat_template_jinja: used if the dataset has none of its own.
+            chat_template, chat_template_jinja: the config's keys, used if the dataset has none of its own.
 
         Raises:
             UserError: there is no such template.
@@ -110,7 +111,7 @@ class Encoder:
     """Makes samples of records.
 
     Attributes:
-        missing: what the template left out (see `turns.Found`) -> in how many chats so far.
+        missing: a part that the template left out (see `turns.Found`) -> number of such chats so far.
     """
 
     def __init__(self, recipe: Recipe):
@@ -274,7 +275,7 @@ class Encoder:
         message |= {new: given[old] for new, old in names.items() if given.get(old) is not None}
         if "tool_calls" in message:
             message["tool_calls"] = _calls(message["tool_calls"], where)
-        # A turn may have calls or thoughts alone; its content is empty or missing then.
+        # A turn may have only calls or thoughts. Its content is then empty or missing.
         silent = bool(message.get("tool_calls") or any(message.get(name) for name in THOUGHTS))
         for field in (role_name, content_name):
             if field not in given and not (silent and field == content_name):
@@ -325,7 +326,7 @@ def _field(record: Mapping[str, Any], name: str) -> Any:
 
 
 def _text(record: Mapping[str, Any], name: str, missing: str | None = None) -> str:
-    """The text in a field; if it is absent or empty, ``missing`` if that is given."""
+    """The text in a field; ``missing``, if it is not None, replaces an absent or null field."""
     if missing is not None and record.get(name) is None:
         return missing
     text = _field(record, name)

@@ -1,10 +1,10 @@
 """Calls within limits of time and memory, for chat templates, which are programs of other authors.
 
-A template may loop for ever or make a string of a terabyte, by accident or on purpose, and Python
-cannot always interrupt this from within: a thread gets no signals, and one operation may take hours.
-So the call runs in a second process, whose limits the operating system enforces. The process starts
-at the first call and runs all later calls, one at a time; sending a call and its result costs about
-50 microseconds. The process ends with this one, or after `IDLE_S` seconds without a call.
+A template may loop for ever or make a string of a terabyte, by accident or on purpose. Python cannot
+always interrupt this in its own process, because a thread gets no signals, and one operation may take
+hours. So the call runs in a second process, whose limits the operating system enforces. The second
+process starts at the first call and runs all later calls, one at a time; sending a call and its result
+costs about 50 microseconds. It ends with the first process, or after `IDLE_S` seconds without a call.
 """
 
 from __future__ import annotations
@@ -22,27 +22,30 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-#: seconds of computing that a call may take; waiting for a busy processor does not count
+#: The seconds of computing that a call may take; waiting for a busy processor does not count.
 TIME_S = 2.0
-#: bytes of memory that the process may have
+#: The bytes of memory that the second process may have.
 MEMORY = 2 << 30
-#: seconds without a call after which the process ends
+#: The seconds without a call after which the second process ends.
 IDLE_S = 30.0
 
 
 class LimitError(Exception):
-    """A call exceeded its time or memory, or ended its process."""
+    """A call exceeded its time or memory, or ended the second process."""
 
 
 def limited(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns or raises what the function does; can be called from any thread and any process.
+    """Calls a function within limits; can be used in any thread and any process.
 
     Args:
-        function: a function of a module, found by its name.
-        arguments: sent by pickle, as is the result.
+        function: a function of a module, which the second process finds by its name.
+        arguments: the function's arguments, which are sent with pickle, like the result.
+
+    Returns:
+        The function's result. An error of the function is raised.
 
     Raises:
-        LimitError: a limit was exceeded, or the call ended its process.
+        LimitError: a limit was exceeded, or the call ended the second process.
     """
     request = pickle.dumps((TIME_S, function, arguments))
     with _state.lock:
@@ -57,12 +60,12 @@ def limited(function: Callable[..., Any], *arguments: Any) -> Any:
                 break
             except (BrokenPipeError, EOFError, pickle.UnpicklingError):
                 code = process.wait()
-            # After an interrupt, a late answer must not be taken for the next call's.
+            # After an interrupt, a late result must not be taken for the result of the next call.
             except BaseException:
                 process.kill()
                 process.wait()
                 raise
-            # Exit code 0: the idle process may have ended just when this call began.
+            # With exit code 0, the idle process may have ended just when this call began.
             if code != 0:
                 if code == -signal.SIGPROF:
                     raise LimitError(
@@ -77,7 +80,7 @@ def limited(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class _State:
-    """The second process; a fork of this process starts one of its own."""
+    """The second process of this process; a fork of this process starts its own second process."""
 
     def __init__(self) -> None:
         self.reset()
@@ -88,7 +91,7 @@ class _State:
 
     def running(self) -> subprocess.Popen:
         if self.process is None or self.process.poll() is not None:
-            # The second process finds modules in the same places as this one.
+            # The second process must find modules in the same places as this process.
             places = [path for path in sys.path if path]
             code = f"import sys; sys.path[:] = {places!r}; from {__name__} import _serve; _serve()"
             self.process = subprocess.Popen(
@@ -113,7 +116,7 @@ os.register_at_fork(after_in_child=_state.reset)
 
 def _serve() -> None:
     """The loop of the second process: reads seconds, a function and arguments, writes (result, exception)."""
-    # A Ctrl-C of the terminal is for the caller, which then ends this process.
+    # The terminal's Ctrl-C goes to this process too, but the caller handles it and ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Some systems have no such limit.
     with suppress(OSError, ValueError):

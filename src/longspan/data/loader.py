@@ -1,12 +1,12 @@
-"""Which rank trains on which rows at which step.
+"""The rows that each rank trains on at each step.
 
-The order of the data is a function of (data, seed, global batch) and nothing else: a
-sample of step k is looked up, not reached by iterating. So a resume needs no state, and
-a run with another layout or number of loader threads trains on the same tokens.
+The order of the data is a function of (data, seed, global batch) only: a sample of step k
+is looked up, without iterating. So a resume needs no state, and a run with another layout
+or another number of loader threads trains on the same tokens.
 
-The samples of all epochs, each in its own seeded order, are one endless line. With a global
-batch of g, step k takes places k*g to (k+1)*g of it; micro-batch m of data-parallel rank r
-takes the places ``(m * dp_size + r) * micro_batch_size + j`` among these.
+The samples of all epochs, each epoch in its own seeded order, are one endless line. With a
+global batch of g, step k takes places k*g to (k+1)*g of this line. Of these, micro-batch m of
+data-parallel rank r takes places ``(m * dp_size + r) * micro_batch_size + j``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from longspan.data.packing import (
 from longspan.errors import UserError
 
 # Seeds are sequences [seed, purpose, ...], so that no two purposes share random numbers. Zero is not
-# used as a purpose, because numpy treats [s] and [s, 0] alike, and plans are made with [s].
+# used as a purpose, because numpy treats [s] and [s, 0] alike, and the rows are planned with [s].
 ORDER, HOLD_OUT = 1, 2
 
 
@@ -51,13 +51,13 @@ class TokenDataset:
         split: "train", "validation", or "whole": all documents, in their own order.
         val_set_size: documents held out for validation: below 1 a share of all (at least one
             document), otherwise a number of documents.
-        masks: for each file of samples, the mask of what counts in the loss (`samples.open_masks`);
+        masks: for each file of samples, the mask of tokens that count in the loss (`samples.open_masks`);
             None for a file of documents. A sample is never cut: without packing each has its own row.
         excess_length_strategy: handling of samples longer than a row: "drop", "truncate" or "raise".
-        end_of_document: the effects of the token that ends a document in the stream; None for none.
+        end_of_document: the effects of the token that ends a document in the stream; None means no effects.
 
     Attributes:
-        apart: whether the documents of a row do not see each other.
+        apart: whether the documents of a row do not attend to each other.
         num_excess: number of samples of this split that were dropped or truncated.
 
     Raises:
@@ -87,7 +87,7 @@ class TokenDataset:
         self.end_of_document = end_of_document
         self.apart = sample_packing or (end_of_document is not None and end_of_document.cuts_attention)
         self.split = split
-        # the first document of each file in the common numbering
+        # The first document of each file in the common numbering.
         self._first = np.concatenate([[0], np.cumsum([len(d) for d in self.datasets])]).astype(np.int64)
         lengths = np.concatenate([np.empty(0, np.int64), *(d.document_lengths for d in self.datasets)])
         self.masks = list(masks) or [None] * len(self.datasets)
@@ -127,6 +127,9 @@ class TokenDataset:
 
         Returns:
             int64 arrays: tokens, labels, positions ``[s]`` and boundaries ``[d + 1]``.
+
+        Raises:
+            IndexError: there is no such sample.
         """
         if index is None or index == -1:
             return empty_row(self.sequence_len)
@@ -164,7 +167,7 @@ class TokenDataset:
 
     @property
     def num_learned(self) -> int:
-        """Learned tokens of an epoch, which the first token of a document (or of the stream) is not."""
+        """Number of learned tokens of an epoch, without the first token of a document (or of the stream)."""
         lengths = self._plan.lengths if isinstance(self._plan, Packs) else np.array([self.num_tokens])
         if not self.has_samples:
             unlearned = self._num_ends() if self.end_of_document and self.end_of_document.masks_loss else 0
@@ -185,7 +188,7 @@ class TokenDataset:
         return total
 
     def _num_ends(self) -> int:
-        """How many end-of-document tokens of the stream have a next token. Reads the whole stream."""
+        """Number of end-of-document tokens of the stream that have a next token. Reads the whole stream."""
         assert isinstance(self._plan, Stream)
         assert self.end_of_document is not None
         token, count, last = self.end_of_document.token, 0, False
@@ -201,13 +204,14 @@ class TokenDataset:
 
     @property
     def longest_document(self) -> int:
-        """The most tokens that attend to each other: the longest document or piece; without packing a row."""
+        """The most tokens that attend to each other: the longest document or piece, or row of a stream."""
         return self._plan.longest
 
     def has_targets(self, most: int) -> bool:
-        """Whether a token of this split counts in the loss; True if the first ``most`` tokens leave it open.
+        """Whether a token of this split counts in the loss.
 
-        A sample's first token is never a label, and truncated tokens are not learned.
+        Only about the first ``most`` tokens are read; if none of them counts and there are more, the result
+        is True. A sample's first token is never a label, and truncated tokens are not learned.
         """
         if isinstance(self._plan, Stream):
             return self.num_tokens > 1
@@ -270,7 +274,7 @@ class TokenDataset:
             begin += stop - start
 
     def _order(self, epoch: int) -> np.ndarray:
-        """int64 ``[samples]``: an epoch's order; for validation the files' order. (Called as `order`.)"""
+        """int64 ``[samples]``: an epoch's order, cached as `order`; only training samples are shuffled."""
         if self.split != "train":
             order = np.arange(len(self))
         else:
@@ -308,14 +312,17 @@ class TokenDataset:
     def evaluation_batches(
         self, *, micro_batch_size: int, dp_rank: int, dp_size: int, limit: int | None = None
     ) -> Iterator[Batch]:
-        """Every sample once, in its order, over all ranks.
+        """Every sample once, in the samples' order, over all ranks.
 
         Args:
-            limit: the most samples over all ranks.
+            limit: the most samples over all ranks; None means all samples.
 
         Returns:
-            The batches of one rank, read while iterating. Each rank has the same number of batches,
-            because collectives must match; the last may have empty rows, which add nothing.
+            The batches of one rank, which are read while iterating. Each rank has the same number of batches,
+            because collectives must match. The last batch may have empty rows, which add nothing.
+
+        Raises:
+            UserError: the limit or the micro-batch size is below 1.
         """
         _check_rank(micro_batch_size, dp_rank, dp_size)
         if limit is not None and limit < 1:
@@ -333,10 +340,10 @@ class TokenDataset:
 
 
 class Prefetcher:
-    """Iterates over ``make(step)`` for first_step <= step < last_step, which one thread calls ahead.
+    """Iterates over ``make(step)`` for first_step <= step < last_step, which one thread calls in advance.
 
-    While the caller works on one step, at most the next two are made, in order. Errors of
-    ``make`` are raised from ``next``. Use it as a context manager, or `close` it.
+    While the caller works on one step, at most the next two steps are made, in order. Errors of
+    ``make`` are raised from ``next``. Use it as a context manager, or call `close`.
     """
 
     AHEAD = 2
@@ -370,7 +377,7 @@ class Prefetcher:
             raise
 
     def close(self) -> None:
-        """Ends the thread after its present step; results made ahead are dropped."""
+        """Ends the thread after its present step, and drops results that were made in advance."""
         self._steps = iter(())
         self._made.clear()
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -401,7 +408,7 @@ def _split(documents: np.ndarray, val_set_size: float, seed: int) -> tuple[np.nd
 
 
 def _learned(mask: IndexedDataset) -> np.ndarray:
-    """The number of learned tokens of each sample, int64 ``[d]``; its first token is never a label."""
+    """The number of learned tokens of each sample, int64 ``[d]``; a sample's first token is never a label."""
     lengths = mask.document_lengths
     counts = np.zeros(len(lengths), dtype=np.int64)
     full = np.flatnonzero(lengths)

@@ -15,7 +15,7 @@ def pairs_of(folder: str | Path) -> list[Path]:
     """The prefixes of a folder's .bin/.idx pairs, sorted by name.
 
     Raises:
-        UserError: there is no such folder, or it has no pair or half a pair.
+        UserError: there is no such folder, it has no pair, or one file of a pair is missing.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -39,13 +39,13 @@ def merge(
 ) -> dict[str, int]:
     """Writes the documents of all files, one file after another, with unchanged sequences.
 
-    Tokens are copied in pieces, so memory holds the lengths alone. The output is whole or absent.
+    Tokens are copied in pieces, so memory holds only the lengths. The output is complete or absent.
 
     Returns:
-        ``{"documents": ..., "tokens": ...}`` as written.
+        ``{"documents": ..., "tokens": ...}``: the numbers of documents and tokens that were written.
 
     Raises:
-        UserError: a file is broken, or they hold tokens of different types.
+        UserError: a file is broken, or the files hold tokens of different types.
     """
     files = [IndexedDataset(prefix) for prefix in prefixes]
     kinds: dict[np.dtype, str] = {}

@@ -1,8 +1,8 @@
-"""Made-up documents: training without data and without a tokenizer, to try or time a layout.
+"""Made-up documents, to try or time a layout without data and without a tokenizer.
 
-There is something to learn at every distance: small token numbers are frequent (about
-1/number), the next number mostly follows a token, and each document repeats itself with its
-own period, so that a model that looks back far enough can predict the next token.
+They contain patterns at every distance. Small token numbers are frequent (about 1/number), a token
+is mostly followed by the next number, and each document repeats itself with its own period, so that
+a model that attends to enough earlier tokens can predict the next token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class MockDocuments:
     """Documents with the interface of `IndexedDataset`, computed when they are read.
 
     Args:
-        sequence_len: documents have 16 to 2 * sequence_len tokens; short ones are more frequent.
+        sequence_len: documents have 16 to 2 * sequence_len tokens; short documents are more frequent.
         documents: the number of documents.
     """
 
@@ -40,11 +40,11 @@ class MockDocuments:
         return 0, self.vocab_size - 1
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens ``[start, stop)`` of a document, int64; computes no other token of it."""
+        """Tokens ``[start, stop)`` of a document, int64 ``[stop - start]``; computes no other token of it."""
         stop = int(self.document_lengths[document]) if stop is None else stop
         generator = np.random.Generator(np.random.PCG64([self.seed, MOCK, document]))
         period = int(generator.integers(16, 129))
-        # Runs of successive numbers; the first of a run is drawn with probability ~ 1 / number.
+        # There are runs of successive numbers; the first number has a probability of about 1 / number.
         starts = generator.random(period) < 0.25
         starts[0] = True
         begin = np.maximum.accumulate(np.where(starts, np.arange(period), 0))

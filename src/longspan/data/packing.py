@@ -1,19 +1,19 @@
-"""From documents to rows of tokens: which tokens make a sample, and its labels.
+"""From documents to rows of tokens: the tokens of each sample, and its labels.
 
-There are three plans, all made from the documents' lengths alone, so that any rank can make
-them without reading a token and without communication:
+Three functions plan the rows. They need only the documents' lengths, so that any rank can plan
+the rows without reading a token and without communication:
 
 - `plan_packs`: sample packing. A row holds whole documents (or pieces of documents longer
-  than a row); each attends only to itself.
-- `plan_stream`: no packing. All documents one after another are one stream, cut every
-  sequence_len tokens; a row is one sequence, even if it holds parts of several documents.
+  than a row), and each of these attends only to itself.
+- `plan_stream`: no packing. All documents one after another are one stream, which is cut every
+  sequence_len tokens. A row is one sequence, even if it holds parts of several documents.
 - `plan_rows`: no packing, for samples. A row holds one sample (or piece of a document).
 
-Labels are shifted here, before anything is sharded: the label of a token is the next token,
-even if that token lies in another piece of the same document. Without a next token, and on
-padding, the label is `IGNORE_INDEX`.
+Labels are shifted here, before the sequence is cut over ranks: the label of a token is the next
+token, even if that token lies in another piece of the same document. A token without a next token,
+and padding, have the label `IGNORE_INDEX`.
 
-This module reads no file: a plan gets its tokens from a function
+This module reads no file. Rows get their tokens from a function
 ``read(document, start, stop) -> int64 [stop - start]``.
 """
 
@@ -43,11 +43,11 @@ class Batch:
     Attributes:
         tokens: ``[b, s]``.
         labels: ``[b, s]``, already shifted; `IGNORE_INDEX` where there is no target.
-        positions: ``[b, s]``; with packing they restart at 0 with each document, in a stream if its
+        positions: ``[b, s]``; with packing they restart at 0 with each document, in a stream only if
             `EndOfDocument` resets them.
-        cu_seqlens: ``[d + 1]``, the boundaries of the documents among the b*s tokens taken row by
-            row, from 0 to b*s; padding at the end of a row is a document. None if documents are
-            not kept apart: every row is one sequence then.
+        cu_seqlens: ``[d + 1]``, the boundaries of the documents in the b*s tokens, row after row, from 0
+            to b*s; padding at the end of a row is a document. None if documents are not kept apart,
+            so that every row is one sequence.
         used: for each row its tokens without the padding at its end.
     """
 
@@ -68,7 +68,7 @@ class Batch:
         return int(self.loss_mask.sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; cu_seqlens stays on the CPU, where the layout is made."""
+        """The batch on another device; cu_seqlens stays on the CPU, where the layout is made."""
         return Batch(
             self.tokens.to(device, non_blocking=True),
             self.labels.to(device, non_blocking=True),
@@ -94,13 +94,13 @@ class Row(NamedTuple):
 class EndOfDocument(NamedTuple):
     """The effects of the token that ends a document on a sample of the stream; its tokens do not change.
 
-    The token itself belongs to the document that it ends. (Megatron-LM's reset_position_ids,
-    reset_attention_mask and eod_mask_loss.)
+    The token itself belongs to the document that it ends. (The effects are Megatron-LM's
+    reset_position_ids, reset_attention_mask and eod_mask_loss.)
 
     Attributes:
         token: the token's number.
         resets_positions: positions restart at 0 after it.
-        cuts_attention: later tokens see neither it nor tokens before it.
+        cuts_attention: later tokens attend neither to it nor to tokens before it.
         masks_loss: the token after it is not learned.
     """
 
@@ -110,7 +110,7 @@ class EndOfDocument(NamedTuple):
     masks_loss: bool
 
     def apply(self, row: Row, used: int) -> Row:
-        """The same tokens with other positions, labels and boundaries; the first ``used`` are not padding."""
+        """The row with changed positions, labels and boundaries; its first ``used`` tokens are no padding."""
         ends = np.flatnonzero(row.tokens[:used] == self.token)
         size = len(row.tokens)
         boundaries = np.unique(np.concatenate([[0], ends + 1, [used, size]]))
@@ -130,8 +130,8 @@ class EndOfDocument(NamedTuple):
 class Packs:
     """The result of `plan_packs`: pieces ``[p]`` in the order of their packs.
 
-    A piece is tokens ``[start, stop)`` of a document; pack i has the pieces
-    ``offsets[i]`` to ``offsets[i + 1]``. They are arrays, because there may be millions.
+    A piece consists of tokens ``[start, stop)`` of a document; pack i has the pieces
+    ``offsets[i]`` to ``offsets[i + 1]``. Pieces are in arrays, because there may be millions of them.
     """
 
     sequence_len: int
@@ -147,7 +147,7 @@ class Packs:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest piece."""
+        """Number of tokens of the longest piece."""
         return int((self.stops - self.starts).max(initial=0))
 
     def pieces(self, index: int) -> list[tuple[int, int, int]]:
@@ -156,7 +156,7 @@ class Packs:
         return list(zip(self.documents[at].tolist(), self.starts[at].tolist(), self.stops[at].tolist()))
 
     def row(self, index: int, read: Read) -> Row:
-        """Reads one pack."""
+        """Reads the row of one pack."""
         row = empty_row(self.sequence_len)
         boundaries = [0]
         for document, start, stop in self.pieces(index):
@@ -189,7 +189,7 @@ class Stream:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row."""
+        """Number of tokens of the longest row."""
         return min(self.sequence_len, int(self.begins[-1]))
 
     def pieces(self, index: int) -> list[tuple[int, int, int]]:
@@ -198,12 +198,12 @@ class Stream:
         return self._range(begin, begin + self.sequence_len)
 
     def row(self, index: int, read: Read) -> Row:
-        """Reads one sample; only the last sample is padded.
+        """Reads the row of one sample; only the last sample is padded.
 
         Positions do not restart, because a row is one sequence and padding comes last.
         """
         begin = index * self.sequence_len
-        # One token more is the last label.
+        # One token more is read, because it is the label of the last token.
         pieces = self._range(begin, begin + self.sequence_len + 1)
         found = np.concatenate([read(*piece) for piece in pieces])
         row = empty_row(self.sequence_len)
@@ -226,14 +226,17 @@ class Stream:
 def plan_packs(lengths: Sequence[int] | np.ndarray, sequence_len: int, seed: int) -> Packs:
     """Packs documents into rows of `sequence_len` tokens.
 
-    Documents longer than a row are cut into pieces as long as a row (the last one may be shorter).
-    The pieces are taken in a seeded random order; each goes into the open pack in which it leaves
-    the least room. When `OPEN_PACKS` are open and none has room, the fullest is closed.
+    Documents longer than a row are cut into pieces as long as a row (the last piece may be shorter).
+    The pieces are taken in a seeded random order. Each piece goes into the open pack in which it leaves
+    the least room, or into a new pack. If then more than `OPEN_PACKS` are open, the fullest is closed.
 
     Args:
-        lengths: tokens of each document; empty documents are left out.
-        sequence_len: tokens of a row.
-        seed: seed of the order. The result depends on these three arguments alone.
+        lengths: number of tokens of each document; empty documents are left out.
+        sequence_len: number of tokens of a row.
+        seed: seed of the order. The result depends only on these three arguments.
+
+    Raises:
+        UserError: sequence_len is below 1.
     """
     lengths = _checked(lengths, sequence_len)
     documents, starts, stops = _pieces(lengths, sequence_len)
@@ -246,9 +249,9 @@ def plan_packs(lengths: Sequence[int] | np.ndarray, sequence_len: int, seed: int
 
 
 def plan_rows(lengths: Sequence[int] | np.ndarray, sequence_len: int, seed: int) -> Packs:
-    """One document a row, or one piece of a document longer than a row, in the documents' order.
+    """Each row holds one document, or one piece of a document longer than a row, in the documents' order.
 
-    Args: as in `plan_packs`; the seed is not used.
+    Arguments and errors are those of `plan_packs`; the seed is not used.
     """
     lengths = _checked(lengths, sequence_len)
     pieces = _pieces(lengths, sequence_len)
@@ -256,9 +259,9 @@ def plan_rows(lengths: Sequence[int] | np.ndarray, sequence_len: int, seed: int)
 
 
 def plan_stream(lengths: Sequence[int] | np.ndarray, sequence_len: int, seed: int) -> Stream:
-    """Puts documents in a seeded order into one stream, cut every `sequence_len` tokens.
+    """Puts documents in a seeded order into one stream, which is cut every `sequence_len` tokens.
 
-    Args: as in `plan_packs`.
+    Arguments and errors are those of `plan_packs`.
     """
     lengths = _checked(lengths, sequence_len)
     order = np.random.Generator(np.random.PCG64(seed)).permutation(np.flatnonzero(lengths))
@@ -266,7 +269,7 @@ def plan_stream(lengths: Sequence[int] | np.ndarray, sequence_len: int, seed: in
 
 
 def empty_row(sequence_len: int) -> Row:
-    """A row of padding: token 0, no label, one document of its own."""
+    """A row of padding: every token is 0 without a label, and the row is one document."""
     return Row(
         np.zeros(sequence_len, dtype=np.int64),
         np.full(sequence_len, IGNORE_INDEX, dtype=np.int64),
@@ -308,11 +311,11 @@ def _pieces(lengths: np.ndarray, sequence_len: int) -> tuple[np.ndarray, np.ndar
 def _best_fit(sizes: list[int], capacity: int) -> np.ndarray:
     """The pack number ``[p]`` of each piece; packs are numbered as they are opened."""
     pack_of = np.empty(len(sizes), dtype=np.int64)
-    # (free tokens, pack number), ascending
+    # Pairs (free tokens, pack number), ascending.
     open_packs: list[tuple[int, int]] = []
     opened = 0
     for i, size in enumerate(sizes):
-        # the first pack with room for the piece
+        # The fullest pack with room for the piece.
         at = bisect_left(open_packs, (size, -1))
         if at < len(open_packs):
             free, pack = open_packs.pop(at)
@@ -323,6 +326,6 @@ def _best_fit(sizes: list[int], capacity: int) -> np.ndarray:
         if free > size:
             insort(open_packs, (free - size, pack))
             if len(open_packs) > OPEN_PACKS:
-                # the fullest pack
+                # The first pack is the fullest.
                 del open_packs[0]
     return pack_of

@@ -1,4 +1,4 @@
-"""Text into token files as by Megatron-LM's ``preprocess_data.py``: several fields, sentences, workers.
+"""Text into token files, like Megatron-LM's ``preprocess_data.py``: several fields, sentences, workers.
 
     files -> lines -> {key: text} -> (workers) {key: sequences of tokens} -> PREFIX_KEY_document.bin/.idx
 
@@ -64,7 +64,7 @@ def input_files(given: Sequence[str]) -> list[Path]:
     """The files of paths, patterns (``*.jsonl``) and folders, in that order, each sorted.
 
     Raises:
-        UserError: a name leads to no file.
+        UserError: there is no file for one of the names.
     """
     found: list[Path] = []
     for path in given:
@@ -81,7 +81,7 @@ def input_files(given: Sequence[str]) -> list[Path]:
 
 
 def documents_of(files: Sequence[Path], keys: Sequence[str]) -> Iterator[list[Texts]]:
-    """Yields the fields of each document; a field is a list of sequences: one, or those of a list in a line.
+    """Yields the fields of each document. A field is a list of sequences: one text, or a JSON list's texts.
 
     Raises:
         UserError: a line lacks a field (the message names file and line), or keys are given for a text file.
@@ -114,11 +114,12 @@ def preprocess(
         progress: called with (documents, tokens of all fields) done so far.
 
     Returns:
-        For each field ``{"documents": ..., "tokens": ...}`` as written. A document without a token
-        stays as an empty document, as in Megatron-LM, so that line n is document n of every field.
+        For each field ``{"documents": ..., "tokens": ...}``, the numbers that were written. A document
+        without a token stays as an empty document, as in Megatron-LM, so that line n is document n of every
+        field.
 
     Raises:
-        UserError: a field has no token at all, or text cannot be encoded; then no file is left.
+        UserError: a field has no token at all, or text cannot be encoded. No file is left in this case.
     """
     size = encoding.vocab_size + (encoding.tokenizer is None)
     done = 0
@@ -171,7 +172,7 @@ def make_encoder(encoding: Encoding) -> Callable[[list[list[Texts]]], Encoded]:
 
 
 def sentence_splitter(language: str, keep_newlines: bool) -> Callable[[str], list[str]]:
-    """A function that splits text by nltk's Punkt (Kiss & Strunk 2006), as Megatron-LM does.
+    """A function that splits text with nltk's Punkt (Kiss & Strunk 2006), as Megatron-LM does.
 
     Raises:
         UserError: nltk or its model for this language is not installed.
@@ -253,7 +254,7 @@ def _batches(documents: Iterable[list[Texts]]) -> Iterator[list[list[Texts]]]:
 def _in_processes(
     batches: Iterator[list[list[Texts]]], encoding: Encoding, workers: int, stack: ExitStack
 ) -> Iterator[Encoded]:
-    """As ``map``, in order; few batches are read ahead, so that memory does not grow with the input."""
+    """Like ``map``, in order; few batches are read in advance, so memory does not grow with the input."""
     # Processes are spawned, because a fork would inherit the tokenizer's threads.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), end_with_pool)
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)

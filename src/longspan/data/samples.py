@@ -2,9 +2,9 @@
 
     <name>-<fingerprint>/samples.bin, .idx              the tokens, one document for each sample
     <name>-<fingerprint>/samples_mask.bin, .idx         uint8, 1 where a token is learned
-    <name>-<fingerprint>/samples_missing.json           what the chat template left out -> in how many chats
+    <name>-<fingerprint>/samples_missing.json           part left out by the chat template -> number of chats
 
-The first two have the format of ``indexed``. Documents (type: completion) have no mask. The token files
+Tokens and masks have the format of ``indexed``. Documents (type: completion) have no mask. The token files
 are written last, so that their presence shows that all files are there.
 """
 
@@ -33,7 +33,7 @@ from longspan.data.text import Progress, load_tokenizer, special_tokens, vocabul
 from longspan.errors import UserError
 from longspan.parent import end_with_pool
 
-#: records that a process takes at a time
+#: Number of records that a process takes at a time.
 CHUNK = 512
 
 
@@ -47,7 +47,7 @@ def open_masks(prefix: str | Path) -> IndexedDataset | None:
     """The masks of token files; None for documents, of which every token counts.
 
     Raises:
-        UserError: tokens and masks are not of the same samples.
+        UserError: tokens and masks belong to different samples.
     """
     place = mask_prefix(prefix)
     if not any(path.is_file() for path in bin_and_idx(place)):
@@ -60,7 +60,7 @@ def open_masks(prefix: str | Path) -> IndexedDataset | None:
     return masks
 
 
-#: what a chat template may leave out (`turns.Found`) -> the end of the message about it
+#: A part of a chat that a template may leave out (`turns.Found`) -> the end of the message about it.
 MISSING = {
     "end": "hold an answer that ends with no special token, so a model does not learn to stop there. Take a template whose "
     "end token the tokenizer has (special_tokens, chat_template)",
@@ -82,10 +82,11 @@ def prepare_samples(
     """Makes the samples of a dataset once; later calls find them.
 
     Args:
-        processes: number of processes that tokenise; None is one for each core. A small dataset needs none.
+        processes: number of processes that tokenise; None means one for each core. For a small dataset this
+            process tokenises.
         progress: called with (samples, tokens) done so far.
-        remark: called with a line for each thing that the chat template left out of the samples, also if they
-            were made earlier.
+        remark: called with a line for each part that the chat template left out of the samples, also if the
+            samples were made earlier.
 
     Returns:
         The prefix of the token files.
@@ -103,7 +104,7 @@ def prepare_samples(
     masked = recipe.source.type != "completion"
     if not _is_whole(prefix, masked):
         with only_here(prefix.parent):
-            # Another process may have written them while this one waited.
+            # Another process may have written the samples while this process waited.
             if not _is_whole(prefix, masked):
                 _write_samples(recipe, prefix, masked, processes or os.cpu_count() or 1, progress)
     if remark is not None and recipe.template is not None:
@@ -122,7 +123,7 @@ def _missing_file(prefix: Path) -> Path:
 def _write_samples(
     recipe: Recipe, prefix: Path, masked: bool, processes: int, progress: Progress | None
 ) -> None:
-    """Writes the samples, and before them the file of what the chat template left out."""
+    """Writes the samples, and before them the file of the parts that the chat template left out."""
     missing: Counter[str] = Counter()
     vocab_size = vocabulary_size(load_tokenizer(recipe.tokenizer))
     writer = IndexedDatasetWriter(prefix, best_dtype(vocab_size))
@@ -156,12 +157,12 @@ Encoded = tuple[list[Sample], Counter[str]]
 
 
 def _encoded(recipe: Recipe, processes: int) -> Iterator[Encoded]:
-    """Yields chunks of samples in order, with what the template left out of each; holds few in memory."""
+    """Yields chunks of samples in order, each with the parts that the template left out; holds few chunks."""
     # The encoder is made here too, so that an error of the tokenizer is reported once.
     encoder = Encoder(recipe)
     records = iter_records(recipe.source)
     first = list(islice(records, 2 * CHUNK))
-    # For few records, starting processes would take longer.
+    # For few records, starting processes would take longer than tokenising.
     if processes == 1 or len(first) < 2 * CHUNK:
         while first:
             yield _chunk(encoder, first)
@@ -180,7 +181,7 @@ def _encoded(recipe: Recipe, processes: int) -> Iterator[Encoded]:
                 future.cancel()
 
 
-# the encoder of a worker process
+# The encoder of a worker process.
 _OWN: dict[str, Encoder] = {}
 
 

@@ -1,8 +1,8 @@
 """Records from files, folders, and datasets of the Hugging Face hub.
 
-JSON, JSON lines and CSV are read here; Parquet and Arrow files with pyarrow; the hub, and folders
-that its library saved, with ``datasets``. The two packages are imported when they are needed, and
-nothing else in longspan needs them.
+JSON, JSON lines and CSV are read by this module, Parquet and Arrow files with pyarrow, and the hub, and
+folders that its library saved, with ``datasets``. The two packages are imported when they are needed,
+and no other module of longspan needs them.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from longspan.data.json_lines import json_records, valid_text
 from longspan.data.text import STDLIB, TEXT_SUFFIXES, find_sources
 from longspan.errors import UserError, did_you_mean
 
-#: suffix of a file -> its kind (ds_type)
+#: Suffix of a file -> its kind (ds_type).
 KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 EXTRA = "pip install 'longspan[hf]'"
 
 _SPLIT = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-#: separators of fields in files that are named CSV but have no commas
+#: Separators of fields in files that are named CSV but have no commas.
 _NO_COMMAS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-#: word in a file's name -> the part of the data that the file holds
+#: Word in a file's name -> the part of the data that the file holds.
 _PARTS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -38,7 +38,7 @@ _PARTS = {
 
 
 def is_text(source: DatasetConfig) -> bool:
-    """Whether the source is documents of ``data.text``: text, lines of JSON, a folder of text and code."""
+    """Whether ``data.text`` reads the source's documents: text, lines of JSON, a folder of text and code."""
     asks = source.split != "train" or source.data_files or source.name or source.ds_type not in (None, "json")
     if source.type != "completion" or asks:
         return False
@@ -83,15 +83,15 @@ def stamp(source: DatasetConfig) -> list:
     return [*asked, *([str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files)]
 
 
-#: how deeply lists and objects may be nested in a record
+#: The most levels of lists and objects in a record.
 MAX_DEPTH = 100
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """A value of a record without what only one kind of file can hold.
+    """A value of a record, without differences between the kinds of files.
 
-    Null fields of objects are left out, at every depth: Arrow and Parquet give all objects of a
-    column the same fields, and set those that an object does not have to null. So null means
+    Null fields of objects are left out, at every depth, because in Arrow and Parquet all objects of a
+    column have the same fields, and fields that an object does not have are null. So null means
     the same in every kind of file: the field is absent. A null in a list stays. Half of a
     surrogate pair, which only JSON can hold, is not text and becomes a question mark.
 
@@ -154,12 +154,12 @@ def _on_hub(source: DatasetConfig) -> bool:
 
 
 def _is_loader(source: DatasetConfig) -> bool:
-    """Whether it is ``path: json, data_files: ...``, the hub library's way to name files."""
+    """Whether the source is ``path: json, data_files: ...``, the hub library's way to name files."""
     return source.path in ("json", "csv", "parquet", "arrow", "text") and source.data_files is not None
 
 
 def _own_format(path: Path) -> str | None:
-    """What ``datasets`` saved in a folder: "parts" (train, test ...), one "dataset", or None."""
+    """The data that ``datasets`` saved in a folder: "parts" (train, test ...), one "dataset", or None."""
     if (path / "dataset_dict.json").is_file():
         return "parts"
     return "dataset" if (path / "state.json").is_file() else None
@@ -213,7 +213,7 @@ def _files(source: DatasetConfig) -> list[Path]:
     """The files of a source, for the part that its split names.
 
     Raises:
-        UserError: there are none, or their kind is unknown.
+        UserError: there are no such files, or their kind is unknown.
     """
     found = _SPLIT.fullmatch(source.split)
     if found is None:
@@ -356,7 +356,7 @@ def _arrow(file: Path):
     with pyarrow.memory_map(str(file)) as data:
         try:
             batches = pyarrow.ipc.open_stream(data)
-        # The file has the other one of Arrow's two formats.
+        # Arrow has two formats, and the file has the format that was not tried yet.
         except pyarrow.ArrowInvalid:
             opened = pyarrow.ipc.open_file(data)
             batches = (opened.get_batch(i) for i in range(opened.num_record_batches))

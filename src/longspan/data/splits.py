@@ -43,7 +43,7 @@ class DocumentRange:
 
 
 def named_files(config: TrainConfig) -> list[tuple[str, Documents]]:
-    """All files of a prepared config, each once, with the name by which it is given."""
+    """All files of a prepared config, each once, with its name in the config."""
     if config.mock_data:
         return [("mock_data", _mock(config))]
     if config.datasets:
@@ -79,12 +79,12 @@ def open_parts(config: TrainConfig) -> tuple[TokenDataset, TokenDataset | None, 
 
 
 def split_ranges(documents: int, shares: list[float]) -> list[tuple[int, int]]:
-    """The (first, last) document of each part: sums of the shares, rounded to documents as by Megatron-LM."""
+    """The (first, last) document of each part: sums of the shares, rounded to documents as in Megatron-LM."""
     ends = [round(sum(shares[:i]) * documents) for i in range(len(shares) + 1)]
     return list(pairwise(ends))
 
 
-#: part -> the key that names files of its own
+#: Part -> the key that names the files of this part alone.
 _OWN = dict(zip(PARTS, ("train_data_path", "valid_data_path", "test_data_path")))
 
 
@@ -160,7 +160,7 @@ def _split(config: TrainConfig) -> list[TokenDataset | None]:
 def _blend(
     config: TrainConfig, part: str, files: Sequence[tuple[Member, Documents | DocumentRange]]
 ) -> TokenDataset | None:
-    """A part's files, mixed; None without tokens. For training, a file with a weight must have tokens."""
+    """A part's files as one dataset; None without tokens. Training files with a weight must have tokens."""
     full = [(member, file) for member, file in files if file.document_lengths.any()]
     empty = [member.path for member, file in files if not file.document_lengths.any()]
     if empty and full and part == "training" and files[0][0].weight is not None:

@@ -104,7 +104,7 @@ _LLAMA3 = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
 
-# A system message stands before the first question, inside its brackets.
+# The text of a system message is put before the first question, inside the question's brackets.
 _MISTRAL = (
     "{{ bos_token }}"
     "{% set ns = namespace(system='') %}"
@@ -163,5 +163,5 @@ TEMPLATES = {
     "qwen3": _QWEN3,
 }
 
-#: the bundled templates that write tools and tool calls
+#: The bundled templates that write tools and tool calls.
 WITH_CALLS = ("qwen3", "qwen_25")

@@ -177,7 +177,7 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 def eod_id(tokenizer: Tokenizer, folder: str | Path | None) -> int | None:
     """The number of the token that ends a document, or None.
 
-    It is eos_token of the settings (see `special_tokens`) in `folder` (or beside the given
+    It is eos_token of the settings (see `special_tokens`) in `folder` (which may also be the path of a
     ``tokenizer.json``), or else the first of the usual names that is in the vocabulary.
     """
     own = special_tokens(folder).get("eos_token") if folder is not None else None
@@ -187,9 +187,9 @@ def eod_id(tokenizer: Tokenizer, folder: str | Path | None) -> int | None:
 
 
 def begin_ids(tokenizer: Tokenizer, folder: str | Path | None) -> list[int]:
-    """The tokens that begin a sample: those that the tokenizer's post-processor puts in front, if any.
+    """The tokens that begin a sample: those that the tokenizer's post-processor puts before a text, if any.
 
-    If this is one token, and the settings in `folder` name another bos_token, it is replaced by that.
+    If this is one token, and the settings in `folder` name another bos_token, the result is that bos_token.
     """
     alone = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a", add_special_tokens=True).ids
@@ -241,10 +241,10 @@ def tokenize_to_indexed(
         batch: number of documents tokenised at once.
 
     Returns:
-        ``{"documents": ..., "tokens": ...}`` as written.
+        ``{"documents": ..., "tokens": ...}``: the numbers of documents and tokens that were written.
 
     Raises:
-        UserError: there is nothing to write; no file is left then.
+        UserError: there is nothing to write. No file is left in this case.
     """
     with IndexedDatasetWriter(prefix, best_dtype(vocab_size)) as writer:
         for texts in _batches(documents, batch):
@@ -308,7 +308,7 @@ def prepare_dataset(
 
     if not is_there():
         with only_here(folder):
-            # Another process may have made them while this one waited.
+            # Another process may have made the files while this process waited.
             if not is_there():
                 _prepare(path, field, prefix, tokenizer_folder, given, train_vocab_size, progress)
     return prefix, tokenizer_folder
@@ -340,7 +340,7 @@ def _prepare(
 
 
 def _root(path: str | Path) -> Path:
-    """The file or folder of a path or of a corpus that is given by name."""
+    """The file or folder of a path, or of a corpus's name."""
     return Path(sysconfig.get_paths()["stdlib"]) if str(path) == STDLIB else Path(path).expanduser()
 
 

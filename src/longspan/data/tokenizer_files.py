@@ -1,6 +1,6 @@
 """The files of a tokenizer's folder: read and changed together, so that they do not contradict each other.
 
-tokenizer.json             vocabulary, and the tokens that a post-processor puts in front of a text
+tokenizer.json             vocabulary, and the tokens that a post-processor puts before a text
 tokenizer_config.json      bos_token, eos_token ...; older files also have a chat template, or several by name
 special_tokens_map.json    the same tokens again, which some programs read first
 chat_template.jinja        the chat template; additional_chat_templates/NAME.jinja holds others
@@ -22,7 +22,7 @@ from longspan.files import write_whole
 SETTINGS, TOKENS_MAP, VOCABULARY = "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
-#: the files that belong to a tokenizer and are copied with it
+#: The files that belong to a tokenizer and are copied with it.
 TOKENIZER_FILES = (
     *(VOCABULARY, SETTINGS, TOKENS_MAP, "added_tokens.json", TEMPLATE, "chat_template.json"),
     *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
@@ -30,7 +30,11 @@ TOKENIZER_FILES = (
 
 
 def folder_of(path: str | Path) -> Path:
-    """The folder of a tokenizer, which is given by the folder or by its ``tokenizer.json``."""
+    """The folder of a tokenizer.
+
+    Args:
+        path: this folder, or a ``tokenizer.json`` in it.
+    """
     path = Path(path).expanduser()
     return path.parent if path.is_file() else path
 
@@ -49,7 +53,7 @@ def read_tokenizer_files(path: str | Path) -> dict[str, bytes]:
     paths += sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
     try:
         files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths if p.is_file()}
-        # A file that is given by its path may have any name.
+        # A file whose path the user names may have any name.
         return files | ({VOCABULARY: given.read_bytes()} if given.is_file() else {})
     except OSError as error:
         raise UserError(
@@ -58,7 +62,7 @@ def read_tokenizer_files(path: str | Path) -> dict[str, bytes]:
 
 
 def write_tokenizer_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Writes files into a folder, ``tokenizer.json`` last, because its presence shows that all are there."""
+    """Writes files into a folder, ``tokenizer.json`` last: its presence shows that all files are there."""
     for name in sorted(files, key=lambda n: n == VOCABULARY):
         write_whole(folder / name, files[name])
 
@@ -121,7 +125,7 @@ def named_templates(settings: Mapping[str, Any], where: str | Path) -> dict[str,
 
 
 def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
-    """The files with another chat template; other templates, which have names of their own, stay."""
+    """The files with another chat template; templates that have names stay."""
     changed = dict(files)
     settings = json_object(files, SETTINGS)
     for name, text in named_templates(settings, SETTINGS).items():
@@ -136,11 +140,11 @@ def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]
 
 
 def with_begin(files: Mapping[str, bytes], old: int, new: tuple[str, int]) -> dict[str, bytes]:
-    """The files with another token for the post-processor to put in front of a text.
+    """The files with another token that the post-processor puts before a text.
 
     Args:
         old: the number of the present token.
-        new: the token to put instead, and its number.
+        new: the new token, and its number.
     """
     data = json_object(files, VOCABULARY)
     processors = [data.get("post_processor")]

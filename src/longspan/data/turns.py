@@ -1,8 +1,8 @@
 """Finds the places of the answers in a chat's text.
 
 A turn of the assistant is learned whole: from the end of its request (the prompt that the model gets
-in use) to its end token. Thoughts, contents and calls lie in between, in the template's order. Both
-ends are found in the text exactly:
+in use) to its end token. Between these are thoughts, contents and calls, in the template's order. Both
+ends of a turn are found in the text exactly:
 
 - if the template marks answers itself ({% generation %}), by its marks;
 - otherwise by rendering the chat up to the turn with its request, and up to the turn's end; the whole
@@ -10,10 +10,10 @@ ends are found in the text exactly:
 - if it does not (a template may remove the thoughts from all turns but the last), by rendering the
   chat with a mark in place of the turn; the rest of the text must be unchanged.
 
-An answer ends with the text that the template puts after it independently of what follows, such as
-``<|im_end|>``. White space after that belongs to no turn. If a template writes no end, a model stops at
-the mark of the next role (as GLM does), so this mark is learned as the end; it is added after
-the last answer of a chat. A chat for which none of this works is refused.
+An answer ends with the text that the template always puts after it, such as ``<|im_end|>``, whatever
+message follows. White space after that text belongs to no turn. If a template writes no end, a model
+stops at the mark of the next role (as GLM does), so this mark is learned as the end, and it is added
+after the last answer of a chat. A chat for which none of these ways works is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from longspan.data.chat import ChatTemplate, Message, Span
 from longspan.data.templates import WITH_CALLS
 from longspan.errors import UserError
 
-#: names of the field for a turn's thoughts, in the data and in templates
+#: Names of the field for a turn's thoughts, in the data and in templates.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -38,7 +38,7 @@ class Found(NamedTuple):
     Attributes:
         text: the chat; if the template ends a turn only with the next turn, the last end is added.
         spans: the spans of the turns that count, in order, with end tokens.
-        missing: what the template leaves out of this chat: "end", "thoughts", "content", "calls", "tools".
+        missing: parts that the template leaves out: "end", "thoughts", "content", "calls", "tools".
     """
 
     text: str
@@ -61,8 +61,8 @@ class Turns:
             counts: for each message, whether it is an answer to learn.
 
         Raises:
-            UserError: the template refuses this chat, leaves out calls that are to be learned, or its text
-                does not show where the answers are.
+            UserError: the template refuses this chat, leaves out calls that are to be learned, or the answers
+                cannot be found in its text.
         """
         name = self.template.name
         try:
@@ -102,7 +102,7 @@ class Turns:
         text, ends = self._with_ends(chat, spans)
         return Found(text, [spans[i] for i in answers], frozenset(missing | ends))
 
-    # --- what the template leaves out ------------------------------------------------------
+    # --- parts that the template leaves out ------------------------------------------------
 
     def _missing(self, chat: _Chat, counts: Sequence[bool]) -> set[str]:
         messages, missing = chat.messages, set()
@@ -184,7 +184,7 @@ class Turns:
                 if self._closings and mark.strip() in self._beginnings(role):
                     mark = ""
                 if role == "assistant" and not (mark and self._closings):
-                    # The next message is the assistant's too, so the model does not stop here.
+                    # The next message is also the assistant's, so the model does not stop here.
                     continue
             spans[i] = start, stop + len(mark)
             if not mark:
@@ -192,7 +192,7 @@ class Turns:
         return text, missing
 
     def _is_ended(self, chat: _Chat, i: int, span: Span) -> bool:
-        """Whether a turn ends with an end token: after calls any special token, else one after contents."""
+        """Whether a turn ends with an end token: after calls any special token, else one of `_closings`."""
         ends = self._ends if chat.messages[i].get("tool_calls") else self._closings
         return chat.whole.endswith(ends, *span)
 
@@ -200,7 +200,7 @@ class Turns:
     def _closings(self) -> tuple[str, ...]:
         """The special tokens that the template puts after an answer, at the end of a chat or inside it.
 
-        Those of the next turn are left out; there are none if the next turn marks the end.
+        Tokens of the next turn are left out. If the next turn marks the end, the result is empty.
         """
         last = self._sample({"role": "assistant", "content": _SAMPLE[1]})
         if last is None:
@@ -213,7 +213,7 @@ class Turns:
         return tuple(found)
 
     def _beginnings(self, role: str) -> tuple[str, ...]:
-        """The tokens with which a role's message may begin; all if the template does not show it."""
+        """The tokens with which a role's message may begin; all tokens if the template does not show it."""
         one, two = self._sample(), self._sample({"role": role, "content": _SAMPLE[1]})
         if one is None or two is None:
             return ("", *self._ends)
@@ -242,7 +242,7 @@ class Turns:
         return _Chat(self.template, [], None, "").text([{"role": "user", "content": _SAMPLE[0]}, *turns])
 
 
-#: contents of a sample chat, which shows how a template writes turns
+#: Contents of a sample chat, whose text shows how a template writes turns.
 _SAMPLE = ("longspan asks.", "longspan answers.", "longspan goes on.")
 
 
@@ -255,7 +255,7 @@ class _Chat:
         self._first: dict[tuple[int, bool], str | None] = {}
 
     def text(self, messages: Sequence[Message], prompt: bool = False, tools: Any = ...) -> str | None:
-        """Other messages as text; None if the template refuses them."""
+        """The text of other messages; None if the template refuses them."""
         try:
             return self.template.render(messages, self.tools if tools is ... else tools, prompt)[0]
         except UserError:
@@ -265,7 +265,7 @@ class _Chat:
             return None
 
     def first(self, number: int, prompt: bool = False) -> str | None:
-        """The first ``number`` messages as text."""
+        """The text of the first ``number`` messages; None if the template refuses them."""
         key = (number, prompt)
         if key not in self._first:
             self._first[key] = self.text(self.messages[:number], prompt)
@@ -299,13 +299,13 @@ class _Chat:
         """The number of characters after a turn's content that belong to the turn.
 
         Args:
-            alone: the text after it if the chat ends with this turn.
-            whole: the text after it in the whole chat.
+            alone: the text after the content if the chat ends with this turn.
+            whole: the text after the content in the whole chat.
         """
         same = alone[: _shared(alone, whole)]
         if same == alone:
             return len(same.rstrip())
-        # A chat ends differently than a turn. What both share after the last special token may be by chance.
+        # A chat may end differently than a turn. Text after the last special token may be equal by chance.
         return max((same.rfind(a) + len(a) for a in self.template.atoms if a in same), default=0)
 
 
@@ -372,7 +372,7 @@ def _start(chat: _Chat, i: int) -> int | None:
         at = len(head)
         alone, found, _ = (chat.text(marked[: i + 1]) or "").partition(chat.mark)
         if found and request and before is not None and asked is not None:
-            # The header is the text that request and turn share. In the whole chat less may follow it.
+            # The header is the text that request and turn share. In the whole chat less text may follow it.
             end = _shared(asked, alone)
             header = alone[_shared(before, asked) : end]
             place = head.rfind(header) + len(header) if header and header in head else 0

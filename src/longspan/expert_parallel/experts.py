@@ -111,9 +111,23 @@ class GroupedMLP(ParallelModule):
         with autocast.off(rows):
             return expert_mlps(x, scores, choices, weights, self.activation)
 
-    def forward(self, x: Tensor, scores: Tensor, indices: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        indices: Tensor | None = None,
+        kept: Tensor | None = None,
+        memory: dict | None = None,
+    ) -> Tensor:
+        """See the class.
+
+        Args:
+            kept, memory: of ``MoELayer``, whose rows [t, h] are different ones on every rank; see :meth:`dispatched`.
+        """
         if indices is None:
             return self._sorted(x, scores)
+        if kept is not None:
+            return self.dispatched(x, scores, indices, kept, {} if memory is None else memory)
         shape = x.shape
         x, scores, indices = (part.reshape(-1, part.shape[-1]) for part in (x, scores, indices))
         # Without sequence parallelism all tensor parallel ranks have these rows: each sends its part of them.

@@ -176,7 +176,7 @@ class MoELayer(nn.Module):
         if not recomputed and self.training and torch.is_grad_enabled():
             self._record(routing.indices, kept, tokens.real, loss, z)
         scores = with_loss(scores, loss + z)
-        y = self.experts.dispatched(rows, scores.to(rows.dtype), routing.indices, kept, memory)
+        y = self.experts(rows, scores.to(rows.dtype), routing.indices, kept, memory)
         y = join_rows(y, tp, count).view_as(x)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)

@@ -7,6 +7,7 @@ cuts its rows over ranks; the numbers here are those of the whole sequence.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,6 +38,10 @@ class Sequences:
     def num_tokens(self) -> int:
         """Rows of this rank that are no padding."""
         return int((self.sequence >= 0).sum())
+
+    def with_step_tokens(self, step_tokens: int) -> Sequences:
+        """The same rows of a global batch of so many tokens."""
+        return dataclasses.replace(self, step_tokens=step_tokens)
 
     def routed(self, part: slice, device: torch.device) -> RoutedTokens:
         """For activations [part of the rows, b, h].

@@ -1,6 +1,6 @@
 """Collectives with autograd. The group is always an argument.
 
-Each line gives a forward and its transpose in backward (n = size of the group):
+Each line shows a forward and its transpose in backward, where n is the size of the group:
 
     reduce          [.., x, ..] partial -> [.., x, ..] sum          backward: identity
     copy            [.., x, ..]         -> [.., x, ..]              backward: sum
@@ -10,12 +10,11 @@ Each line gives a forward and its transpose in backward (n = size of the group):
     reduce_scatter  [.., n x, ..]       -> [.., x, ..] sum          backward: all_gather
     all_to_all      rows to every rank                              backward: rows back
 
-``gather`` and ``all_gather`` compute the same; they differ in what the ranks do with the
-result. After ``gather`` every rank computes the same from it, so each rank's gradient is
-already complete; after ``all_gather`` each rank uses the rows differently, so gradients are
-summed over the ranks.
+``gather`` and ``all_gather`` have the same result and differ in its use. After ``gather`` every
+rank computes the same from the result, so each rank's gradient is already complete. After
+``all_gather`` each rank uses the rows differently, so gradients are summed over the ranks.
 
-A group of one rank costs nothing: every function returns its input.
+In a group of one rank, every function returns its input.
 """
 
 from __future__ import annotations
@@ -43,7 +42,11 @@ def all_gather_dim(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
 
 
 def reduce_scatter_dim(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """[.., n x, ..] -> [.., x, ..]: the sum over ranks of this rank's part. No autograd."""
+    """[.., n x, ..] -> [.., x, ..]: the sum over ranks of this rank's part. No autograd.
+
+    Raises:
+        ValueError: the number of ranks does not divide the size along ``dim``.
+    """
     n = dist.get_world_size(group)
     if n == 1:
         return x
@@ -68,7 +71,11 @@ def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def own_part(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """[.., n x, ..] -> [.., x, ..]: this rank's slice along ``dim``. No communication."""
+    """[.., n x, ..] -> [.., x, ..]: this rank's slice along ``dim``. No communication.
+
+    Raises:
+        ValueError: the number of ranks does not divide the size along ``dim``.
+    """
     n = dist.get_world_size(group)
     if n == 1:
         return x
@@ -86,8 +93,8 @@ _joined: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 def join(group: dist.ProcessGroup | None, device: torch.device) -> None:
     """Makes NCCL's communicator of a group, before the first messages between single ranks.
 
-    NCCL makes it at first use, in which all ranks must take part; but in an exchange, only ranks with
-    something to send or receive take part. Later calls cost nothing.
+    NCCL makes a communicator at its first use, in which all ranks must take part. In an exchange, however,
+    only ranks that send or receive rows take part. Later calls do nothing.
     """
     if (
         group is not None
@@ -136,7 +143,7 @@ def _exchange_rows(x, group, output_splits, input_splits):
     rows = x.shape[0] if output_splits is None else sum(output_splits)
     n = dist.get_world_size(group)
     for name, splits, count in (("output", output_splits, rows), ("input", input_splits, x.shape[0])):
-        # gloo would return uninitialised rows.
+        # Without this check, gloo would return uninitialised rows.
         if splits is None and count % n:
             raise ValueError(
                 f"all_to_all: {count} {name} rows over {n} ranks without {name} splits: they must divide. "
@@ -195,5 +202,8 @@ def all_to_all(
     """Sends ``input_splits[i]`` rows (dim 0) to each rank i and receives ``output_splits[i]`` rows from it.
 
     Without splits the rows are cut evenly. Backward sends the gradients back.
+
+    Raises:
+        ValueError: the splits do not fit the rows, or the number of ranks does not divide the rows.
     """
     return x if _alone(group) else _AllToAll.apply(x, group, output_splits, input_splits)

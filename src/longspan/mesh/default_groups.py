@@ -1,7 +1,7 @@
-"""The default groups of public constructors: without process groups they take those of the installed mesh.
+"""The default groups of public constructors: without process groups they take the installed mesh's groups.
 
-``parallel_state`` installs the mesh for users. Inside longspan only this default reads it, because groups are
-arguments everywhere else.
+``parallel_state`` installs the mesh for users. Inside longspan only these defaults read it, because groups
+are arguments everywhere else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from longspan.mesh.mesh import ParallelMesh, ProcessGroupCollection
 
 
 class Installed:
-    """Holds the mesh installed by ``parallel_state``; None before, and after ``destroy_model_parallel``."""
+    """Holds the mesh that ``parallel_state`` installs; None before, and after ``destroy_model_parallel``."""
 
     mesh: ParallelMesh | None = None
 

@@ -1,20 +1,19 @@
-"""ParallelMesh: the process groups of one world, made once and handed out as arguments.
+"""ParallelMesh: the process groups of one world, which are made once and passed as arguments.
 
-Two grids lie over the same ranks:
+Two grids consist of the same ranks:
 
     dense   tp  x cp x dp  x pp      attention, MLP, embeddings
     expert  etp x ep x edp x pp      mixture-of-experts layers
 
-where dp = dp_shard x dp_replicate (dp_shard varies faster: shards stay close together).
+where dp = dp_shard x dp_replicate (dp_shard varies faster, so that shards stay close together).
 Parameters are stored on a DeviceMesh ``(pp, dp_replicate, fsdp, tp)`` with
-fsdp = dp_shard x cp: context parallel ranks see different tokens with the same weights,
-which for parameters is data parallelism. Those of experts are stored on a second one,
+fsdp = dp_shard x cp, because context parallel ranks have different tokens and the same weights,
+which for parameters is data parallelism. Parameters of experts are stored on a second DeviceMesh,
 ``(pp, edp_replicate, edp, ep, etp)``.
 
-Axes of size 1 have groups too, so no code asks "is it parallel?". Groups with the same
-ranks are made once, whatever grid they belong to, with one exception: context parallel
-exchanges do not share a group with FSDP, whose gathering of weights they would wait for.
-An axis of size 1 takes a group of this rank alone.
+An axis of size 1 has a group too, of this rank alone, so no code needs a special case for it.
+Groups with the same ranks are made once for both grids, with one exception: context parallel
+exchanges do not share a group with FSDP, because they would wait until FSDP has gathered weights.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from longspan.mesh.topology import RankGenerator, data_parallel_size, hierarchic
 
 @dataclass(frozen=True)
 class ProcessGroupCollection:
-    """The groups a module may need, by Megatron's names. Modules take this, not a mesh."""
+    """The groups that a module may need, with Megatron's names. Modules take this collection, not a mesh."""
 
     tp: dist.ProcessGroup
     cp: dist.ProcessGroup
@@ -53,7 +52,7 @@ class ProcessGroupCollection:
     tp_dp: dist.ProcessGroup
     tp_dp_cp: dist.ProcessGroup
     hcp: tuple[dist.ProcessGroup, ...] = ()
-    #: 1-D DeviceMesh of ``tp``: where tensor parallel weights live as DTensors.
+    #: 1-D DeviceMesh of ``tp``, on which tensor parallel weights are stored as DTensors.
     tp_mesh: DeviceMesh | None = None
     #: 2-D DeviceMesh (ep, etp): where experts' weights live.
     expert_mesh: DeviceMesh | None = None
@@ -65,20 +64,20 @@ class ParallelMesh:
 
     sizes: MeshSizes
     groups: ProcessGroupCollection
-    #: DeviceMesh (pp, dp_replicate, fsdp, tp): where parameters live.
+    #: DeviceMesh (pp, dp_replicate, fsdp, tp), on which parameters are stored.
     device_mesh: DeviceMesh
-    #: DeviceMesh (pp, edp_replicate, edp, ep, etp): where parameters of experts live.
+    #: DeviceMesh (pp, edp_replicate, edp, ep, etp), on which parameters of experts are stored.
     expert_mesh: DeviceMesh
     dense: RankGenerator
     expert: RankGenerator
 
     @classmethod
     def build(cls, sizes: MeshSizes, device_type: str = "cpu") -> ParallelMesh:
-        """Makes every group of both grids. Collective: all ranks call it in the same order.
+        """Makes every group of both grids. It is a collective: all ranks must call it, in the same order.
 
         Raises:
-            ValueError: the product of the sizes is not the world, and the message prints the equation; or the
-                expert grid does not fit the same ranks.
+            ValueError: the product of the sizes is not the number of processes (the message has the
+                equation), or the expert grid does not fit the same ranks.
         """
         world, rank = dist.get_world_size(), dist.get_rank()
         if sizes.world_size != world:
@@ -107,7 +106,8 @@ class ParallelMesh:
             )
 
         wait = waiting_time()
-        # By the rank lists of a whole axis and not by this rank's own, so that all ranks make the same groups.
+        # The keys are the rank lists of a whole axis, not of this rank only, so that all ranks make the same
+        # groups.
         made: dict[Axis, dist.ProcessGroup] = {}
 
         def group_of(rank_lists: list[list[int]]) -> dist.ProcessGroup:
@@ -127,7 +127,8 @@ class ParallelMesh:
             device_type, storage.contiguous(), mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp")
         )
         for group in device_mesh.get_all_groups():
-            set_waiting_time(group, wait)  # torch's own default is half an hour
+            # Torch's own default is half an hour.
+            set_waiting_time(group, wait)
         of_weights = {_axis(_lines(storage, dim)): device_mesh.get_group(dim) for dim in range(4)}
 
         levels: list[dist.ProcessGroup] = []
@@ -135,7 +136,7 @@ class ParallelMesh:
             nested = [hierarchical_groups(ranks, sizes.hierarchical_cp) for ranks in dense.get_ranks("cp")]
             for level in range(len(sizes.hierarchical_cp)):
                 levels.append(group_of([ranks for groups in nested for ranks in groups[level]]))
-        # dp_cp is what a hybrid run exchanges keys over.
+        # A hybrid run exchanges keys over dp_cp, so dp_cp does not share a group with FSDP either.
         cp, dp_cp = group_of(dense.get_ranks("cp")), group_of(dense.get_ranks("dp-cp"))
         assert dist.group.WORLD is not None
         for axis, group in (of_weights | {_axis([list(range(world))]): dist.group.WORLD}).items():
@@ -180,7 +181,7 @@ class ParallelMesh:
         return self.sizes.equation(dist.get_world_size())
 
 
-#: an axis of a grid: the ranks of each of its groups
+#: An axis of a grid: the ranks of each of its groups.
 Axis = frozenset[tuple[int, ...]]
 
 
@@ -189,7 +190,7 @@ def _axis(rank_lists: list[list[int]]) -> Axis:
 
 
 def _grid(ranks: RankGenerator, axes: tuple[str, ...]) -> torch.Tensor:
-    """The ranks of a grid as a tensor of these dims, whatever its order; axes that are left out have size 1."""
+    """The ranks of a grid as a tensor whose dims are ``axes``. Axes that are left out have size 1."""
     order = [axis for axis in ranks.order.split("-") if axis in axes]
     grid = torch.arange(ranks.world_size).view([ranks.sizes[axis] for axis in reversed(order)])
     return grid.permute([len(order) - 1 - order.index(axis) for axis in axes])
@@ -200,18 +201,21 @@ def _lines(storage: torch.Tensor, dim: int) -> list[list[int]]:
     return storage.movedim(dim, -1).reshape(-1, storage.shape[dim]).tolist()
 
 
-#: seconds in which the ranks of all machines have to be started; ddp_timeout, if that is longer
+#: The seconds in which the ranks of all machines must be started, unless ddp_timeout is longer.
 START_S = 600.0
 
 
 def init_distributed(device_type: str, timeout_s: float = 600.0) -> None:
-    """Starts the default process group unless somebody has: from the launcher's environment, else alone.
+    """Starts the default process group, if there is none, with NCCL for CUDA and gloo otherwise.
 
-    This is the one place that reads the launcher's environment variables (RANK, WORLD_SIZE,
-    LOCAL_RANK): NCCL with CUDA, gloo otherwise.
+    Under a launcher the group has the launcher's ranks, otherwise this process alone. This is the only
+    function that reads the launcher's environment variables (RANK, WORLD_SIZE, LOCAL_RANK).
+
+    Args:
+        timeout_s: the time that an exchange may take, in seconds.
 
     Raises:
-        UserError: machine 0 cannot be reached, or other ranks of the launcher's have not come.
+        UserError: machine 0 cannot be reached, or other ranks of the launcher did not start in time.
     """
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -222,7 +226,7 @@ def init_distributed(device_type: str, timeout_s: float = 600.0) -> None:
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     loopback = loopback_interface()
     if loopback and (not launched or os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]):
-        # all ranks are on this machine, so nobody else has to reach them
+        # All ranks are on this machine, so no other machine has to reach them.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     if not launched:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -240,7 +244,8 @@ def init_distributed(device_type: str, timeout_s: float = 600.0) -> None:
     names = [f"longspan/started/{other}" for other in range(world)]
     store.set(names[rank], "")
     try:
-        store.wait(names, start)  # a rank may start much later than another, which is no exchange that hangs
+        # A rank may start much later than another rank, so this waits longer than an exchange.
+        store.wait(names, start)
     except RuntimeError:
         late = [str(other) for other, name in enumerate(names) if not store.check([name])]
         raise UserError(
@@ -252,14 +257,15 @@ def init_distributed(device_type: str, timeout_s: float = 600.0) -> None:
 
 
 def loopback_interface() -> str | None:
-    """The name of the loopback interface, or None where it has another than the usual ones."""
+    """The name of the loopback interface, or None if it is neither ``lo`` nor ``lo0``."""
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
 
 
 def waiting_time() -> datetime.timedelta | None:
-    """How long an exchange of the default process group waits for an answer: ddp_timeout, or what its maker chose.
+    """The time that an exchange of the default process group waits for other ranks.
 
-    None for a backend that never waits, such as the fake one of a dry run.
+    This is ddp_timeout, or the time with which the user's code started the group. It is None for a backend
+    that never waits, such as the fake backend of a dry run.
     """
     group = dist.group.WORLD
     assert group is not None
@@ -270,7 +276,7 @@ def waiting_time() -> datetime.timedelta | None:
 
 
 def set_waiting_time(group: dist.ProcessGroup, wait: datetime.timedelta | None) -> None:
-    """Has the exchanges of a group wait that long; None leaves it."""
+    """Sets the time that exchanges of a group wait for other ranks; None changes nothing."""
     if wait is None:
         return
     for device in group._device_types:
@@ -278,9 +284,9 @@ def set_waiting_time(group: dist.ProcessGroup, wait: datetime.timedelta | None) 
 
 
 def hold_waiting_time() -> None:
-    """Gives every group of this process the waiting time of the default group.
+    """Sets the waiting time of every group of this process to that of the default group.
 
-    Torch gives half an hour to the groups it makes itself, as FSDP does.
+    Groups that torch makes itself, for example for FSDP, wait half an hour otherwise.
     """
     wait = waiting_time()
     for group in list(dist.distributed_c10d._world.pg_map):
@@ -288,7 +294,7 @@ def hold_waiting_time() -> None:
 
 
 def close_distributed() -> None:
-    """Ends the default process group; the barrier keeps gloo from aborting now and then."""
+    """Ends the default process group, after a barrier, because gloo sometimes aborts without one."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

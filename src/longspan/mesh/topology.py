@@ -1,4 +1,4 @@
-"""Which ranks form which group: integers only, no process group, no torch.
+"""The ranks of each group, computed with integers only, without process groups and torch.
 
 A *grid* arranges the ranks of a world along axes, e.g. ``tp x cp x dp x pp``. In an *order*
 such as ``"tp-cp-ep-dp-pp"`` the leftmost axis varies fastest. A *group* of an axis (or of
@@ -103,10 +103,10 @@ def hierarchical_groups(ranks: Sequence[int], sizes: Sequence[int]) -> list[list
 
     Args:
         ranks: the ranks of one (context parallel) group, in order.
-        sizes: ranks a level, innermost first; their product is ``len(ranks)``.
+        sizes: number of ranks of each level, innermost first; their product is ``len(ranks)``.
 
     Returns:
-        One list of groups a level, innermost first.
+        For each level its list of groups, innermost first.
 
     Example:
         ``hierarchical_groups([0, 1, 2, 3], [2, 2]) == [[[0, 1], [2, 3]], [[0, 2], [1, 3]]]``
@@ -130,7 +130,8 @@ def data_parallel_size(world_size: int, tp: int, cp: int, pp: int) -> int:
     """The data parallel size that follows from the world size and the other sizes.
 
     Raises:
-        ValueError: tp x cp x pp does not divide the world; the message prints the equation.
+        ValueError: tp x cp x pp does not divide the world size (the message has the equation), or a size is
+            below 1.
     """
     model = tp * cp * pp
     if min(tp, cp, pp) < 1:

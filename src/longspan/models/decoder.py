@@ -1,4 +1,4 @@
-"""A decoder's layer (attention, then MLP, each after a norm and added to the residual stream), and the stack of them."""
+"""A decoder's layer (attention, then an MLP, each after a norm and added to its input), and all layers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from longspan.tensor_parallel.initial import filled_by_name
 
 
 class DecoderLayer(Layer):
-    """``x + attention(norm(x))``, and of that sum ``y``: ``y + mlp(norm(y))``.
+    """``y = x + attention(norm(x))``, then ``y + mlp(norm(y))``; [s, b, h] -> [s, b, h].
 
     Args:
-        number: from 1; made by itself, the layer has the initial weights of that layer of a whole model.
-        seed: of the initial weights, as for :class:`GPTModel`.
+        number: from 1. A layer made alone gets the initial weights of layer ``number`` of a whole model.
+        seed: seed of the initial weights, as for :class:`GPTModel`.
+
+    Raises:
+        ValueError: the config is not supported.
     """
 
     def __init__(
@@ -72,7 +75,9 @@ class DecoderLayer(Layer):
 
 
 class TransformerLayer(DecoderLayer):
-    """Megatron's layer: ``forward(hidden_states [s, b, h], ...) -> (hidden_states, context)``; context is None.
+    """Megatron's layer: ``forward(hidden_states [s, b, h], ...) -> (hidden_states, context)``.
+
+    context is None in a decoder.
 
     Args:
         layer_number, seed: as for :class:`DecoderLayer`.
@@ -109,10 +114,10 @@ class TransformerBlock(nn.Module):
     ``forward(hidden_states [s, b, h], ...) -> (hidden_states, context)``; context is None in a decoder.
 
     Args:
-        seed: of the initial weights, as for :class:`GPTModel`; the names are those of a whole model.
+        seed: seed of the initial weights, as for :class:`GPTModel`; the weights are those of a whole model.
 
     Attributes:
-        layers: by their index in the whole model, from 0, as a text.
+        layers: ModuleDict; a key is the layer's index in the whole model, from 0, as a string.
     """
 
     def __init__(

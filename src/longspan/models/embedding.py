@@ -32,8 +32,8 @@ def check_ids(name: str, ids: Tensor, size: int, what: str, but: int | None = No
 class Embedding(nn.Module):
     """Token ids [b, s] -> [s, b, h] (with sequence parallelism [s/tp, b, h]).
 
-    With ``learned_absolute`` positions, a table of one row a position is added. It is cut over
-    tensor parallel ranks and padded in the same way as the vocabulary, so one sum over the ranks serves both.
+    With ``learned_absolute`` positions, the position's row of a second table is added. This table is cut over
+    the tensor parallel ranks and padded like the vocabulary, so one sum over the ranks serves both.
 
     Args:
         positions: rows of the table of learned positions; None for a model without such a table.
@@ -62,7 +62,7 @@ class Embedding(nn.Module):
         )
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """position_ids [s] or [b, s]: rows' positions in their documents; used for learned positions only."""
+        """position_ids [s], [1, s] or [b, s]: positions in documents; used for learned positions only."""
         check_ids("input_ids", input_ids, self.vocab_size, "the vocabulary")
         words = self.word_embeddings
         found = words.look_up(_out_of_padding(input_ids, self.vocab_size, words))
@@ -79,15 +79,16 @@ class Embedding(nn.Module):
 
 
 def _out_of_padding(ids: Tensor, size: int, table: VocabParallelEmbedding) -> Tensor:
-    """Moves ids of the table's padding rows out of range, so that their lookup fails at every tp size."""
+    """Sets ids of the table's padding rows out of range, so that their lookup fails at every tp size."""
     return ids.masked_fill(ids >= size, table.num_embeddings)
 
 
 class OutputLayer(ColumnParallelLinear, Compilable):
-    """Hidden states -> logits, or the loss of each token without ever holding all logits.
+    """Hidden states [s, b, h] -> logits [b, s, v/tp], or the loss [b, s] of each token in nats.
 
-    The vocabulary is padded to a multiple of 128. Padding columns take no part in the loss;
-    in logits they are -inf on the ranks that hold them.
+    The loss is computed without holding all logits at once. The vocabulary is padded to a multiple of 128.
+    Padding columns take no part in the loss. With one tensor parallel rank or without ``parallel_output``,
+    logits have no padding columns; else these are -inf on the ranks that hold them.
     """
 
     def __init__(self, config: TransformerConfig, vocab_size: int, pg_collection: ProcessGroupCollection):
@@ -113,7 +114,7 @@ class OutputLayer(ColumnParallelLinear, Compilable):
                 group=self.tp_group,
                 part=self.part if self.compiled else None,
             )
-            # FSDP hooks into what a model returns, so this must not be a view.
+            # FSDP registers hooks on the tensors that a model returns, so the loss must not be a view.
             return loss.view(x.shape[:2]).t().clone()
         logits = self.project(x).transpose(0, 1)
         if self.tp_size == 1:

@@ -2,14 +2,15 @@
 
     input_ids [b, s] -> embedding [s, b, h] -> layers -> norm -> logits [b, s, v] or loss [b, s]
 
-s is the number of rows of the sequence that this rank holds, and ``layout`` gives their positions; with
-sequence parallelism activations between the layers are [s/tp, b, h]. Models contain no collective: linear
-layers bring their mappings and attention its exchange. What travels beside the activations are ``Rows``
-(``layer``), made once in a forward pass from the layout or from Megatron's packed_seq_params.
+s is the number of rows of the sequence that this rank holds, and ``layout`` gives their positions. With
+sequence parallelism, activations between the layers are [s/tp, b, h]. This module calls no collective: the
+linear layers and core attention contain their communication. Beside the activations every layer receives
+``Rows`` (``layer``), made once in a forward pass from the layout or from Megatron's packed_seq_params.
 
-Pre-norm, RMSNorm or LayerNorm, rotary or learned positions or none, gated or plain MLP, grouped
-key/value heads, normalised heads, biases of all linear layers or of query, key and value, tied or
-untied embeddings: Llama, Mistral, Qwen2 and 3, and GPT-2, with Megatron's names.
+The model has norms before attention and MLP (RMSNorm or LayerNorm), rotary, learned or no positions, a gated
+or plain MLP, grouped key/value heads, normalised heads on request, biases of all linear layers or only of
+query, key and value, and tied or untied embeddings. These make up Llama, Mistral, Qwen2, Qwen3 and GPT-2. The
+names are Megatron's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from longspan.tensor_parallel.initial import filled_by_name
 
 
 def _check_beside(name: str, tensor: Tensor | None, batch: int, rows: int, broadcast: bool = False) -> None:
-    """Refuses a tensor that is not [batch, rows] (or one row for all, where it may be broadcast)."""
+    """Refuses a tensor that is not [batch, rows]; ``broadcast`` also allows [1, rows] and [rows]."""
     fits = [(batch, rows), *([(1, rows), (rows,)] if broadcast else [])]
     if tensor is not None and tuple(tensor.shape) not in fits:
         cut = tensor.dim() > 0 and tensor.shape[-1] > rows
@@ -47,20 +48,24 @@ class GPTModel(nn.Module):
     """The language model.
 
     Args:
-        vocab_size: real tokens; the tables are padded to a multiple of 128.
-        max_sequence_length: tokens of the whole sequence the model is meant for; what ``dynamic`` scaling of
-            rotary embeddings is worked out for, and the rows of a learned table of positions where the config
-            names no max_position_embeddings.
+        vocab_size: number of real tokens; the tables are padded to a multiple of 128.
+        max_sequence_length: tokens of the longest whole sequence. ``dynamic`` scaling of rotary embeddings is
+            computed for this length. If the config has no max_position_embeddings, it is also the number of
+            rows of the table of learned positions.
         pre_process, post_process: whether this part has the embedding and the output layer.
         parallel_output: logits stay cut over the tensor parallel ranks.
         pg_collection: None takes the installed groups.
-        seed: of the initial weights, the same on every rank: they follow (seed, name, shape), at every layout those of
-            the trainer. None takes ``tensor_parallel.model_parallel_seed``'s; without that a number of torch's default
-            generator (``torch.manual_seed``), which is refused where other ranks hold copies of the weights.
-            ``config.perform_initialization=False`` and the meta device leave the weights to the caller.
+        seed: seed of the initial weights, the same on every rank. The weights depend on (seed, name, shape)
+            only, so they equal the trainer's at every layout. None takes the seed of
+            ``tensor_parallel.model_parallel_seed``, or without one a number of torch's default generator
+            (``torch.manual_seed``); such a number is refused where other ranks hold copies of the weights.
+            With ``config.perform_initialization=False`` or on the meta device, the caller fills the weights.
 
-    Every rank's loss is of its own tokens, so gradients are summed over the ranks that hold copies:
-    ``longspan.finalize_model_grads(model)`` after backward.
+    Raises:
+        ValueError: the config is not supported, or tied embeddings without both pre_process and post_process.
+
+    Every rank's loss covers its own tokens, so gradients must be summed over the ranks that hold copies of
+    the weights: call ``longspan.finalize_model_grads(model)`` after backward.
     """
 
     def __init__(
@@ -81,7 +86,7 @@ class GPTModel(nn.Module):
         if learned and config.max_position_embeddings is None:
             config = dataclasses.replace(config, max_position_embeddings=max_sequence_length)
         self.config, self.vocab_size, self.max_sequence_length = config, vocab_size, max_sequence_length
-        #: rows of the table of learned positions
+        #: Number of rows of the table of learned positions; None without such a table.
         self.positions = config.max_position_embeddings if learned else None
         config = at_length(config, max_sequence_length)
         self.parallel_output = parallel_output
@@ -111,10 +116,11 @@ class GPTModel(nn.Module):
 
         Args:
             input_ids: [b, s], this rank's rows (for a part without embedding: hidden states [s, b, h]).
-            position_ids: [b, s]; None takes the places in their documents from the layout.
+            position_ids: [b, s], [1, s] or [s]; None takes the rows' positions in their documents from the
+                layout.
             labels: [b, s], this rank's rows, already shifted; -100 where there is no target.
-            loss_mask: [b, s]; the loss is 0 where it is 0.
-            layout: who holds which tokens; None means zigzag, as Megatron's callers do.
+            loss_mask: [b, s], [1, s] or [s], a factor of the loss: 0 leaves a token out.
+            layout: which tokens each rank holds; None means zigzag, as Megatron's callers expect.
             sequences: which sequence of the data each row belongs to, for a model with experts; None takes each row
                 of the batch as one.
 
@@ -123,8 +129,9 @@ class GPTModel(nn.Module):
             nats, or hidden states [s, b, h] without post_process.
 
         Raises:
-            ValueError: tensors that are not this rank's rows (a sequence that nobody has cut), documents that are too long,
-                or ids that are no tokens. (On a GPU the kernel fails on such ids: looking at them would wait for it.)
+            ValueError: a tensor does not hold this rank's rows (for example, the sequence was not cut), a
+                document is too long, or an id is no token. Ids on a GPU are not checked, because reading them
+                would wait for the GPU: there the kernel fails.
         """
         if loss_mask is not None and labels is None:
             raise ValueError("loss_mask without labels has no effect. Give labels too, or leave it out.")

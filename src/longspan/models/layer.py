@@ -1,11 +1,10 @@
-"""The contract of a layer, and what travels beside the activations.
+"""The interface of a layer, and ``Rows``, which every layer receives beside the activations.
 
     x [s, b, h], rows -> x [s, b, h]
 
-s is the number of rows that this rank holds; with sequence parallelism, of those of its tensor
-parallel rank. A model makes ``Rows`` once in a forward pass and gives them to every layer. Whatever
-handles layers (recomputation, FSDP, the trainer) uses the attributes and methods of ``Layer`` and
-nothing inside one.
+s is the number of rows that this rank holds; with sequence parallelism, it is this tensor parallel rank's
+share of them. A model makes ``Rows`` once in a forward pass and passes them to every layer. Recomputation,
+FSDP and the trainer use the attributes and methods of ``Layer`` only, and nothing inside a layer.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ class Rows:
 
     Attributes:
         layout: which tokens each context parallel rank holds.
-        rank: this process among those ranks.
+        rank: this process's number among those ranks.
         rotary: cos and sin of the rows' positions; None without rotary embeddings.
-        packed_seq_params: the context parallel group of this call, where it is not the model's; the
+        packed_seq_params: the context parallel group of this call, if it is not the model's group; the
             documents are in ``layout``.
-        real: bool, one for each row of the activations (so cut as they are under sequence parallelism):
-            False where the row is padding of the layout. None where all rows are tokens.
+        real: bool [s], one for each row of the activations (with sequence parallelism, for this rank's
+            share): False where the row is padding of the layout. None if all rows are tokens.
         routed: the rows as experts see them; None for a model without experts.
     """
 
@@ -63,15 +62,16 @@ def make_rows(
     position_ids: Tensor | None = None,
     sequences: Sequences | None = None,
 ) -> Rows:
-    """Rows of activations [s, b, h], for a module that is called as Megatron's are.
+    """Rows of activations [s, b, h], for a module that is called in Megatron's way.
 
     Args:
-        layout: None is what Megatron's callers mean: zigzag, of each padded document where there are any.
-        position_ids: [s], [1, s] or [b, s]; None takes the places in their documents from the layout.
+        layout: None means zigzag, as Megatron's callers expect: of each padded document if
+            ``packed_seq_params`` has documents (``thd``), else of the whole sequence.
+        position_ids: [s], [1, s] or [b, s]; None takes each row's position in its document from the layout.
         sequences: which sequence each row belongs to, for a model with experts; None takes each column as one.
 
     Raises:
-        ValueError: the activations are not this rank's rows of the layout.
+        ValueError: the activations do not hold this rank's rows of the layout.
     """
     count = sequence_rows(config, groups, hidden_states)
     if layout is None:
@@ -110,14 +110,18 @@ def sequences_of(layout: SequenceLayout, rank: int, batch: int) -> Sequences:
 
 
 def sequence_rows(config: TransformerConfig, groups: ProcessGroupCollection, hidden_states: Tensor) -> int:
-    """How many rows of the sequence this rank's attention sees: all tensor parallel ranks' with sequence parallelism."""
+    """Number of rows in this rank's attention; with sequence parallelism, all tensor parallel ranks' rows."""
     return hidden_states.shape[0] * (groups.tp.size() if config.sequence_parallel else 1)
 
 
 def layout_of_call(
     cp_group: dist.ProcessGroup, rows: int, batch: int, packed_seq_params: PackedSeqParams | None
 ) -> tuple[SequenceLayout, PackedSeqParams | None]:
-    """The layout of a call that gives none, and what remains of the parameters beside it."""
+    """The layout of a call without one, and the parameters to pass on beside it, which name the group only.
+
+    Raises:
+        ValueError: the parameters do not fit the activations.
+    """
     if packed_seq_params is not None and packed_seq_params.qkv_format == "thd" and batch != 1:
         raise ValueError(f"packed documents (thd) come as one row: [t, 1, h], not {rows} rows of {batch}.")
     check_packed(packed_seq_params, batch, None)
@@ -134,7 +138,10 @@ def _rotary(config: TransformerConfig, positions: Tensor, like: Tensor) -> Rotar
 
 
 def _real(layout: SequenceLayout, rank: int, part: int, parts: int, device: torch.device) -> Tensor | None:
-    """Which rows are no padding, of this part of ``parts`` equal ones; kept with the layout."""
+    """bool [rows / parts]: whether each row of part number ``part`` is a token; None if all of them are.
+
+    The layout keeps the result.
+    """
 
     def make() -> Tensor | None:
         count = layout.local_length // parts
@@ -157,14 +164,15 @@ def refuse_mask(attention_mask: Tensor | None) -> None:
 
 
 class Layer(nn.Module):
-    """``forward(x [s, b, h], rows) -> x [s, b, h]``. A subclass writes :meth:`compute`, and :meth:`plan`.
+    """``forward(x [s, b, h], rows) -> x [s, b, h]``. A subclass defines ``compute``, and ``plan`` if needed.
 
     Attributes:
-        number: from 1, in the whole model.
-        recompute: ``"none"``; ``"full"`` keeps only the layer's input; ``"selective"`` keeps that and
-            what passes between the layer's parts, so that attention and its exchange run once.
-        offload: where what is kept goes to the CPU's memory; None keeps it on the device.
-        tiles: runs of tokens that an MLP computes one after another, as in ``parts.MLP``.
+        number: the layer's number in the whole model, from 1.
+        recompute: ``"none"`` keeps everything for backward; ``"full"`` keeps only the layer's input;
+            ``"selective"`` keeps the input and the tensors that pass between the layer's parts, so that
+            attention and its exchange run once.
+        offload: moves the kept tensors to the CPU's memory; None leaves them on the device.
+        tiles: the number of runs of tokens that an MLP computes one after another; see ``parts.MLP``.
     """
 
     tiles: int | None
@@ -175,15 +183,15 @@ class Layer(nn.Module):
         self.offload: Offload | None = None
 
     def plan(self, layout: SequenceLayout) -> None:
-        """Computes ahead what :meth:`forward` needs of a layout: a loader's thread keeps it off the step's path."""
+        """Computes in advance what :meth:`forward` needs of a layout, so that a loader's thread can do it."""
 
     def compute(self, x: Tensor, rows: Rows, run: Callable[..., Any], memory: dict) -> Tensor:
         """The layer itself.
 
         Args:
-            run: ``run(part, *args)`` returns ``part(*args)``, a part that ``selective`` recomputes.
-            memory: empty in a first pass; a recomputation of the layer or of a part gets it back. Decisions that must
-                not be taken a second time stand in it.
+            run: ``run(part, *args)`` returns ``part(*args)``; ``selective`` recomputes this part in backward.
+            memory: empty in a first pass; a recomputation of the layer or of a part gets it back. It holds decisions
+                that must not be taken a second time.
         """
         raise NotImplementedError
 
@@ -197,7 +205,7 @@ class Layer(nn.Module):
             return self.compute(x, rows, _run if self.recompute == "none" else _recomputed, memory)
 
     def _offloading(self, rows: Rows) -> contextlib.AbstractContextManager:
-        """Around a forward pass: moves what is kept, but for weights and what all layers share."""
+        """A context for a forward pass: offloads kept tensors, except weights and the shared rotary table."""
         if self.offload is None:
             return contextlib.nullcontext()
         return self.offload.layer([*(local(p.detach()) for p in self.parameters()), *(rows.rotary or ())])
@@ -208,5 +216,5 @@ def _run(part: Callable[..., Any], *args: Any) -> Any:
 
 
 def _recomputed(part: Callable[..., Any], *args: Any) -> Any:
-    # There is no dropout whose random numbers would have to be the same again.
+    # Layers draw no random numbers (there is no dropout), so no state of a generator has to be restored.
     return checkpoint(part, *args, use_reentrant=False, preserve_rng_state=False)

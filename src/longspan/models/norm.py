@@ -33,7 +33,7 @@ class Norm(TensorParallelModule, Compilable):
 
     Args:
         heads: the input is [s, b, n, d], and each head's features are normalised. A tensor parallel rank has
-            its own heads only, and all heads share one weight. Otherwise the input is the stream [s, b, h].
+            its own heads only, and all heads share one weight. If False, the input is the stream [s, b, h].
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """The two halves of a layer: self-attention with its projections, and the MLP. Activations are [s, b, h].
 
 Each projection and each norm works on one row at a time, so its formula is a function of plain tensors
-(``projected_heads``, ``mlp_product``), which can be compiled. What needs other ranks is in the linear layers
-and in core attention.
+(``projected_heads``, ``mlp_product``), which can be compiled. Communication with other ranks is in the linear
+layers and in core attention.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from longspan.tensor_parallel.layers import ColumnParallelLinear, Operands, RowP
 
 
 def _residual_std(config: TransformerConfig) -> float:
-    """Layers that add to the residual stream start smaller, by the number of additions (GPT-2)."""
+    """Initial std of layers that add to the residual stream: divided by the root of their number (GPT-2)."""
     return config.init_method_std / (2 * config.num_layers) ** 0.5
 
 
 def projected_heads(
     x: Tensor, linears: tuple[Operands, ...], norms: tuple | None, rotary: RotaryTable | None, head_dim: int
 ) -> list[Tensor]:
-    """[s, b, h] -> query [s, b, n, d], key and value [s, b, m, d]; norms of query and key where there are any."""
+    """[s, b, h] -> query [s, b, n, d], key and value [s, b, m, d]; ``norms`` of query and key, or None."""
     q, k, v = (projected(x, linear).unflatten(-1, (-1, head_dim)) for linear in linears)
     if norms is not None:
         q, k = normalised(q, *norms[0]), normalised(k, *norms[1])
@@ -46,7 +46,7 @@ def projected_heads(
 def mlp_product(
     x: Tensor, gate: Operands | None, up: Operands, down: Operands, activation: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """[.., h] as every rank has it -> this rank's part of the sum [.., h]; each token by itself."""
+    """[.., h], equal on all tensor parallel ranks -> this rank's part of the sum [.., h]; token by token."""
     if gate is None:
         return projected(activation(projected(x, up)), down)
     gates, ups = projected(x, gate), projected(x, up)
@@ -57,7 +57,7 @@ def mlp_product(
 
 
 class SelfAttention(nn.Module, Compilable):
-    """Projections to heads, norms of heads, rotary embedding, core attention, projection back."""
+    """Projections to heads, norms of heads, rotary embedding, core attention, and the output projection."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection):
         super().__init__()
@@ -78,7 +78,10 @@ class SelfAttention(nn.Module, Compilable):
         )
 
     def heads(self, x: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, b, h] -> query [s, b, n, d], key and value [s, b, m, d] of this rank's heads; the input is gathered once."""
+        """[s, b, h] -> query [s, b, n, d], key and value [s, b, m, d] of this rank's heads.
+
+        With sequence parallelism the input is gathered once for all three.
+        """
         entered = self.linear_q.enter(x)
         linears = tuple(layer.operands() for layer in (self.linear_q, self.linear_k, self.linear_v))
         norms = None
@@ -93,13 +96,13 @@ class SelfAttention(nn.Module, Compilable):
 
 
 class MLP(nn.Module, Compilable):
-    """h -> ffn -> h; gated: down(act(gate(x)) * up(x)).
+    """h -> ffn -> h: down(act(up(x))), or down(act(gate(x)) * up(x)) if it is gated.
 
     Attributes:
-        tiles: runs of tokens that go through one after another, in forward and backward, so that activations
-            [t, ffn] exist for one of them only (``models/memory/tiled.py``); None: tokens / hidden size, rounded up.
-            The input is gathered and the output summed over tensor parallel ranks once, around all tiles: as
-            much travels as without them.
+        tiles: number of runs of tokens that are computed one after another, in forward and backward, so that
+            activations [t, ffn] exist for one run at a time (``models/memory/tiled.py``). None takes tokens /
+            hidden size, rounded up. The input is gathered and the output summed over tensor parallel ranks
+            once for all tiles, so tiles add no communication.
     """
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection):
@@ -116,7 +119,7 @@ class MLP(nn.Module, Compilable):
         self.tiles: int | None = 1
 
     def forward(self, x: Tensor, rows: Rows | None = None, memory: dict | None = None) -> Tensor:
-        """[s, b, h] -> [s, b, h]. Padding costs nothing more than its rows here, so ``rows`` is not read."""
+        """[s, b, h] -> [s, b, h]. ``rows`` is not read, because padding rows are computed like all others."""
         x = self.linear_up.enter(x)
         tiles = self.tiles or -(-x.shape[0] * x.shape[1] // x.shape[2])
         if tiles == 1:

@@ -44,7 +44,7 @@ _NAMES = Llama()
 
 
 def is_adapter(name: str) -> bool:
-    """Whether this is the name of an adapter's parameter."""
+    """Whether ``name`` is the name of an adapter's parameter."""
     return _MARK in name
 
 
@@ -103,13 +103,13 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def open_adapters(folder: str | Path, names: Iterable[str]) -> Iterator[Any]:
-    """Opens PEFT's weights, to be read slice by slice.
+    """Opens PEFT's weights, which are then read slice by slice.
 
     Args:
         names: PEFT's names of all expected tensors.
 
     Raises:
-        UserError: the file is missing or broken, or has other tensors.
+        UserError: the file is missing or broken, or its tensors are not the expected ones.
     """
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
@@ -124,7 +124,7 @@ def open_adapters(folder: str | Path, names: Iterable[str]) -> Iterator[Any]:
         )
     try:
         source = safe_open(path, "pt")
-    # safetensors raises an error class of its own.
+    # safetensors has its own error class, which does not derive from OSError or ValueError.
     except Exception as error:
         raise UserError(f"{path} cannot be read ({error}).") from None
     with source:
@@ -147,7 +147,8 @@ def read_adapter(source: Any, name: str, shape: Iterable[int], ranges: list[tupl
         ranges: (start, stop) of this rank's part along each dim.
 
     Raises:
-        UserError: the file's tensor has another shape or holds no weights.
+        UserError: the file's tensor has another shape, a dtype that weights do not have, or values that are
+            not finite.
     """
     lazy = source.get_slice(peft_name(name))
     if list(lazy.get_shape()) != list(shape):
@@ -175,7 +176,7 @@ def write_adapters(
 
     Args:
         weights: whole tensors by longspan's names.
-        config: see ``Lora.peft_config``.
+        config: content of PEFT's config file; see ``Lora.peft_config``.
         files: further files of the folder: name -> content.
     """
     partial = begin_folder(folder)
@@ -193,7 +194,7 @@ def merge(base: SafetensorsFolder, adapters: Path, writer: FolderWriter) -> None
     The sum is computed in at least float32 and rounded once, to the writer's dtype (None: the base's dtype).
 
     Raises:
-        UserError: the adapters do not fit the base.
+        UserError: the adapters do not fit the base model, or a weight is not finite.
     """
     lora, _ = read_peft_config(adapters)
     ends = tuple(f".{target}.weight" for target in lora.targets)
@@ -219,5 +220,5 @@ def merge(base: SafetensorsFolder, adapters: Path, writer: FolderWriter) -> None
                     )
                 merged = weight.to(wide) + lora.scale * (b.to(wide) @ a.to(wide))
                 check_finite(merged, f"the adapters {adapters}", parts[name][0], WEIGHTS_FILE)
-            # keep rounds to the writer's dtype, if there is one.
+            # writer.keep rounds to the writer's dtype, if there is one.
             writer.keep(name, merged.to(weight.dtype) if writer.dtype is None else merged)

@@ -3,18 +3,18 @@
 Feature i is paired with i + d/2, as in Llama checkpoints on Hugging Face. Angles are
 computed in float64, because at a million tokens a float32 angle is wrong in the second digit.
 
-For contexts longer than those a model was first trained with, ``rope_scaling`` lowers the
+For contexts longer than those that a model was first trained with, ``rope_scaling`` lowers the
 frequencies in one of Hugging Face's ways (``config.rope`` lists their fields):
 
-    linear    all frequencies by ``factor`` (Chen et al. 2023)
-    llama3    frequencies with wavelengths beyond the original context, with a smooth transition
+    linear    divides all frequencies by ``factor`` (Chen et al. 2023)
+    llama3    divides frequencies whose wavelength exceeds the original context, with a smooth transition
     yarn      the same with another transition; cos and sin times an attention factor (Peng et al. 2023)
-    dynamic   by a larger base ("NTK"), if the sequence is longer than max_position_embeddings
+    dynamic   takes a larger base ("NTK"), if the sequence is longer than max_position_embeddings
 
-Hugging Face's ``dynamic`` depends on the length of each call. Here it depends on the length that
-the model is made for (``sequence_len``), in every call and on every rank, and not on a rank's rows
-or a document's length, so the way a sequence is cut changes nothing. transformers computes the same
-for one sequence of that length.
+Hugging Face's ``dynamic`` depends on the length of each call. Here it depends, in every call and on
+every rank, on the length that the model is made for (``sequence_len``). So neither a rank's rows nor
+a document's length matter, and the way a sequence is cut changes nothing. transformers computes the
+same for one sequence of that length.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def frequencies(head_dim: int, base: float, scaling: Mapping[str, Any] | None = 
     """The frequency of each pair in radians per token, float64 [d/2].
 
     Args:
-        scaling: Hugging Face's ``rope_scaling``; apply :func:`at_length` before, if it is ``dynamic``.
+        scaling: Hugging Face's ``rope_scaling``. :func:`at_length` replaces the type ``dynamic`` beforehand.
+
+    Raises:
+        ValueError: the scaling is ``dynamic``.
     """
     freqs = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     kind = rope_type(scaling)
@@ -55,7 +58,8 @@ def frequencies(head_dim: int, base: float, scaling: Mapping[str, Any] | None = 
     context = float(scaling["original_max_position_embeddings"])
     if kind == "llama3":
         low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-        # turns: full turns within the original context; kept: 0 where a frequency is scaled, 1 where it stays
+        # turns: full turns of each pair within the original context.
+        # kept: 0 where a frequency is divided, 1 where it stays, between them in the transition.
         turns = context * freqs / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
     else:
@@ -64,10 +68,13 @@ def frequencies(head_dim: int, base: float, scaling: Mapping[str, Any] | None = 
 
 
 def _yarn_ramp(head_dim: int, base: float, context: float, scaling: Mapping[str, Any]) -> Tensor:
-    """The scaled share of each pair, float64 [d/2]: 0 for more than beta_fast turns, 1 below beta_slow."""
+    """The divided share of each pair's frequency, float64 [d/2].
+
+    It is 0 above beta_fast turns and 1 below beta_slow turns. Between them it rises with the pair's number.
+    """
 
     def pair_of(turns: float) -> float:
-        # the number (with a fraction) of the pair that makes so many turns within the original context
+        # The number (with a fraction) of the pair that makes ``turns`` turns within the original context.
         return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = pair_of(scaling.get("beta_fast") or 32), pair_of(scaling.get("beta_slow") or 1)
@@ -109,7 +116,7 @@ def at_length(config: TransformerConfig, length: int) -> TransformerConfig:
 
 
 def rotary_table(positions: Tensor, freqs: Tensor, dtype: torch.dtype, scale: float = 1.0) -> RotaryTable:
-    """Positions [s] or [b, s] -> cos and sin (times ``scale``) [s, 1 or b, 1, d/2], at least float32."""
+    """Positions [s] or [b, s] -> cos and sin times ``scale``, [s, 1 or b, 1, d/2], in at least float32."""
     if positions.dim() == 1:
         positions = positions.unsqueeze(0)
     angles = positions.t().to(freqs.device, torch.float64)[:, :, None, None] * freqs

@@ -1,7 +1,7 @@
 """Tensor and sequence parallelism: weights cut over ranks that share the activations.
 
-Megatron's names: parallel linear layers, the mappings between regions, cross-entropy over
-a cut vocabulary, random number states.
+The names are Megatron's: parallel linear layers, mappings between regions, cross-entropy over
+a cut vocabulary, and random number states.
 """
 
 from longspan.tensor_parallel.cross_entropy import linear_cross_entropy, vocab_parallel_cross_entropy

@@ -7,8 +7,8 @@
 chunks of tokens, [chunk, v/tp] instead of [t, v/tp].
 
 A rank has its own columns only. For a chunk of c tokens each rank sends [2, c] numbers:
-the log-sum-exp of its columns, and the target's logit if this rank holds it. Log-sum-exps
-are computed in at least float32.
+the log-sum-exp of its columns, and the target's logit if the rank holds it (otherwise 0).
+Log-sum-exps are computed in at least float32.
 
 ``plain_cross_entropy`` is the slow reference for tests.
 """
@@ -28,8 +28,8 @@ from longspan.matmul import product
 from longspan.mesh.collectives import all_gather_dim
 from longspan.tensor_parallel.mappings import tensor_parallel_group
 
-#: The logits of one chunk have at most so many elements: 256 MiB in float32, and 64 MiB on the CPU, where
-#: smaller products are as fast.
+#: The most elements of one chunk's logits: 256 MiB in float32, and 64 MiB on the CPU, where smaller products
+#: are as fast.
 CHUNK_NUMEL, CHUNK_NUMEL_CPU = 1 << 26, 1 << 24
 
 
@@ -75,9 +75,10 @@ def _log_sum_exp(logits: Tensor, column: Tensor, mine: Tensor, group) -> tuple[T
 
 
 def _over_ranks(lse: Tensor, picked: Tensor, group) -> tuple[Tensor, Tensor]:
-    """This rank's log-sum-exp [t] and target logit [t] -> those over all ranks of the group."""
+    """This rank's log-sum-exp [t] and target logit [t] -> log-sum-exp and target logit over all ranks."""
     if dist.get_world_size(group) > 1:
-        both = all_gather_dim(torch.stack([lse, picked]).unsqueeze(0), group, 0)  # [tp, 2, t]
+        # [tp, 2, t]
+        both = all_gather_dim(torch.stack([lse, picked]).unsqueeze(0), group, 0)
         lse, picked = torch.logsumexp(both[:, 0], dim=0), both[:, 1].sum(0)
     return lse, picked
 
@@ -133,11 +134,11 @@ def vocab_parallel_cross_entropy(
     label_smoothing: float = 0.0,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Cross-entropy of logits that lie in columns over the tensor parallel group.
+    """Cross-entropy of logits whose columns are cut over the tensor parallel group.
 
     Args:
         logits: [..., v/tp], this rank's columns.
-        target: [...] ids over the whole vocabulary; the loss is 0 where it is -100.
+        target: [...] ids over the whole vocabulary; the loss is 0 where the target is -100.
         label_smoothing: alpha, as in ``torch.nn.functional.cross_entropy``: the mass alpha is spread
             over all K classes of all ranks, the target's class included. Padding columns, whose
             logits are -inf, are not classes. The loss is the same at every tp.
@@ -146,7 +147,7 @@ def vocab_parallel_cross_entropy(
             takes K and the mean over each rank's own columns, so its loss depends on tp. At tp 1
             ``label_smoothing=alpha * K / (K - 1)`` gives Megatron-LM's loss; K is then the number of
             its columns, padding included.
-        group: tensor parallel group; None takes the installed one.
+        group: tensor parallel group; None takes the installed group.
 
     Returns:
         Loss [...] in nats, at least float32, the same on every rank of the group.
@@ -199,9 +200,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients in one pass over the chunks.
 
     Forward already computes the gradients of the plain sum of losses while it has a chunk's
-    logits: three matrix products in all. A training step needs that sum times a scale, so
-    backward only multiplies by the scale. If backward gets weights that differ from token to
-    token, it computes all chunks again.
+    logits, with three matrix products in all. A training step needs the gradients of this sum
+    times a scale, so backward only multiplies by the scale. If the weights in backward differ
+    between tokens, backward computes all chunks again.
     """
 
     @staticmethod
@@ -269,7 +270,7 @@ def _empty_gradients(hidden: Tensor, weight: Tensor, trained: bool) -> tuple[Ten
 def _add_chunk(
     sums: tuple[Tensor, Tensor | None], grad: Tensor, hidden: Tensor, used: Tensor, part: slice
 ) -> None:
-    """Adds a chunk's logit gradients [c, columns] to the gradients of hidden (its rows) and weight (all)."""
+    """From logit gradients [c, columns]: sets a chunk's rows of hidden's gradient, adds to the weight's."""
     grad_hidden, grad_weight = sums
     grad_hidden[part] = product(grad, used)
     if grad_weight is not None:
@@ -286,9 +287,9 @@ def linear_cross_entropy(
     chunk: int | None = None,
     part: Callable[[Callable], Callable] | None = None,
 ) -> Tensor:
-    """Output layer and cross-entropy in one, in chunks of tokens.
+    """Output layer and cross-entropy in one function, in chunks of tokens.
 
-    The gradient of ``hidden`` comes from this rank's columns only; the caller's ``copy`` or
+    The gradient of ``hidden`` comes from this rank's columns only. The caller's ``copy`` or
     sequence parallel gather sums it over the group.
 
     Args:

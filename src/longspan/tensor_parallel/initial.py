@@ -1,4 +1,4 @@
-"""Initial values of whole modules: every parameter by (seed, name, shape), the same at every layout (invariant I2)."""
+"""Initial values of whole modules. Each parameter's depend on (seed, name, shape) only (invariant I2)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from longspan.tensor_parallel.random import fill, initial_seed
 def init_weights(
     model: nn.Module, seed: int, kind: type[ParallelModule] = ParallelModule, prefix: str = ""
 ) -> None:
-    """Fills what a module's parallel layers hold by (seed, name, shape): the same at every layout.
+    """Fills the tensors of a module's parallel layers by (seed, name, shape), the same at every layout.
 
-    That is every parameter, and every buffer that is named in a layer's ``initial``.
-
-    It serves a model of your own too: its layers get the names they have in it.
+    These are all parameters and buffers that are named in a layer's ``initial``. The function also works for
+    a model of your own: a tensor's name is its name in this model.
 
     Args:
-        kind: fills such modules only.
-        prefix: of the names, for a module that is a part of a larger one.
+        kind: only layers of this class are filled.
+        prefix: prefix of the names, for a module that is a part of a larger module.
     """
     done: set[int] = set()
     for path, module in model.named_modules(prefix=prefix):
@@ -32,7 +31,8 @@ def init_weights(
             continue
         for short, initial in module.initial.items():
             tensor = getattr(module, short)
-            if id(tensor) not in done:  # tied ones are filled once
+            # A tied tensor is filled once.
+            if id(tensor) not in done:
                 done.add(id(tensor))
                 fill(tensor, initial, seed, f"{path}.{short}")
 
@@ -41,17 +41,19 @@ def init_weights(
 def filled_by_name(
     module: nn.Module, config: ModelParallelConfig, tp_size: int, seed: int | None, prefix: str = ""
 ) -> Iterator[None]:
-    """In a constructor, around making the parts: they are filled at the end, by their names in the whole module.
+    """A context for the part of a constructor that makes a module's parts; it fills them at its end.
 
-    The parts are made on ``meta``, where nothing is drawn, and get memory at the end. A module that is itself made on
-    ``meta`` stays there: a larger module fills it, or its maker does.
+    The values depend on the parts' names in the whole module. The parts are made on ``meta``, where nothing
+    is drawn, and get memory at the end. If the module itself is made on ``meta``, it stays there, and a
+    larger module or the caller fills it.
 
     Args:
-        seed: None takes ``model_parallel_seed``'s, else a number of the default generator.
+        seed: None takes the seed of ``model_parallel_seed``, or else a number of the default generator.
         prefix: the module's name in a whole model.
 
     Raises:
-        ValueError: there is no seed where there are copies of the weights, or one that would have no effect.
+        ValueError: there is no seed although other ranks hold copies of the weights, or a seed would have no
+            effect.
     """
     device = torch.get_default_device()
     draws = config.perform_initialization and device.type != "meta"

@@ -8,12 +8,12 @@
 
 ("Column" and "row" are Megatron's names, after the transposed weight.)
 
-Weights are DTensors on the tensor parallel axis; FSDP2 adds its own axis on top and a
-distributed checkpoint loads them at any other layout. Compute takes ``.to_local()`` and
-the explicit mappings, so every byte that travels is visible here.
+Weights are DTensors on the tensor parallel axis. FSDP2 adds its own axis, and a distributed
+checkpoint loads them at any other layout. Computation uses ``.to_local()`` and the explicit
+mappings, so all communication is visible in this file.
 
-Activations are [s, b, h] (s the local span); with sequence parallelism they lie between
-the layers as [s/tp, b, h].
+Activations are [s, b, h], where s is the number of local rows; with sequence parallelism they
+are [s/tp, b, h] between the layers.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class TensorParallelModule(ParallelModule):
         """Makes a parameter of global ``shape``, cut over tensor parallel ranks along ``dim`` (None: copied).
 
         Raises:
-            ValueError: the dim does not divide by the tensor parallel size, or initial values have no seed
-                where there are copies.
+            ValueError: the tensor parallel size does not divide the dim, or there is no seed although other
+                ranks hold copies of the parameter.
         """
         return nn.Parameter(self._tensor(name, shape, dim, initial, self.dtype))
 
@@ -144,16 +144,16 @@ class TensorParallelModule(ParallelModule):
         return self._place(name, shape, self.tp_mesh, [dim], initial, dtype)
 
     def replicated(self, parameter: Tensor, over_heads: bool = False) -> Tensor:
-        """A copied parameter, ready for compute: where each rank computes a part, its gradient is summed over tp.
+        """A copied parameter for computation: if ranks compute parts with it, its gradient is summed over tp.
 
-        The parts are rows of the sequence under sequence parallelism, and heads with ``over_heads``.
+        The parts are rows of the sequence with sequence parallelism, and heads with ``over_heads``.
         """
         return self.summed(parameter) if self.sequence_parallel or over_heads else local(parameter)
 
     def summed(self, parameter: Tensor) -> Tensor:
-        """A copied parameter whose use differs from rank to rank: its gradient is summed over tp.
+        """A copied parameter that each rank uses differently: its gradient is summed over tp.
 
-        The sum is in at least float32: it is a reduction like FSDP's.
+        The sum is in at least float32, because it is a reduction like FSDP's.
         """
         held = local(parameter)
         if self.tp_size == 1:
@@ -163,7 +163,7 @@ class TensorParallelModule(ParallelModule):
 
 
 def weights(std: float, init_method: InitMethod | None) -> Initial | FilledWhole:
-    """How a matrix is first filled: by ``init_method``, or from a normal distribution where that is None."""
+    """A matrix's kind of initial values: ``init_method``, or a normal distribution if that is None."""
     return Normal(std) if init_method is None else FilledWhole(init_method)
 
 
@@ -180,7 +180,7 @@ class LowRank(NamedTuple):
     scale: float
 
     def expand(self, z: Tensor) -> Tensor:
-        """z = X A^T [.., rank] -> the adapter's output: for callers that have X in another form than a tensor."""
+        """z = X A^T [.., rank] -> the adapter's output, for callers that compute z themselves."""
         return linear(z * self.scale, self.b)
 
     def of(self, x: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class LowRank(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What a linear layer's product takes on this rank, as plain tensors."""
+    """The plain tensors of a linear layer's product on this rank."""
 
     weight: Tensor
     bias: Tensor | None
@@ -196,7 +196,7 @@ class Operands(NamedTuple):
 
 
 def projected(x: Tensor, operands: Operands) -> Tensor:
-    """``x W^T + bias``, and the adapter's output where there is one."""
+    """``x W^T + bias``, plus the adapter's output if there is an adapter."""
     y = linear(x, operands.weight, operands.bias)
     return y if operands.lora is None else y + operands.lora.of(x)
 
@@ -204,13 +204,17 @@ def projected(x: Tensor, operands: Operands) -> Tensor:
 class ColumnParallelLinear(TensorParallelModule):
     """``[s, b, input] -> [s, b, output/tp]`` (the whole output with ``gather_output``).
 
-    With sequence parallelism the input is [s/tp, b, input] and gathered first.
+    With sequence parallelism the input is [s/tp, b, input] and is gathered first.
 
     Args:
-        input_size, output_size: features of the whole layer.
-        init_method: fills the whole weight; None draws from a normal of config.init_method_std.
-        skip_bias_add: returns ``(tensor, bias)`` and leaves adding it to the caller.
-        tp_group: the tensor parallel group (or its 1-D DeviceMesh); None takes the installed one.
+        input_size, output_size: number of features of the whole layer.
+        init_method: fills the whole weight; None draws from a normal distribution whose standard deviation is
+            config.init_method_std.
+        skip_bias_add: returns ``(tensor, bias)``, and the caller adds the bias.
+        tp_group: the tensor parallel group (or its 1-D DeviceMesh); None takes the installed group.
+
+    Raises:
+        ValueError: the sizes do not fit the group, or ``gather_output`` with sequence parallelism.
     """
 
     def __init__(
@@ -235,22 +239,22 @@ class ColumnParallelLinear(TensorParallelModule):
             "weight", (output_size, input_size), 0, weights(config.init_method_std, init_method)
         )
         self.bias = self._parameter("bias", (output_size,), 0, Constant(0.0)) if bias else None
-        # an Adapter (tensor_parallel.lora), put here after the layer is made
+        # The layer's Adapter (tensor_parallel.lora), which is set after the layer is made.
         self.lora: Any = None
 
     def enter(self, x: Tensor) -> Tensor:
-        """The input as every tensor parallel rank needs it: ``[s, b, h]``, gathered under sequence parallelism."""
+        """The whole input ``[s, b, h]`` on every tensor parallel rank, gathered with sequence parallelism."""
         if self.sequence_parallel:
             return mappings.gather_from_sequence_parallel_region(x, group=self.tp_group)
         return mappings.copy_to_tensor_model_parallel_region(x, self.tp_group)
 
     def operands(self) -> Operands:
-        """This rank's tensors of the product; the bias is not among them with ``skip_bias_add``."""
+        """This rank's tensors of the product, without the bias if ``skip_bias_add`` is set."""
         bias = None if self.bias is None or self.skip_bias_add else local(self.bias)
         return Operands(local(self.weight), bias, None if self.lora is None else self.lora.operands())
 
     def project(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
-        """The local product, for an input that went through :meth:`enter` (several layers may share one)."""
+        """The local product, for the result of :meth:`enter`, which several layers may share."""
         y = projected(x, self.operands())
         bias = local(self.bias) if self.bias is not None else None
         if self.gather_output:
@@ -270,7 +274,11 @@ class RowParallelLinear(TensorParallelModule):
 
     Args:
         input_is_parallel: False takes a whole input and cuts it first.
-        Others as for :class:`ColumnParallelLinear`.
+        init_std: standard deviation of the weight's initial values; None takes config.init_method_std.
+        Other arguments are those of :class:`ColumnParallelLinear`.
+
+    Raises:
+        ValueError: the sizes do not fit the group, or a whole input with sequence parallelism.
     """
 
     def __init__(
@@ -294,7 +302,8 @@ class RowParallelLinear(TensorParallelModule):
         initial = weights(init_std or config.init_method_std, init_method)
         self.weight = self._parameter("weight", (output_size, input_size), 1, initial)
         self.bias = self._parameter("bias", (output_size,), None, Constant(0.0)) if bias else None
-        self.lora: Any = None  # as in ColumnParallelLinear
+        # The layer's Adapter, as in ColumnParallelLinear.
+        self.lora: Any = None
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         if not self.input_is_parallel:
@@ -306,11 +315,11 @@ class RowParallelLinear(TensorParallelModule):
         return Operands(local(self.weight), None, None if self.lora is None else self.lora.operands())
 
     def project(self, x: Tensor) -> Tensor:
-        """This rank's part of the product, for :meth:`leave` to sum."""
+        """This rank's part of the product, which :meth:`leave` sums."""
         return projected(x, self.operands())
 
     def leave(self, y: Tensor) -> Any:
-        """The output of the layer from this rank's product: the sum over the group, and the bias."""
+        """This rank's part of the product -> the layer's output: the sum over the group, plus the bias."""
         if self.sequence_parallel:
             y = mappings.reduce_scatter_to_sequence_parallel_region(y, self.tp_group)
         else:
@@ -322,10 +331,10 @@ class RowParallelLinear(TensorParallelModule):
 
 
 class VocabParallelEmbedding(TensorParallelModule):
-    """Token ids ``[b, s] -> [b, s, h]``; each rank looks up its own rows and the group sums.
+    """Token ids ``[b, s] -> [b, s, h]``; each rank looks up its own rows, which are summed over the group.
 
     Args:
-        num_embeddings: rows of the table; padded by the caller (``padded_vocab_size``).
+        num_embeddings: number of rows of the table; the caller pads it (``padded_vocab_size``).
         reduce_scatter_embeddings: returns ``[s/tp, b, h]`` instead, for sequence parallelism.
     """
 
@@ -349,18 +358,19 @@ class VocabParallelEmbedding(TensorParallelModule):
         return self.leave(self.look_up(ids))
 
     def look_up(self, ids: Tensor) -> Tensor:
-        """This rank's part of the sum over the group: the rows it holds, zeros for the others' [b, s, h]."""
+        """This rank's part of the sum over the group [b, s, h]: rows that it holds, zeros for other ids."""
         weight = local(self.weight)
         if self.tp_size == 1:
             return F.embedding(ids, weight)
         rows = self.num_embeddings // self.tp_size
         shifted = ids - self.tp_rank * rows
         mine = (shifted >= 0) & (shifted < rows)
-        elsewhere = (ids >= 0) & (ids < self.num_embeddings) & ~mine  # ids of no rank fail here as at tp 1
+        # An id that no rank holds stays out of range, so that its lookup fails as at tp 1.
+        elsewhere = (ids >= 0) & (ids < self.num_embeddings) & ~mine
         return F.embedding(shifted.masked_fill(elsewhere, 0), weight) * mine.unsqueeze(-1)
 
     def leave(self, out: Tensor) -> Tensor:
-        """The sum over the group of what :meth:`look_up` found (of several tables, if they were added)."""
+        """The sum of :meth:`look_up`'s results over the group (of several tables, if they were added)."""
         if self.reduce_scatter_embeddings:
             return mappings.reduce_scatter_to_sequence_parallel_region(
                 out.transpose(0, 1).contiguous(), self.tp_group

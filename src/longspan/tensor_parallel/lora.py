@@ -5,10 +5,10 @@
     beside a ColumnParallelLinear   A copied, B cut by rows     z = X A^T on every rank     Y_i += z B_i^T
     beside a RowParallelLinear      A cut by columns, B copied  z_i = X_i A_i^T in part     Y_i += z_i B^T
 
-An adapter needs no communication for activations: the layer's own gather, sum or reduce-scatter
-serves both products. Each rank's copy of the copied factor gets only a part of its gradient (from
-a part of the output's gradient, or a part of z), so this gradient is summed over the group, with
-or without sequence parallelism.
+An adapter needs no communication for activations, because the layer's own gather, sum or
+reduce-scatter serves both products. Each rank's copy of the copied factor gets only a part of its
+gradient (from a part of the output's gradient, or a part of z), so this gradient is summed over the
+group, with or without sequence parallelism.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from longspan.tensor_parallel.random import Constant, Uniform
 class Adapter(TensorParallelModule):
     """This rank's part of one layer's adapter, ``X -> scale (X A^T) B^T``.
 
-    As in PEFT, A starts uniform in +-1/sqrt(input) (Kaiming's with a = sqrt(5)), and B at
-    zero, so that training starts from the frozen layer's output.
+    As in PEFT, A starts with a uniform distribution in +-1/sqrt(input) (Kaiming's with a = sqrt(5)),
+    and B at zero, so that training starts from the frozen layer's output.
 
     Args:
         layer: the frozen layer; the adapter is added to it by ``layer.lora = Adapter(...)``.

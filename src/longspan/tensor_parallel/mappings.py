@@ -1,6 +1,6 @@
-"""Moves between tensor parallel regions, by Megatron's names.
+"""Moves between tensor parallel regions, with Megatron's names.
 
-With n = tensor parallel size, s the local sequence, h the hidden size:
+n is the tensor parallel size, s the length of the local sequence, and h the hidden size:
 
     copy_to_tensor_model_parallel_region            [s, b, h]   -> [s, b, h]     backward: sum
     reduce_from_tensor_model_parallel_region        partial     -> sum           backward: identity
@@ -16,7 +16,7 @@ With n = tensor parallel size, s the local sequence, h the hidden size:
 
 These are the f and g operators of Shoeybi et al. 2019 (Megatron-LM) and their sequence parallel
 forms of Korthikanti et al. 2022. ``group`` is the tensor parallel group; None takes the
-installed one.
+installed group.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""Random numbers: initial weights that know no layout, and generator states an axis.
+"""Random numbers: initial weights that do not depend on the layout, and states of random number generators.
 
-*Initial weights* (invariant I2) depend on (seed, parameter name, shape) alone. A tensor is
-drawn in blocks of rows, each from a generator seeded by a hash of (seed, name, block), so a
-rank draws just the blocks its rows lie in, and nobody ever holds a whole large tensor.
-``Normal``, ``Uniform`` and ``Constant`` are kinds of values, and a function may be another.
-Outside the trainer the seed is ``model_parallel_seed``'s, or one that a model is given
+*Initial weights* (invariant I2) depend on (seed, parameter name, shape) only. A tensor is
+drawn in blocks of rows, each from a generator seeded with a hash of (seed, name, block). So a
+rank draws only the blocks that contain its rows, and no rank ever holds a whole large tensor.
+``Normal``, ``Uniform`` and ``Constant`` are kinds of values; a function can be another kind.
+Outside the trainer the seed is that of ``model_parallel_seed``, or a model's argument
 (``tensor_parallel.initial``).
 
-*Dropout-like noise* needs two streams under tensor parallelism: one that all tensor
-parallel ranks share (activations they hold alike) and one that differs (activations they
-hold in parts). The tracker keeps both, as Megatron-LM's does.
+*Dropout-like noise* needs two streams under tensor parallelism: a stream that all tensor
+parallel ranks share (for activations that are equal on them) and a stream that differs (for
+activations that they hold in parts). The default generator is the shared stream, and the tracker
+keeps the other, as in Megatron-LM.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def hash_seed(*parts: object) -> int:
 # --- initial values -----------------------------------------------------------------------
 
 Range = tuple[int, int]
-#: A kind of initial values: (seed, name, shape of the whole tensor, (start, stop) of dim 0) -> those rows, whole.
-#: The rows must not depend on how many are asked for at once. A function of one's own may build on the kinds below.
+#: A kind of initial values: (seed, name, shape of the whole tensor, (start, stop) of dim 0) -> these rows,
+#: whole in the other dims. A row must not depend on the range. Your own function may use the kinds below.
 Initial = Callable[[int, str, tuple[int, ...], Range], Tensor]
 
 
@@ -52,14 +53,14 @@ def draw_rows(
     rows: Range,
     draw: Callable[[Tensor, torch.Generator], Any],
 ) -> Tensor:
-    """Rows of the random tensor that (seed, name, shape) stand for.
+    """Rows of the random tensor that (seed, name, shape) define.
 
     Args:
         rows: half-open range of dim 0.
         draw: fills a tensor from a generator.
 
     Returns:
-        [rows, *shape[1:]], float32 on the CPU always, so that device and precision do not change it.
+        [rows, *shape[1:]], always float32 on the CPU, so that device and precision do not change the values.
     """
     block, parts = _block_rows(shape), []
     for index in range(rows[0] // block, -(-rows[1] // block)):
@@ -74,7 +75,7 @@ def draw_rows(
 
 
 def _block_rows(shape: tuple[int, ...]) -> int:
-    """Rows of a block."""
+    """Number of rows of a block."""
     return max(1, BLOCK_NUMEL // max(1, torch.Size(shape[1:]).numel()))
 
 
@@ -111,9 +112,10 @@ class Constant:
 
 @dataclass(frozen=True)
 class FilledWhole:
-    """Megatron's ``init_method``: it fills the whole tensor in place, from the default generator.
+    """Megatron's ``init_method``, which fills the whole tensor in place from the default generator.
 
-    It sees the whole tensor (its fan-in, say) on every rank, so that every layout gets the same values.
+    It gets the whole tensor on every rank (its values may depend on the fan-in), so every layout gets the
+    same values.
     """
 
     method: Callable[[Tensor], Any]
@@ -140,7 +142,7 @@ def draw_part(
     if isinstance(initial, FilledWhole):
         return initial.whole(seed, name, shape, dtype)[tuple(slice(*edges) for edges in ranges)]
     (start, stop), rest = ranges[0], tuple(slice(*edges) for edges in ranges[1:])
-    # A block of rows is cut along the other dims before the next one is made: a rank never holds all of them.
+    # A block of rows is cut along the other dims before the next one is made: a rank never holds all blocks.
     block = _block_rows(shape)
     edges = [start, *range(start // block * block + block, stop, block), stop]
     parts = [initial(seed, name, shape, rows)[:, *rest].to(dtype) for rows in zip(edges, edges[1:])]
@@ -149,7 +151,7 @@ def draw_part(
 
 @torch.no_grad()
 def fill(tensor: Tensor, initial: Initial | FilledWhole, seed: int, name: str) -> None:
-    """Fills this rank's part of a parameter or a buffer; one that is no DTensor is whole on every rank."""
+    """Fills this rank's part of a parameter or buffer; a tensor that is no DTensor is whole on every rank."""
     if isinstance(tensor, DTensor):
         held, ranges = tensor.to_local(), local_ranges(tensor)
     else:
@@ -157,18 +159,19 @@ def fill(tensor: Tensor, initial: Initial | FilledWhole, seed: int, name: str) -
     held.copy_(draw_part(initial, seed, name, tuple(tensor.shape), ranges, held.dtype))
 
 
-#: mesh axes that cut a weight for the layers that compute with it; data axes cut what these leave
+#: The mesh axes along which layers cut a weight to compute with it. Data axes cut the remaining parts.
 MODEL_AXES = ("ep", "etp", "tp")
 
 
 def local_ranges(parameter: DTensor) -> list[Range]:
-    """Which part of the whole tensor this rank holds: (start, stop) along each dim.
+    """The part of the whole tensor that this rank holds: (start, stop) along each dim.
 
-    Tensor and expert parallelism cut first, FSDP cuts dim 0 of what is left into even runs (the last
-    ones shorter or empty).
+    Tensor and expert parallelism cut first. FSDP then cuts dim 0 of the remaining part into even runs (the
+    last runs may be shorter or empty).
     """
     ranges = [(0, size) for size in parameter.shape]
-    names = parameter.device_mesh.mesh_dim_names or ("tp",)  # the mesh of a bare group has no names
+    # A mesh that was made from a group has no names.
+    names = parameter.device_mesh.mesh_dim_names or ("tp",)
     for axis in sorted(range(len(names)), key=lambda i: names[i] not in MODEL_AXES):
         placement = parameter.placements[axis]
         if placement.is_replicate():
@@ -187,18 +190,19 @@ def local_ranges(parameter: DTensor) -> list[Range]:
 
 
 class RNGStatesTracker:
-    """Named generator states; ``fork(name)`` runs a block of code under one of them.
+    """Named generator states; ``fork(name)`` runs a block of code with one of them.
 
-    A name stands for a state of the CPU's default generator and, once CUDA is in use, one of
-    the current CUDA device's. Adding a name touches neither generator.
+    A name stands for a state of the CPU's default generator and, once CUDA is in use, a state of
+    the current CUDA device's default generator. Adding a name changes neither generator.
     """
 
     def __init__(self) -> None:
         self.seeds: dict[str, int] = {}
-        self.states: dict[str, dict[str, Tensor]] = {}  # name -> device type -> state
-        #: of initial weights; None until ``model_parallel_seed`` gives it
+        #: name -> device type -> state
+        self.states: dict[str, dict[str, Tensor]] = {}
+        #: The seed of initial weights; None until ``model_parallel_seed`` sets it.
         self.initial_seed: int | None = None
-        #: parameters of layers made by themselves that were drawn from it
+        #: Number of parameters, of layers that were made alone, that were drawn from this seed.
         self.lone = 0
 
     def reset(self) -> None:
@@ -207,14 +211,22 @@ class RNGStatesTracker:
         self.initial_seed, self.lone = None, 0
 
     def add(self, name: str, seed: int) -> None:
-        """Adds a state seeded with ``seed``; the current state of the default generator stays."""
+        """Adds a state seeded with ``seed``; the current state of the default generator stays.
+
+        Raises:
+            ValueError: there is a state of this name.
+        """
         if name in self.states:
             raise ValueError(f"RNG state {name!r} exists already; reset() the tracker before seeding again.")
         self.seeds[name], self.states[name] = seed, {}
 
     @contextlib.contextmanager
     def fork(self, name: str = MODEL_PARALLEL_RNG) -> Iterator[None]:
-        """Runs the block under the named state and keeps where it got to."""
+        """Runs the block with the named state, and keeps the state at the end of the block.
+
+        Raises:
+            ValueError: there is no state of this name.
+        """
         if name not in self.states:
             raise ValueError(f"RNG state {name!r} does not exist: call model_parallel_seed(seed) first.")
         before = _default_states()
@@ -253,15 +265,16 @@ def get_rng_tracker() -> RNGStatesTracker:
 
 
 def model_parallel_seed(seed: int, tp_rank: int | None = None) -> None:
-    """Seeds initial weights, the default generator alike on all tensor parallel ranks, and the tracker's state apart.
+    """Seeds the initial weights, the default generator and the tracker's state.
 
-    Models and layers made afterwards have the initial weights of this seed, whatever the layout and whatever was drawn
-    from the default generator in between: see ``longspan.tensor_parallel.init_weights`` for their names.
-    ``destroy_model_parallel`` forgets the seed.
+    The default generator has the same state on all tensor parallel ranks, and the tracker's state differs
+    between them. Models and layers that are made afterwards have the initial weights of this seed. Neither
+    the layout nor other draws from the default generator change these weights; see
+    ``longspan.tensor_parallel.init_weights`` for their names. ``destroy_model_parallel`` removes the seed.
 
     Args:
-        seed: the same on every rank.
-        tp_rank: None takes the installed tensor parallel rank.
+        seed: the same number on every rank.
+        tp_rank: None takes the tensor parallel rank of the installed groups.
     """
     if tp_rank is None:
         tp_rank = dist.get_rank(process_groups().tp)
@@ -272,13 +285,13 @@ def model_parallel_seed(seed: int, tp_rank: int | None = None) -> None:
 
 
 def initial_seed(tp_size: int) -> int:
-    """The seed of initial weights where none is given: ``model_parallel_seed``'s, else a number of the default generator.
+    """The default seed of initial weights: ``model_parallel_seed``'s, or a number of the default generator.
 
     Args:
-        tp_size: ranks that hold parts of the weights; the others of the world hold copies.
+        tp_size: number of ranks that hold parts of the weights; all other ranks hold copies.
 
     Raises:
-        ValueError: there is no seed, and there are copies: nothing would make them alike.
+        ValueError: ``model_parallel_seed`` has set no seed, and there are copies, which might then differ.
     """
     if _tracker.initial_seed is not None:
         return _tracker.initial_seed
@@ -294,10 +307,10 @@ def initial_seed(tp_size: int) -> int:
 
 
 def lone_seed(tp_size: int) -> tuple[int, str]:
-    """(seed, prefix of the name) of a parameter of a layer that is made by itself and has no place in a model's names.
+    """(seed, prefix of the name) for a parameter of a layer that is made alone, without a model's names.
 
-    With ``model_parallel_seed`` such layers are named by the order in which they are made, as those of an
-    ``nn.Sequential`` are: two of one shape differ, and each is the same on every rank.
+    With ``model_parallel_seed`` such parameters are numbered in the order in which they are made. So two
+    parameters of one shape differ, and each is the same on every rank.
     """
     seeded, seed = _tracker.initial_seed is not None, initial_seed(tp_size)
     if not seeded:

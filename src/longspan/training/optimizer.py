@@ -15,11 +15,18 @@ from longspan.config.schema import TrainConfig
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW for the trained parameters; weight decay acts only on matrices, not on norms and biases."""
     assert config.learning_rate is not None
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    # One update takes parameters of one mesh: those of experts have their own, and so groups of their own.
+    experts = {name for name, p in named if "ep" in _axes(p)}
+    groups = []
+    for names in ({name for name, _ in named} - experts, experts):
+        here = [(name, p) for name, p in named if name in names]
+        matrices = [p for name, p in here if p.dim() > 1 and not name.endswith("bias")]
+        others = [p for name, p in here if p.dim() <= 1 or name.endswith("bias")]
+        groups += [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(
         groups,
@@ -28,6 +35,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         eps=config.adam_epsilon,
         fused=config.optimizer == "adamw_torch_fused",
     )
+
+
+def _axes(parameter: nn.Parameter) -> tuple[str, ...]:
+    return (parameter.device_mesh.mesh_dim_names or ()) if isinstance(parameter, DTensor) else ()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -23,6 +23,7 @@ from longspan.context_parallel import SequenceLayout, hybrid
 from longspan.context_parallel.run_layout import run_layout
 from longspan.data import Batch, TokenDataset
 from longspan.errors import UserError
+from longspan.expert_parallel.tokens import Sequences
 from longspan.training.schedule import evaluation_limit
 
 
@@ -31,12 +32,14 @@ class LocalBatch(NamedTuple):
 
     Attributes:
         positions: None if each token's position is its place in its document of the layout.
+        sequences: which sequence of the data each row belongs to, for a model with experts.
     """
 
     tokens: Tensor
     labels: Tensor
     layout: SequenceLayout
     positions: Tensor | None = None
+    sequences: Sequences | None = None
 
     @property
     def num_valid(self) -> int:
@@ -100,7 +103,27 @@ class Sharder:
             layout.shard(labels, self.cp_rank, dim=1, pad_value=IGNORE_INDEX),
             layout,
             layout.shard(positions, self.cp_rank, dim=1) if _positions_differ(self.run) else None,
+            self._sequences(batch, layout) if self.run.model.num_moe_experts else None,
         )
+
+    def _sequences(self, batch: Batch, layout: SequenceLayout) -> Sequences:
+        """Each row of the batch is a sequence; padding at its end is none of its tokens."""
+        rows, size = batch.tokens.shape
+        used = torch.tensor(batch.used).unsqueeze(1)
+        place = torch.arange(size).expand(rows, -1)
+        sequence = torch.where(place < used, torch.arange(rows).unsqueeze(1), -1)
+        document, tokens = sequence, used.squeeze(1)
+        if batch.cu_seqlens is not None:
+            ends = batch.cu_seqlens[1:]
+            inside = torch.bucketize(torch.arange(rows * size), ends, right=True).view(rows, size)
+            document = torch.where(sequence >= 0, inside, -1)
+            tokens = torch.bincount(document[document >= 0], minlength=len(ends))
+            sequence, document, place = (x.reshape(1, -1) for x in (sequence, document, place))
+
+        def cut(x: Tensor) -> Tensor:
+            return layout.shard(x, self.cp_rank, dim=1, pad_value=-1)
+
+        return Sequences(cut(sequence), cut(document), cut(place), used.squeeze(1), tokens)
 
 
 class HybridSharder:
@@ -145,15 +168,25 @@ class HybridSharder:
             tokens = torch.zeros(1, layout.local_length, dtype=torch.int64)
             labels = torch.full_like(tokens, IGNORE_INDEX)
             positions = torch.zeros_like(tokens)
+            index, place = torch.full_like(tokens, -1), torch.zeros_like(tokens)
             at = 0
+            numbers = {
+                n: i for i, n in enumerate(sorted({n for pieces in micro_batch for n, _, _ in pieces}))
+            }
             for document, start, stop in sorted(micro_batch[self.rank]):
                 sample, first, _ = documents[document]
                 row = read(sample)
                 for part, held in ((tokens, row.tokens), (labels, row.labels), (positions, row.positions)):
                     part[0, at : at + stop - start] = torch.from_numpy(held[first + start : first + stop])
+                index[0, at : at + stop - start] = numbers[document]
+                place[0, at : at + stop - start] = torch.arange(start, stop)
                 at += stop - start
             _check_tokens(self.run, tokens, labels)
-            yield LocalBatch(tokens, labels, layout, positions if _positions_differ(self.run) else None)
+            counts = torch.tensor([lengths[n] for n in numbers])
+            # A document is what a sequence is elsewhere: those of a row may lie in different micro-batches.
+            sequences = Sequences(index, index, place, counts, counts)
+            kept = sequences if self.run.model.num_moe_experts else None
+            yield LocalBatch(tokens, labels, layout, positions if _positions_differ(self.run) else None, kept)
 
 
 def _positions_differ(run: Run) -> bool:

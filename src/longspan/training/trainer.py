@@ -30,6 +30,7 @@ from longspan.models import GPTModel
 from longspan.training.build import build_model, groups_of, make_sharder
 from longspan.training.checkpoint import check_fits, load
 from longspan.training.description import describe_run
+from longspan.training.experts import Experts, num_tokens, of_step
 from longspan.training.metrics import Metrics, peak_memory_gib
 from longspan.training.optimizer import (
     clip_gradients,
@@ -96,6 +97,7 @@ class Trainer:
         self.groups = groups_of(run, self.mesh)
         self.model = build_model(run, self.mesh, self.groups, device)
         self.optimizer = make_optimizer(self.model, config)
+        self.experts = Experts(self.model, self.groups)
         self.shard = make_sharder(run, self.groups, self._plan)
         hold_waiting_time()
 
@@ -137,7 +139,8 @@ class Trainer:
         """The loss (nats) of each of this rank's tokens of a micro-batch, [b, rows]; 0 without a target."""
         tokens, labels = batch.tokens.to(self.device), batch.labels.to(self.device)
         positions = None if batch.positions is None else batch.positions.to(self.device)
-        return self.model(tokens, position_ids=positions, labels=labels, layout=batch.layout)
+        more = {} if batch.sequences is None else {"sequences": batch.sequences}
+        return self.model(tokens, position_ids=positions, labels=labels, layout=batch.layout, **more)
 
     # --- one step -------------------------------------------------------------------------
 
@@ -152,10 +155,13 @@ class Trainer:
             The mean loss (nats) and the number of valid tokens, over all ranks. If no token counts on any
             rank, the loss is None and no gradient is made.
         """
-        count = torch.tensor(sum(batch.num_valid for batch in batches), dtype=torch.int64)
-        dist.all_reduce(count, group=self.groups.dp_cp)
+        counts = torch.tensor([sum(b.num_valid for b in batches), num_tokens(batches)], dtype=torch.int64)
+        dist.all_reduce(counts, group=self.groups.dp_cp)
+        count, all_tokens = counts
         if not count:
             return None, 0
+        batches = of_step(batches, int(all_tokens))
+        self.experts.start_step()
         self.model.train()
         self.optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -184,6 +190,7 @@ class Trainer:
                 "or look at the data of this step."
             )
         clip_gradients(self.model, norm, self.run.config.max_grad_norm)
+        self.experts.end_step()
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         return norm.item()
@@ -251,6 +258,7 @@ class Trainer:
             loss=loss,
             grad_norm=norm,
             **self._parameter_norm(),
+            **({} if norm is None else self.experts.record()),
             learning_rate=rate,
             tokens=self.tokens,
             step_time=elapsed,

@@ -1,4 +1,4 @@
-"""The choice of the attention backend: the fastest that supports the inputs, or the one in the config."""
+"""The choice of the attention backend: the config's backend, or the fastest that supports the inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-#: the backends in the order in which ``auto`` tries them
+#: The backends, in the order in which ``auto`` tries them.
 BACKENDS = (
     "auto",
     "flash-attn-3",
@@ -42,11 +42,11 @@ def select_kernel(
     backend: str = "auto",
     deterministic: bool = False,
 ) -> Choice:
-    """The kernel for these inputs; ``auto`` takes the fastest one that supports them.
+    """The kernel for these inputs; ``auto`` takes the fastest kernel that supports them.
 
     Args:
-        deterministic: two runs give equal bits. Around the kernels gradients are always summed
-            in a fixed order, so this concerns the kernel's own backward only.
+        deterministic: two runs give equal bits. Outside the kernels gradients are always summed
+            in a fixed order, so this argument concerns the kernel's own backward only.
 
     Raises:
         UserError: the backend does not exist, or does not support these inputs.
@@ -72,11 +72,11 @@ def select_kernel(
 def chosen_kernel(
     device: torch.device, dtype: torch.dtype, head_dim: int, backend: str, deterministic: bool
 ) -> Kernel:
-    """The kernel of :func:`select_kernel`, kept: every layer of every forward pass needs the same one."""
+    """The kernel of :func:`select_kernel`, cached because every layer of every forward pass needs it."""
     return select_kernel(device, dtype, head_dim, backend, deterministic).kernel
 
 
-#: device -> backends that are skipped there without a remark
+#: Device -> backends that ``auto`` skips there without a reason.
 OTHER_DEVICE = {
     "cpu": ("flash-attn-3", "flash-attn-2", "cuda-flash", "cudnn"),
     "cuda": ("cpu-blocks", "cpu-flash"),

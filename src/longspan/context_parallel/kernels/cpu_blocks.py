@@ -1,7 +1,7 @@
 """Attention for CPU from matrix products over blocks of queries and keys.
 
 PyTorch's own flash kernel for CPU computes a whole block in one thread, with the slow products that
-`longspan.matmul` avoids. Here large blocks use oneDNN's products. A block has ``ROWS`` rows of scores x
+``longspan.matmul`` avoids. Here large blocks use oneDNN's products. A block has ``ROWS`` rows of scores x
 ``KEYS`` keys, a few MiB that stay in the cache. The query heads that share a key head are folded into the
 rows, [s, g, d] -> [s g, d], so grouped heads make taller products.
 
@@ -23,9 +23,9 @@ from longspan.matmul import fast_dtypes, product
 if TYPE_CHECKING:
     from longspan.context_parallel.kernels.protocol import Kernel
 
-#: the size of a block: rows of scores (all heads of a group together), and keys
+#: The size of a block: rows of scores (all heads of a group together), and keys.
 ROWS, KEYS = 768, 1024
-#: With fewer query-key pairs a head the other kernel is faster, because calls cost more than computing.
+#: With fewer (query, key) pairs per head the small kernel is faster, because calls cost more than computing.
 SMALL = 512 * 512
 LOG2E = math.log2(math.e)
 
@@ -65,7 +65,7 @@ def _hide(scores: Tensor, block: tuple[int, int, int, int], causal: bool) -> Non
     if not causal or end - 1 <= start:
         return
     query = torch.arange(start, stop).repeat_interleave(scores.shape[0] // (stop - start))
-    # All rows see the keys before this one.
+    # All rows see the keys before ``low``.
     low = max(first, start + 1)
     scores[:, low - first :].masked_fill_(torch.arange(low, end) > query.unsqueeze(1), float("-inf"))
 
@@ -92,8 +92,8 @@ class CpuBlocks:
         lse = torch.empty(batches, n, s, dtype=torch.promote_types(q.dtype, torch.float32))
         c = scale * LOG2E
         for batch, _, group, qs, ks, vs in _groups(q, k, v):
-            # The queries are scaled to base 2 first: scaled later, a large score could be rounded to a value
-            # other than its maximum.
+            # The queries are scaled to base 2 first. If the scores were scaled instead, a large score could
+            # be rounded to another value than its maximum.
             qs = qs * c
             total = torch.zeros_like(qs)
             # Every row sees key 0, which is in its first block, so no maximum stays infinite.
@@ -105,7 +105,7 @@ class CpuBlocks:
                 _hide(scores, block, causal)
                 new = torch.maximum(top[part], scores.amax(1, keepdim=True))
                 scores.sub_(new).exp2_()
-                # the factor that rescales the present sums to the new maximum
+                # The factor that rescales the present sums to the new maximum.
                 old = (top[part] - new).exp2_()
                 norm[part] = norm[part] * old + scores.sum(1, keepdim=True)
                 total[part] = total[part] * old + product(scores, vs[first:end])

@@ -27,7 +27,7 @@ from longspan.errors import UserError
 
 aten = torch.ops.aten
 
-#: mask -> (causal, window to the left, window to the right); -1 is no limit
+#: Mask -> (causal, window to the left, window to the right); -1 means no limit.
 WINDOWS = {Mask.FULL: (False, -1, -1), Mask.CAUSAL: (True, -1, 0), Mask.ANTI: (False, 0, -1)}
 
 
@@ -59,7 +59,7 @@ class VarlenKernel:
         self.deterministic = deterministic
 
     def forward(self, q, k, v, causal, scale):
-        """q [s, b, n, d], k and v [t, b, m, d]: batch entries are folded into the heads."""
+        """q [s, b, n, d], k and v [t, b, m, d]: the batch dim is flattened into the heads."""
         s, b, n, d = q.shape
         call = VarlenCall.single(s, k.shape[0], Mask.CAUSAL if causal else Mask.FULL, q.device)
         out, lse = self.forward_varlen(*(x.flatten(1, 2) for x in (q, k, v)), call, scale)
@@ -98,7 +98,7 @@ class CudaFlash(VarlenKernel):
 
     def backward_varlen(self, dout, q, k, v, out, lse, call, scale):
         causal, left, right = WINDOWS[call.mask]
-        # the state of dropout's random numbers, which is not used
+        # The state of the random numbers of dropout, which is not used.
         state = torch.zeros(2, dtype=torch.uint64, device=q.device)
         with _deterministic(self.deterministic):
             return aten._flash_attention_backward(
@@ -150,7 +150,7 @@ class Cudnn:
         return out.permute(2, 0, 1, 3), lse.squeeze(-1)
 
     def backward(self, dout, q, k, v, out, lse, causal, scale):
-        # the state of dropout's random numbers, which is not used
+        # The state of the random numbers of dropout, which is not used.
         state = torch.zeros((), dtype=torch.int64, device=q.device)
         grads = aten._scaled_dot_product_cudnn_attention_backward(
             *(x.permute(1, 2, 0, 3) for x in (dout, q, k, v, out)),
@@ -234,7 +234,10 @@ class FlashAttn(VarlenKernel):
 
 
 def _call(function: Callable, **arguments) -> tuple[Tensor, ...]:
-    """Calls with the arguments that a function has and None for others: flash-attn's releases differ."""
+    """Calls a function with the arguments that it has, and None for its other required arguments.
+
+    This is needed because flash-attn's releases have different arguments.
+    """
     known = inspect.signature(getattr(function, "_init_fn", function)).parameters
     needed = {name: None for name, parameter in known.items() if parameter.default is parameter.empty}
     return function(**needed | {name: value for name, value in arguments.items() if name in known})

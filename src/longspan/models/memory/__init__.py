@@ -1,1 +1,1 @@
-"""What saves memory inside a model: recomputing, tiles, offloading."""
+"""Ways to save memory inside a model: recomputing, tiles, offloading."""

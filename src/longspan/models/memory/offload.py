@@ -1,17 +1,20 @@
 """The tensors that layers save for backward, kept in the CPU's memory.
 
-    forward    While layer i computes, a stream of its own copies what the layer saves to pinned memory. When
-               layer i + 1 has ended, layer i's copies are awaited and its tensors on the device are freed.
+    forward    While layer i computes, a separate stream copies the tensors that it saves to pinned memory.
+               When layer i + 1 has ended, the compute stream waits for layer i's copies, and layer i's
+               tensors on the device are freed.
     backward   While layer i computes, the tensors that layer i - 1 saved are copied back.
 
-So at most two layers' saved tensors are on the device at a time. A layer is one group: a tensor that it
-saves several times (the input of three projections) is copied once. Weights stay where they are, and so do
-small tensors and those that all layers share (the rotary table).
+So at most two layers' saved tensors are on the device at a time. The tensors of a layer are one group: a
+tensor that the layer saves several times (the input of three projections) is copied once. Weights, small
+tensors, and tensors that all layers share (the rotary table) stay on the device.
 
-A layer saves its input with full recomputation, also what attention needs with selective, else everything.
+With full recomputation a layer saves its input, with selective recomputation also the tensors that attention
+needs, and otherwise everything.
 
-PyTorch's own ``torch.autograd.graph.save_on_cpu`` waits for each copy and copies weights too; torchtune and
-TRL (``OffloadActivations``) overlap copies of single tensors, and this module those of whole, equal layers.
+PyTorch's own ``torch.autograd.graph.save_on_cpu`` waits for each copy and copies weights too. torchtune and
+TRL (``OffloadActivations``) overlap copies of single tensors with computation; this module overlaps copies of
+whole, equal layers.
 """
 
 from __future__ import annotations
@@ -30,26 +33,29 @@ MINIMUM_BYTES = 1 << 16
 
 
 class _Group:
-    """What one layer saved in one forward pass: CPU copies, and the tensors while they are on the device.
+    """The tensors that one layer saved in one forward pass: CPU copies, and originals while on the device.
 
-    Only the autograd graph holds the groups (by its handles), so freeing the graph frees them.
+    Only the autograd graph holds groups (through its handles), so freeing the graph frees them.
     """
 
     def __init__(self, before: weakref.ref[_Group] | None):
-        # the group of the layer before this one
+        # The group of the layer before this group's layer.
         self.before = before
         self.host: list[Tensor] = []
         self.here: list[Tensor] | None = []
-        # the end of this group's last copy, in either direction
+        # The end of this group's last copy, in either direction.
         self.ready: torch.cuda.Event | None = None
 
 
-#: autograd keeps this instead of a tensor: the tensor's group, its number in the group, and its shape
+#: What autograd keeps instead of a tensor: the tensor's group, its number in the group, and its shape.
 _Handle = tuple[_Group, int, torch.Size]
 
 
 class Offload:
-    """One for all layers of a model; see the module's docstring.
+    """Offloads the saved tensors of all layers of a model; see the module's docstring.
+
+    Args:
+        minimum: tensors of fewer bytes stay on the device.
 
     Attributes:
         moved: bytes copied to the CPU so far.
@@ -60,7 +66,7 @@ class Offload:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.on_device: deque[weakref.ref[_Group]] = deque()
         self.last: weakref.ref[_Group] | None = None
-        # the group that backward has reached, and the event at which it reached the group
+        # The group that backward has reached, and the event at which it reached this group.
         self.asked: weakref.ref[_Group] | None = None
         self.reached: torch.cuda.Event | None = None
         self.moved = 0
@@ -81,7 +87,7 @@ class Offload:
                 return t
             assert group.here is not None
             shape, t = t.shape, t.detach()
-            # Attention's output is saved in two shapes; flat, both have the same key and one copy.
+            # Attention's output is saved in two shapes. Both are flattened, so they share a key and a copy.
             if t.is_contiguous():
                 t = t.view(-1)
             # group.here keeps the tensor alive, so no other tensor can get its address.
@@ -123,7 +129,7 @@ class Offload:
         return host
 
     def _let_go(self, group: _Group | None) -> None:
-        """Frees a layer's tensors on the device; the stream awaits their copies before it reuses memory."""
+        """Frees a layer's tensors on the device, after the compute stream has waited for their copies."""
         if group is not None:
             if group.ready is not None:
                 torch.cuda.current_stream(self.device).wait_event(group.ready)
@@ -136,7 +142,7 @@ class Offload:
         if self.stream is None:
             group.here = [t.clone() for t in group.host]
             return
-        # The copies to the CPU have ended before, because they used the same stream.
+        # The copies to the CPU end before these copies start, because both use the same stream.
         with torch.cuda.stream(self.stream):
             group.here = [t.to(self.device, non_blocking=True) for t in group.host]
             group.ready = self.stream.record_event()
@@ -149,13 +155,13 @@ class Offload:
         if self.asked is None or self.asked() is not group:
             self.asked = weakref.ref(group)
             if self.stream is not None:
-                # The CPU may run far ahead of the device: it waits, so as not to bring layers back too early.
+                # The CPU may run far ahead of the device. It waits, so that no layer is brought back early.
                 if self.reached is not None:
                     self.reached.synchronize()
                 self.reached = torch.cuda.current_stream(self.device).record_event()
             self._bring(group)
             self._bring(group.before() if group.before is not None else None)
-        # The group may have been freed since, if backward runs through the graph twice.
+        # If backward runs through the graph twice, a forward pass in between may have freed the tensors.
         self._bring(group)
         assert group.here is not None
         t = group.here[index]

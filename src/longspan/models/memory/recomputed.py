@@ -1,10 +1,11 @@
 """Parts of a layer that compute cheap intermediate results again in backward instead of keeping them.
 
-The compiler (``longspan.compiled``) chooses by itself what it keeps, so it gets the plain operations.
+Autograd keeps the tensors that each operation needs: four of [s, ffn] for a gated MLP, and four of [s, h] for
+a norm on the CPU. These parts keep two (gate and up) for the MLP and one (the input) for the norm. Unlike in
+checkpointing, no matrix product runs twice. The parts can be used inside checkpointing, because
+``save_for_backward`` saves everything that they keep.
 
-Autograd keeps what each operation needs: four tensors of [s, ffn] for a gated MLP, and four of [s, h] for a
-norm on the CPU. These parts keep two (gate, up) and one. Unlike in checkpointing, nothing expensive runs
-twice; and they can be used inside checkpointing, because ``save_for_backward`` saves everything they keep.
+The compiler (``longspan.compiled``) chooses the kept tensors itself, so it gets the plain operations.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """``torch.nn.functional.rms_norm`` over the last dim, keeping only x."""
-    # On other devices the norm is one kernel, which keeps only x and one number a row.
+    """``torch.nn.functional.rms_norm`` over the last dim; it keeps x and the weight for backward."""
+    # On other devices the norm is one kernel, which keeps x, the weight and one number per row.
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.rms_norm(x, weight.shape, weight, epsilon)
     return _RMSNorm.apply(x, weight, epsilon)
@@ -69,7 +70,16 @@ class _GatedLinear(torch.autograd.Function):
 
 
 def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """``(activation(gate) * up) @ weight^T``, keeping gate and up only."""
+    """``(activation(gate) * up) @ weight^T``; it keeps gate, up and the weight for backward.
+
+    Args:
+        gate, up: [.., ffn].
+        weight: [h, ffn].
+        activation: applied to each element.
+
+    Returns:
+        [.., h], in autocast's dtype if autocast is on.
+    """
     if torch.compiler.is_compiling():
         return F.linear(activation(gate) * up, weight)
     gate, up, weight = autocast.cast(gate, up, weight)

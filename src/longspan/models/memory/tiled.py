@@ -1,9 +1,9 @@
 """A function of each token by itself, computed one tile (a run of tokens) at a time, forward and backward.
 
-What the function keeps for backward exists for one tile at a time: forward keeps the input [t, h]; backward
-computes each tile again and takes its gradients at once. So the function runs twice a step (three times
-within full recomputation). Gradients of parameters are summed over the tiles in order, in at least float32,
-so two runs give equal bits.
+The tensors that the function keeps for backward exist for one tile at a time: forward keeps only the input
+[t, h], and backward computes each tile again and its gradients directly afterwards. So the function runs
+twice a step (three times within full recomputation). Gradients of parameters are summed over the tiles in
+order, in at least float32, so two runs give equal bits.
 
 It follows the tiled MLP of Arctic Long Sequence Training (Bekman et al. 2025, arXiv:2506.13996).
 """
@@ -19,7 +19,7 @@ from longspan import autocast
 
 
 def _slices(tokens: int, tiles: int) -> Iterator[slice]:
-    """``tiles`` runs of tokens whose lengths differ by at most one; no run but the first can be empty."""
+    """``tiles`` runs of tokens, or one per token if these are fewer. Lengths differ by at most one."""
     tiles = max(1, min(tiles, tokens))
     short, longer = divmod(tokens, tiles)
     start = 0
@@ -68,13 +68,13 @@ class _Tiled(torch.autograd.Function):
 def tiled(
     function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor], tiles: int
 ) -> Tensor:
-    """``function(x)``, computed for ``tiles`` runs of rows, one after another.
+    """``function(x)`` [t, n], computed for ``tiles`` runs of rows, one after another.
 
     Args:
-        function: [t, h] -> [t, n]. Each row depends on its own input row and on the parameters; nothing else
-            that the function uses needs a gradient.
+        function: [t, h] -> [t, n]. Each row depends on its own input row and on the parameters only; no other
+            tensor that the function reads gets a gradient.
         x: [t, h].
-        parameters: all parameters of the function; those that it does not use get no gradient.
-        tiles: at least 1; a number above t counts as t.
+        parameters: all parameters of the function; parameters that it does not use get no gradient.
+        tiles: number of runs, at least 1; a number above t counts as t.
     """
     return _Tiled.apply(function, tiles, x, *parameters)

@@ -1,0 +1,81 @@
+"""What the trainer does for layers with experts: counts of a step, the bias of experts, and records.
+
+Experts are chosen in every micro-batch of every rank; ``end_step`` adds the counts up over all of them, in one message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from longspan.expert_parallel import MoELayer
+from longspan.expert_parallel.balancing import updated_bias
+from longspan.mesh.mesh import ProcessGroupCollection
+from longspan.tensor_parallel.layers import local
+from longspan.training.sharding import LocalBatch
+
+
+def num_tokens(batches: Sequence[LocalBatch]) -> int:
+    """Tokens of this rank's rows, without padding; 0 for a model without experts, which does not count them."""
+    return sum(batch.sequences.num_tokens for batch in batches if batch.sequences is not None)
+
+
+def of_step(batches: list[LocalBatch], step_tokens: int) -> list[LocalBatch]:
+    """The same micro-batches, with the tokens of the global batch, by which balancing losses are divided."""
+    return [
+        batch
+        if batch.sequences is None
+        else batch._replace(sequences=batch.sequences.with_step_tokens(step_tokens))
+        for batch in batches
+    ]
+
+
+class Experts:
+    """The layers with experts of a model (none is fine), and what they counted.
+
+    Args:
+        groups: of the model.
+    """
+
+    def __init__(self, model: nn.Module, groups: ProcessGroupCollection):
+        self.layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+        self.group = groups.tp_dp_cp
+        #: float64 [layers, E + 3], the sums of the last step; see ``Load.flat``
+        self.sums: torch.Tensor | None = None
+
+    def start_step(self) -> None:
+        for layer in self.layers:
+            layer.start_step()
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Adds the counts up over all ranks, and updates the bias of experts. Collective."""
+        if not self.layers:
+            return
+        held = [layer.load for layer in self.layers]
+        assert all(load is not None for load in held), "a layer with experts ran no forward pass in this step"
+        self.sums = torch.stack([load.flat() for load in held if load is not None])
+        dist.all_reduce(self.sums, group=self.group)
+        for layer, sums in zip(self.layers, self.sums):
+            counts = sums[: layer.router.num_experts]
+            local(layer.router.last_counts).copy_(counts)
+            if layer.router.expert_bias is not None:
+                bias = local(layer.router.expert_bias)
+                bias.copy_(updated_bias(bias, counts, layer.config.moe_router_bias_update_rate))
+
+    def record(self) -> dict:
+        """The fields of a step's record: losses (means over the layers), dropped choices, and the load of each layer."""
+        if self.sums is None:
+            return {}
+        counts, losses, dropped = self.sums[:, :-3], self.sums[:, -3:-1].mean(0), self.sums[:, -1].sum()
+        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        found = {"moe_aux_loss": losses[0].item()}
+        if self.layers[0].config.moe_z_loss_coeff:
+            found["moe_z_loss"] = losses[1].item()
+        return found | {
+            "moe_dropped_tokens": int(dropped),
+            "moe_load": [[round(share, 6) for share in row] for row in shares.tolist()],
+        }
