@@ -14,6 +14,7 @@ import yaml
 import tiny
 from cli_folder import records, write, write_folder
 from command import run as longspan
+from llamas import OWN
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError
 
@@ -401,15 +402,7 @@ def test_text_values_on_the_command_line_stay_text(folder):
 )
 def test_a_broken_base_model_is_refused(folder, tmp_path, base, message):
     (tmp_path / "config.json").write_text(json.dumps(base))
-    own = (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "ffn_hidden_size",
-        "vocab_size",
-    )
-    name = write(folder, "base.yaml", remove=own, base_model=str(tmp_path))
+    name = write(folder, "base.yaml", remove=OWN, base_model=str(tmp_path))
     done = longspan("config", name, cwd=folder)
     assert done.returncode == 2
     assert message in done.stderr

@@ -17,11 +17,6 @@ import tiny
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # as the kernel writes 127.0.0.1 and ::1
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture
 def folder(prefix, tmp_path):
     values = tiny.values(prefix, output_dir="out", num_layers=1, max_steps=10**6, context_parallel_size=2)

@@ -15,11 +15,6 @@ from longspan.training.trainer import Trainer
 NAN = math.nan
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("verify"))
-
-
 def measured(prefix, steps, max_steps):
     got = verify.measure(tiny.tiny_run(prefix, 1, max_steps=max_steps), torch.device("cpu"), steps)
     return got["losses"], got["evaluation_tokens"]

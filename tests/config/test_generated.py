@@ -117,11 +117,6 @@ CONFIGS = st.tuples(
 ).map(lambda parts: {k: v for part in parts for k, v in part.items()})
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
 def run_of(values):
     """The checked run of a config, or the problems it is refused for."""
     reading = make_config(values)

@@ -154,11 +154,6 @@ def compiled_adapters(backend):
     return with_backend(backend, with_adapters)
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
 def test_later_steps_and_more_layers_compile_nothing(prefix):
     (losses, made), _, breaks = pool.run(1, compiled_curve, "aot_eager", prefix)[0]
     assert not breaks

@@ -152,11 +152,6 @@ def test_offloaded_parameters_with_copies_of_the_weights():
 # --- offload_params through a whole run -------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
 def a_run(prefix, folder, changes):
     """Three steps with clipping and accumulation, a checkpoint after two, an evaluation and an export."""
     run = tiny.tiny_run(

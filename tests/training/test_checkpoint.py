@@ -26,11 +26,6 @@ CPU = torch.device("cpu")
 TP2_CP2 = {"tensor_parallel_size": 2, "context_parallel_size": 2}
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
 def steps(prefix, changes, folder, first, last, background=True):
     """Trains steps first+1 .. last, from the checkpoint in ``folder`` unless first is 0, and saves there."""
     folder = Path(folder)

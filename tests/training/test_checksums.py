@@ -22,11 +22,6 @@ from longspan.training.trainer import Trainer
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
 # --- sums -----------------------------------------------------------------------------------
 
 

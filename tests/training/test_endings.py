@@ -27,11 +27,6 @@ from longspan.training.trainer import NotFinite, Trainer
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
 class Records:
     """A sink that keeps the records."""
 

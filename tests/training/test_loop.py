@@ -37,11 +37,6 @@ def curve(prefix, steps, changes):
 
 
 @pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def reference(prefix):
     done = {}
 

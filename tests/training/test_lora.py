@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import pool
-import tiny
 from llamas import lora_run, make_adapters, make_llama
 from longspan.config.lora import TARGETS
 from longspan.errors import UserError
@@ -22,21 +21,6 @@ pytest.importorskip("peft")
 
 CPU = torch.device("cpu")
 TP2_CP2 = {"tensor_parallel_size": 2, "context_parallel_size": 2}
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_llama(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapters(base, tmp_path_factory):
-    return make_adapters(base, tmp_path_factory.mktemp("adapters"))
 
 
 # --- against PEFT ---------------------------------------------------------------------------
