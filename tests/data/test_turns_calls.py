@@ -65,15 +65,19 @@ def test_calls_as_json_text_and_calls_without_arguments(family):
         assert not coder.missing
 
 
-def test_calls_without_content_cost_the_other_turns_no_renders(monkeypatch):
+def test_calls_without_content_cost_the_other_turns_no_renders():
     """A turn with a content is found by the marks, at one render each; a call alone takes five of its own."""
-    qwen3 = ChatTemplate("qwen3", TEMPLATES["qwen3"], {"eos_token": "<|im_end|>"}, ("<|im_end|>",))
+    renders = []
+
+    class Counted(ChatTemplate):
+        def render(self, *given):
+            renders.append(1)
+            return super().render(*given)
+
+    qwen3 = Counted("qwen3", TEMPLATES["qwen3"], {"eos_token": "<|im_end|>"}, ("<|im_end|>",))
     step = [said("", tool_calls=[call(city="Paris")]), result("sunny")]
     step += [said("I look.", tool_calls=[call(city="Paris")]), result("dry")] * 4
     messages = [*ASK, *step * 2, said("Sunny.")]
-    renders = []
-    render = ChatTemplate.render
-    monkeypatch.setattr(ChatTemplate, "render", lambda *given: renders.append(1) or render(*given))
     found = Turns(qwen3).find(messages, [m["role"] == "assistant" for m in messages])
     turns = [f"{CALL}<|im_end|>", *[f"I look.\n{CALL}<|im_end|>"] * 4] * 2
     assert [found.text[a:b] for a, b in found.spans] == [*turns, f"{NO_THOUGHT}Sunny.<|im_end|>"]

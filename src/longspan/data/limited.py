@@ -22,7 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-#: seconds of computing that a call may take; waiting for a busy processor does not count
+#: seconds of computing that a call may take
 TIME_S = 2.0
 #: bytes of memory that the process may have
 MEMORY = 2 << 30
@@ -34,17 +34,18 @@ class LimitError(Exception):
     """A call exceeded its time or memory, or ended its process."""
 
 
-def limited(function: Callable[..., Any], *arguments: Any) -> Any:
+def limited(function: Callable[..., Any], *arguments: Any, seconds: float = TIME_S) -> Any:
     """Returns or raises what the function does; can be called from any thread and any process.
 
     Args:
         function: a function of a module, found by its name.
         arguments: sent by pickle, as is the result.
+        seconds: of computing that the call may take; waiting for a busy processor does not count.
 
     Raises:
         LimitError: a limit was exceeded, or the call ended its process.
     """
-    request = pickle.dumps((TIME_S, function, arguments))
+    request = pickle.dumps((seconds, function, arguments))
     with _state.lock:
         while True:
             process = _state.running()
@@ -66,7 +67,7 @@ def limited(function: Callable[..., Any], *arguments: Any) -> Any:
             if code != 0:
                 if code == -signal.SIGPROF:
                     raise LimitError(
-                        f"it took more than {TIME_S:g} seconds of computing, where milliseconds are usual; look for a loop without an end"
+                        f"it took more than {seconds:g} seconds of computing, where milliseconds are usual; look for a loop without an end"
                     )
                 raise LimitError(f"the process that ran it ended with code {code}")
     if isinstance(error, MemoryError):

@@ -201,15 +201,19 @@ def _lines(storage: torch.Tensor, dim: int) -> list[list[int]]:
     return storage.movedim(dim, -1).reshape(-1, storage.shape[dim]).tolist()
 
 
-#: seconds in which the ranks of all machines have to be started; ddp_timeout, if that is longer
+#: seconds in which the ranks of all machines have to be started
 START_S = 600.0
 
 
-def init_distributed(device_type: str, timeout_s: float = 600.0) -> None:
+def init_distributed(device_type: str, timeout_s: float = 600.0, start_s: float = START_S) -> None:
     """Starts the default process group unless somebody has: from the launcher's environment, else alone.
 
     This is the one place that reads the launcher's environment variables (RANK, WORLD_SIZE,
     LOCAL_RANK): NCCL with CUDA, gloo otherwise.
+
+    Args:
+        timeout_s: seconds that an exchange waits for an answer (ddp_timeout).
+        start_s: seconds in which the ranks of all machines have to be started; timeout_s, if that is longer.
 
     Raises:
         UserError: machine 0 cannot be reached, or other ranks of the launcher's have not come.
@@ -228,7 +232,7 @@ def init_distributed(device_type: str, timeout_s: float = 600.0) -> None:
     if not launched:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    start = datetime.timedelta(seconds=max(START_S, timeout_s))
+    start = datetime.timedelta(seconds=max(start_s, timeout_s))
     try:
         store, rank, world = next(rendezvous("env://", timeout=start))
     except RuntimeError as error:
