@@ -279,7 +279,8 @@ def test_prepare_dataset_trains_and_caches(corpus, tmp_path):
     assert tokenizer.decode(data.read(1)[:-1].tolist()) == DOCUMENTS[0]
 
     def files():
-        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in prefix.parent.iterdir()}
+        found = [*map(prefix.with_suffix, (".bin", ".idx")), folder / "tokenizer.json"]
+        return [(path.stat().st_ino, path.stat().st_mtime_ns) for path in found]
 
     written = files()
     assert prepare_dataset(str(corpus), cache_dir=cache, train_vocab_size=300) == (prefix, folder)
