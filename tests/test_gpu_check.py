@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import pool
+from marks import slow
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -49,7 +50,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", slow(PARTS, "step"))
 def test_a_part_runs_through_on_the_cpu(name, tmp_path, gpu_check):
     (module,) = (part.module for part in gpu_check.PARTS if part.name == name)
     assert module == PARTS[name]

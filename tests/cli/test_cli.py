@@ -215,6 +215,7 @@ def test_train_launches_the_processes_the_config_asks_for(folder):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-10)
 
 
+@pytest.mark.slow
 def test_train_joins_under_torchrun(folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [

@@ -87,6 +87,7 @@ def listening(pid):
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_and_can_go_on_at_once(folder):
     process = command.start("train", "config.yaml", "--save-steps", "5", cwd=folder, new_ranks=True)
     wait_for(lambda: (folder / "out" / "checkpoints" / "latest").exists(), process)
@@ -129,6 +130,7 @@ def test_a_killed_run_leaves_nothing_and_can_go_on_at_once(folder):
     assert f"saved out/checkpoints/step_{last['step']:08d}" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_answer_is_waited_for_as_long_as_asked(folder):
     process = command.start("train", "config.yaml", "--ddp-timeout", "8", cwd=folder, new_ranks=True)
     wait_for(lambda: steps(folder) > 2, process)

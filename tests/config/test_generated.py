@@ -153,6 +153,7 @@ def losses(values, world):
 ALONE = {name: None for name in LAYOUT} | {"micro_batch_size": 1, "gradient_accumulation_steps": None}
 
 
+@pytest.mark.slow
 def test_thirty_generated_configs_train_as_one_process_does(prefix):
     """Configs that are taken train two steps; the losses are those of one process with the same global batch."""
     done = {"trained": 0, "compared": 0}

@@ -26,6 +26,7 @@ from longspan.context_parallel.refusals import check_heads_of
 from longspan.context_parallel.schedule import Schedule
 from longspan.context_parallel.tiles import Mask
 from longspan.mesh.topology import hierarchical_groups
+from marks import slow
 from oracle import dense, inputs
 
 
@@ -138,7 +139,7 @@ def test_equals_dense_attention(world, comm):
     )
 
 
-@pytest.mark.parametrize("world", [6, 8])
+@pytest.mark.parametrize("world", slow([6, 8], 8))
 def test_many_ranks_and_empty_ones(world):
     """More ranks than some documents have tokens; ranks with nothing but padding."""
     cases = [
@@ -164,6 +165,7 @@ def test_inner_groups_of_one_rank_keep_the_order_of_rows():
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_random_packs(data):

@@ -45,6 +45,7 @@ def steps(prefix, changes, folder, first, last, background=True):
 
 
 @pytest.mark.parametrize(("background", "stop", "end"), [(True, 10, 14), (False, 2, 3)])
+@pytest.mark.slow
 def test_the_same_layout_goes_on_bit_equal(prefix, tmp_path, background, stop, end):
     whole = pool.run(4, steps, prefix, TP2_CP2, str(tmp_path / "a"), 0, end)[0]
     head = pool.run(4, steps, prefix, TP2_CP2, str(tmp_path / "b"), 0, stop, background)[0]
@@ -55,7 +56,7 @@ def test_the_same_layout_goes_on_bit_equal(prefix, tmp_path, background, stop, e
 @pytest.mark.parametrize(
     ("world", "changes"),
     [
-        (4, {"context_parallel_size": 4}),
+        pytest.param(4, {"context_parallel_size": 4}, marks=pytest.mark.slow),
         (4, {"dp_shard_size": 4}),
         (4, {"dp_replicate_size": 2, "tensor_parallel_size": 2}),
         (3, {"context_parallel_size": 3}),

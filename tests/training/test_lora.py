@@ -174,7 +174,7 @@ def one_process(prefix, base):
 @pytest.mark.parametrize(
     ("world", "more"),
     [
-        (4, TP2_CP2),
+        pytest.param(4, TP2_CP2, marks=pytest.mark.slow),
         (3, {"context_parallel_size": 3, "micro_batch_size": 2}),
         (4, {"dp_shard_size": 2, "context_parallel_size": 2, "max_grad_norm": 1.0}),
     ],
@@ -188,6 +188,7 @@ def test_training_follows_the_curve_of_one_process(prefix, base, one_process, wo
     assert got[0][2][1] < 0.97 * got[0][2][0]
 
 
+@pytest.mark.slow
 def test_bf16_holds_frozen_weights_in_bf16_and_computes_the_same(prefix, base):
     more = {"params_dtype": "float32", "bf16": True}
     alone = pool.run(1, curve, prefix, base, 20, more)[0]
@@ -260,6 +261,7 @@ def steps(prefix, base, more, folder, first, last):
     return losses
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_adapters_alone_and_goes_on_at_another_layout(prefix, base, tmp_path):
     import torch.distributed.checkpoint as dcp
 
