@@ -33,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,15 +99,15 @@ def download(folder: Path) -> None:
     print(f"{len(list(folder.glob('*.whl')))} wheels, {total / 1e6:.0f} MB, in {folder}")
 
 
-def missing() -> list[str]:
-    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+def missing(packages: Mapping[str, tuple[str, ...]] = PACKAGES) -> list[str]:
+    return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
-def install(wheels: Path | None, site: Path) -> list[str]:
+def install(wheels: Path | None, site: Path, packages: Mapping[str, tuple[str, ...]] = PACKAGES) -> list[str]:
     """Installs what is missing from the folder of wheels into ``site``; returns what is missing still."""
-    wanted = sorted({wheel for name in missing() for wheel in PACKAGES[name]})
+    wanted = sorted({wheel for name in missing(packages) for wheel in packages[name]})
     if wheels is None or not wanted:
-        return missing()
+        return missing(packages)
     held = {path.name.split("-")[0].lower() for path in wheels.glob("*.whl")}
     names = [name for name in wanted if name in held]
     if names:
@@ -116,7 +117,7 @@ def install(wheels: Path | None, site: Path) -> list[str]:
         print(done.stdout + done.stderr, end="")
     sys.path.insert(0, str(site))
     importlib.invalidate_caches()
-    return missing()
+    return missing(packages)
 
 
 # --- running ----------------------------------------------------------------------------------
@@ -154,8 +155,19 @@ def end(process: subprocess.Popen) -> None:
             process.wait(5)
 
 
-def run_part(part: Part, seconds: float, out: Path, options: list[str], environment: dict[str, str]) -> dict:
-    """Runs one part; its output goes to the screen and to the log as it comes."""
+def run_part(
+    part: Part,
+    seconds: float,
+    out: Path,
+    options: list[str],
+    environment: dict[str, str],
+    end: Callable[[subprocess.Popen], None] = end,
+) -> dict:
+    """Runs one part; its output goes to the screen and to the log as it comes.
+
+    Args:
+        end: ends a part that runs beyond its seconds.
+    """
     command = [sys.executable, str(HERE / "gpu_check.py"), "--part", part.name, "--out", str(out), *options]
     begun, how = time.monotonic(), "ran"
     with (out / "log.txt").open("ab", buffering=0) as log:

@@ -102,6 +102,11 @@ def loss_of(model: GPTModel, sizes: Sizes, length: int, device: torch.device, do
     return model(tokens, labels=labels, layout=layout).sum() / length
 
 
+def switch_parts(model: GPTModel, compiled: bool, device: torch.device) -> None:
+    """Compiles the parts, or not. On the CPU, where only the tests run, no code is generated: that takes most of the time."""
+    compile_parts(model, "aot_eager" if compiled and device.type == "cpu" else compiled)
+
+
 # --- one step against the CPU's ---------------------------------------------------------------
 
 
@@ -121,7 +126,7 @@ def step(rows: Rows, device: torch.device, tiny: bool) -> None:
 
     def run(where: torch.device, compiled: bool = False, **keys) -> tuple[float, dict[str, Tensor]]:
         model = make_model(sizes, where, seed=1, **keys)
-        compile_parts(model, compiled)
+        switch_parts(model, compiled, where)
         return gradients(model, sizes, where)
 
     exact_loss, exact = run(cpu)
@@ -228,7 +233,7 @@ class Ours:
         for layer in self.model.decoder.layers.values():
             layer.set_reshard_after_forward(reshard)
             layer.recompute, layer.offload, layer.tiles = recompute, moved, tiles
-        compile_parts(self.model, compiled)
+        switch_parts(self.model, compiled, self.device)
 
     def step(self, length: int) -> None:
         self.optimizer.zero_grad()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import command
+import tiny
 
 # What starts the tests may ignore signals (nohup, a script's background), and every process inherits that: a run
 # would then rightly ignore them too. The tests of signals need them heard.
@@ -33,6 +34,12 @@ def _seed():
 def _nothing_is_left_running():
     yield
     command.end_all()
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    """The prefix of tiny tokenised data."""
+    return tiny.write_data(tmp_path_factory.mktemp("data"))
 
 
 def pytest_collection_modifyitems(items):

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 SOURCE = Path(__file__).parents[1] / "src" / "longspan"
 
 #: level of each package or module: a file imports from its own package and from lower levels only
@@ -58,20 +56,35 @@ def test_tests_are_short_too():
     assert not long
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_imports_point_down_and_files_are_short(path):
-    name = str(path.relative_to(SOURCE))
-    text = path.read_text()
-    assert text.count("\n") <= 550, f"{name} is more than one sitting"
-    tree = TREES[path]
-    assert name == "__main__.py" or ast.get_docstring(tree), f"{name} has no docstring"
-    package = name.split("/")[0].removesuffix(".py")
-    if package in ("__init__", "__main__"):
-        return
-    for other in imported(tree):
-        if other == package:
+def name_of(path):
+    return str(path.relative_to(SOURCE))
+
+
+def test_files_are_short():
+    assert not [name_of(path) for path in FILES if path.read_text().count("\n") > 550]
+
+
+def test_files_have_a_docstring():
+    assert not [
+        name_of(path)
+        for path, tree in TREES.items()
+        if name_of(path) != "__main__.py" and not ast.get_docstring(tree)
+    ]
+
+
+def test_imports_point_down():
+    wrong = []
+    for path, tree in TREES.items():
+        package = name_of(path).split("/")[0].removesuffix(".py")
+        if package in ("__init__", "__main__"):
             continue
-        assert LEVELS[other] < LEVELS[package], f"{name} imports longspan.{other}, which is not below it"
+        others = {other for other in imported(tree) if other != package}
+        wrong += [
+            f"{name_of(path)} imports longspan.{other}, which is not below it"
+            for other in sorted(others)
+            if LEVELS[other] >= LEVELS[package]
+        ]
+    assert not wrong
 
 
 def test_no_circle_lies_inside_a_package():
@@ -117,10 +130,15 @@ def test_no_circle_lies_inside_a_package():
         visit(module)
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "models"], ids=lambda p: p.name)
-def test_models_contain_no_collective(path):
-    for word in ("all_reduce", "all_gather", "all_to_all", "isend", "irecv", "broadcast"):
-        assert f".{word}" not in path.read_text(), f"{path.name} calls {word}"
+def test_models_contain_no_collective():
+    words = ("all_reduce", "all_gather", "all_to_all", "isend", "irecv", "broadcast")
+    assert not [
+        f"{path.name} calls {word}"
+        for path in FILES
+        if path.parent.name == "models"
+        for word in words
+        if f".{word}" in path.read_text()
+    ]
 
 
 def test_only_one_file_reads_the_launchers_environment_for_groups_and_none_decides_by_variables():

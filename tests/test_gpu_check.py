@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import pool
+from marks import slow
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -25,22 +26,16 @@ def gpu_check(monkeypatch):
     return gpu_check
 
 
-def run_part(module, name, path, backend):
-    """One part as gpu_check runs it; compiled parts by ``backend``, which may leave out generating code."""
+def run_part(module, name, path):
+    """One part as gpu_check runs it."""
     import importlib
 
-    from longspan import compiled
-
     sys.path.append(str(BENCHMARKS))
-    compiled.BACKEND = backend
-    compiled.compiled.cache_clear()
     try:
         from common import Rows
 
         getattr(importlib.import_module(module), name)(Rows(path, name), torch.device("cpu"), True)
     finally:
-        compiled.BACKEND = "inductor"
-        compiled.compiled.cache_clear()
         sys.path.remove(str(BENCHMARKS))
 
 
@@ -55,11 +50,11 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", slow(PARTS, "step"))
 def test_a_part_runs_through_on_the_cpu(name, tmp_path, gpu_check):
     (module,) = (part.module for part in gpu_check.PARTS if part.name == name)
     assert module == PARTS[name]
-    pool.run(1, run_part, module, name, tmp_path / "rows.jsonl", "aot_eager")
+    pool.run(1, run_part, module, name, tmp_path / "rows.jsonl")
     rows = gpu_check.rows_of(tmp_path)
     assert rows
     assert all(row["ok"] is not False for row in rows), rows
@@ -107,11 +102,10 @@ def test_a_part_beyond_its_time_costs_that_part_alone(tmp_path):
     assert [part["result"] for part in report["parts"]] == ["ended after its 0 s"] * 2
 
 
-def test_a_part_that_nothing_ends_is_left_behind(tmp_path, gpu_check, monkeypatch):
+def test_a_part_that_nothing_ends_is_left_behind(tmp_path, gpu_check):
     left = []
-    monkeypatch.setattr(gpu_check, "end", left.append)
     part = gpu_check.run_part(
-        gpu_check.PARTS[1], 0, tmp_path, ["--device", "cpu", "--tiny"], dict(os.environ)
+        gpu_check.PARTS[1], 0, tmp_path, ["--device", "cpu", "--tiny"], dict(os.environ), left.append
     )
     assert part["result"] == "ended after its 0 s"
     left[0].kill()
@@ -165,11 +159,11 @@ def make_wheel(folder, name):
 
 def test_what_is_missing_is_installed_from_wheels_into_a_folder_of_its_own(tmp_path, gpu_check, monkeypatch):
     name, other = "longspan_probe_of_wheels", "longspan_probe_without_wheel"
-    monkeypatch.setattr(gpu_check, "PACKAGES", {"json": ("none",), name: (name,), other: (other,)})
+    packages = {"json": ("none",), name: (name,), other: (other,)}
     wheels, site = tmp_path / "wheels", tmp_path / "site"
     wheels.mkdir()
     make_wheel(wheels, name)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert gpu_check.install(None, site) == [name, other]
-    assert gpu_check.install(wheels, site) == [other]
+    assert gpu_check.install(None, site, packages) == [name, other]
+    assert gpu_check.install(wheels, site, packages) == [other]
     assert (site / f"{name}.py").exists()

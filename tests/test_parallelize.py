@@ -11,11 +11,6 @@ from longspan.training.trainer import Trainer
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
 def norms(prefix, changes):
     """What two steps record, and the norm of the whole tensors after them."""
     run = tiny.tiny_run(prefix, dist.get_world_size(), **{"log_params_norm": True} | changes)

@@ -36,7 +36,11 @@ def dies_on_rank_one():
     ("function", "message"),
     [
         (fails_on_rank_one, "rank 1 of 2, fails_on_rank_one:(.|\n)*ValueError: a clear message"),
-        (hangs_on_rank_one, "rank 1 of 2 hung in hangs_on_rank_one for 4 s:(.|\n)*in hangs_on_rank_one"),
+        pytest.param(
+            hangs_on_rank_one,
+            "rank 1 of 2 hung in hangs_on_rank_one for 4 s:(.|\n)*in hangs_on_rank_one",
+            marks=pytest.mark.slow,
+        ),
         (dies_on_rank_one, "rank 1 died"),
     ],
 )

@@ -5,7 +5,7 @@ import numpy as np
 from longspan.config.load import make_config
 from longspan.config.resolve import resolve
 from longspan.config.run import Run
-from longspan.data import IndexedDatasetWriter
+from longspan.data import IndexedDataset, IndexedDatasetWriter
 
 VOCAB = 97
 
@@ -22,6 +22,15 @@ def write_data(folder, documents=60, seed=0, vocab=VOCAB):
                 tokens.append((tokens[-1] * 3 + int(rng.integers(2))) % vocab)
             writer.add_document(np.array(tokens))
     return str(prefix)
+
+
+def write_numbered(prefix, lengths, first_token):
+    """Documents whose tokens are numbered through, so that each token is known again."""
+    with IndexedDatasetWriter(prefix, np.int32) as writer:
+        for length in lengths:
+            writer.add_document(np.arange(first_token, first_token + length))
+            first_token += length
+    return IndexedDataset(prefix)
 
 
 def values(prefix, **changes):

@@ -17,35 +17,41 @@ import torch
 
 from longspan.errors import UserError
 
-#: The backend of torch.compile. A test uses a backend that generates no code, because generating takes long.
-BACKEND = "inductor"
+#: the backend of torch.compile, unless another is named
+INDUCTOR = "inductor"
 
 
 class Compilable:
     """A module with parts that can be compiled.
 
     Attributes:
-        compiled: whether the parts run in their compiled form.
+        compiled: the backend of torch.compile by which the parts are compiled; None runs them as they are.
     """
 
-    compiled = False
+    compiled: str | None = None
 
     def part(self, function: Callable) -> Callable:
         """The form of a function of tensors that this module runs: compiled or plain."""
-        return compiled(function) if self.compiled else function
+        return compiled(function, self.compiled) if self.compiled else function
 
 
 @functools.cache
-def compiled(function: Callable) -> Callable:
+def compiled(function: Callable, backend: str) -> Callable:
     """The compiled form of a function, one for the whole process."""
-    return torch.compile(function, backend=BACKEND)
+    return torch.compile(function, backend=backend)
 
 
-def compile_parts(model: torch.nn.Module, on: bool = True) -> None:
-    """Switches all parts of a model to their compiled form, or back."""
+def compile_parts(model: torch.nn.Module, on: bool | str = True) -> None:
+    """Switches all parts of a model to their compiled form, or back.
+
+    Args:
+        on: True for Inductor, or the name of a backend of torch.compile: ``aot_eager`` generates no code, which
+            takes most of the time.
+    """
+    backend = INDUCTOR if on is True else on or None
     for module in model.modules():
         if isinstance(module, Compilable):
-            module.compiled = on
+            module.compiled = backend
 
 
 def check_compiler(device: torch.device) -> None:

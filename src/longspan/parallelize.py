@@ -45,7 +45,7 @@ def parallelize(
     activation_offloading: bool = False,
     mlp_tiles: int | None = 1,
     offload_params: bool = False,
-    torch_compile: bool = False,
+    torch_compile: bool | str = False,
 ) -> GPTModel:
     """Shards a model that was made on ``meta``, and fills its weights.
 
@@ -62,7 +62,7 @@ def parallelize(
         mlp_tiles: see MLP.tiles.
         offload_params: keeps this rank's shards of weights and gradients, and so the optimizer's state, in
             the CPU's memory; a layer's weights are copied to the device when they are gathered.
-        torch_compile: compiles the code between the exchanges when it first runs.
+        torch_compile: compiles the code between the exchanges when it first runs; as in ``compile_parts``.
 
     Raises:
         UserError: this machine has no compiler for ``torch_compile``.
@@ -74,7 +74,7 @@ def parallelize(
         layer.offload, layer.tiles = offload, mlp_tiles
     if torch_compile:
         check_compiler(device)
-        compile_parts(model)
+        compile_parts(model, torch_compile)
     # Pinned memory can be copied while the device computes; without a GPU there is no pinned memory.
     policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload_params else OffloadPolicy()
     shard(model, mesh, compute_dtype, reshard_after_forward, policy)

@@ -39,6 +39,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_script_verifies_trains_and_evaluates(folder):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=folder, capture_output=True, text=True, timeout=240

@@ -186,6 +186,7 @@ def small(text: str) -> list[str]:
     return [*shrunk(text.split()), "--mock-data"]
 
 
+@pytest.mark.slow
 def test_torchrun_pretrain_gpt_with_the_whole_list_of_flags(folder):
     """Documents 1, 2 and 4: a first start, so --load finds nothing."""
     flags = small(FULL)
@@ -196,6 +197,7 @@ def test_torchrun_pretrain_gpt_with_the_whole_list_of_flags(folder):
     assert len(losses(folder / "full")) == 2
 
 
+@pytest.mark.slow
 def test_python_pretrain_gpt_starts_its_processes(folder):
     """Document 2, 5.1, with the advice for too little memory; document 5, 1.5, by the same words: tensor parallel."""
     text = """--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 1

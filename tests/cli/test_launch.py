@@ -17,11 +17,6 @@ import tiny
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # as the kernel writes 127.0.0.1 and ::1
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture
 def folder(prefix, tmp_path):
     values = tiny.values(prefix, output_dir="out", num_layers=1, max_steps=10**6, context_parallel_size=2)
@@ -92,6 +87,7 @@ def listening(pid):
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_and_can_go_on_at_once(folder):
     process = command.start("train", "config.yaml", "--save-steps", "5", cwd=folder, new_ranks=True)
     wait_for(lambda: (folder / "out" / "checkpoints" / "latest").exists(), process)
@@ -134,6 +130,7 @@ def test_a_killed_run_leaves_nothing_and_can_go_on_at_once(folder):
     assert f"saved out/checkpoints/step_{last['step']:08d}" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_answer_is_waited_for_as_long_as_asked(folder):
     process = command.start("train", "config.yaml", "--ddp-timeout", "8", cwd=folder, new_ranks=True)
     wait_for(lambda: steps(folder) > 2, process)

@@ -1,6 +1,5 @@
 """``longspan layout``: its figures are those of SequenceLayout and Schedule; it says no before it does anything."""
 
-import importlib.util
 import itertools
 import json
 import subprocess
@@ -289,10 +288,7 @@ def test_mistakes_are_told_together(config, capsys):
 
 
 def test_a_picture_without_matplotlib_says_what_to_install(config, capsys, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
-    )
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["layout", config(), "--lengths", "12", "--png", "a.png"]) == 2
     assert "pip install 'longspan[plot]'" in capsys.readouterr().err
 

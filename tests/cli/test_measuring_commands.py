@@ -30,6 +30,7 @@ def test_verify_compares_a_layout_with_one_process(folder):
     assert result["eval_loss"] is not None
 
 
+@pytest.mark.slow
 def test_verify_all_goes_through_every_type_and_layout(folder):
     args = [
         "config.yaml",

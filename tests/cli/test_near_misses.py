@@ -1,6 +1,4 @@
-"""A typo gets the right near miss, at both doors."""
-
-import pytest
+"""A typo gets the right near miss, in configs and in flags."""
 
 from longspan.config.dialects.megatron import parse_megatron_flags
 from longspan.config.load import make_config
@@ -75,12 +73,19 @@ def test_there_are_thirty_of_each():
     assert len(KEYS) == len(FLAGS) == 30
 
 
-@pytest.mark.parametrize(("typo", "right"), KEYS.items())
-def test_keys(typo, right):
-    assert f"{typo}: unknown key. Did you mean {right}?" in make_config({typo: 1}).problems
+def test_keys():
+    found = {typo: make_config({typo: 1}).problems for typo in KEYS}
+    assert not {
+        typo: found[typo]
+        for typo, right in KEYS.items()
+        if f"{typo}: unknown key. Did you mean {right}?" not in found[typo]
+    }
 
 
-@pytest.mark.parametrize(("typo", "right"), FLAGS.items())
-def test_flags(typo, right):
-    reading, _ = parse_megatron_flags([typo, "2"])
-    assert f"{typo}: unknown option. Did you mean {right}?" in reading.problems
+def test_flags():
+    found = {typo: parse_megatron_flags([typo, "2"])[0].problems for typo in FLAGS}
+    assert not {
+        typo: found[typo]
+        for typo, right in FLAGS.items()
+        if f"{typo}: unknown option. Did you mean {right}?" not in found[typo]
+    }

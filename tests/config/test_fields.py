@@ -61,7 +61,7 @@ def test_a_checkpoint_records_the_model_by_these_names(changes):
     }
     assert list(found["settings"]) == [
         *("sequence_len", "sample_packing", "seed", "val_set_size"),
-        *("rotary_base", "rope_scaling", "sliding_window", "layernorm_epsilon"),
+        *("rotary_base", "rope_scaling", "sliding_window", "layernorm_epsilon", "softmax_scale"),
     ]
     back = config_of_model(found)
     assert Architecture.of(back) == Architecture.of(config(**changes))

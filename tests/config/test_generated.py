@@ -118,11 +118,6 @@ CONFIGS = st.tuples(
 ).map(lambda parts: {k: v for part in parts for k, v in part.items()})
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
 def run_of(values):
     """The checked run of a config, or the problems it is refused for."""
     reading = make_config(values)
@@ -159,6 +154,7 @@ def losses(values, world):
 ALONE = {name: None for name in LAYOUT} | {"micro_batch_size": 1, "gradient_accumulation_steps": None}
 
 
+@pytest.mark.slow
 def test_thirty_generated_configs_train_as_one_process_does(prefix):
     """Configs that are taken train two steps; the losses are those of one process with the same global batch."""
     done = {"trained": 0, "compared": 0}

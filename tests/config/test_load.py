@@ -344,12 +344,14 @@ def numeric_keys():
             yield k.name, int not in members
 
 
-@pytest.mark.parametrize(("name", "listed"), numeric_keys())
-def test_numbers_beyond_every_machine_are_refused(name, listed):
-    for number in (2**70, -(2**70), "99999999999999999999", "1e30", "1.0e+30", 1e30):
-        assert any(
-            p.startswith(f"{name}: ") for p in make_config({name: [number] if listed else number}).problems
-        )
+def test_numbers_beyond_every_machine_are_refused():
+    taken = []
+    for name, listed in numeric_keys():
+        for number in (2**70, -(2**70), "99999999999999999999", "1e30", "1.0e+30", 1e30):
+            found = make_config({name: [number] if listed else number}).problems
+            if not any(problem.startswith(f"{name}: ") for problem in found):
+                taken.append((name, number))
+    assert not taken
 
 
 @pytest.mark.parametrize(

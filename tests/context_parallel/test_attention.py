@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pool
 from longspan import AttnMaskType, TransformerConfig, parallel_state
@@ -18,16 +19,14 @@ from longspan.context_parallel import (
     PackedSeqParams,
     SequenceLayout,
     context_parallel_attention,
-    move_keys,
-    schedule,
 )
-from longspan.context_parallel.kernels.choose import CPU_KERNELS, chosen_kernel
 from longspan.context_parallel.kernels.cuda import VarlenKernel
 from longspan.context_parallel.layout import LAYOUTS
 from longspan.context_parallel.refusals import check_heads_of
 from longspan.context_parallel.schedule import Schedule
 from longspan.context_parallel.tiles import Mask
 from longspan.mesh.topology import hierarchical_groups
+from marks import slow
 from oracle import dense, inputs
 
 
@@ -73,14 +72,13 @@ def hierarchy(inner):
     return made[key]
 
 
-def distributed(cases, deterministic_twice=False):
+def distributed(cases, deterministic_twice=False, backend="auto"):
     """For each case: out, lse, dq, dk, dv of the whole sequence, put together from the ranks."""
     results = []
     for case in cases:
         group, rank, (n, m) = dist.group.WORLD, dist.get_rank(), case.heads
         total, ranks = case.cu[-1], dist.get_world_size()
         layout = SequenceLayout.make(case.layout, total, ranks, cu_seqlens=case.cu, windows=[case.window])
-        usual, schedule.ROWS_A_STEP = schedule.ROWS_A_STEP, case.rows_a_step
         local = [layout.shard(x, rank).requires_grad_() for x in inputs(total, n, m, case.d)]
 
         def run(case=case, layout=layout, local=local):
@@ -92,13 +90,14 @@ def distributed(cases, deterministic_twice=False):
                 window=case.window,
                 cp_comm_type=case.comm,
                 hierarchical_groups=hierarchy(case.inner) if case.comm == "a2a+p2p" else None,
+                backend=backend,
+                rows_a_step=case.rows_a_step,
             )
             return out, lse, *torch.autograd.grad(out, local[:3], local[3].detach())
 
         out, lse, *grads = run()
         if deterministic_twice:
             assert all(torch.equal(a, b) for a, b in zip(run(), (out, lse, *grads)))
-        schedule.ROWS_A_STEP = usual
         whole = [layout.unshard(x, group) for x in (out.detach(), lse.t().contiguous(), *grads)]
         padding = layout.positions(rank) >= layout.total
         assert (out[padding] == 0).all()
@@ -140,7 +139,7 @@ def test_equals_dense_attention(world, comm):
     )
 
 
-@pytest.mark.parametrize("world", [6, 8])
+@pytest.mark.parametrize("world", slow([6, 8], 8))
 def test_many_ranks_and_empty_ones(world):
     """More ranks than some documents have tokens; ranks with nothing but padding."""
     cases = [
@@ -166,6 +165,7 @@ def test_inner_groups_of_one_rank_keep_the_order_of_rows():
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_random_packs(data):
@@ -198,7 +198,11 @@ def test_random_packs(data):
 class PackedMath(VarlenKernel):
     """A kernel that takes many sequences in one call, as CUDA's do, made of plain PyTorch."""
 
-    name, calls = "packed math", 0
+    name = "packed math"
+
+    def __init__(self, deterministic):
+        super().__init__(deterministic)
+        self.calls = 0
 
     def _scores(self, q, k, mask, scale):
         rows, keys = q.shape[0], k.shape[0]
@@ -216,7 +220,7 @@ class PackedMath(VarlenKernel):
         return zip(*(map(slice, x, x[1:]) for x in (q, k)))
 
     def forward_varlen(self, q, k, v, call, scale):
-        type(self).calls += 1
+        self.calls += 1
         out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         for a, b in self._sequences(call):
@@ -239,21 +243,25 @@ class PackedMath(VarlenKernel):
         return dq, *(x.unflatten(1, (-1, share)).sum(2) for x in (dk, dv))
 
 
+class Numbers(TorchDispatchMode):
+    """Counts the calls of torch's ``index_add_``, and the numbers that are sent."""
+
+    def __init__(self):
+        super().__init__()
+        self.index_adds = self.sent = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.index_adds += func.overloadpacket == torch.ops.aten.index_add_
+        if func.overloadpacket == torch.ops.c10d.send:
+            self.sent += sum(tensor.numel() for tensor in args[0])
+        return func(*args, **kwargs or {})
+
+
 def distributed_packed(cases, deterministic):
-    usual, CPU_KERNELS["cpu-flash"] = CPU_KERNELS["cpu-flash"], PackedMath(deterministic)
-    adds, index_add = [], torch.Tensor.index_add_
-
-    def count(*args):
-        adds.append(args)
-        return index_add(*args)
-
-    torch.Tensor.index_add_ = count
-    chosen_kernel.cache_clear()
-    try:
-        return distributed(cases), PackedMath.calls, len(adds)
-    finally:
-        CPU_KERNELS["cpu-flash"], torch.Tensor.index_add_ = usual, index_add
-        chosen_kernel.cache_clear()
+    kernel = PackedMath(deterministic)
+    with Numbers() as numbers:
+        results = distributed(cases, backend=kernel)
+    return results, kernel.calls, numbers.index_adds
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -278,26 +286,15 @@ def test_kernels_that_take_many_sequences_in_one_call(world, deterministic):
 
 def bytes_sent(cases):
     """What really went over the wire in forward and backward: elements of keys and of gradients, for each case."""
-    counted = []
-    real = dist.batch_isend_irecv
-
-    def count(ops):
-        counted.extend(op.tensor.numel() for op in ops if op.op is dist.isend)
-        return real(ops)
-
-    move_keys.dist.batch_isend_irecv = count
     found = []
-    try:
-        for layout in cases:
-            x = layout.shard(torch.randn(layout.total, 2, 4), dist.get_rank())
-            q, k, v = (x.clone().requires_grad_() for _ in range(3))
-            counted.clear()
+    for layout in cases:
+        x = layout.shard(torch.randn(layout.total, 2, 4), dist.get_rank())
+        q, k, v = (x.clone().requires_grad_() for _ in range(3))
+        with Numbers() as forward:
             out, _ = context_parallel_attention(q, k, v, group=dist.group.WORLD, layout=layout)
-            forward = sum(counted)
+        with Numbers() as backward:
             out.sum().backward()
-            found.append((forward, sum(counted) - forward))
-    finally:
-        move_keys.dist.batch_isend_irecv = real
+        found.append((forward.sent, backward.sent))
     return found
 
 

@@ -10,12 +10,16 @@ from longspan.context_parallel import (
     context_parallel_attention,
 )
 from longspan.context_parallel.calls import VarlenCall
-from longspan.context_parallel.kernels import cpu_blocks
 from longspan.context_parallel.kernels.choose import CPU_KERNELS, chosen_kernel
+from longspan.context_parallel.kernels.cpu_blocks import CpuBlocks
+from longspan.context_parallel.kernels.cpu_flash import CpuFlash
 from longspan.context_parallel.kernels.cuda import FlashAttn
 from longspan.context_parallel.kernels.protocol import merge
 from longspan.context_parallel.tiles import Mask
 from oracle import dense, inputs
+
+#: blocks of a few rows and keys, the last ones short
+SMALL_BLOCKS = CpuBlocks(CpuFlash(), least=0, rows=34, keys=23)
 
 
 def installed_flash_attention(forward, backward=None):
@@ -63,15 +67,13 @@ def test_releases_of_flash_attention():
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", ["cpu-blocks", "cpu-flash", "math"])
-def test_kernel_equals_dense(name, causal, monkeypatch):
-    for constant, value in (("SMALL", 0), ("ROWS", 34), ("KEYS", 23)):  # several blocks, the last ones short
-        monkeypatch.setattr(cpu_blocks, constant, value)
+def test_kernel_equals_dense(name, causal):
     t = 1500 if name == "math" else 150  # math goes through the rows in blocks of 256
     q, k, v, dout = inputs(t, 4, 2, 8)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, lse = dense(*leaves, (0, t), causal)
     expected = torch.autograd.grad(out, leaves, dout)
-    kernel = CPU_KERNELS[name]
+    kernel = SMALL_BLOCKS if name == "cpu-blocks" else CPU_KERNELS[name]
     q, k, v, dout = (x.detach().unsqueeze(1) for x in (q, k, v, dout))
     got, got_lse = kernel.forward(q, k, v, causal, 1 / math.sqrt(8))
     grads = kernel.backward(dout, q, k, v, got, got_lse, causal, 1 / math.sqrt(8))
@@ -101,10 +103,9 @@ def test_cpu_blocks_is_as_near_to_float64_as_flash(rows, keys, causal, dtype):
 
 
 @pytest.mark.parametrize("backend", ["cpu-blocks", "cpu-flash", "math"])
-def test_tensors_of_any_strides(backend, monkeypatch):
+def test_tensors_of_any_strides(backend):
     """Kernels take the head's numbers to lie side by side; a caller's tensor need not."""
-    monkeypatch.setattr(cpu_blocks, "SMALL", 0)
-    monkeypatch.setitem(CPU_KERNELS, "cpu-flash", CPU_KERNELS[backend])
+    kernel = SMALL_BLOCKS if backend == "cpu-blocks" else CPU_KERNELS[backend]
     q, k, v, dout = inputs(37, 4, 2, 8)
     found = []
     for turn in (
@@ -113,7 +114,8 @@ def test_tensors_of_any_strides(backend, monkeypatch):
         lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
     ):
         leaves = [turn(x).detach().requires_grad_() for x in (q, k, v)]
-        out, lse = context_parallel_attention(*leaves, group=None, layout=SequenceLayout.zigzag(37, 1))
+        layout = SequenceLayout.zigzag(37, 1)
+        out, lse = context_parallel_attention(*leaves, group=None, layout=layout, backend=kernel)
         found.append((out, lse, *torch.autograd.grad(out, leaves, turn(dout))))
     for other in found[1:]:
         for got, expected in zip(other, found[0]):
@@ -123,19 +125,18 @@ def test_tensors_of_any_strides(backend, monkeypatch):
 @pytest.mark.parametrize(
     ("sign", "size", "scale"), [(1, 1e12, 0.25), (-1, 1e32, 0.25), (1, 1, 0.0), (1, 1, -0.25)]
 )
-def test_cpu_blocks_of_any_scores(sign, size, scale, monkeypatch):
+def test_cpu_blocks_of_any_scores(sign, size, scale):
     """Scores so large that rounding moves them by hundreds, rows without a score above -1e30, scales that are not positive."""
-    monkeypatch.setattr(cpu_blocks, "SMALL", 0)
     g = torch.Generator().manual_seed(0)
     q, k, v, dout = (torch.rand(70, 1, 2, 16, generator=g) for _ in range(4))
     q *= sign * size
 
-    def run(name, dtype):
+    def run(kernel, dtype):
         x = [t.to(dtype) for t in (q, k, v, dout)]
-        out, lse = CPU_KERNELS[name].forward(*x[:3], True, scale)
-        return out, lse, *CPU_KERNELS[name].backward(x[3], *x[:3], out, lse, True, scale)
+        out, lse = kernel.forward(*x[:3], True, scale)
+        return out, lse, *kernel.backward(x[3], *x[:3], out, lse, True, scale)
 
-    got, exact = run("cpu-blocks", torch.float32), run("math", torch.float64)
+    got, exact = run(CpuBlocks(CpuFlash(), least=0), torch.float32), run(CPU_KERNELS["math"], torch.float64)
     for a, b in zip(got[:2] if size > 1 else got, exact):  # gradients of such scores are rounding
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 

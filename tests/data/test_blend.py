@@ -8,20 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.data.blend import PERIOD, BlendedDataset, common_counts, period
-from longspan.data.indexed import IndexedDataset, IndexedDatasetWriter
 from longspan.data.loader import TokenDataset
 from longspan.data.packing import IGNORE_INDEX
+from tiny import write_numbered
 
 # weights of blends as people write them, lopsided ones among them
 WEIGHTS = st.lists(st.one_of(st.integers(1, 12), st.integers(1, 2000)), min_size=1, max_size=9)
-
-
-def write(prefix, lengths, first_token):
-    with IndexedDatasetWriter(prefix, np.int32) as writer:
-        for length in lengths:
-            writer.add_document(np.arange(first_token, first_token + length))
-            first_token += length
-    return IndexedDataset(prefix)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +22,7 @@ def members(tmp_path_factory):
     folder = tmp_path_factory.mktemp("blend")
     made, first = [], 1
     for name, documents in (("a", 5), ("b", 13), ("c", 40)):
-        made.append(TokenDataset([write(folder / name, [16] * documents, first)], 16, seed=7))
+        made.append(TokenDataset([write_numbered(folder / name, [16] * documents, first)], 16, seed=7))
         first += 16 * documents
     assert [len(member) for member in made] == [5, 13, 40]
     return made

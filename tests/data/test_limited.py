@@ -1,8 +1,10 @@
 """Calls within limits: what a function returns and raises comes back, what runs for ever does not."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,12 +17,6 @@ from longspan.data.limited import LimitError, limited
 from longspan.data.templates import TEMPLATES
 from longspan.data.turns import Turns
 from longspan.errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def _less_time(monkeypatch):
-    monkeypatch.setattr(module, "TIME_S", 0.3)
-
 
 CHATML = TEMPLATES["chatml"]
 
@@ -73,7 +69,9 @@ def make_strange():
 def test_what_runs_for_ever_is_ended(function, thread):
     with ThreadPoolExecutor(1) as pool:
         with pytest.raises(LimitError, match=r"more than 0.3 seconds of computing, .* look for a loop"):
-            pool.submit(limited, function).result() if thread else limited(function)
+            if thread:
+                pool.submit(limited, function, seconds=0.3).result()
+            limited(function, seconds=0.3)
         assert pool.submit(limited, add, 1, 2).result() == 3
 
 
@@ -85,16 +83,12 @@ def test_too_much_memory_is_refused():
     assert limited(add, 1, 2) == 3
 
 
-def test_an_interrupt_leaves_no_process_behind(monkeypatch):
+def test_an_interrupt_leaves_no_process_behind():
     limited(add, 1, 2)
     process = module._state.process
-
-    def interrupt(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module.pickle, "load", interrupt)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        limited(add, 1, 2)
+        limited(loop, seconds=60.0)
     assert process.returncode is not None  # it was waited for
 
 
@@ -156,7 +150,7 @@ def test_nothing_outlives_its_caller():
 )
 def test_an_endless_template_is_refused(template, message):
     with pytest.raises(UserError, match=f"chat template some.*{message}"):
-        found = ChatTemplate("some", template, {})
+        found = ChatTemplate("some", template, {}, seconds=0.3)
         found.check()
         Turns(found).find(chat("a", "b"), [False, True])
 

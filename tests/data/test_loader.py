@@ -13,15 +13,7 @@ from longspan.data.indexed import IndexedDataset, IndexedDatasetWriter
 from longspan.data.loader import Prefetcher, TokenDataset
 from longspan.data.packing import IGNORE_INDEX, EndOfDocument
 from longspan.errors import UserError
-
-
-def write(prefix, lengths, first_token):
-    """Documents whose tokens are numbered through, so that each token is known again."""
-    with IndexedDatasetWriter(prefix, np.int32) as writer:
-        for length in lengths:
-            writer.add_document(np.arange(first_token, first_token + length))
-            first_token += length
-    return IndexedDataset(prefix)
+from tiny import write_numbered
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +21,8 @@ def files(tmp_path_factory):
     """Two files with 60 documents of 0 to 49 tokens."""
     folder = tmp_path_factory.mktemp("data")
     lengths = (np.arange(60) * 37 % 50).tolist()  # number 0 and number 50 are empty
-    one = write(folder / "one", lengths[:25], 1)
-    return [one, write(folder / "two", lengths[25:], 1 + one.num_tokens)]
+    one = write_numbered(folder / "one", lengths[:25], 1)
+    return [one, write_numbered(folder / "two", lengths[25:], 1 + one.num_tokens)]
 
 
 @pytest.fixture(scope="module")

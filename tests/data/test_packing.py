@@ -117,10 +117,9 @@ def test_packs_are_full():
     assert lengths.sum() / (len(packs) * 4096) > 0.99
 
 
-def test_at_most_so_many_packs_are_open(monkeypatch):
-    monkeypatch.setattr(packing, "OPEN_PACKS", 2)
+def test_at_most_so_many_packs_are_open():
     # 6 opens A; 7 opens B; 8 opens C and closes the fullest, itself; 3 fits B best; 4 A.
-    assert packing._best_fit([6, 7, 8, 3, 4, 2], 10).tolist() == [0, 1, 2, 1, 0, 3]
+    assert packing._best_fit([6, 7, 8, 3, 4, 2], 10, most_open=2).tolist() == [0, 1, 2, 1, 0, 3]
 
 
 def test_best_fit_takes_the_fullest_that_has_room():

@@ -14,7 +14,6 @@ from longspan.data import (
     TokenDataset,
     open_masks,
     prepare_samples,
-    samples,
 )
 from longspan.data.instruct import Encoder, Recipe
 from longspan.data.packing import IGNORE_INDEX
@@ -32,12 +31,16 @@ def recipe(path, folder, **values):
     return Recipe.make(DatasetConfig(path=str(path), **{"type": "alpaca"} | values), folder)
 
 
-def test_samples_are_prepared_once(tmp_path, folder, monkeypatch):
+def test_samples_are_prepared_once(tmp_path, folder):
     path = write_lines(tmp_path / "a.jsonl", RECORDS)
     seen = []
-    prefix = prepare_samples(
-        recipe(path, folder), tmp_path / "cache", progress=lambda *done: seen.append(done)
-    )
+
+    def prepare():
+        return prepare_samples(
+            recipe(path, folder), tmp_path / "cache", progress=lambda *done: seen.append(done)
+        )
+
+    prefix = prepare()
     tokens, masks = IndexedDataset(prefix), open_masks(prefix)
     assert masks.dtype == np.uint8
     assert seen[-1] == (60, tokens.num_tokens)
@@ -46,24 +49,25 @@ def test_samples_are_prepared_once(tmp_path, folder, monkeypatch):
         ids, mask = encoder("x", record)
         assert tokens.read(number).tolist() == ids.tolist()
         assert masks.read(number).tolist() == mask.tolist()
-    monkeypatch.setattr(samples, "_encoded", None)
-    assert prepare_samples(recipe(path, folder), tmp_path / "cache") == prefix
-    with pytest.raises(TypeError):  # the mask is gone: it is made again
-        masks.bin_path.unlink()
-        prepare_samples(recipe(path, folder), tmp_path / "cache")
+    once = len(seen)
+    assert prepare() == prefix
+    assert len(seen) == once
+    masks.bin_path.unlink()  # the mask is gone: it is made again
+    assert prepare() == prefix
+    assert len(seen) == 2 * once
+    assert open_masks(prefix).read(0).tolist() == encoder("x", RECORDS[0])[1].tolist()
 
 
-def test_processes_make_the_same_samples_in_the_same_order(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(samples, "CHUNK", 7)
+def test_processes_make_the_same_samples_in_the_same_order(tmp_path, folder):
     path = write_lines(tmp_path / "a.jsonl", RECORDS)
-    one = prepare_samples(recipe(path, folder), tmp_path / "one", processes=1)
-    two = prepare_samples(recipe(path, folder), tmp_path / "two", processes=2)
+    one = prepare_samples(recipe(path, folder), tmp_path / "one", processes=1, chunk=7)
+    two = prepare_samples(recipe(path, folder), tmp_path / "two", processes=2, chunk=7)
     for name in ("samples", "samples_mask"):
         for end in (".bin", ".idx"):
             assert (one.parent / (name + end)).read_bytes() == (two.parent / (name + end)).read_bytes()
     write_lines(path, [*RECORDS, {"instruction": "a"}])
     with pytest.raises(UserError, match="a.jsonl, line 61: no field 'output'"):
-        prepare_samples(recipe(path, folder), tmp_path / "two", processes=2)
+        prepare_samples(recipe(path, folder), tmp_path / "two", processes=2, chunk=7)
 
 
 def test_everything_that_matters_makes_other_samples(tmp_path, folder):
@@ -104,8 +108,7 @@ def test_documents_of_records_have_no_masks(tmp_path, folder):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_what_a_template_leaves_out_is_said_every_time_with_counts(tmp_path, folder, monkeypatch, processes):
-    monkeypatch.setattr(samples, "CHUNK", 7)
+def test_what_a_template_leaves_out_is_said_every_time_with_counts(tmp_path, folder, processes):
     thought = [*chat("a"), {"role": "assistant", "content": "b", "reasoning_content": "x"}]
     records = [
         {"messages": thought if i % 3 == 0 else chat("a", "b"), "tools": [{}] if i == 5 else []}
@@ -114,13 +117,13 @@ def test_what_a_template_leaves_out_is_said_every_time_with_counts(tmp_path, fol
     path = write_lines(tmp_path / "a.jsonl", records)
     made = recipe(path, folder, type="chat_template", chat_template="chatml")
     said = []
-    prepare_samples(made, tmp_path / "cache", processes, remark=said.append)
+    prepare_samples(made, tmp_path / "cache", processes, remark=said.append, chunk=7)
     assert [line.partition(": ")[2].partition(" that")[0] for line in said] == [
         "10 of 30 chats hold thoughts (reasoning_content)",
         "1 of 30 chats hold tools",
     ]
     assert all(line.startswith(f"{path}, chat template chatml: ") for line in said)
-    prepare_samples(made, tmp_path / "cache", processes, remark=said.append)
+    prepare_samples(made, tmp_path / "cache", processes, remark=said.append, chunk=7)
     assert said[2:] == said[:2]  # the samples are there
 
 
@@ -142,20 +145,18 @@ def write(prefix, lengths, answers=None, first=1):
     return IndexedDataset(prefix), masks
 
 
-def test_processes_that_come_at_once_find_what_one_makes(tmp_path, folder, monkeypatch, caplog):
+def test_processes_that_come_at_once_find_what_one_makes(tmp_path, folder, caplog):
     """The second once met the first's token files before their masks. Locks of threads are as those of processes."""
     path = write_lines(tmp_path / "a.jsonl", RECORDS)
-    made, write = [], samples._write_samples
+    made = []
 
-    def slowly(*arguments):
-        made.append(1)
+    def slowly(*done):
+        made.append(done)
         time.sleep(0.3)
-        write(*arguments)
 
-    monkeypatch.setattr(samples, "_write_samples", slowly)
     with ThreadPoolExecutor(4) as pool:
         found = list(
-            pool.map(lambda _: prepare_samples(recipe(path, folder), tmp_path / "cache", 1), range(4))
+            pool.map(lambda _: prepare_samples(recipe(path, folder), tmp_path / "cache", 1, slowly), range(4))
         )
     assert len(set(found)) == 1
     assert len(made) == 1

@@ -2,12 +2,12 @@
 
 import json
 import os
+import sys
 
 import pytest
 
 from chats import write_lines, write_tokenizer
 from longspan.config.keys.data import DatasetConfig
-from longspan.data import sources
 from longspan.data.instruct import Encoder, Recipe
 from longspan.data.sources import check_source, is_text, iter_records, plain, stamp
 from longspan.data.text import iter_documents
@@ -129,7 +129,8 @@ def test_what_is_not_there(tmp_path, monkeypatch):
         read(tmp_path / "train.jsonl", split="train:10")
     with pytest.raises(UserError, match="revision is for datasets of the hub"):
         read(tmp_path / "train.jsonl", revision="main")
-    monkeypatch.setattr(sources, "has_package", lambda name: False)
+    for name in ("datasets", "pyarrow"):  # as where neither is installed
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
         UserError, match=r"owner/name.*dataset of the Hugging Face hub, which needs.*longspan\[hf\]"
     ):

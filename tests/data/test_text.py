@@ -237,8 +237,7 @@ def test_a_tokenizers_copy_keeps_the_tokens_of_both_files(tmp_path):
 
 
 @pytest.mark.parametrize("eod", [None, 3])
-def test_tokenize_to_indexed(tmp_path, eod, monkeypatch):
-    monkeypatch.setattr(text_module, "BATCH_CHARACTERS", 6)
+def test_tokenize_to_indexed(tmp_path, eod):
     tokenizer = word_tokenizer(["?", "a", "b", "<end>"])
     seen = []
     result = tokenize_to_indexed(
@@ -249,6 +248,7 @@ def test_tokenize_to_indexed(tmp_path, eod, monkeypatch):
         4,
         lambda *done: seen.append(done),
         batch=3,
+        batch_characters=6,
     )
     data = IndexedDataset(tmp_path / "x")
     end = [] if eod is None else [eod]
@@ -267,7 +267,7 @@ def test_tokenize_refuses_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_prepare_dataset_trains_and_caches(corpus, tmp_path, monkeypatch):
+def test_prepare_dataset_trains_and_caches(corpus, tmp_path):
     cache = tmp_path / "cache"
     prefix, folder = prepare_dataset(corpus, cache_dir=cache, train_vocab_size=300)
     assert prefix.parent == folder.parent
@@ -278,9 +278,13 @@ def test_prepare_dataset_trains_and_caches(corpus, tmp_path, monkeypatch):
     assert [data.read(i)[-1] for i in range(3)] == [0, 0, 0]
     assert tokenizer.decode(data.read(1)[:-1].tolist()) == DOCUMENTS[0]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(text_module, "tokenize_to_indexed", None)  # any use would raise
-        assert prepare_dataset(str(corpus), cache_dir=cache, train_vocab_size=300) == (prefix, folder)
+    def files():
+        found = [*map(prefix.with_suffix, (".bin", ".idx")), folder / "tokenizer.json"]
+        return [(path.stat().st_ino, path.stat().st_mtime_ns) for path in found]
+
+    written = files()
+    assert prepare_dataset(str(corpus), cache_dir=cache, train_vocab_size=300) == (prefix, folder)
+    assert files() == written
 
     # Not whole: made again.
     prefix.with_suffix(".bin").write_bytes(b"")

@@ -18,32 +18,25 @@ from chats import (
     of,
     result,
     said,
-    write_family_tokenizer,
     write_tokenizer,
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_family_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
 
 # --- thoughts beside the content -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["qwen3", "of the tokenizer"])
-def test_thoughts_beside_the_content_are_learned(folder, name):
+def test_thoughts_beside_the_content_are_learned(family, name):
     messages = [*chat("a"), said("four", reasoning_content="two\nand two")]
-    texts, coder = of(folder, messages, "qwen3")
+    texts, coder = of(family, messages, "qwen3")
     assert texts == ["<think>\ntwo\nand two\n</think>\n\nfour<|im_end|>"]
     if name != "qwen3":  # the same template, as a model brings it
-        own = write_tokenizer(folder.parent / "own", chat_template=coder.recipe.template.text)
+        own = write_tokenizer(family.parent / "own", chat_template=coder.recipe.template.text)
         texts, coder = of(own, messages)
         assert texts == ["<think>\ntwo\nand two\n</think>\n\nfour<|im_end|>"]
     assert not coder.missing
 
 
-def test_thoughts_that_a_template_takes_out_of_earlier_turns(folder):
+def test_thoughts_that_a_template_takes_out_of_earlier_turns(family):
     """They are not in the text, so nothing of them can be learned; the turn around them is."""
     messages = [
         *chat("a"),
@@ -51,7 +44,7 @@ def test_thoughts_that_a_template_takes_out_of_earlier_turns(folder):
         *chat("c"),
         said("d", reasoning_content="y"),
     ]
-    texts, coder = of(folder, messages, "qwen3")
+    texts, coder = of(family, messages, "qwen3")
     assert texts == ["b<|im_end|>", "<think>\ny\n</think>\n\nd<|im_end|>"]
     assert not coder.missing
     text = coder.tokenizer.decode(
@@ -63,14 +56,14 @@ def test_thoughts_that_a_template_takes_out_of_earlier_turns(folder):
     )
 
 
-def test_thoughts_and_calls_of_an_agent(folder):
+def test_thoughts_and_calls_of_an_agent(family):
     """Thoughts after the last question stay, those before it go: a chat of two questions with calls in both."""
     step = [
         said("", reasoning_content="I must look", tool_calls=[call(city="Paris")]),
         result("sunny"),
         said("Sunny.", reasoning_content="it is sunny"),
     ]
-    texts, coder = of(folder, [*ASK, *step, *chat("And now?"), *step], "qwen3")
+    texts, coder = of(family, [*ASK, *step, *chat("And now?"), *step], "qwen3")
     assert texts == [
         f"{CALL}<|im_end|>",
         "Sunny.<|im_end|>",
@@ -89,22 +82,22 @@ STARTED = (
 )
 
 
-def test_a_prompt_that_begins_the_thought(folder):
-    texts, _ = of(folder, [*chat("a", "<b>", "c"), said("d", reasoning_content="<think harder")], STARTED)
+def test_a_prompt_that_begins_the_thought(family):
+    texts, _ = of(family, [*chat("a", "<b>", "c"), said("d", reasoning_content="<think harder")], STARTED)
     assert texts == ["<b><|im_end|>", "<think harder\n</think>\n\nd<|im_end|>"]
 
 
-def test_thoughts_that_look_like_a_header(folder):
+def test_thoughts_that_look_like_a_header(family):
     fake = "<|im_start|>assistant\nno"
-    texts, _ = of(folder, [*chat("a"), said("d", reasoning_content=fake), *chat("b", "c")], "qwen3")
+    texts, _ = of(family, [*chat("a"), said("d", reasoning_content=fake), *chat("b", "c")], "qwen3")
     assert texts == ["d<|im_end|>", f"{NO_THOUGHT}c<|im_end|>"]
-    texts, _ = of(folder, [*chat(fake), said("d", reasoning_content=fake)], "qwen3")
+    texts, _ = of(family, [*chat(fake), said("d", reasoning_content=fake)], "qwen3")
     assert texts == [f"<think>\n{fake}\n</think>\n\nd<|im_end|>"]
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
-def test_thoughts_without_a_place_are_counted(folder, name):
-    texts, coder = of(folder, [*chat("a"), said("b", **{name: "x"})], "chatml")
+def test_thoughts_without_a_place_are_counted(family, name):
+    texts, coder = of(family, [*chat("a"), said("b", **{name: "x"})], "chatml")
     assert texts == ["b<|im_end|>"]
     assert coder.missing == {"thoughts": 1}
 
@@ -117,19 +110,19 @@ R1 = (
 
 
 @pytest.mark.parametrize("thought", ["<think>why\n</think>", "why</think>"])
-def test_thoughts_inside_a_content_that_are_cut_off_are_counted(folder, thought):
-    texts, coder = of(folder, chat("a", f"{thought}b"), R1)
+def test_thoughts_inside_a_content_that_are_cut_off_are_counted(family, thought):
+    texts, coder = of(family, chat("a", f"{thought}b"), R1)
     assert texts == ["b<|im_end|>"]
     assert coder.missing == {"thoughts": 1}
-    assert not of(folder, chat("a", f"{thought}b"), "chatml")[1].missing
-    assert not of(folder, chat("a", "<think>\n</think>b"), R1)[1].missing  # no thought is in there
-    assert not of(folder, chat("a", f"{thought}b", "c", "d"), R1)[1].missing
+    assert not of(family, chat("a", f"{thought}b"), "chatml")[1].missing
+    assert not of(family, chat("a", "<think>\n</think>b"), R1)[1].missing  # no thought is in there
+    assert not of(family, chat("a", f"{thought}b", "c", "d"), R1)[1].missing
 
 
-def test_a_thought_under_another_name(folder):
+def test_a_thought_under_another_name(family):
     messages = [*chat("a"), said("b", thought="x")]
     mapping = {"role": "role", "content": "content", "reasoning_content": "thought"}
-    texts, _ = of(folder, messages, "qwen3", message_property_mappings=mapping)
+    texts, _ = of(family, messages, "qwen3", message_property_mappings=mapping)
     assert texts == ["<think>\nx\n</think>\n\nb<|im_end|>"]
 
 
@@ -184,16 +177,16 @@ GLM = (
 )
 
 
-def test_the_next_roles_mark_is_the_end(folder):
+def test_the_next_roles_mark_is_the_end(family):
     messages = [*chat("a", "b", "c"), said("d", reasoning_content="x"), *chat("e")]
-    texts, coder = of(folder, messages, GLM)
+    texts, coder = of(family, messages, GLM)
     assert texts == ["\n<think></think>\nb<|user|>", "\n<think></think>\nd<|user|>"]
     assert coder.missing == {"thoughts": 1}  # a question follows: nothing of them is written
 
 
-def test_behind_the_last_answer_the_mark_is_added(folder):
+def test_behind_the_last_answer_the_mark_is_added(family):
     messages = [*chat("a", "b", "c"), said("d", reasoning_content="x")]
-    texts, coder = of(folder, messages, GLM)
+    texts, coder = of(family, messages, GLM)
     assert texts == ["\n<think></think>\nb<|user|>", "\n<think>x</think>\nd<|user|>"]
     tokens, _ = coder("here", {"messages": messages})
     assert coder.tokenizer.decode(tokens.tolist(), skip_special_tokens=False) == (
@@ -202,43 +195,43 @@ def test_behind_the_last_answer_the_mark_is_added(folder):
     assert not coder.missing
 
 
-def test_calls_end_with_the_mark_of_their_results(folder):
+def test_calls_end_with_the_mark_of_their_results(family):
     messages = [*ASK, said(tool_calls=[call(city="Paris")]), result("sunny"), result("dry"), said("Sunny.")]
     made = "\n<think></think>\n<tool_call>weather\ncity: Paris\n</tool_call><|observation|>"
-    texts, coder = of(folder, {"messages": messages, "tools": TOOLS}, GLM)
+    texts, coder = of(family, {"messages": messages, "tools": TOOLS}, GLM)
     assert texts == [made, "\n<think></think>\nSunny.<|user|>"]
-    assert of(folder, {"messages": messages[:2], "tools": TOOLS}, GLM)[0] == [made]
+    assert of(family, {"messages": messages[:2], "tools": TOOLS}, GLM)[0] == [made]
     assert not coder.missing
 
 
-def test_a_speaker_who_goes_on_does_not_stop(folder):
-    texts, coder = of(folder, [*chat("a"), said("b"), said("c")], GLM)
+def test_a_speaker_who_goes_on_does_not_stop(family):
+    texts, coder = of(family, [*chat("a"), said("b"), said("c")], GLM)
     assert texts == ["\n<think></think>\nb", "\n<think></think>\nc<|user|>"]
     assert not coder.missing
 
 
-def test_questions_that_are_learned_get_no_mark(folder):
-    texts, _ = of(folder, chat("a", "b", "c", "d"), GLM, train_on_inputs=True)
+def test_questions_that_are_learned_get_no_mark(family):
+    texts, _ = of(family, chat("a", "b", "c", "d"), GLM, train_on_inputs=True)
     assert texts == ["a", "\n<think></think>\nb<|user|>", "c", "\n<think></think>\nd<|user|>"]
 
 
-def test_no_end_at_all_is_counted(folder):
+def test_no_end_at_all_is_counted(family):
     jinja = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    texts, coder = of(folder, chat("a", "b", "c", "d"), jinja)
+    texts, coder = of(family, chat("a", "b", "c", "d"), jinja)
     assert [text.strip() for text in texts] == ["b", "d"]
     assert coder.missing == {"end": 1}  # chats, not turns
     # an end that is no token of this tokenizer
-    assert of(folder, chat("a", "b"), "gemma")[1].missing == {"end": 1}
+    assert of(family, chat("a", "b"), "gemma")[1].missing == {"end": 1}
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])
-def test_the_mark_of_any_other_role_is_the_end(folder, role):
+def test_the_mark_of_any_other_role_is_the_end(family, role):
     messages = [*chat("a", "b"), {"role": role, "content": "be brief"}, *chat("c", "d")]
     jinja = (
         "{% for m in messages %}<|{{ m.role if m.role in ('user', 'assistant') else 'system' }}|>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    texts, coder = of(folder, messages, jinja)
+    texts, coder = of(family, messages, jinja)
     assert texts == ["b<|system|>", "d<|user|>"]
     assert not coder.missing
 
@@ -254,15 +247,15 @@ HARMONY = (
 
 
 @pytest.mark.parametrize("first", ["b", ""])
-def test_an_end_inside_a_chat_that_differs_from_the_last(folder, first):
-    texts, coder = of(folder, chat("a", first, "c", "d"), HARMONY)
+def test_an_end_inside_a_chat_that_differs_from_the_last(family, first):
+    texts, coder = of(family, chat("a", first, "c", "d"), HARMONY)
     start = "<|channel|>final<|message|>"
     assert texts == [f"{start}{first}<|end|>", f"{start}d<|return|>"]
-    texts, coder = of(folder, [*chat("a"), said(first), said("c")], HARMONY)
+    texts, coder = of(family, [*chat("a"), said(first), said("c")], HARMONY)
     assert texts[0] == f"{start}{first}<|end|>"
     assert texts[1].endswith("c<|return|>")
     messages = [*ASK, said(tool_calls=[call(city="Paris")]), result("sunny"), said("Sunny.")]
-    texts, _ = of(folder, messages, HARMONY)
+    texts, _ = of(family, messages, HARMONY)
     assert texts == [
         '<|channel|>commentary to=weather<|message|>{"city": "Paris"}<|call|>',
         f"{start}Sunny.<|return|>",
@@ -270,13 +263,13 @@ def test_an_end_inside_a_chat_that_differs_from_the_last(folder, first):
     assert not coder.missing
 
 
-def test_an_end_behind_the_last_answer_alone(folder):
+def test_an_end_behind_the_last_answer_alone(family):
     """What follows the first is the next turn's own beginning, which is no end here; nor is the header's last token."""
     jinja = (
         "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}"
         "{{ '<|return|>' if loop.last and m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}<|start|>{% endif %}"
     )
     for first in ("b", ""):
-        texts, coder = of(folder, chat("a", first, "c", "d"), jinja)
+        texts, coder = of(family, chat("a", first, "c", "d"), jinja)
         assert texts == [f"assistant<|message|>{first}", "assistant<|message|>d<|return|>"]
         assert coder.missing == {"end": 1}

@@ -14,25 +14,18 @@ from chats import (
     of,
     result,
     said,
-    write_family_tokenizer,
 )
 from longspan.data.chat import ChatTemplate
 from longspan.data.templates import TEMPLATES
 from longspan.data.turns import Turns
 from longspan.errors import UserError
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_family_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 # --- calls ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", [{}, {"content": ""}, {"content": None}])
 @pytest.mark.parametrize("names", ["role", "from"])
-def test_calls_with_empty_content_or_none(folder, content, names):
+def test_calls_with_empty_content_or_none(family, content, names):
     """The commonest record of an agent, by its key names and ShareGPT's."""
     turn = said(tool_calls=[call(city="Paris")]) | content
     messages = [*ASK, turn, result("sunny"), *[said("Sunny.")]]
@@ -40,14 +33,14 @@ def test_calls_with_empty_content_or_none(folder, content, names):
         keys = {"role": "from", "content": "value"}
         messages = [{keys.get(key, key): value for key, value in message.items()} for message in messages]
     record = {"messages": messages, "tools": TOOLS}
-    texts, coder = of(folder, record, "qwen3")
+    texts, coder = of(family, record, "qwen3")
     assert texts == [f"{CALL}<|im_end|>", f"{NO_THOUGHT}Sunny.<|im_end|>"]
     assert not coder.missing
-    assert of(folder, record | {"messages": messages[:2]}, "qwen3")[0] == [f"{NO_THOUGHT}{CALL}<|im_end|>"]
-    assert of(folder, record, "qwen_25")[0] == [f"{CALL}<|im_end|>", "Sunny.<|im_end|>"]
+    assert of(family, record | {"messages": messages[:2]}, "qwen3")[0] == [f"{NO_THOUGHT}{CALL}<|im_end|>"]
+    assert of(family, record, "qwen_25")[0] == [f"{CALL}<|im_end|>", "Sunny.<|im_end|>"]
 
 
-def test_a_call_behind_a_content_and_two_at_once(folder):
+def test_a_call_behind_a_content_and_two_at_once(family):
     two = [call(city="Paris"), call("time", zone="CET")]
     messages = [
         *ASK,
@@ -58,29 +51,33 @@ def test_a_call_behind_a_content_and_two_at_once(folder):
     ]
     second = '<tool_call>\n{"name": "time", "arguments": {"zone": "CET"}}\n</tool_call>'
     for name, last in {"qwen3": NO_THOUGHT, "qwen_25": ""}.items():
-        texts, coder = of(folder, messages, name)
+        texts, coder = of(family, messages, name)
         assert texts == [f"I look.\n{CALL}\n{second}<|im_end|>", f"{last}Sunny at noon.<|im_end|>"]
         assert not coder.missing
 
 
-def test_calls_as_json_text_and_calls_without_arguments(folder):
-    texts, _ = of(folder, [*ASK, said(tool_calls=json.dumps([call(city="Paris")]))], "qwen3")
+def test_calls_as_json_text_and_calls_without_arguments(family):
+    texts, _ = of(family, [*ASK, said(tool_calls=json.dumps([call(city="Paris")]))], "qwen3")
     assert texts == [f"{NO_THOUGHT}{CALL}<|im_end|>"]
     for arguments in ({}, {"arguments": None}):
-        texts, coder = of(folder, [*ASK, said(tool_calls=[{"name": "time", **arguments}])], "qwen_25")
+        texts, coder = of(family, [*ASK, said(tool_calls=[{"name": "time", **arguments}])], "qwen_25")
         assert texts == ['<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call><|im_end|>']
         assert not coder.missing
 
 
-def test_calls_without_content_cost_the_other_turns_no_renders(monkeypatch):
+def test_calls_without_content_cost_the_other_turns_no_renders():
     """A turn with a content is found by the marks, at one render each; a call alone takes five of its own."""
-    qwen3 = ChatTemplate("qwen3", TEMPLATES["qwen3"], {"eos_token": "<|im_end|>"}, ("<|im_end|>",))
+    renders = []
+
+    class Counted(ChatTemplate):
+        def render(self, *given):
+            renders.append(1)
+            return super().render(*given)
+
+    qwen3 = Counted("qwen3", TEMPLATES["qwen3"], {"eos_token": "<|im_end|>"}, ("<|im_end|>",))
     step = [said("", tool_calls=[call(city="Paris")]), result("sunny")]
     step += [said("I look.", tool_calls=[call(city="Paris")]), result("dry")] * 4
     messages = [*ASK, *step * 2, said("Sunny.")]
-    renders = []
-    render = ChatTemplate.render
-    monkeypatch.setattr(ChatTemplate, "render", lambda *given: renders.append(1) or render(*given))
     found = Turns(qwen3).find(messages, [m["role"] == "assistant" for m in messages])
     turns = [f"{CALL}<|im_end|>", *[f"I look.\n{CALL}<|im_end|>"] * 4] * 2
     assert [found.text[a:b] for a, b in found.spans] == [*turns, f"{NO_THOUGHT}Sunny.<|im_end|>"]
@@ -99,7 +96,7 @@ DEEPSEEK = (
 )
 
 
-def test_an_answer_without_a_header(folder):
+def test_an_answer_without_a_header(family):
     made = [{"function": {"name": "weather", "arguments": '{"city": "Paris"}'}}]
     messages = [
         *ASK,
@@ -109,7 +106,7 @@ def test_an_answer_without_a_header(folder):
         result("dry"),
         said("Sunny."),
     ]
-    texts, coder = of(folder, messages, DEEPSEEK)
+    texts, coder = of(family, messages, DEEPSEEK)
     calls = '<calls>weather {"city": "Paris"}</calls></s>'
     assert texts == [calls, calls, "Sunny.</s>"]
     assert not coder.missing
@@ -125,18 +122,18 @@ LLAMA = (
 )
 
 
-def test_a_call_in_place_of_the_content(folder):
+def test_a_call_in_place_of_the_content(family):
     made = '{"name": "weather", "arguments": {"city": "Paris"}}<|eot_id|>'
     messages = [*ASK, said(tool_calls=[call(city="Paris")]), result("sunny"), said(" Sunny. ")]
-    texts, coder = of(folder, messages, LLAMA)
+    texts, coder = of(family, messages, LLAMA)
     assert texts == [made, "Sunny.<|eot_id|>"]
     assert not coder.missing
     # a content beside the call has no place
-    texts, coder = of(folder, [*ASK, said("I look.", tool_calls=[call(city="Paris")])], LLAMA)
+    texts, coder = of(family, [*ASK, said("I look.", tool_calls=[call(city="Paris")])], LLAMA)
     assert texts == [made]
     assert coder.missing == {"content": 1}
     with pytest.raises(UserError, match="one call at a time"):
-        of(folder, [*ASK, said(tool_calls=[call(), call()])], LLAMA)
+        of(family, [*ASK, said(tool_calls=[call(), call()])], LLAMA)
 
 
 # Mistral's: no prompt asks for an answer, and results must follow calls.
@@ -148,48 +145,48 @@ MISTRAL = (
 )
 
 
-def test_a_template_without_a_prompt_for_answers(folder):
+def test_a_template_without_a_prompt_for_answers(family):
     messages = [*ASK, said(tool_calls=[{"f": 1}]), result("sunny"), said("Sunny."), *chat("Thanks", "Bye")]
-    texts, coder = of(folder, messages, MISTRAL)
+    texts, coder = of(family, messages, MISTRAL)
     assert texts == ['[CALLS][{"f": 1}]</s>', "Sunny.</s>", "Bye</s>"]
     assert not coder.missing
 
 
-def test_calls_that_a_template_leaves_out_are_refused(folder):
+def test_calls_that_a_template_leaves_out_are_refused(family):
     messages = [*ASK, said(tool_calls=[call(city="Paris")]), result("sunny"), said("Sunny.")]
     for name in ("chatml", "llama3", "qwen", "phi_3"):
         with pytest.raises(
             UserError, match=rf"here: the chat template {name} leaves out tool_calls, .* qwen3 or qwen_25"
         ):
-            of(folder, messages, name)
+            of(family, messages, name)
     # one of two is left out, in a chat whose other calls are written
     first = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.tool_calls[0] | tojson if m.tool_calls }}<|im_end|>\n{% endfor %}"
-    assert of(folder, messages, first)[0][1] == "Sunny.<|im_end|>"
+    assert of(family, messages, first)[0][1] == "Sunny.<|im_end|>"
     for second in (call("time"), call(city="Paris")):
         two = [*messages[:3], said(tool_calls=[call(city="Paris"), second])]
         with pytest.raises(UserError, match="here: the chat template jinja leaves out tool_calls"):
-            of(folder, two, first)
+            of(family, two, first)
     # calls that are only read are counted
     chosen = [m | {"train": i == 3} for i, m in enumerate(messages)]
-    texts, coder = of(folder, chosen, "chatml", message_field_training="train")
+    texts, coder = of(family, chosen, "chatml", message_field_training="train")
     assert texts == ["Sunny.<|im_end|>"]
     assert coder.missing == {"calls": 1}
 
 
-def test_tools_that_a_template_leaves_out_are_counted(folder):
+def test_tools_that_a_template_leaves_out_are_counted(family):
     record = {"messages": chat("a", "b"), "tools": TOOLS}
-    assert of(folder, record, "chatml")[1].missing == {"tools": 1}
-    assert of(folder, record | {"tools": []}, "chatml")[1].missing == {}
+    assert of(family, record, "chatml")[1].missing == {"tools": 1}
+    assert of(family, record | {"tools": []}, "chatml")[1].missing == {}
     for name in ("qwen3", "qwen_25"):
-        assert of(folder, record, name)[1].missing == {}
+        assert of(family, record, name)[1].missing == {}
 
 
-def test_a_turn_that_a_template_leaves_out_is_counted(folder):
+def test_a_turn_that_a_template_leaves_out_is_counted(family):
     jinja = (
         "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
         "{% endif %}{% endfor %}"
     )
-    texts, coder = of(folder, [*chat("a", "b"), result("x"), said("c")], jinja)
+    texts, coder = of(family, [*chat("a", "b"), result("x"), said("c")], jinja)
     assert texts == ["b<|im_end|>", "c<|im_end|>"]
     assert coder.missing == {"content": 1}
 
@@ -197,7 +194,7 @@ def test_a_turn_that_a_template_leaves_out_is_counted(folder):
 # --- which turns count ---------------------------------------------------------------------------
 
 
-def test_marks_of_a_template_for_some_of_its_turns(folder):
+def test_marks_of_a_template_for_some_of_its_turns(family):
     jinja = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
         "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
@@ -209,38 +206,38 @@ def test_marks_of_a_template_for_some_of_its_turns(folder):
         *chat("c"),
         said("d", reasoning_content="y"),
     ]
-    assert of(folder, messages, jinja)[0] == ["<think>x</think>b<|im_end|>", "<think>y</think>d<|im_end|>"]
-    texts, _ = of(folder, messages, jinja, message_field_training="train")
+    assert of(family, messages, jinja)[0] == ["<think>x</think>b<|im_end|>", "<think>y</think>d<|im_end|>"]
+    texts, _ = of(family, messages, jinja, message_field_training="train")
     assert texts == ["<think>y</think>d<|im_end|>"]
 
 
-def test_chosen_turns_with_thoughts_and_calls(folder):
+def test_chosen_turns_with_thoughts_and_calls(family):
     messages = [
         *ASK,
         said("", reasoning_content="look", tool_calls=[call(city="Paris")], train=True),
         result("sunny"),
         said("Sunny.", reasoning_content="so", train=False),
     ]
-    texts, _ = of(folder, messages, "qwen3", message_field_training="train")
+    texts, _ = of(family, messages, "qwen3", message_field_training="train")
     assert texts == [f"<think>\nlook\n</think>\n\n{CALL}<|im_end|>"]
-    texts, _ = of(folder, messages, "qwen3", roles_to_train=["tool"])
+    texts, _ = of(family, messages, "qwen3", roles_to_train=["tool"])
     assert texts[0].startswith("sunny")
     assert len(texts) == 1
-    texts, _ = of(folder, messages, "qwen3", train_on_inputs=True)
+    texts, _ = of(family, messages, "qwen3", train_on_inputs=True)
     assert texts[0] == "Weather in Paris?<|im_end|>"
     assert texts[1] == f"<think>\nlook\n</think>\n\n{CALL}<|im_end|>"
     assert texts[3] == "<think>\nso\n</think>\n\nSunny.<|im_end|>"
 
 
-def test_answers_one_after_another(folder):
+def test_answers_one_after_another(family):
     for name, ends in {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "alpaca": "</s>"}.items():
-        texts, coder = of(folder, [*chat("a"), said("b"), said("c"), *chat("d", "e")], name)
+        texts, coder = of(family, [*chat("a"), said("b"), said("c"), *chat("d", "e")], name)
         assert texts == [f"{x}{ends}" for x in "bce"], name
         assert not coder.missing
 
 
-def test_a_chat_that_begins_with_an_answer(folder):
-    assert of(folder, [said("b"), *chat("c", "d")], "chatml")[0] == ["b<|im_end|>", "d<|im_end|>"]
+def test_a_chat_that_begins_with_an_answer(family):
+    assert of(family, [said("b"), *chat("c", "d")], "chatml")[0] == ["b<|im_end|>", "d<|im_end|>"]
 
 
 # --- the bundled templates that write calls ------------------------------------------------------
@@ -260,7 +257,7 @@ USED = (
 
 
 @pytest.mark.parametrize("system", [None, "be kind"])
-def test_the_bundled_templates_with_calls_as_text(folder, system):
+def test_the_bundled_templates_with_calls_as_text(family, system):
     messages = [
         *ASK,
         said("", tool_calls=[call(city="Paris")]),
@@ -271,7 +268,7 @@ def test_the_bundled_templates_with_calls_as_text(folder, system):
     messages = [{"role": "system", "content": system}, *messages] if system else messages
 
     def text(name, **arguments):
-        return of(folder, chat("a", "b"), name)[1].recipe.template.render(messages, TOOLS, **arguments)[0]
+        return of(family, chat("a", "b"), name)[1].recipe.template.render(messages, TOOLS, **arguments)[0]
 
     start = "<|im_start|>system\n"
     first = system or "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."

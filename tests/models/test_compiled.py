@@ -16,6 +16,7 @@ import tiny
 from longspan import compiled
 from longspan.config.load import make_config
 from longspan.config.lora import TARGETS, Lora
+from longspan.config.resolve import resolve
 from longspan.config.sizes import MeshSizes
 from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
@@ -23,7 +24,7 @@ from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
 from longspan.models.peft import attach
 from longspan.parallelize import parallelize
-from longspan.runs import check
+from longspan.runs.check import checked, has_compiler
 from longspan.runs.start import Launch
 from longspan.tensor_parallel.lora import Adapter
 from longspan.tensor_parallel.random import Normal
@@ -34,23 +35,21 @@ CPU = torch.device("cpu")
 PARTS = 6
 
 
-def with_backend(backend, function, *args):
+def freshly_compiled(function, *args):
     """``function(*args)`` with a fresh compiler; also the number of graphs it made, and where it gave up."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
     compiled.compiled.cache_clear()
-    before, compiled.BACKEND = compiled.BACKEND, backend
     try:
         return function(*args), counters["stats"]["unique_graphs"], dict(counters["graph_break"])
     finally:
-        compiled.BACKEND = before
         compiled.compiled.cache_clear()
 
 
-def compiled_gradients(backend, *args):
-    return with_backend(backend, gradients, *args)
+def compiled_gradients(*args):
+    return freshly_compiled(gradients, *args)
 
 
 def compare(got, expected, tolerance=1e-10):
@@ -93,8 +92,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_parts_give_the_gradients_of_plain_ones(name):
     sizes, options, keys, move = CASES[name]
-    keys = keys | {"torch_compile": True}
-    ranks = pool.run(sizes.world_size, compiled_gradients, "aot_eager", sizes, "packed", options, keys, move)
+    keys = keys | {"torch_compile": "aot_eager"}
+    ranks = pool.run(sizes.world_size, compiled_gradients, sizes, "packed", options, keys, move)
     for got, graphs, breaks in ranks:
         assert not breaks
         compare(got, plain(sizes, "packed", options))
@@ -108,6 +107,9 @@ def three_layers_twice(prefix):
 
     run = tiny.tiny_run(prefix, 1, num_layers=3, torch_compile=True, deterministic_mode=False)
     trainer = Trainer(run, CPU)
+    parts = [module for module in trainer.model.modules() if isinstance(module, compiled.Compilable)]
+    assert {part.compiled for part in parts} == {"inductor"}
+    compiled.compile_parts(trainer.model, "aot_eager")
     made, losses = [], []
     for batches, _ in zip(trainer.steps_ahead(), range(2)):
         losses.append(trainer.train_step(batches)["loss"])
@@ -122,8 +124,8 @@ def plain_losses(prefix, **changes):
     return [*losses, trainer.evaluate()["loss"]]
 
 
-def compiled_curve(backend, prefix):
-    return with_backend(backend, three_layers_twice, prefix)
+def compiled_curve(prefix):
+    return freshly_compiled(three_layers_twice, prefix)
 
 
 def with_adapters():
@@ -141,7 +143,7 @@ def with_adapters():
     tokens, labels, cu = batch("packed")
     layout = SequenceLayout.contiguous(LENGTH, 1, cu_seqlens=cu)
     found = []
-    for on in (False, True):
+    for on in (False, "aot_eager"):
         compiled.compile_parts(model, on)
         model.zero_grad()
         model(tokens, labels=labels, layout=layout).sum().backward()
@@ -150,24 +152,19 @@ def with_adapters():
     return found
 
 
-def compiled_adapters(backend):
-    return with_backend(backend, with_adapters)
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
+def compiled_adapters():
+    return freshly_compiled(with_adapters)
 
 
 def test_later_steps_and_more_layers_compile_nothing(prefix):
-    (losses, made), _, breaks = pool.run(1, compiled_curve, "aot_eager", prefix)[0]
+    (losses, made), _, breaks = pool.run(1, compiled_curve, prefix)[0]
     assert not breaks
     assert made == [PARTS, PARTS]
     assert losses == pytest.approx(pool.run(1, plain_losses, prefix)[0], rel=1e-10)
 
 
 def test_adapters_are_compiled_too():
-    (expected, got), _, breaks = pool.run(2, compiled_adapters, "aot_eager")[0]
+    (expected, got), _, breaks = pool.run(2, compiled_adapters)[0]
     assert not breaks
     assert len(got) == 2 * 2 * len(TARGETS)  # A and B of each layer's
     for name, grad in expected.items():
@@ -177,9 +174,7 @@ def test_adapters_are_compiled_too():
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="needs a C++ compiler")
 def test_generated_code_gives_the_gradients_of_plain_parts():
-    (got, graphs, breaks) = pool.run(
-        1, compiled_gradients, "inductor", ALONE, "packed", {}, {"torch_compile": True}
-    )[0]
+    (got, graphs, breaks) = pool.run(1, compiled_gradients, ALONE, "packed", {}, {"torch_compile": True})[0]
     assert (graphs, breaks) == (PARTS, {})
     compare(got, plain(ALONE, "packed", {}))
 
@@ -211,16 +206,24 @@ def test_a_machine_without_a_compiler_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("asked", ["auto", True])
-def test_auto_without_a_compiler_runs_without_and_true_is_refused(prefix, monkeypatch, capsys, asked):
-    def none(device):
-        raise UserError("no compiler here")
-
-    monkeypatch.setattr(compiled, "check_compiler", none)
-    monkeypatch.setattr(check, "choose_device", lambda config, launch: ("cuda", 1))
+def test_auto_without_a_compiler_runs_without_and_true_is_refused(prefix, monkeypatch, asked):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CC", raising=False)
     reading = make_config(tiny.values(prefix, torch_compile=asked))
+    assert has_compiler(reading, "cuda") is False
+    problem = "torch_compile: true needs a C compiler on cuda"
     if asked is True:
-        with pytest.raises(UserError, match="no compiler here"):
-            check.checked(reading, Launch())
+        assert any(problem in text for text in reading.problems)
         return
-    assert check.checked(reading, Launch())[0].config.torch_compile is False
-    assert "torch_compile: auto compiles nothing on this machine: no compiler here" in capsys.readouterr().err
+    assert not reading.problems
+    (note,) = reading.notes
+    assert note.startswith(f"torch_compile: auto compiles nothing on this machine: {problem}")
+    assert resolve(reading.config, 1, device="cuda").config.torch_compile is True
+    assert resolve(reading.config, 1, device="cuda", compiler=False).config.torch_compile is False
+
+
+def test_a_machine_without_a_compiler_refuses_a_run_that_compiles(prefix, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler on cpu"):
+        checked(make_config(tiny.values(prefix, torch_compile=True)), Launch())

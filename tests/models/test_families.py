@@ -9,17 +9,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import llamas
 import pool
 import tiny
+from llamas import ROWS, row_of_tokens
 from longspan.config.families.hub import architecture_of
 from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
 from longspan.models import hf_weights
-from longspan.training.export import export
 from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-ROWS = 45
 YARN = {
     "rope_type": "yarn",
     "factor": 4.0,
@@ -27,18 +27,7 @@ YARN = {
     "beta_fast": 16,
     "beta_slow": 2,
 }
-SHAPE = dict(
-    vocab_size=tiny.VOCAB,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    max_position_embeddings=128,
-    initializer_range=0.2,
-    bos_token_id=None,
-    eos_token_id=None,
-)
+SHAPE = llamas.SHAPE | dict(num_hidden_layers=3, bos_token_id=None, eos_token_id=None)
 SLIDING = dict(use_sliding_window=True, sliding_window=9, max_window_layers=1)
 
 #: name -> (class of transformers, fields beside SHAPE)
@@ -92,46 +81,19 @@ def make(folder, name, dtype=torch.float32, **more):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
-def changes(base, **more):
-    """A config that takes its architecture from base_model alone."""
-    own = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
-    none = {name: None for name in (*own, "vocab_size", "init_method_std")}
-    return none | {"base_model": base} | more
-
-
-def tokens():
-    return torch.arange(ROWS).view(1, ROWS) * 7 % tiny.VOCAB
-
-
-def imported(prefix, base, folder, more):
-    """Logits of the imported model at this layout; then its export."""
-    trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), **changes(base, **more)), CPU)
-    layout = SequenceLayout.zigzag(ROWS, trainer.run.sizes.cp, multiple_of=trainer.run.sizes.tp)
-    trainer.model.parallel_output = False
-    with torch.no_grad():
-        local = trainer.model(layout.shard(tokens(), trainer.shard.cp_rank, dim=1), layout=layout)
-    export(trainer, Path(folder))
-    return layout.unshard(local, trainer.groups.cp, dim=1)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_transformers_and_the_round_trip_is_bit_equal(prefix, tmp_path, name):
     from transformers import AutoModelForCausalLM
 
     base = make(tmp_path / "base", name)
     layout = {"tensor_parallel_size": 2, "context_parallel_size": 2, "params_dtype": "float32"}
-    logits = pool.run(4, imported, prefix, base, str(tmp_path / "hf"), layout)[0]
+    logits = pool.run(4, llamas.imported, prefix, base, str(tmp_path / "hf"), layout)[0]
     before = AutoModelForCausalLM.from_pretrained(base)
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     with torch.no_grad():
-        expected = before(tokens()).logits
+        expected = before(row_of_tokens()).logits
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-        assert torch.equal(after(tokens()).logits, expected)
+        assert torch.equal(after(row_of_tokens()).logits, expected)
     assert before.config.model_type == after.config.model_type
     files = [load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "hf")]
     assert files[0].keys() == files[1].keys()
@@ -178,12 +140,12 @@ def exactly(model):
 
 def gradients(prefix, base, more):
     """Loss and gradients by our names of the imported model, in fp64."""
-    trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), **changes(base, **more)), CPU)
+    trainer = Trainer(llamas.base_run(prefix, base, **more), CPU)
     layout = SequenceLayout.zigzag(ROWS, trainer.run.sizes.cp, multiple_of=trainer.run.sizes.tp)
     rank = trainer.shard.cp_rank
-    labels = tokens().roll(-1, 1)
+    labels = row_of_tokens().roll(-1, 1)
     out = trainer.model(
-        layout.shard(tokens(), rank, dim=1),
+        layout.shard(row_of_tokens(), rank, dim=1),
         labels=layout.shard(labels, rank, dim=1, pad_value=-100),
         layout=layout,
     )
@@ -216,8 +178,8 @@ def test_loss_and_gradients_are_transformers(prefix, tmp_path, name, world, cut)
     base = make(tmp_path / "base", name, torch.float64)
     loss, grads = pool.run(world, gradients, prefix, base, cut)[0]
     model = exactly(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64))
-    logits = model(tokens()).logits
-    expected = F.cross_entropy(logits[0], tokens().roll(-1, 1)[0])
+    logits = model(row_of_tokens()).logits
+    expected = F.cross_entropy(logits[0], row_of_tokens().roll(-1, 1)[0])
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-10)
     theirs = {name: p.grad for name, p in model.named_parameters()}
@@ -241,13 +203,13 @@ def test_context_extension_by_a_key(prefix, tmp_path):
     base = make(tmp_path / "base", "qwen2", max_position_embeddings=32)
     scaling = {"rope_type": "yarn", "factor": 2.0}
     more = {"rope_scaling": scaling, "params_dtype": "float32", "context_parallel_size": 2}
-    logits = pool.run(2, imported, prefix, base, str(tmp_path / "hf"), more)[0]
+    logits = pool.run(2, llamas.imported, prefix, base, str(tmp_path / "hf"), more)[0]
     said = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert said["rope_scaling"] == scaling | {"original_max_position_embeddings": 32}
     assert said["max_position_embeddings"] == 64
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(tokens()).logits
-        plain = AutoModelForCausalLM.from_pretrained(base)(tokens()).logits
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(row_of_tokens()).logits
+        plain = AutoModelForCausalLM.from_pretrained(base)(row_of_tokens()).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     assert (expected - plain).abs().max() > 1e-2
     # as transformers does it from the same words
@@ -255,17 +217,11 @@ def test_context_extension_by_a_key(prefix, tmp_path):
     by_hand["rope_parameters"] |= scaling
     (Path(base) / "config.json").write_text(json.dumps(by_hand))
     with torch.no_grad():
-        assert torch.equal(AutoModelForCausalLM.from_pretrained(base)(tokens()).logits, expected)
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(base)(row_of_tokens()).logits, expected)
 
 
 def dynamic(prefix, base, more):
-    trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), **changes(base, **more)), CPU)
-    layout = SequenceLayout.zigzag(50, trainer.run.sizes.cp)
-    whole = torch.arange(50).view(1, 50) * 7 % tiny.VOCAB
-    trainer.model.parallel_output = False
-    with torch.no_grad():
-        local = trainer.model(layout.shard(whole, trainer.shard.cp_rank, dim=1), layout=layout)
-    return layout.unshard(local, trainer.groups.cp, dim=1)
+    return llamas.whole_logits(Trainer(llamas.base_run(prefix, base, **more), CPU), row_of_tokens(50))
 
 
 def test_dynamic_scaling_follows_the_whole_sequence(prefix, tmp_path):
@@ -277,11 +233,10 @@ def test_dynamic_scaling_follows_the_whole_sequence(prefix, tmp_path):
     more = {"params_dtype": "float32", "context_parallel_size": 2, "sample_packing": False}
     logits = pool.run(2, dynamic, prefix, base, more)[0]
     with torch.no_grad():
-        whole = torch.arange(50).view(1, 50) * 7 % tiny.VOCAB
-        expected = AutoModelForCausalLM.from_pretrained(base)(whole).logits
+        expected = AutoModelForCausalLM.from_pretrained(base)(row_of_tokens(50)).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     with pytest.raises(UserError, match="Use yarn or linear"):
-        tiny.tiny_run(prefix, 2, **changes(base, context_parallel_size=2))
+        tiny.tiny_run(prefix, 2, **llamas.from_base(base, context_parallel_size=2))
 
 
 # --- norms that keep their weight minus 1 ----------------------------------------------------
@@ -290,7 +245,7 @@ def test_dynamic_scaling_follows_the_whole_sequence(prefix, tmp_path):
 def test_zero_centered_norms_come_and_go(prefix, tmp_path):
     base = make(tmp_path / "base", "qwen3")
     more = {"params_dtype": "float32", "layernorm_zero_centered_gamma": True, "tensor_parallel_size": 2}
-    pool.run(2, imported, prefix, base, str(tmp_path / "hf"), more)
+    pool.run(2, llamas.imported, prefix, base, str(tmp_path / "hf"), more)
     files = [load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "hf")]
     for name, tensor in files[0].items():
         torch.testing.assert_close(files[1][name], tensor, rtol=0, atol=1e-6)

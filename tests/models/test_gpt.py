@@ -57,14 +57,9 @@ def batch(kind):
     return tokens, labels, cu
 
 
-def gradients(sizes, kind, options, layout_kind="zigzag"):
-    """loss, gradient norm and every whole gradient at a layout of ranks."""
-    recompute = options.pop("recompute", "none")
-    mesh = ParallelMesh.build(sizes)
-    config = transformer_config(sizes, **options)
-    with torch.device("meta"):
-        model = GPTModel(config, VOCAB, LENGTH, pg_collection=mesh.groups)
-    parallelize(model, mesh, seed=3, device=torch.device("cpu"), recompute=recompute)
+def loss_and_gradients(model, mesh, kind, layout_kind="zigzag"):
+    """The mean loss of a batch, the gradient's norm and every whole gradient. Collective."""
+    sizes, config = mesh.sizes, model.config
     tokens, labels, cu = batch(kind)
     layout = SequenceLayout.make(
         layout_kind,
@@ -75,21 +70,30 @@ def gradients(sizes, kind, options, layout_kind="zigzag"):
         multiple_of=sizes.tp if config.sequence_parallel else 1,
     )
     rank = dist.get_rank(mesh.groups.cp)
-    count = (labels != -100).sum() * sizes.dp  # every data parallel rank takes the same sample here
-    loss = (
-        model(
-            layout.shard(tokens, rank, dim=1),
-            labels=layout.shard(labels, rank, dim=1, pad_value=-100),
-            layout=layout,
-        ).sum()
-        / count
-    )
+    loss = model(
+        layout.shard(tokens, rank, dim=1),
+        labels=layout.shard(labels, rank, dim=1, pad_value=-100),
+        layout=layout,
+    ).sum()
+    # Every data parallel rank takes the same sample here.
+    loss = loss / ((labels != -100).sum() * sizes.dp)
     loss.backward()
     norm = gradient_norm(model)
     total = loss.detach().clone()
     dist.all_reduce(total, group=mesh.groups.dp_cp)
-    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-    return (total.item(), norm.item(), grads) if dist.get_rank() == 0 else None
+    return total.item(), norm.item(), {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+
+
+def gradients(sizes, kind, options, layout_kind="zigzag"):
+    """loss, gradient norm and every whole gradient at a layout of ranks."""
+    recompute = options.pop("recompute", "none")
+    mesh = ParallelMesh.build(sizes)
+    config = transformer_config(sizes, **options)
+    with torch.device("meta"):
+        model = GPTModel(config, VOCAB, LENGTH, pg_collection=mesh.groups)
+    parallelize(model, mesh, seed=3, device=torch.device("cpu"), recompute=recompute)
+    found = loss_and_gradients(model, mesh, kind, layout_kind)
+    return found if dist.get_rank() == 0 else None
 
 
 LAYOUTS = {

@@ -5,57 +5,32 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 
 import command
+import llamas
 import pool
 import tiny
 from longspan import TransformerConfig
 from longspan.config.families.hub import architecture_of
-from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
 from longspan.models import hf_weights
 from longspan.training import checkpoint
-from longspan.training.export import export
 from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
 
 def make_llama(folder, tied, dtype=torch.float32, scaling=None, window=None):
-    """A random Llama as transformers saves it: grouped heads, a vocabulary that is no multiple of 128.
-
-    With a window it is a Mistral, with (window,) a Ministral that has it in its first layer only.
-    """
-    import transformers
-
-    torch.manual_seed(1)
-    name = "Llama" if window is None else "Mistral" if isinstance(window, int) else "Ministral"
-    make, kind = (getattr(transformers, name + part) for part in ("ForCausalLM", "Config"))
-    extra = {} if window is None else {"sliding_window": window}
-    if name == "Ministral":
-        extra = {
-            "sliding_window": window[0],
-            "layer_types": ["sliding_attention", "full_attention"],
-            "head_dim": 8,
-        }
-    config = kind(
-        vocab_size=tiny.VOCAB,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-        rope_scaling=scaling,
-        **extra,
-    )
-    make(config).to(dtype).save_pretrained(folder, max_shard_size="20KB")
-    return str(folder)
+    """A random Llama in several files; with a window a Mistral, with (window,) a Ministral whose first layer has it."""
+    kind, fields = "Llama", {"rope_scaling": scaling}
+    if isinstance(window, int):
+        kind, fields = "Mistral", {"sliding_window": window}
+    elif window is not None:
+        layers = ["sliding_attention", "full_attention"]
+        kind, fields = "Ministral", {"sliding_window": window[0], "layer_types": layers, "head_dim": 8}
+    return llamas.make_llama(folder, tied, dtype, kind=kind, max_shard_size="20KB", **fields)
 
 
 LLAMA3 = {
@@ -65,36 +40,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
-def changes(base, **more):
-    """A config that takes its architecture from base_model alone."""
-    own = (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "ffn_hidden_size",
-        "vocab_size",
-    )
-    return {name: None for name in (*own, "init_method_std")} | {"base_model": base} | more
-
-
-def imported(prefix, base, folder, more):
-    """Logits of the imported model at this layout; then its export."""
-    trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), **changes(base, **more)), CPU)
-    tokens = torch.arange(45).view(1, 45) * 7 % tiny.VOCAB
-    layout = SequenceLayout.zigzag(45, trainer.run.sizes.cp, multiple_of=trainer.run.sizes.tp)
-    trainer.model.parallel_output = False
-    with torch.no_grad():
-        local = trainer.model(layout.shard(tokens, trainer.shard.cp_rank, dim=1), layout=layout)
-    export(trainer, Path(folder))
-    return tokens, layout.unshard(local, trainer.groups.cp, dim=1)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +52,8 @@ def test_logits_are_transformers_and_the_round_trip_is_bit_equal(prefix, tmp_pat
     base = make_llama(tmp_path / "base", tied, scaling=scaling, window=window)
     assert (tmp_path / "base" / "model.safetensors.index.json").exists()
     layout = {"tensor_parallel_size": 2, "context_parallel_size": 2, "params_dtype": "float32"}
-    tokens, logits = pool.run(4, imported, prefix, base, str(tmp_path / "hf"), layout)[0]
+    tokens = llamas.row_of_tokens()
+    logits = pool.run(4, llamas.imported, prefix, base, str(tmp_path / "hf"), layout)[0]
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(base)(tokens).logits
     assert logits.shape == expected.shape
@@ -124,7 +70,14 @@ def test_logits_are_transformers_and_the_round_trip_is_bit_equal(prefix, tmp_pat
 
 def test_bf16_weights_stay_bf16_and_bit_equal(prefix, tmp_path):
     base = make_llama(tmp_path / "base", tied=False, dtype=torch.bfloat16)
-    pool.run(2, imported, prefix, base, str(tmp_path / "hf"), {"dp_shard_size": 2, "params_dtype": "float32"})
+    pool.run(
+        2,
+        llamas.imported,
+        prefix,
+        base,
+        str(tmp_path / "hf"),
+        {"dp_shard_size": 2, "params_dtype": "float32"},
+    )
     before = {}
     for file in Path(base).glob("*.safetensors"):
         before |= load_file(file)
@@ -211,15 +164,10 @@ def test_convert_both_ways_and_train_from_base_model(prefix, tmp_path):
         real = tiny.VOCAB if name in hf_weights.VOCABULARY else None
         assert torch.equal(a[name][:real], b[name][:real])
     # a run that starts from the export, and from the converted checkpoint, goes on from the same loss
-    own = (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "ffn_hidden_size",
-        "vocab_size",
-    )
-    base = {k: v for k, v in values.items() if k not in own} | {"base_model": "hf", "output_dir": "from-base"}
+    base = {k: v for k, v in values.items() if k not in llamas.OWN} | {
+        "base_model": "hf",
+        "output_dir": "from-base",
+    }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     assert longspan(tmp_path, "train", "base.yaml", "--tensor-parallel-size", 2).returncode == 0
     resumed = longspan(
@@ -390,7 +338,7 @@ def test_one_parameter_may_lie_in_several_tensors(tmp_path):
 
 def not_finite(prefix, base, more):
     """What each rank says of a model that has NaN in one row of one tensor."""
-    run = tiny.tiny_run(prefix, dist.get_world_size(), **changes(base, **more))
+    run = llamas.base_run(prefix, base, **more)
     with pytest.raises(UserError) as caught:
         Trainer(run, CPU)
     return caught.value.problems

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-from test_gpt import LENGTH, VOCAB, batch, compare, transformer_config
+from test_gpt import LENGTH, VOCAB, compare, loss_and_gradients, transformer_config
 from torch.distributed.tensor import DTensor
 
 import pool
@@ -13,7 +13,6 @@ import tiny
 from longspan.config.load import make_config
 from longspan.config.resolve import resolve
 from longspan.config.sizes import MeshSizes
-from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
@@ -21,7 +20,6 @@ from longspan.models.hf_weights import SafetensorsFolder
 from longspan.models.memory.offload import Offload
 from longspan.parallelize import parallelize
 from longspan.training.export import export
-from longspan.training.optimizer import gradient_norm
 from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -42,27 +40,7 @@ def gradients(sizes, kind, options, keys, move=False):
     for layer in model.decoder.layers.values():
         assert layer.offload is None
         layer.offload = offload
-    tokens, labels, cu = batch(kind)
-    layout = SequenceLayout.make(
-        "zigzag",
-        LENGTH,
-        sizes.cp,
-        cu_seqlens=cu,
-        windows=config.windows,
-        multiple_of=sizes.tp if config.sequence_parallel else 1,
-    )
-    rank = dist.get_rank(mesh.groups.cp)
-    loss = model(
-        layout.shard(tokens, rank, dim=1),
-        labels=layout.shard(labels, rank, dim=1, pad_value=-100),
-        layout=layout,
-    ).sum() / ((labels != -100).sum() * sizes.dp)
-    loss.backward()
-    norm = gradient_norm(model)
-    total = loss.detach().clone()
-    dist.all_reduce(total, group=mesh.groups.dp_cp)
-    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-    return total.item(), norm.item(), grads, offload.moved if offload else 0
+    return *loss_and_gradients(model, mesh, kind), offload.moved if offload else 0
 
 
 _plain = {}
@@ -150,11 +128,6 @@ def test_offloaded_parameters_with_copies_of_the_weights():
 
 
 # --- offload_params through a whole run -------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
 
 
 def a_run(prefix, folder, changes):

@@ -8,8 +8,15 @@ from hypothesis import strategies as st
 import pool
 from longspan import parallel_state
 from longspan.tensor_parallel import get_rng_tracker, model_parallel_seed
-from longspan.tensor_parallel import random as module
-from longspan.tensor_parallel.random import Constant, Normal, RNGStatesTracker, Uniform, draw_part, hash_seed
+from longspan.tensor_parallel.random import (
+    Constant,
+    Normal,
+    RNGStatesTracker,
+    Uniform,
+    draw_part,
+    draw_rows,
+    hash_seed,
+)
 
 
 def whole(shape, seed=1, name="layer.weight", std=0.5, dtype=torch.float32):
@@ -19,6 +26,11 @@ def whole(shape, seed=1, name="layer.weight", std=0.5, dtype=torch.float32):
 def ramp(seed, name, shape, rows):
     """Initial values of one's own: each row its number, and something random beside it."""
     return torch.arange(*rows).view(-1, *[1] * (len(shape) - 1)) + Uniform(0.1)(seed, name, shape, rows)
+
+
+def in_small_blocks(seed, name, shape, rows):
+    """Values that are drawn in blocks of 20 elements or one row."""
+    return draw_rows(seed, name, shape, rows, lambda x, g: x.normal_(generator=g), block_numel=20)
 
 
 @st.composite
@@ -37,17 +49,13 @@ def cuts(draw):
 @given(
     cut=cuts(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
-    initial=st.sampled_from([Normal(0.5), Uniform(0.2), Constant(3.0), ramp]),
+    initial=st.sampled_from([Normal(0.5), Uniform(0.2), Constant(3.0), ramp, in_small_blocks]),
 )
 def test_any_part_is_the_slice_of_the_whole(cut, dtype, initial):
     shape, ranges, block = cut
-    before = module.BLOCK_NUMEL
-    module.BLOCK_NUMEL = block  # elements of a block: from one row each to all in one
-    try:
-        part = draw_part(initial, 1, "layer.weight", shape, ranges, dtype)
-        want = draw_part(initial, 1, "layer.weight", shape, [(0, size) for size in shape], dtype)
-    finally:
-        module.BLOCK_NUMEL = before
+    # elements of a block: from one row each to all in one
+    part = draw_part(initial, 1, "layer.weight", shape, ranges, dtype, block)
+    want = draw_part(initial, 1, "layer.weight", shape, [(0, size) for size in shape], dtype, block)
     want = want[tuple(slice(*edges) for edges in ranges)]
     assert part.dtype == dtype
     assert part.shape == want.shape

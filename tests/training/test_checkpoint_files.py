@@ -35,11 +35,6 @@ class Code:
         return self.function, self.args
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
 def trained(prefix, folder):
     """A checkpoint of step 2, and the loss of step 3."""
     trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), max_steps=6), CPU)

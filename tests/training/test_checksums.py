@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
 
 import command
 import pool
 import tiny
+from full_disk import WEIGHTS, full_disk
 from longspan.cli import main
 from longspan.errors import UserError
-from longspan.training import checkpoint, checksums
+from longspan.training import checkpoint
 from longspan.training.checkpoint import Checkpointer
 from longspan.training.checksums import Checksum, Manifest, to_json
 from longspan.training.trainer import Trainer
@@ -22,19 +21,12 @@ from longspan.training.trainer import Trainer
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
 # --- sums -----------------------------------------------------------------------------------
 
 
-def test_the_pieces_do_not_depend_on_how_the_bytes_come_and_every_flipped_bit_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(checksums, "PIECE", 10)
-    monkeypatch.setattr(checksums, "BLOCK", 4)
+def test_the_pieces_do_not_depend_on_how_the_bytes_come_and_every_flipped_bit_is_found(tmp_path):
     data = bytes(range(37))
-    at_once, in_parts, words = Checksum(), Checksum(), Checksum()
+    at_once, in_parts, words = (Checksum(piece_bytes=10) for _ in range(3))
     at_once.update(data)
     for start in range(0, 37, 7):
         in_parts.update(data[start : start + 7])
@@ -46,10 +38,10 @@ def test_the_pieces_do_not_depend_on_how_the_bytes_come_and_every_flipped_bit_is
     assert at_once.record()["crc32"][0] == "456cd746"
     assert len(at_once.record()["crc32"]) == 4
     empty = Checksum().record()
-    (tmp_path / "checksums.json").write_text(to_json({"a": at_once.record(), "b": empty}))
+    (tmp_path / "checksums.json").write_text(to_json({"a": at_once.record(), "b": empty}, piece_bytes=10))
     (tmp_path / "b").touch()
     (tmp_path / "a").write_bytes(data)
-    manifest = Manifest(tmp_path)
+    manifest = Manifest(tmp_path, block_bytes=4)
     assert manifest.damaged() == []
     for place in range(37):
         changed = bytearray(data)
@@ -228,16 +220,13 @@ def test_a_refusal_names_the_option_that_named_the_checkpoint(prefix, steps, tmp
     pool.run(1, named_by_an_option, prefix, str(tmp_path / "step_00000002"))
 
 
-def test_a_conversion_that_finds_the_disk_full_says_so(steps, tmp_path, monkeypatch, capsys):
+def test_a_conversion_that_finds_the_disk_full_says_so(steps, tmp_path, capsys):
     """DCP's exception is no Exception, and came out as a traceback."""
     hf, output = tmp_path / "hf", tmp_path / "step"
     assert main.main(["convert", "--checkpoint", str(steps / "step_00000002"), "--output", str(hf)]) == 0
 
-    def full(*_, **__):
-        raise CheckpointException("write", {0: (OSError(28, "No space left on device"), None)})
-
-    monkeypatch.setattr(dcp, "save", full)
-    assert main.main(["convert", "--model", str(hf), "--output", str(output)]) == 2
+    with full_disk(WEIGHTS):
+        assert main.main(["convert", "--model", str(hf), "--output", str(output)]) == 2
     error = capsys.readouterr().err
-    assert f"--output {output}: cannot write there: OSError: [Errno 28] No space left on device (" in error
+    assert f"--output {output}: cannot write there: OSError: [Errno 27] File too large (" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]

@@ -38,20 +38,18 @@ def test_a_second_run_is_refused_with_the_owner(tmp_path):
         assert again is not None
 
 
-def test_a_lock_lasts_until_its_last_holder_is_killed(tmp_path, monkeypatch):
+def test_a_lock_lasts_until_its_last_holder_is_killed(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     child = int(process.stdout.readline())
     process.kill()
     process.wait()
-    monkeypatch.setattr(lock, "DYING_S", 0.2)
-    with pytest.raises(UserError, match=f"process {process.pid} on host"), lock.hold(tmp_path):
+    with pytest.raises(UserError, match=f"process {process.pid} on host"), lock.hold(tmp_path, dying_s=0.2):
         pass
     # a start right after the kill waits for the processes that are still to end
-    monkeypatch.setattr(lock, "DYING_S", 60.0)
     threading.Timer(0.5, os.kill, (child, 9)).start()
-    with lock.hold(tmp_path) as held:
+    with lock.hold(tmp_path, dying_s=60.0) as held:
         assert held is not None
 
 
@@ -87,15 +85,15 @@ def test_a_refused_run_leaves_no_folder(tmp_path):
 
 def test_a_lock_on_a_file_that_is_gone_is_taken_anew(tmp_path, monkeypatch):
     """A run that opens the file just before a refused run takes it away must hold the folder, not the old file."""
-    take, times = lock._lock, []
+    take, times = fcntl.flock, []
 
-    def after_the_other_has_gone(file, folder):
+    def after_the_other_has_gone(file, operation):
         if not times:
-            (folder / lock.LOCK).unlink()
+            (tmp_path / "out" / lock.LOCK).unlink()
         times.append(file)
-        return take(file, folder)
+        return take(file, operation)
 
-    monkeypatch.setattr(lock, "_lock", after_the_other_has_gone)
+    monkeypatch.setattr(fcntl, "flock", after_the_other_has_gone)
     with lock.hold(tmp_path / "out"):
         assert len(times) == 2
         with pytest.raises(UserError, match="another run writes there"), lock.hold(tmp_path / "out"):

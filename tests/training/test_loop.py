@@ -18,6 +18,7 @@ from longspan.training import loop
 from longspan.training.metrics import JsonLines, Metrics, set_aside
 from longspan.training.progress import Lines, Progress
 from longspan.training.trainer import Trainer
+from marks import slow
 
 CPU = torch.device("cpu")
 
@@ -34,11 +35,6 @@ def curve(prefix, steps, changes):
         "tokens": [r["tokens"] for r in records],
         "evals": [(e["loss"], e["tokens"]) for e in (before, after)],
     }
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +74,7 @@ CURVES = {
 }
 
 
-@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("name", slow(CURVES, "tp2 x cp2", "cp3, all at once"))
 def test_steps_follow_the_curve_of_one_process(name, prefix, reference):
     world, steps, changes = CURVES[name]
     got = pool.run(world, curve, prefix, steps, changes)
@@ -132,7 +128,7 @@ SINGLE_STEPS = {
 }
 
 
-@pytest.mark.parametrize("name", SINGLE_STEPS)
+@pytest.mark.parametrize("name", slow(SINGLE_STEPS, "more ranks than some sequences have tokens"))
 def test_two_steps_equal_one_process(name, prefix, reference):
     world, changes = SINGLE_STEPS[name]
     plain = {
@@ -143,6 +139,7 @@ def test_two_steps_equal_one_process(name, prefix, reference):
     compare(pool.run(world, curve, prefix, 2, changes)[0], reference(2, **plain), 1e-10)
 
 
+@pytest.mark.slow
 def test_float32_follows_to_rounding(prefix, reference):
     changes = {"tensor_parallel_size": 2, "context_parallel_size": 2, "params_dtype": "float32"}
     compare(pool.run(4, curve, prefix, 30, changes)[0], reference(30, params_dtype="float32"), 1e-4)

@@ -7,36 +7,23 @@ import pytest
 import torch
 
 import pool
-import tiny
 from llamas import lora_run, make_adapters, make_llama
 from longspan.config.lora import TARGETS
 from longspan.errors import UserError
-from longspan.models.peft import is_adapter, peft_name
+from longspan.models import GPTModel
+from longspan.models.peft import attach, is_adapter, peft_name
+from longspan.parallelize import parallelize
 from longspan.training import checkpoint
 from longspan.training.adapters import parameter_counts
 from longspan.training.checkpoint import Checkpointer
-from longspan.training.optimizer import gradient_norm
+from longspan.training.optimizer import gradient_norm, make_optimizer
 from longspan.training.trainer import Trainer
+from longspan.weights import fill
 
 pytest.importorskip("peft")
 
 CPU = torch.device("cpu")
 TP2_CP2 = {"tensor_parallel_size": 2, "context_parallel_size": 2}
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_llama(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapters(base, tmp_path_factory):
-    return make_adapters(base, tmp_path_factory.mktemp("adapters"))
 
 
 # --- against PEFT ---------------------------------------------------------------------------
@@ -166,8 +153,10 @@ def test_packed_documents_some_targets_rslora_and_tied_embeddings(prefix, tmp_pa
 # --- curves ---------------------------------------------------------------------------------
 
 
-def curve(prefix, base, steps, more):
+def curve(prefix, base, steps, more, wide=False):
     trainer = Trainer(lora_run(prefix, base, **more), CPU)
+    if wide:
+        hold_frozen_weights_wide(trainer)
     frozen = {n: p.to_local().clone() for n, p in trainer.model.named_parameters() if not is_adapter(n)}
     evals = [trainer.evaluate()["loss"]]
     records = [trainer.train_step(trainer.micro_batches(step)) for step in range(steps)]
@@ -185,7 +174,7 @@ def one_process(prefix, base):
 @pytest.mark.parametrize(
     ("world", "more"),
     [
-        (4, TP2_CP2),
+        pytest.param(4, TP2_CP2, marks=pytest.mark.slow),
         (3, {"context_parallel_size": 3, "micro_batch_size": 2}),
         (4, {"dp_shard_size": 2, "context_parallel_size": 2, "max_grad_norm": 1.0}),
     ],
@@ -199,24 +188,30 @@ def test_training_follows_the_curve_of_one_process(prefix, base, one_process, wo
     assert got[0][2][1] < 0.97 * got[0][2][0]
 
 
+@pytest.mark.slow
 def test_bf16_holds_frozen_weights_in_bf16_and_computes_the_same(prefix, base):
     more = {"params_dtype": "float32", "bf16": True}
     alone = pool.run(1, curve, prefix, base, 20, more)[0]
-    assert pool.run(1, curve_of_wide_frozen_weights, prefix, base, 20, more)[0] == alone
+    assert pool.run(1, curve, prefix, base, 20, more, True)[0] == alone
     cut = pool.run(2, curve, prefix, base, 20, more | {"context_parallel_size": 2})[0]
     assert cut[0][-1] == pytest.approx(alone[0][-1], rel=0.05)
 
 
-def curve_of_wide_frozen_weights(prefix, base, steps, more):
-    from longspan.models import peft
-    from longspan.training import build
-
-    whole = build.attach
-    build.attach = lambda model, lora, frozen_dtype: peft.attach(model, lora)
-    try:
-        return curve(prefix, base, steps, more)
-    finally:
-        build.attach = whole
+def hold_frozen_weights_wide(trainer):
+    """Gives a trainer a model that holds its frozen weights in float32 and computes in bfloat16."""
+    run = trainer.run
+    with torch.device("meta"):
+        model = GPTModel(
+            run.transformer_config(torch.float32),
+            run.vocab_size,
+            run.batch.sequence_len,
+            pg_collection=trainer.groups,
+        )
+    attach(model, run.lora)
+    trainer.model = parallelize(model, trainer.mesh, seed=None, device=CPU, compute_dtype=torch.bfloat16)
+    fill(trainer.model, run)
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    trainer.optimizer = make_optimizer(trainer.model, run.config)
 
 
 def first_values(prefix, base, more):
@@ -266,6 +261,7 @@ def steps(prefix, base, more, folder, first, last):
     return losses
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_adapters_alone_and_goes_on_at_another_layout(prefix, base, tmp_path):
     import torch.distributed.checkpoint as dcp
 

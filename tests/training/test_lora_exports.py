@@ -10,9 +10,8 @@ from safetensors.torch import load_file
 import command
 import pool
 import tiny
-from llamas import lora_run, make_adapters, make_llama
+from llamas import lora_run, make_llama, row_of_tokens, whole_logits
 from longspan.config.lora import TARGETS
-from longspan.context_parallel import SequenceLayout
 from longspan.errors import UserError
 from longspan.tensor_parallel.lora import Adapter
 from longspan.training.checkpoint import Checkpointer
@@ -25,35 +24,17 @@ CPU = torch.device("cpu")
 TP2_CP2 = {"tensor_parallel_size": 2, "context_parallel_size": 2}
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_llama(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapters(base, tmp_path_factory):
-    return make_adapters(base, tmp_path_factory.mktemp("adapters"))
-
-
 def trained_and_exported(prefix, base, folder, more):
     """Logits of a model with trained adapters; its export and its checkpoint."""
     trainer = Trainer(lora_run(prefix, base, params_dtype="float32", **more), CPU)
     for step in range(3):
         trainer.train_step(trainer.micro_batches(step))
-    tokens = torch.arange(45).view(1, 45) * 7 % tiny.VOCAB
-    layout = SequenceLayout.zigzag(45, trainer.run.sizes.cp, multiple_of=trainer.run.sizes.tp)
-    trainer.model.parallel_output = False
-    with torch.no_grad():
-        local = trainer.model(layout.shard(tokens, trainer.shard.cp_rank, dim=1), layout=layout)
+    tokens = row_of_tokens()
+    logits = whole_logits(trainer, tokens)
     export(trainer, Path(folder) / "hf")
     saves = Checkpointer(Path(folder) / "checkpoints", background=False)
     saves.save(3, trainer.model, trainer.optimizer, trainer.description())
-    return tokens, layout.unshard(local, trainer.groups.cp, dim=1), trainer.evaluate()["loss"]
+    return tokens, logits, trainer.evaluate()["loss"]
 
 
 def evaluation(prefix, base, more):

@@ -1,6 +1,9 @@
 """What lies beside the weights of every exit: all files name the tokens that were trained, and keep what the base model's say."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -215,23 +218,27 @@ def test_further_templates_and_files_are_kept(tmp_path):
     assert {name: (tmp_path / "same" / name).read_bytes() for name in files} == files
 
 
-def test_a_model_of_the_hub_is_read_where_it_was_fetched_to(tmp_path, monkeypatch):
+def test_a_model_of_the_hub_is_read_where_it_was_fetched_to(tmp_path):
     """Its architecture may be in the built-in table, which names no tokens; its own files are asked first."""
-    from longspan.training import model_files
-
-    base = base_model(tmp_path / "snapshot", {"eos_token_id": [2, 10]}, SAMPLING)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model_files, "model_file", lambda name, file, network: base / file)
-    origin = model_files.origin_of("meta-llama/Llama-3.1-8B")
-    assert (origin.folder, origin.config["eos_token_id"]) == (base, [2, 10])
-    assert origin.generation["temperature"] == 0.6
-
-    def nowhere(*_, **__):
-        raise UserError("not fetched")
-
-    monkeypatch.setattr(model_files, "model_file", nowhere)
-    origin = model_files.origin_of("meta-llama/Llama-3.1-8B")
-    assert (origin.folder, origin.config["model_type"], origin.generation) == (None, "llama", {})
+    # as the hub's library lays out what it fetched
+    fetched = tmp_path / "cache" / "models--meta-llama--Llama-3.1-8B"
+    base = base_model(fetched / "snapshots" / ("0" * 40), {"eos_token_id": [2, 10]}, SAMPLING)
+    (fetched / "refs").mkdir()
+    (fetched / "refs" / "main").write_text("0" * 40)
+    code = (
+        "import json; from longspan.training.model_files import origin_of\n"
+        "for size in ('8B', '70B'):\n"
+        "    origin = origin_of(f'meta-llama/Llama-3.1-{size}')\n"
+        "    print(json.dumps([str(origin.folder), dict(origin.config), dict(origin.generation)]))"
+    )
+    env = os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    here, nowhere = map(json.loads, done.stdout.splitlines())
+    assert here[0] == str(base)
+    assert (here[1]["eos_token_id"], here[2]["temperature"]) == ([2, 10], 0.6)
+    # that one was never fetched
+    assert (nowhere[0], nowhere[1]["model_type"], nowhere[2]) == ("None", "llama", {})
 
 
 # --- adapters and merging -------------------------------------------------------------------

@@ -24,11 +24,6 @@ SWITCHES = {
 LEARNED = {"position_embedding_type": "learned_absolute", "export_hf": False}
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
 def steps(prefix, changes):
     """For each of the switches: the loss, the whole gradients and the weights of the first step, and an evaluation."""
     found = {}

@@ -24,11 +24,6 @@ CPU = torch.device("cpu")
 SECONDS = 41.0
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
-
 def time_outs():
     """Group -> seconds, of every group of this process."""
     found = {}

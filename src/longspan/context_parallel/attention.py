@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from longspan import autocast
 from longspan.config.model import AttnMaskType, TransformerConfig
 from longspan.context_parallel.kernels.choose import chosen_kernel
+from longspan.context_parallel.kernels.protocol import Kernel
 from longspan.context_parallel.layout import SequenceLayout
 from longspan.context_parallel.move_heads import HeadMove, lse_to_tokens, to_heads, to_tokens
 from longspan.context_parallel.move_keys import MoveKeys
@@ -66,7 +67,8 @@ def _attend(
     softmax_scale: float | None,
     cp_comm_type: str,
     deterministic: bool,
-    backend: str = "auto",
+    backend: str | Kernel = "auto",
+    rows_a_step: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q, k, v [s, b, heads, d] -> out [s, b, n, d], lse [b, n, s]. ``group`` None means one rank."""
     q, k, v = autocast.cast(q, k, v)
@@ -75,11 +77,13 @@ def _attend(
     check_window(window, causal)
     check_shapes(q, k, v, layout, ranks)
     check_heads_of(comm_type, n, ranks, _levels(hierarchical_groups))
-    kernel = chosen_kernel(q.device, q.dtype, q.shape[-1], backend, deterministic)
+    kernel = backend
+    if isinstance(kernel, str):
+        kernel = chosen_kernel(q.device, q.dtype, q.shape[-1], kernel, deterministic)
     scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(q.shape[-1])
     rank = 0 if group is None else dist.get_rank(group)
     inner, outer = _moves(comm_type, group, hierarchical_groups)
-    schedule, together = _plan(layout, rank, comm_type, _size(inner), causal, window)
+    schedule, together = _plan(layout, rank, comm_type, _size(inner), causal, window, rows_a_step)
     join(outer, q.device)
     with autocast.off(q):
         if inner is None:
@@ -103,7 +107,13 @@ def _moves(
 
 
 def _plan(
-    layout: SequenceLayout, rank: int, comm_type: str, inner: int, causal: bool, window: int | None
+    layout: SequenceLayout,
+    rank: int,
+    comm_type: str,
+    inner: int,
+    causal: bool,
+    window: int | None,
+    rows_a_step: int | None = None,
 ) -> tuple[Schedule, tuple[int, ...]]:
     """The schedule that moves keys, and the ``inner`` ranks that exchange heads, this rank among them."""
 
@@ -111,10 +121,17 @@ def _plan(
         groups = [tuple(range(first, first + inner)) for first in range(0, layout.ranks, inner)]
         merged = layout if inner == 1 else layout.merged(groups)
         at_once = comm_type == "all_gather"
-        schedule = Schedule.of(merged, rank // inner, causal=causal, window=window, all_at_once=at_once)
+        schedule = Schedule.of(
+            merged,
+            rank // inner,
+            causal=causal,
+            window=window,
+            all_at_once=at_once,
+            rows_a_step=rows_a_step,
+        )
         return schedule, groups[rank // inner]
 
-    return layout.once(("attention", rank, comm_type, inner, causal, window), make)
+    return layout.once(("attention", rank, comm_type, inner, causal, window, rows_a_step), make)
 
 
 def context_parallel_attention(
@@ -130,6 +147,8 @@ def context_parallel_attention(
     cp_comm_type: str = "p2p",
     deterministic: bool = False,
     hierarchical_groups: Groups | None = None,
+    backend: str | Kernel = "auto",
+    rows_a_step: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention for one pack of documents, or a batch of sequences, cut over a group of ranks.
 
@@ -149,6 +168,9 @@ def context_parallel_attention(
             order here, so this argument only affects kernels that are not deterministic themselves.
         hierarchical_groups: for ``a2a+p2p``, this rank's inner group (consecutive ranks of
             ``group``) and outer group.
+        backend: a name of ``attention_backend``, or a kernel of one's own (``kernels.protocol``).
+        rows_a_step: key/value rows that one exchange should bring at least; None is
+            ``schedule.ROWS_A_STEP``. The same on all ranks.
 
     Returns:
         out in q's shape and dtype (autocast's dtype if autocast is on), and lse [n, t] or [b, n, s]
@@ -172,6 +194,8 @@ def context_parallel_attention(
         softmax_scale=softmax_scale,
         cp_comm_type=cp_comm_type,
         deterministic=deterministic,
+        backend=backend,
+        rows_a_step=rows_a_step,
     )
     return (out.squeeze(1), lse.squeeze(0)) if pack else (out, lse)
 

@@ -19,7 +19,7 @@ import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from longspan.config.json_text import read_object
-from longspan.data.limited import LimitError, limited
+from longspan.data.limited import TIME_S, LimitError, limited
 from longspan.data.templates import TEMPLATES
 from longspan.data.tokenizer_files import SETTINGS, TEMPLATE, named_templates
 from longspan.errors import UserError, did_you_mean
@@ -80,8 +80,11 @@ def _render(text: str, names: Mapping[str, Any]) -> str:
     return _compiled(text).render(names)
 
 
-def _within_limits(function: Callable[..., Any], text: str, *more: Any) -> Any:
+def _within_limits(seconds: float, function: Callable[..., Any], text: str, *more: Any) -> Any:
     """Calls a function with a template's text, within limits of time and memory unless it is bundled.
+
+    Args:
+        seconds: the limit of time.
 
     Raises:
         jinja2.TemplateError: a limit was exceeded, or the function raised it.
@@ -89,7 +92,7 @@ def _within_limits(function: Callable[..., Any], text: str, *more: Any) -> Any:
     if text in _BUNDLED:
         return function(text, *more)
     try:
-        return limited(function, text, *more)
+        return limited(function, text, *more, seconds=seconds)
     except LimitError as error:
         raise jinja2.TemplateError(str(error)) from None
 
@@ -103,12 +106,14 @@ class ChatTemplate:
         text: the template's jinja text.
         special_tokens: bos_token, eos_token ... -> the token's text.
         atoms: all special tokens of the vocabulary; a text is never cut inside one.
+        seconds: of computing that each use of the template may take, unless it is bundled.
     """
 
     name: str
     text: str
     special_tokens: Mapping[str, str]
     atoms: tuple[str, ...] = ()
+    seconds: float = TIME_S
 
     def check(self) -> None:
         """Raises UserError if the text is not a jinja template."""
@@ -117,7 +122,7 @@ class ChatTemplate:
                 f"chat template {self.name}: {len(self.text):,} characters; a template has {MAX_TEMPLATE:,} at most."
             )
         try:
-            _within_limits(_check, self.text)
+            _within_limits(self.seconds, _check, self.text)
         except jinja2.TemplateError as error:
             raise UserError(f"chat template {self.name}: not a jinja template: {error}.") from None
         # One example is a template nested more deeply than Python can parse.
@@ -142,7 +147,7 @@ class ChatTemplate:
             "add_generation_prompt": prompt,
             **self.special_tokens,
         }
-        found = _within_limits(_render, self.text, names)
+        found = _within_limits(self.seconds, _render, self.text, names)
         parts = found.split(_OPEN)
         text, spans = parts[0], []
         for part in parts[1:]:

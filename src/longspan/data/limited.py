@@ -34,20 +34,18 @@ class LimitError(Exception):
     """A call exceeded its time or memory, or ended the second process."""
 
 
-def limited(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function within limits; can be used in any thread and any process.
+def limited(function: Callable[..., Any], *arguments: Any, seconds: float = TIME_S) -> Any:
+    """Returns or raises what the function does; can be called from any thread and any process.
 
     Args:
-        function: a function of a module, which the second process finds by its name.
-        arguments: the function's arguments, which are sent with pickle, like the result.
-
-    Returns:
-        The function's result. An error of the function is raised.
+        function: a function of a module, found by its name.
+        arguments: sent by pickle, as is the result.
+        seconds: of computing that the call may take; waiting for a busy processor does not count.
 
     Raises:
         LimitError: a limit was exceeded, or the call ended the second process.
     """
-    request = pickle.dumps((TIME_S, function, arguments))
+    request = pickle.dumps((seconds, function, arguments))
     with _state.lock:
         while True:
             process = _state.running()
@@ -69,7 +67,7 @@ def limited(function: Callable[..., Any], *arguments: Any) -> Any:
             if code != 0:
                 if code == -signal.SIGPROF:
                     raise LimitError(
-                        f"it took more than {TIME_S:g} seconds of computing, where milliseconds are usual; look for a loop without an end"
+                        f"it took more than {seconds:g} seconds of computing, where milliseconds are usual; look for a loop without an end"
                     )
                 raise LimitError(f"the process that ran it ended with code {code}")
     if isinstance(error, MemoryError):

@@ -308,7 +308,7 @@ def _pieces(lengths: np.ndarray, sequence_len: int) -> tuple[np.ndarray, np.ndar
     return documents, starts, np.minimum(starts + sequence_len, lengths[documents])
 
 
-def _best_fit(sizes: list[int], capacity: int) -> np.ndarray:
+def _best_fit(sizes: list[int], capacity: int, most_open: int = OPEN_PACKS) -> np.ndarray:
     """The pack number ``[p]`` of each piece; packs are numbered as they are opened."""
     pack_of = np.empty(len(sizes), dtype=np.int64)
     # Pairs (free tokens, pack number), ascending.
@@ -325,7 +325,7 @@ def _best_fit(sizes: list[int], capacity: int) -> np.ndarray:
         pack_of[i] = pack
         if free > size:
             insort(open_packs, (free - size, pack))
-            if len(open_packs) > OPEN_PACKS:
-                # The first pack is the fullest.
+            if len(open_packs) > most_open:
+                # the fullest pack
                 del open_packs[0]
     return pack_of

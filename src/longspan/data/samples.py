@@ -78,6 +78,7 @@ def prepare_samples(
     processes: int | None = None,
     progress: Progress | None = None,
     remark: Callable[[str], None] | None = None,
+    chunk: int = CHUNK,
 ) -> Path:
     """Makes the samples of a dataset once; later calls find them.
 
@@ -87,6 +88,7 @@ def prepare_samples(
         progress: called with (samples, tokens) done so far.
         remark: called with a line for each part that the chat template left out of the samples, also if the
             samples were made earlier.
+        chunk: records that a process tokenises at a time.
 
     Returns:
         The prefix of the token files.
@@ -106,7 +108,7 @@ def prepare_samples(
         with only_here(prefix.parent):
             # Another process may have written the samples while this process waited.
             if not _is_whole(prefix, masked):
-                _write_samples(recipe, prefix, masked, processes or os.cpu_count() or 1, progress)
+                _write_samples(recipe, prefix, masked, processes or os.cpu_count() or 1, progress, chunk)
     if remark is not None and recipe.template is not None:
         count = len(IndexedDataset(prefix))
         for what, chats in sorted(read_object(_missing_file(prefix)).items()):
@@ -121,14 +123,14 @@ def _missing_file(prefix: Path) -> Path:
 
 
 def _write_samples(
-    recipe: Recipe, prefix: Path, masked: bool, processes: int, progress: Progress | None
+    recipe: Recipe, prefix: Path, masked: bool, processes: int, progress: Progress | None, chunk: int
 ) -> None:
     """Writes the samples, and before them the file of the parts that the chat template left out."""
     missing: Counter[str] = Counter()
     vocab_size = vocabulary_size(load_tokenizer(recipe.tokenizer))
     writer = IndexedDatasetWriter(prefix, best_dtype(vocab_size))
     with writer, IndexedDatasetWriter(mask_prefix(prefix), np.uint8) if masked else nullcontext() as masks:
-        for samples, left_out in _encoded(recipe, processes):
+        for samples, left_out in _encoded(recipe, processes, chunk):
             missing += left_out
             for tokens, mask in samples:
                 if not len(tokens):
@@ -156,24 +158,24 @@ def _is_whole(prefix: Path, masked: bool) -> bool:
 Encoded = tuple[list[Sample], Counter[str]]
 
 
-def _encoded(recipe: Recipe, processes: int) -> Iterator[Encoded]:
-    """Yields chunks of samples in order, each with the parts that the template left out; holds few chunks."""
+def _encoded(recipe: Recipe, processes: int, size: int) -> Iterator[Encoded]:
+    """Yields chunks of so many samples in order, with what the template left out of each; holds few in memory."""
     # The encoder is made here too, so that an error of the tokenizer is reported once.
     encoder = Encoder(recipe)
     records = iter_records(recipe.source)
-    first = list(islice(records, 2 * CHUNK))
-    # For few records, starting processes would take longer than tokenising.
-    if processes == 1 or len(first) < 2 * CHUNK:
+    first = list(islice(records, 2 * size))
+    # For few records, starting processes would take longer.
+    if processes == 1 or len(first) < 2 * size:
         while first:
             yield _chunk(encoder, first)
-            first = list(islice(records, CHUNK))
+            first = list(islice(records, size))
         return
     # Processes are spawned, because a fork of a process with threads (tokenizers, torch) may hang.
     with ProcessPoolExecutor(processes, get_context("spawn"), _begin, (recipe,)) as pool:
-        ahead = deque([pool.submit(_encode, first[:CHUNK]), pool.submit(_encode, first[CHUNK:])])
+        ahead = deque([pool.submit(_encode, first[:size]), pool.submit(_encode, first[size:])])
         try:
             while ahead:
-                while len(ahead) <= 2 * processes and (chunk := list(islice(records, CHUNK))):
+                while len(ahead) <= 2 * processes and (chunk := list(islice(records, size))):
                     ahead.append(pool.submit(_encode, chunk))
                 yield ahead.popleft().result()
         finally:

@@ -229,6 +229,7 @@ def tokenize_to_indexed(
     progress: Progress | None = None,
     batch: int = 256,
     begin: Sequence[int] = (),
+    batch_characters: int = BATCH_CHARACTERS,
 ) -> dict[str, int]:
     """Tokenises documents, on all cores, into ``prefix.bin`` and ``prefix.idx``.
 
@@ -238,7 +239,7 @@ def tokenize_to_indexed(
     Args:
         vocab_size: decides the type on disk; at least the tokenizer's size.
         progress: called with (documents, tokens) done so far.
-        batch: number of documents tokenised at once.
+        batch, batch_characters: documents are tokenised at once up to so many, or so many characters.
 
     Returns:
         ``{"documents": ..., "tokens": ...}``: the numbers of documents and tokens that were written.
@@ -247,7 +248,7 @@ def tokenize_to_indexed(
         UserError: there is nothing to write. No file is left in this case.
     """
     with IndexedDatasetWriter(prefix, best_dtype(vocab_size)) as writer:
-        for texts in _batches(documents, batch):
+        for texts in _batches(documents, batch, batch_characters):
             for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
                 if not encoding.ids:
                     continue
@@ -349,13 +350,13 @@ def _near(path: Path) -> str:
     return did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
 
 
-def _batches(documents: Iterable[str], batch: int) -> Iterator[list[str]]:
+def _batches(documents: Iterable[str], batch: int, most_characters: int) -> Iterator[list[str]]:
     texts: list[str] = []
     characters = 0
     for text in documents:
         texts.append(text)
         characters += len(text)
-        if len(texts) >= batch or characters >= BATCH_CHARACTERS:
+        if len(texts) >= batch or characters >= most_characters:
             yield texts
             texts, characters = [], 0
     if texts:

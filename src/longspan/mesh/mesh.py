@@ -205,7 +205,7 @@ def _lines(storage: torch.Tensor, dim: int) -> list[list[int]]:
 START_S = 600.0
 
 
-def init_distributed(device_type: str, timeout_s: float = 600.0) -> None:
+def init_distributed(device_type: str, timeout_s: float = 600.0, start_s: float = START_S) -> None:
     """Starts the default process group, if there is none, with NCCL for CUDA and gloo otherwise.
 
     Under a launcher the group has the launcher's ranks, otherwise this process alone. This is the only
@@ -213,6 +213,10 @@ def init_distributed(device_type: str, timeout_s: float = 600.0) -> None:
 
     Args:
         timeout_s: the time that an exchange may take, in seconds.
+
+    Args:
+        timeout_s: seconds that an exchange waits for an answer (ddp_timeout).
+        start_s: seconds in which the ranks of all machines have to be started; timeout_s, if that is longer.
 
     Raises:
         UserError: machine 0 cannot be reached, or other ranks of the launcher did not start in time.
@@ -231,7 +235,7 @@ def init_distributed(device_type: str, timeout_s: float = 600.0) -> None:
     if not launched:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    start = datetime.timedelta(seconds=max(START_S, timeout_s))
+    start = datetime.timedelta(seconds=max(start_s, timeout_s))
     try:
         store, rank, world = next(rendezvous("env://", timeout=start))
     except RuntimeError as error:

@@ -37,15 +37,11 @@ def checked(reading: Reading, launch: Launch, announce: str = "") -> tuple[Check
     except UserError as error:
         problems += error.problems
         device = "cpu"
-    no_compiler = compiler_problem(device) if compiles(config, device) else None
-    if no_compiler is not None and config.torch_compile is True:
-        problems += no_compiler.problems
+    compiler = has_compiler(reading, device)
     problems += missing_sources(config) if "datasets" not in bad else []
-    run = resolve(config, world, device=device, compiler=no_compiler is None, bad_keys=bad, earlier=problems)
+    run = resolve(config, world, device=device, compiler=compiler, bad_keys=bad, earlier=problems)
     if config.base_model is not None and config.rope_scaling is None:
         reading.notes += unused_fields(config.base_model)
-    if no_compiler is not None:
-        reading.notes.append(f"torch_compile: auto compiles nothing on this machine: {no_compiler}")
     found = [*reading.notes, *without_effect(os.environ, device, joined=under_torchrun())]
     notes = ["without effect here:", *(f"  {note}" for note in found)] if found else []
     if (notes or announce) and os.environ.get("RANK", "0") == "0":
@@ -55,8 +51,15 @@ def checked(reading: Reading, launch: Launch, announce: str = "") -> tuple[Check
     return run, launch
 
 
-def compiler_problem(device: str) -> UserError | None:
-    """The error that explains why nothing can be compiled for a device; None if there is a compiler."""
+def has_compiler(reading: Reading, device: str) -> bool:
+    """Whether this machine compiles for the device, if the config asks for it.
+
+    Where it cannot, ``torch_compile: true`` is a problem of what was read, and ``auto`` a note.
+    """
+    config = reading.config
+    assert config is not None
+    if not compiles(config, device):
+        return True
     import torch
 
     from longspan.compiled import check_compiler
@@ -64,8 +67,12 @@ def compiler_problem(device: str) -> UserError | None:
     try:
         check_compiler(torch.device(device))
     except UserError as error:
-        return error
-    return None
+        if config.torch_compile is True:
+            reading.problems += error.problems
+        else:
+            reading.notes.append(f"torch_compile: auto compiles nothing on this machine: {error}")
+        return False
+    return True
 
 
 def check_backend(run: Checked) -> None:

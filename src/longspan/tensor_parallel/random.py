@@ -52,17 +52,19 @@ def draw_rows(
     shape: tuple[int, ...],
     rows: Range,
     draw: Callable[[Tensor, torch.Generator], Any],
+    block_numel: int = BLOCK_NUMEL,
 ) -> Tensor:
     """Rows of the random tensor that (seed, name, shape) define.
 
     Args:
         rows: half-open range of dim 0.
         draw: fills a tensor from a generator.
+        block_numel: elements of a block of rows, which has a generator of its own: the values depend on it.
 
     Returns:
         [rows, *shape[1:]], always float32 on the CPU, so that device and precision do not change the values.
     """
-    block, parts = _block_rows(shape), []
+    block, parts = _block_rows(shape, block_numel), []
     for index in range(rows[0] // block, -(-rows[1] // block)):
         first = index * block
         generator = torch.Generator("cpu").manual_seed(hash_seed(seed, name, index))
@@ -74,9 +76,9 @@ def draw_rows(
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _block_rows(shape: tuple[int, ...]) -> int:
-    """Number of rows of a block."""
-    return max(1, BLOCK_NUMEL // max(1, torch.Size(shape[1:]).numel()))
+def _block_rows(shape: tuple[int, ...], block_numel: int) -> int:
+    """Rows of a block."""
+    return max(1, block_numel // max(1, torch.Size(shape[1:]).numel()))
 
 
 @dataclass(frozen=True)
@@ -137,13 +139,18 @@ def draw_part(
     shape: tuple[int, ...],
     ranges: Sequence[Range],
     dtype: torch.dtype = torch.float32,
+    block_numel: int = BLOCK_NUMEL,
 ) -> Tensor:
-    """The part of a tensor's initial values that lies in ``ranges``, (start, stop) along each dim."""
+    """The part of a tensor's initial values that lies in ``ranges``, (start, stop) along each dim.
+
+    Args:
+        block_numel: elements of a block of rows, the most of the whole tensor that exists at once.
+    """
     if isinstance(initial, FilledWhole):
         return initial.whole(seed, name, shape, dtype)[tuple(slice(*edges) for edges in ranges)]
     (start, stop), rest = ranges[0], tuple(slice(*edges) for edges in ranges[1:])
-    # A block of rows is cut along the other dims before the next one is made: a rank never holds all blocks.
-    block = _block_rows(shape)
+    # A block of rows is cut along the other dims before the next one is made: a rank never holds all of them.
+    block = _block_rows(shape, block_numel)
     edges = [start, *range(start // block * block + block, stop, block), stop]
     parts = [initial(seed, name, shape, rows)[:, *rest].to(dtype) for rows in zip(edges, edges[1:])]
     return torch.cat(parts) if len(parts) > 1 else parts[0]

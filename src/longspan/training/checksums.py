@@ -28,9 +28,14 @@ THREADS = 4
 
 
 class Checksum:
-    """Sums the bytes of a file in the order in which they are written."""
+    """Sums the bytes of a file in the order in which they are written.
 
-    def __init__(self) -> None:
+    Args:
+        piece_bytes: the size of a piece; all files of a checkpoint have the same.
+    """
+
+    def __init__(self, piece_bytes: int = PIECE) -> None:
+        self.piece_bytes = piece_bytes
         self.bytes = 0
         self.pieces: list[int] = []
 
@@ -38,10 +43,10 @@ class Checksum:
         """Adds the next bytes, from any object with a buffer."""
         view = memoryview(data).cast("B")
         while len(view):
-            at = self.bytes % PIECE
+            at = self.bytes % self.piece_bytes
             if at == 0:
                 self.pieces.append(0)
-            part = view[: PIECE - at]
+            part = view[: self.piece_bytes - at]
             self.pieces[-1] = zlib.crc32(part, self.pieces[-1])
             self.bytes += len(part)
             view = view[len(part) :]
@@ -50,9 +55,9 @@ class Checksum:
         return {"bytes": self.bytes, "crc32": [f"{piece:08x}" for piece in self.pieces]}
 
 
-def to_json(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """The text of ``checksums.json`` for the records of its files."""
-    return json.dumps({"piece_bytes": PIECE, "files": files, "crc32": _own_sum(files)}, indent=1)
+def to_json(files: Mapping[str, Mapping[str, Any]], piece_bytes: int = PIECE) -> str:
+    """The text of ``checksums.json`` for the records of its files, which were summed in pieces of this size."""
+    return json.dumps({"piece_bytes": piece_bytes, "files": files, "crc32": _own_sum(files)}, indent=1)
 
 
 def _own_sum(files: Mapping[str, Mapping[str, Any]]) -> str:
@@ -62,13 +67,16 @@ def _own_sum(files: Mapping[str, Mapping[str, Any]]) -> str:
 class Manifest:
     """The content of ``checksums.json`` in a checkpoint's folder.
 
+    Args:
+        block_bytes: the most bytes that one read takes.
+
     Raises:
         OSError: the file cannot be read.
         ValueError: the file is damaged.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, block_bytes: int = BLOCK):
+        self.folder, self.block_bytes = folder, block_bytes
         try:
             found = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
             self.piece_bytes, self.files = found["piece_bytes"], found["files"]
@@ -111,7 +119,7 @@ class Manifest:
 
     def _sum_of_piece(self, path: Path, number: int) -> int:
         found, left = 0, self.piece_bytes
-        block = memoryview(bytearray(min(BLOCK, left)))
+        block = memoryview(bytearray(min(self.block_bytes, left)))
         with path.open("rb", buffering=0) as file:
             file.seek(number * self.piece_bytes)
             while left and (count := file.readinto(block[: min(len(block), left)])):

@@ -32,8 +32,11 @@ def unwritable(folder: Path, error: OSError, key: str = "output_dir") -> UserErr
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[int | None]:
+def hold(folder: Path, dying_s: float = DYING_S) -> Iterator[int | None]:
     """Locks a folder for one run; makes the folder, and removes it again if nothing was written into it.
+
+    Args:
+        dying_s: seconds to wait for the processes of a run whose first process has been killed.
 
     Yields:
         The descriptor of the lock: a child that inherits it holds the lock too, until both have ended. None
@@ -50,10 +53,10 @@ def hold(folder: Path) -> Iterator[int | None]:
     except OSError as error:
         raise unwritable(folder, error) from None
     try:
-        held = _lock(file, folder)
+        held = _lock(file, folder, dying_s)
         # A refused run may have removed its folder just now.
         if held and not _is_still_there(file, folder):
-            with hold(folder) as again:
+            with hold(folder, dying_s) as again:
                 yield again
         else:
             yield file if held else None
@@ -75,9 +78,9 @@ def _is_still_there(file: int, folder: Path) -> bool:
     return False
 
 
-def _lock(file: int, folder: Path) -> bool:
+def _lock(file: int, folder: Path, dying_s: float) -> bool:
     """Takes the lock and writes its owner into it; False if the file system has no locks."""
-    until = time.monotonic() + DYING_S
+    until = time.monotonic() + dying_s
     try:
         while True:
             try:

@@ -50,13 +50,15 @@ def _fold_lse(lse: Tensor, batch: int, group: slice) -> Tensor:
     return lse[batch, group].t().reshape(-1, 1)
 
 
-def _blocks(queries: int, keys: int, causal: bool, rows: int) -> Iterator[tuple[int, int, int, int]]:
+def _blocks(
+    queries: int, keys: int, causal: bool, rows: int, columns: int
+) -> Iterator[tuple[int, int, int, int]]:
     """(first query, end of queries, first key, end of keys) of all blocks with an unmasked pair."""
     for start in range(0, queries, rows):
         stop = min(start + rows, queries)
         seen = min(stop, keys) if causal else keys
-        for first in range(0, seen, KEYS):
-            yield start, stop, first, min(first + KEYS, seen)
+        for first in range(0, seen, columns):
+            yield start, stop, first, min(first + columns, seen)
 
 
 def _hide(scores: Tensor, block: tuple[int, int, int, int], causal: bool) -> None:
@@ -75,19 +77,22 @@ class CpuBlocks:
 
     Args:
         small: the kernel for small tiles.
+        least: query-key pairs a head from which a tile is not small.
+        rows, keys: the size of a block: rows of scores (all heads of a group together), and keys.
     """
 
     name, varlen = "cpu-blocks", False
 
-    def __init__(self, small: Kernel):
-        self.small = small
+    def __init__(self, small: Kernel, least: int = SMALL, rows: int = ROWS, keys: int = KEYS):
+        self.small, self.least = small, least
+        self.rows, self.keys = rows, keys
 
     def forward(self, q, k, v, causal, scale):
-        if q.shape[0] * k.shape[0] < SMALL:
+        if q.shape[0] * k.shape[0] < self.least:
             return self.small.forward(q, k, v, causal, scale)
         s, batches, n, d = q.shape
         g = n // k.shape[2]
-        rows = max(1, ROWS // g)
+        rows = max(1, self.rows // g)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(batches, n, s, dtype=torch.promote_types(q.dtype, torch.float32))
         c = scale * LOG2E
@@ -98,7 +103,7 @@ class CpuBlocks:
             total = torch.zeros_like(qs)
             # Every row sees key 0, which is in its first block, so no maximum stays infinite.
             top, norm = qs.new_full((s * g, 1), -math.inf), qs.new_zeros(s * g, 1)
-            for block in _blocks(s, k.shape[0], causal, rows):
+            for block in _blocks(s, k.shape[0], causal, rows, self.keys):
                 start, stop, first, end = block
                 part = slice(start * g, stop * g)
                 scores = product(qs[part], ks[first:end].t())
@@ -115,11 +120,11 @@ class CpuBlocks:
         return out, lse
 
     def backward(self, dout, q, k, v, out, lse, causal, scale):
-        if q.shape[0] * k.shape[0] < SMALL:
+        if q.shape[0] * k.shape[0] < self.least:
             return self.small.backward(dout, q, k, v, out, lse, causal, scale)
         s, _, n, d = q.shape
         g = n // k.shape[2]
-        rows = max(1, ROWS // g)
+        rows = max(1, self.rows // g)
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         c = scale * LOG2E
         for batch, head, group, qs, ks, vs in _groups(q, k, v):
@@ -128,7 +133,7 @@ class CpuBlocks:
             delta = (do * _fold(out, batch, group)).sum(1, keepdim=True)
             scaled, lse_2 = qs * c, _fold_lse(lse, batch, group) * LOG2E
             gq, gk, gv = torch.zeros_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
-            for block in _blocks(s, k.shape[0], causal, rows):
+            for block in _blocks(s, k.shape[0], causal, rows, self.keys):
                 start, stop, first, end = block
                 part, seen = slice(start * g, stop * g), slice(first, end)
                 p = product(scaled[part], ks[seen].t())
