@@ -142,6 +142,8 @@ class Architecture(InitialValues):
         }
         if not self.learned_positions:
             found.pop("max_position_embeddings", None)
+        if self.num_moe_experts is None:
+            found = {name: value for name, value in found.items() if not name.startswith("moe_")}
         return found
 
     @property

@@ -44,10 +44,35 @@ def parameter_shapes(model: Architecture, vocab_size: int) -> dict[str, tuple[in
         for letter in "qk" if model.qk_layernorm else "":
             norm(f"{layer}.self_attention.{letter}_layernorm", model.kv_channels)
         norm(f"{layer}.pre_mlp_layernorm", h)
-        for part in ("gate", "up") if model.gated_linear_unit else ("up",):
+        parts = ("gate", "up") if model.gated_linear_unit else ("up",)
+        if model.has_experts(index + 1):
+            found |= _expert_shapes(model, f"{layer}.mlp", parts)
+            continue
+        for part in parts:
             linear(f"{layer}.mlp.linear_{part}", h, ffn)
         linear(f"{layer}.mlp.linear_down", ffn, h)
     norm("decoder.final_layernorm", h)
     if not model.share_embeddings_and_output_weights:
         found[VOCABULARY[1]] = (vocabulary, h)
+    return found
+
+
+def _expert_shapes(model: Architecture, mlp: str, parts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """Those of a layer's router, experts and shared expert."""
+    h, ffn, experts = model.hidden_size, model.moe_ffn_hidden_size, model.num_moe_experts
+    assert experts is not None
+    found: dict[str, tuple[int, ...]] = {f"{mlp}.router.weight": (experts, h)}
+    found |= {f"{mlp}.experts.{part}_weight": (experts, ffn, h) for part in parts}
+    found[f"{mlp}.experts.down_weight"] = (experts, h, ffn)
+    if model.add_bias_linear:
+        found |= {f"{mlp}.experts.{part}_bias": (experts, ffn) for part in parts}
+        found[f"{mlp}.experts.down_bias"] = (experts, h)
+    if (shared := model.moe_shared_expert_intermediate_size) is not None:
+        sizes = {**dict.fromkeys(parts, (shared, h)), "down": (h, shared)}
+        for part, (outputs, inputs) in sizes.items():
+            found[f"{mlp}.shared_experts.linear_{part}.weight"] = (outputs, inputs)
+            if model.add_bias_linear:
+                found[f"{mlp}.shared_experts.linear_{part}.bias"] = (outputs,)
+        if model.moe_shared_expert_gate:
+            found[f"{mlp}.shared_experts.gate.weight"] = (1, h)
     return found

@@ -115,6 +115,7 @@ def _with_base_model(config: TrainConfig, name: str, found: list[Problem], bad: 
     except UserError as error:
         found.append((("base_model",), str(error)))
         bad |= {"num_layers", "hidden_size", "num_attention_heads", "vocab_size", "reinit_weights"}
+        bad.add("num_moe_experts")
     return config
 
 

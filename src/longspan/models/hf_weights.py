@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from longspan.config.architecture import Architecture
-from longspan.config.families.config_json import FAMILIES, family_of
+from longspan.config.families.config_json import family_of_tensors
 from longspan.config.families.family import Family, Place
 from longspan.config.parameters import POSITIONS, VOCABULARY, parameter_shapes
 from longspan.errors import UserError
@@ -46,7 +46,7 @@ class Names:
 
     @property
     def family(self) -> Family:
-        return family_of(self.model) or FAMILIES["llama"]
+        return family_of_tensors(self.model)
 
     def places(self, name: str) -> list[Place]:
         """Our parameter name -> where its rows lie, in their order.

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from longspan.config.families.llama import Llama
+from longspan.config.families.qwen import Qwen2Moe
 from longspan.config.lora import CONFIG_FILE, WEIGHTS_FILE, Lora, read_peft_config
 from longspan.errors import UserError
 from longspan.files import begin_folder, name_folder
@@ -40,7 +40,7 @@ from longspan.tensor_parallel.lora import Adapter
 _MARK = ".lora."
 _PREFIX = "base_model.model."
 #: adapters are on linear layers of attention and MLP, which all families that have adapters name as a Llama does
-_NAMES = Llama()
+_NAMES = Qwen2Moe()
 
 
 def is_adapter(name: str) -> bool:

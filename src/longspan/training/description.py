@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -173,17 +173,18 @@ def check_fits(path: Path, now: dict[str, Any], weights_only: bool) -> dict[str,
         UserError: the checkpoint does not fit; every difference is listed.
     """
     then = describe(path)
+    # If a checkpoint is older than a field of the architecture, its run used the default of that field.
+    defaults = {key_of(one): one.default for one in fields(Architecture) if one.default is not MISSING}
+    shapes = defaults | then["model"]
     problems = [
-        f"resume: {path.name} is a checkpoint of another model: {name} was {then['model'][name]!r}, the config says "
+        f"resume: {path.name} is a checkpoint of another model: {name} was {shapes[name]!r}, the config says "
         f"{value!r}. Give the model's own value, or start without resume."
         for name, value in now["model"].items()
-        # An older checkpoint does not have all names.
-        if then["model"].get(name, value) != value
+        if shapes.get(name, value) != value
     ]
     problems += adapter_problems(path.name, then.get("adapter"), now["adapter"])
     if not weights_only:
-        # If a checkpoint is older than a field of the architecture, its run used the default of that field.
-        settings = {key_of(one): one.default for one in fields(Architecture)} | then["settings"]
+        settings = defaults | then["settings"]
         if then["global_batch_size"] != now["global_batch_size"]:
             problems.append(
                 f"resume: {path.name} was trained with global_batch_size {then['global_batch_size']}, the config gives "

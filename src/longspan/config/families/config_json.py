@@ -11,29 +11,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from longspan.config.architecture import Architecture
+from longspan.config.families.experts import WithExperts
 from longspan.config.families.family import Family, windows_of
 from longspan.config.families.gpt2 import GPT2
 from longspan.config.families.llama import Llama
-from longspan.config.families.mistral import Ministral, Mistral
-from longspan.config.families.qwen import Qwen2, Qwen3
+from longspan.config.families.mistral import Ministral, Mistral, Mixtral
+from longspan.config.families.qwen import Qwen2, Qwen2Moe, Qwen3, Qwen3Moe
 from longspan.config.families.rotary_decoder import RotaryDecoder
 from longspan.config.rope import reach
 from longspan.errors import UserError
 
 #: model_type -> family; a model without a base model is written as the first family that can hold it
 FAMILIES: dict[str, Family] = {
-    one.model_type: one for one in (Llama(), Mistral(), Ministral(), Qwen2(), Qwen3(), GPT2())
+    one.model_type: one
+    for one in (Llama(), Mistral(), Ministral(), Qwen2(), Qwen3(), GPT2(), Mixtral(), Qwen2Moe(), Qwen3Moe())
 }
 
-_REAL = ("rms_norm_eps", "layer_norm_epsilon", "initializer_range", "rope_theta", "partial_rotary_factor")
+_REAL = (
+    *("router_aux_loss_coef", "router_jitter_noise"),
+    *("rms_norm_eps", "layer_norm_epsilon", "initializer_range", "rope_theta", "partial_rotary_factor"),
+)
 _FLAGS = (
     *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
-    *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"),
+    *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention", "norm_topk_prob"),
 )
 #: field that holds a whole number -> (the smallest, the largest number that is accepted)
 _WHOLE = {
     name: (1, 1 << 31)
-    for name in (*(name for one in FAMILIES.values() for name in one.keys), "sliding_window")
+    for name in (
+        *(name for one in FAMILIES.values() for name in one.keys),
+        "sliding_window",
+        "decoder_sparse_step",
+        "num_local_experts",
+    )
     if name not in (*_REAL, *_FLAGS)
 }
 _WHOLE |= dict.fromkeys(("num_hidden_layers", "n_layer"), (1, 1 << 14)) | {"max_window_layers": (0, 1 << 31)}
@@ -61,12 +71,14 @@ def keys_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"base_model: {where} has a quantization_config: its weights are quantised, and only whole ones are read. Give the "
             "model it was made of."
         )
-    data = _whole_numbers(data)
+    family = FAMILIES[kind]
+    data = _whole_numbers(
+        {k: v for k, v in data.items() if k not in family.nothing or v != family.nothing[k]}
+    )
     if odd := _odd_values(data):
         raise UserError(
             f"base_model: {where} sets {'; '.join(odd)}. Put the file right, or download it again."
         )
-    family = FAMILIES[kind]
     data = {**family.defaults, **data}
     found = {ours: data[theirs] for theirs, ours in family.keys.items() if data.get(theirs) is not None}
     found["activation_func"] = _activation(data, family.activation, where)
@@ -103,6 +115,9 @@ def _odd_values(data: Mapping[str, Any]) -> list[str]:
             check(name, isinstance(value, bool), "true or false")
         elif name in ("hidden_act", "activation_function"):
             check(name, isinstance(value, str), "a name")
+        elif name == "mlp_only_layers":
+            good = isinstance(value, list) and all(type(each) is int for each in value)
+            check(name, good, "a list of the numbers of layers")
         elif name == "layer_types":
             good = isinstance(value, list) and all(isinstance(each, str) for each in value)
             layers = data.get("num_hidden_layers")
@@ -134,6 +149,17 @@ def family_of(model: Architecture, base_type: str | None = None) -> Family | Non
     return next((one for one in families if one.holds(model)), None)
 
 
+def family_of_tensors(model: Architecture) -> Family:
+    """The family by whose names the weights of a model are read and written.
+
+    It may not hold the model: what computes other numbers with the same weights is another model to transformers.
+    """
+    sparse = model.num_moe_experts is not None
+    fitting = [one for one in FAMILIES.values() if isinstance(one, WithExperts) == sparse]
+    exact = next((one for one in fitting if not one.differences(model, one.needs)), None)
+    return exact or (FAMILIES["gpt2"] if model.learned_positions else fitting[0])
+
+
 def export_problem(model: Architecture) -> str | None:
     """Why no architecture of Hugging Face can hold this model; None if one can."""
     sizes = set(windows_of(model)) - {None}
@@ -144,6 +170,11 @@ def export_problem(model: Architecture) -> str | None:
         )
     if family_of(model) is not None:
         return None
+    if model.num_moe_experts is not None:
+        wrong = min(
+            (one.missing(model) for one in FAMILIES.values() if isinstance(one, WithExperts)), key=len
+        )
+        return f"a model with experts leaves as Mixtral, Qwen2-MoE or Qwen3-MoE; the nearest has no place for {', '.join(wrong)}."
     if model.learned_positions:
         wrong = FAMILIES["gpt2"].missing(model)
         return f"learned positions leave as a GPT-2, which has no place for {', '.join(wrong)}."

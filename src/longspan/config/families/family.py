@@ -39,6 +39,7 @@ class Family:
         architecture: transformers' class.
         keys: field of config.json -> longspan's key.
         defaults: field of config.json -> transformers' value if the file does not have the field.
+        nothing: field -> a value by which transformers writes that the model does not have it.
         activation: the field that names the activation.
         needs: field of Architecture -> the value that a model of this type has.
         layers: the prefix of the names of a layer's tensors.
@@ -49,6 +50,7 @@ class Family:
     architecture: ClassVar[str]
     keys: ClassVar[Mapping[str, str]]
     defaults: ClassVar[Mapping[str, Any]]
+    nothing: ClassVar[Mapping[str, Any]] = {}
     activation: ClassVar[str] = "hidden_act"
     needs: ClassVar[Mapping[str, Any]]
     layers: ClassVar[str]
@@ -76,10 +78,14 @@ class Family:
         return not self.missing(model)
 
     def missing(self, model: Architecture) -> list[str]:
-        """The fields of Architecture whose value differs from the type's value, each with both values."""
+        """Our fields of another value than the type has, each with both values."""
+        return self.differences(model, {"softmax_scale": None, "num_moe_experts": None, **self.needs})
+
+    def differences(self, model: Architecture, needs: Mapping[str, Any]) -> list[str]:
+        """The fields that do not have the values needed, each with both values."""
         return [
             f"{name} {_shown(getattr(model, name))} (needs {_shown(value)})"
-            for name, value in {"softmax_scale": None, **self.needs}.items()
+            for name, value in needs.items()
             if getattr(model, name) != value
         ]
 

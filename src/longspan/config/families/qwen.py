@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from longspan.config.architecture import Architecture
+from longspan.config.families.experts import WithExperts, layer_pattern
 from longspan.config.families.family import layer_types, one_window, windows_by_type, windows_of
 from longspan.config.families.rotary_decoder import RotaryDecoder, read_biases
+from longspan.errors import UserError
 
 
 class Qwen2(RotaryDecoder):
@@ -49,3 +51,109 @@ class Qwen3(Qwen2):
 
     def fields(self, model: Architecture, positions: int) -> dict[str, Any]:
         return super().fields(model, positions) | {"attention_bias": False}
+
+
+class QwenWithExperts(WithExperts):
+    """What both have: the fields of the router, and layers that stay dense."""
+
+    def read_sparse(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        layers, step = data.get("num_hidden_layers") or 0, data["decoder_sparse_step"]
+        dense = set(data.get("mlp_only_layers") or ())
+        sparse = {i for i in range(layers) if i not in dense and (i + 1) % step == 0}
+        if not sparse:
+            return {}
+        return {
+            **self.read_experts(data, sorted(sparse)),
+            "moe_ffn_hidden_size": data["moe_intermediate_size"],
+            "moe_layer_freq": layer_pattern(sparse, layers),
+            "moe_router_pre_softmax": not data.get("norm_topk_prob"),
+        }
+
+    def sparse_fields(self, model: Architecture) -> dict[str, Any]:
+        sparse = {number - 1 for number in model.expert_layers}
+        return {
+            "moe_intermediate_size": model.moe_ffn_hidden_size,
+            "norm_topk_prob": not model.moe_router_pre_softmax,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [i for i in range(model.num_layers) if i not in sparse],
+            **self.expert_fields(model),
+        }
+
+
+_DEFAULTS = {"decoder_sparse_step": 1, "norm_topk_prob": False, "router_aux_loss_coef": 0.001}
+_KEYS = {
+    "num_experts": "num_moe_experts",
+    "num_experts_per_tok": "moe_router_topk",
+    "moe_intermediate_size": "moe_ffn_hidden_size",
+}
+
+
+class Qwen2Moe(QwenWithExperts, Qwen2):
+    model_type, architecture = "qwen2_moe", "Qwen2MoeForCausalLM"
+    keys = Qwen2.keys | _KEYS | {"shared_expert_intermediate_size": "moe_shared_expert_intermediate_size"}
+    defaults = (
+        Qwen2.defaults
+        | _DEFAULTS
+        | {
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        }
+    )
+    nothing = {"sliding_window": 0}
+    inside = Qwen2.inside | {
+        "mlp.router": "mlp.gate",
+        "mlp.shared_experts.linear_gate": "mlp.shared_expert.gate_proj",
+        "mlp.shared_experts.linear_up": "mlp.shared_expert.up_proj",
+        "mlp.shared_experts.linear_down": "mlp.shared_expert.down_proj",
+        "mlp.shared_experts.gate": "mlp.shared_expert_gate",
+    }
+    expert_needs = WithExperts.expert_needs | {"moe_shared_expert_gate": True, "sliding_window": None}
+
+    def read_pieces(self, data: Mapping[str, Any], where: str) -> dict[str, Any]:
+        return super().read_pieces(data, where) | self.read_sparse(data) | {"moe_shared_expert_gate": True}
+
+    def read_window(self, data: Mapping[str, Any], where: str) -> int | list[int | None] | None:
+        return _no_window(data, where)
+
+    def fields(self, model: Architecture, positions: int) -> dict[str, Any]:
+        shared = {"shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size}
+        return super().fields(model, positions) | self.sparse_fields(model) | shared
+
+
+class Qwen3Moe(QwenWithExperts, Qwen3):
+    model_type, architecture = "qwen3_moe", "Qwen3MoeForCausalLM"
+    keys = Qwen3.keys | _KEYS
+    defaults = (
+        Qwen3.defaults
+        | _DEFAULTS
+        | {
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        }
+    )
+    inside = Qwen3.inside | {"mlp.router": "mlp.gate"}
+    expert_needs = WithExperts.expert_needs | {
+        "moe_shared_expert_intermediate_size": None,
+        "sliding_window": None,
+    }
+
+    def read_pieces(self, data: Mapping[str, Any], where: str) -> dict[str, Any]:
+        return super().read_pieces(data, where) | self.read_sparse(data)
+
+    def read_window(self, data: Mapping[str, Any], where: str) -> int | list[int | None] | None:
+        return _no_window(data, where)
+
+    def fields(self, model: Architecture, positions: int) -> dict[str, Any]:
+        return super().fields(model, positions) | self.sparse_fields(model)
+
+
+def _no_window(data: Mapping[str, Any], where: str) -> None:
+    if data.get("use_sliding_window"):
+        raise UserError(
+            f"base_model: {where} sets use_sliding_window, which is not supported for a Qwen with experts."
+        )
