@@ -39,10 +39,9 @@ def steps(prefix, count, changes):
     trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), **changes), CPU)
     records, gradients = [], {}
     for step in range(count):
-        trainer.compute_gradients(trainer.micro_batches(step))
         if step == min(1, count - 1):
+            trainer.compute_gradients(trainer.micro_batches(step))
             gradients = {name: p.grad.full_tensor().clone() for name, p in trainer.model.named_parameters()}
-        trainer.step = step
         records.append(trainer.train_step(trainer.micro_batches(step)))
     state = {
         name: buffer.to_local().clone() if hasattr(buffer, "to_local") else buffer.clone()
@@ -200,7 +199,7 @@ def test_the_bias_of_experts_follows_one_process(prefix, reference):
     assert bias.abs().max() > 0.015
     cases = [
         (2, {"expert_parallel_size": 2}),
-        (4, {"expert_parallel_size": 2, "tensor_parallel_size": 2}),
+        (2, {"tensor_parallel_size": 2}),
         (3, {"expert_parallel_size": 3, "context_parallel_size": 3}),
     ]
     alike(prefix, expected, 30, [(world, BIAS | cut) for world, cut in cases], 1e-9)
