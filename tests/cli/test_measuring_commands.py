@@ -101,6 +101,8 @@ def test_eval_gives_one_answer_at_every_layout(folder):
     [
         (["--output-dir", "nowhere"], "there is no checkpoint in nowhere/checkpoints. Train first"),
         (["--val-set-size", 0], "needs held-out documents"),
+        (["--eval-iters", 0], "eval_iters is 0, which switches evaluation off"),
+        (["--hidden-size", 64], "--checkpoint: step_00000003 is a checkpoint of another model: hidden_size"),
         (["--needels", 3], "Did you mean --needles"),
         (["--checkpoint", "nowhere"], "nowhere"),
     ],

@@ -217,6 +217,10 @@ SIZES = {
     "Qwen/Qwen3-8B": 8.19,
     "Qwen/Qwen3-14B": 14.77,
     "Qwen/Qwen3-32B": 32.76,
+    "mistralai/Mixtral-8x7B-v0.1": 46.70,
+    "mistralai/Mixtral-8x22B-v0.1": 140.62,
+    "Qwen/Qwen3-30B-A3B": 30.53,
+    "Qwen/Qwen3-235B-A22B": 235.09,
     "HuggingFaceTB/SmolLM2-135M": 0.135,
     "HuggingFaceTB/SmolLM2-1.7B": 1.71,
 }

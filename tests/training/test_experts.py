@@ -237,7 +237,9 @@ def resumed(prefix, folder, changes):
     first = Trainer(run, CPU)
     for step in range(2):
         first.train_step(first.micro_batches(step))
-    path = Checkpointer(Path(folder), background=False).save(2, first.model, first.optimizer, first.description())
+    path = Checkpointer(Path(folder), background=False).save(
+        2, first.model, first.optimizer, first.description()
+    )
     dist.barrier()
     second = Trainer(run, CPU)
     second.resume(path)

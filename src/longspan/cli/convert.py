@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from longspan.cli.options import take_options
 from longspan.errors import UserError, did_you_mean
@@ -21,9 +20,6 @@ from longspan.runs.convert import (
     tokenizer_of,
 )
 from longspan.runs.start import quiet_logs
-
-if TYPE_CHECKING:
-    pass
 
 USAGE = """\
 usage: longspan convert --checkpoint STEP_FOLDER --output FOLDER [--tokenizer FOLDER] [--dtype float32|bfloat16]

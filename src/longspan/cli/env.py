@@ -32,7 +32,7 @@ def usage() -> str:
         "Prints versions, devices, and which of these environment variables are set and what each does here:",
     ]
     width = max(map(len, VARIABLES))
-    return "\n".join([*lines, *(f"  {n:<{width}}  {v.fate}: {v.text}" for n, v in VARIABLES.items())])
+    return "\n".join([*lines, *(f"  {n:<{width}}  {v.handling}: {v.text}" for n, v in VARIABLES.items())])
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     if variables:
         print("\nenvironment")
         for v in variables:
-            print(f"  {v['name']}={v['value']}\n      {v['fate']}: {v['text']}")
+            print(f"  {v['name']}={v['value']}\n      {v['handling']}: {v['text']}")
     return 0
 
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from longspan.cli.options import number, positionals, take_options
 from longspan.errors import UserError
 from longspan.runs.generate import exported, generate, is_checkpoint
-
-if TYPE_CHECKING:
-    pass
 
 USAGE = """\
 usage: longspan generate MODEL [--prompt TEXT] [--max-new-tokens N] [--temperature T] [--seed S] [--special-tokens]

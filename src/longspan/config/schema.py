@@ -41,7 +41,7 @@ GROUPS: dict[str, type[BaseModel]] = {
 
 # Pydantic takes the fields of the last base class first, so the fields have the order of GROUPS.
 class TrainConfig(OutputKeys, MemoryKeys, OptimizerKeys, ScheduleKeys, ParallelKeys, DataKeys, ModelKeys):
-    """What ``longspan train`` is told."""
+    """The config of ``longspan train``."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 

@@ -14,11 +14,11 @@ LAUNCHER = "LONGSPAN_LAUNCHER"
 #: TORCHELASTIC_RUN_ID in the ranks that longspan starts; torchrun sets other values
 RUN_ID = "longspan"
 
-Fate = Literal["set by longspan", "advised", "left alone", "no effect"]
-SET: Fate = "set by longspan"
-ADVISED: Fate = "advised"
-LEFT: Fate = "left alone"
-UNREAD: Fate = "no effect"
+Handling = Literal["set by longspan", "advised", "left alone", "no effect"]
+SET: Handling = "set by longspan"
+ADVISED: Handling = "advised"
+LEFT: Handling = "left alone"
+UNREAD: Handling = "no effect"
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Variable:
     """How longspan handles an environment variable.
 
     Attributes:
-        fate: ``set by longspan`` (some variables only if they are not set yet), ``advised``, ``left alone``
+        handling: ``set by longspan`` (some variables only if they are not set yet), ``advised``, ``left alone``
             (a library or a script reads it), or ``no effect`` (no program reads it).
         text: which program reads it, and what the user should do.
         only: ``nccl``: it matters only if NCCL is used, on CUDA; ``torchrun``: only if torchrun starts the
             processes; None: always.
     """
 
-    fate: Fate
+    handling: Handling
     text: str
     only: Literal["nccl", "torchrun"] | None = None
 
@@ -107,9 +107,9 @@ VARIABLES: dict[str, Variable] = {
 
 
 def found(environ: Mapping[str, str]) -> list[dict[str, str]]:
-    """The variables of the table that are set, each as a dict of name, value, fate and text."""
+    """The variables of the table that are set, each as a dict of name, value, handling and text."""
     return [
-        {"name": name, "value": environ[name], "fate": known.fate, "text": known.text}
+        {"name": name, "value": environ[name], "handling": known.handling, "text": known.text}
         for name, known in VARIABLES.items()
         if name in environ
     ]
@@ -134,6 +134,6 @@ def without_effect(environ: Mapping[str, str], device: str, joined: bool) -> lis
     if idle:
         notes.append(f"{', '.join(idle)}: for CUDA and NCCL; this run is on CPU, over gloo.")
     for name, known in VARIABLES.items():
-        if name in environ and (known.fate == UNREAD or (known.only == "torchrun" and not joined)):
+        if name in environ and (known.handling == UNREAD or (known.only == "torchrun" and not joined)):
             notes.append(f"{name}: {known.text}")
     return notes

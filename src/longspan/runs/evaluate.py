@@ -6,7 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from longspan.config.data import evaluates
+from longspan.config.data import evaluates, has_validation
 from longspan.config.load import to_yaml
 from longspan.config.run import Checked, Run
 from longspan.errors import UserError
@@ -45,6 +45,8 @@ def nothing_held_out(run: Checked) -> str | None:
     """The reason why there is nothing to evaluate on; None if documents are held out."""
     if evaluates(run.config):
         return None
+    if run.config.eval_iters == 0 and has_validation(run.config):
+        return "longspan eval: eval_iters is 0, which switches evaluation off. Give --eval-iters 100, say, or leave it out."
     return (
         "longspan eval needs held-out documents: val_set_size is 0. Give --val-set-size 0.02, say, or test_datasets (for "
         "data_path: --split 99,1,0)."
@@ -78,7 +80,7 @@ def with_weights(run: Run, checkpoint: str | None) -> Run:
         raise UserError(
             f"there is no checkpoint in {folder}. Train first, or give --checkpoint PATH or base_model."
         )
-    check_fits(path, describe_run(run, data), weights_only=True)
+    check_fits(path, describe_run(run, data), weights_only=True, option="--checkpoint")
     return run.with_keys(resume=str(path), no_load_optim=True, no_load_rng=True)
 
 

@@ -67,7 +67,20 @@ def variants(run: Run, everything: bool) -> list[Run]:
 
 def one_process(run: Run) -> Run:
     """The same run on one process: the same global batch, plain attention, everything kept for backward."""
+    balancing = run.config.moe_router_load_balancing_type
+    if run.config.hybrid_context_parallel:
+        # There a document is what a sequence is elsewhere.
+        names = {"aux_loss": "seq_aux_loss"}
+        balancing = (
+            names.get(balancing, balancing)
+            if isinstance(balancing, str)
+            else [names.get(b, b) for b in balancing]
+        )
     return run.with_keys(
+        moe_router_load_balancing_type=balancing,
+        expert_parallel_size=1,
+        expert_tensor_parallel_size=None,
+        moe_token_dispatcher_type="alltoall",
         tensor_parallel_size=1,
         context_parallel_size=1,
         pipeline_parallel_size=1,

@@ -44,10 +44,13 @@ def _fingerprint(base_model: str) -> str:
     return SafetensorsFolder(model_folder(base_model)).fingerprint()
 
 
-def adapter_problems(name: str, then: dict[str, Any] | None, now: dict[str, Any] | None) -> list[str]:
+def adapter_problems(
+    option: str, name: str, then: dict[str, Any] | None, now: dict[str, Any] | None
+) -> list[str]:
     """The differences between a checkpoint's adapters and those of this run, one message each.
 
     Args:
+        option: the option that named the checkpoint, for messages.
         name: the name of the checkpoint.
         then, now: the adapters' descriptions in the checkpoint and in this run; None without adapters.
     """
@@ -56,25 +59,25 @@ def adapter_problems(name: str, then: dict[str, Any] | None, now: dict[str, Any]
     if now is None:
         assert then is not None
         return [
-            f"resume: {name} holds adapters only (adapter: lora, lora_r {then['rank']}, on {', '.join(then['targets'])} of "
+            f"{option}: {name} holds adapters only (adapter: lora, lora_r {then['rank']}, on {', '.join(then['targets'])} of "
             f"{then['base_model']}), and the config trains all weights. Give the same adapter keys, or make a model of it: "
             "longspan convert --checkpoint, then longspan convert --lora."
         ]
     if then is None:
         return [
-            f"resume: {name} holds a whole model, and the config trains adapters (adapter: lora). Make a model of it with "
+            f"{option}: {name} holds a whole model, and the config trains adapters (adapter: lora). Make a model of it with "
             "longspan convert --checkpoint and give that as base_model, without resume; or drop adapter."
         ]
     names = {"rank": "lora_r", "alpha": "lora_alpha", "targets": "targets", "rslora": "peft_use_rslora"}
     found = [
-        f"resume: {name} was trained with {key} {then.get(field)!r}, the config says {now[field]!r}. Keep it, or start without "
+        f"{option}: {name} was trained with {key} {then.get(field)!r}, the config says {now[field]!r}. Keep it, or start without "
         "resume."
         for field, key in names.items()
         if then.get(field) != now[field]
     ]
     if then["base_fingerprint"] != now["base_fingerprint"]:
         found.append(
-            f"resume: the adapters of {name} were trained beside the weights of {then['base_model']}, and base_model "
+            f"{option}: the adapters of {name} were trained beside the weights of {then['base_model']}, and base_model "
             f"{now['base_model']} has others. Give the base model they belong to."
         )
     return found

@@ -160,11 +160,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
-def check_fits(path: Path, now: dict[str, Any], weights_only: bool) -> dict[str, Any]:
+def check_fits(path: Path, now: dict[str, Any], weights_only: bool, option: str = "resume") -> dict[str, Any]:
     """Refuses a checkpoint of another model or, unless ``weights_only``, of another batch or other data.
 
     Args:
         now: the description that this run would write.
+        option: the option that named the checkpoint, for messages.
 
     Returns:
         The checkpoint's description.
@@ -172,27 +173,27 @@ def check_fits(path: Path, now: dict[str, Any], weights_only: bool) -> dict[str,
     Raises:
         UserError: the checkpoint does not fit; every difference is listed.
     """
-    then = describe(path)
+    then = describe(path, option)
     # If a checkpoint is older than a field of the architecture, its run used the default of that field.
     defaults = {key_of(one): one.default for one in fields(Architecture) if one.default is not MISSING}
     shapes = defaults | then["model"]
     problems = [
-        f"resume: {path.name} is a checkpoint of another model: {name} was {shapes[name]!r}, the config says "
+        f"{option}: {path.name} is a checkpoint of another model: {name} was {shapes[name]!r}, the config says "
         f"{value!r}. Give the model's own value, or start without resume."
         for name, value in now["model"].items()
         if shapes.get(name, value) != value
     ]
-    problems += adapter_problems(path.name, then.get("adapter"), now["adapter"])
+    problems += adapter_problems(option, path.name, then.get("adapter"), now["adapter"])
     if not weights_only:
         settings = defaults | then["settings"]
         if then["global_batch_size"] != now["global_batch_size"]:
             problems.append(
-                f"resume: {path.name} was trained with global_batch_size {then['global_batch_size']}, the config gives "
+                f"{option}: {path.name} was trained with global_batch_size {then['global_batch_size']}, the config gives "
                 f"{now['global_batch_size']}. A resume keeps the global batch: change micro_batch_size or "
                 "gradient_accumulation_steps, or take only the weights with no_load_optim: true."
             )
         problems += [
-            f"resume: {path.name} was trained with {name} {settings.get(name)!r}, the config gives {value!r}. Keep it, "
+            f"{option}: {path.name} was trained with {name} {settings.get(name)!r}, the config gives {value!r}. Keep it, "
             "or take only the weights with no_load_optim: true."
             for name, value in now["settings"].items()
             if settings.get(name) != value

@@ -121,7 +121,7 @@ class Trainer:
             UserError: the checkpoint is damaged, or does not fit the run (``checkpoint.check_fits``).
         """
         config = self.run.config
-        then = check_fits(path, self.description(), weights_only=config.no_load_optim)
+        then = check_fits(path, self.description(), weights_only=config.no_load_optim, option=option)
         optimizer = None if config.no_load_optim else self.optimizer
         load(path, self.model, optimizer, not config.no_load_rng, config.verify_checkpoint, option)
         if config.no_load_optim:

@@ -13,7 +13,6 @@ _KERNEL = "The attention kernel is chosen by attention_backend (auto: the fastes
 _LOSS = "The loss is computed in chunks always; logits of a whole sequence are never held."
 _LOADING = "Every rank reads only its own part of the weights."
 _TRACKER = "Records go to metrics.jsonl, TensorBoard and Weights & Biases (use_wandb)."
-_EXPERTS = "Experts are not supported yet."
 _RAY = "Start the processes with torchrun, or with --num-machines and --machine-rank."
 _SCHEDULE = "The schedule has warmup_steps, lr_scheduler and cosine_min_lr_ratio."
 _OPTIMIZER = "AdamW has one learning rate for all parameters: learning_rate."
@@ -87,8 +86,8 @@ KEYS: dict[str, ExternalName] = {
         },
         "Say it by cp_comm_type (p2p, all_gather, a2a, a2a+p2p) and cp_layout.",
     ),
-    "expert_parallel_backend": refused(_EXPERTS),
-    "expert_parallel_token_capacity": refused(_EXPERTS),
+    "expert_parallel_backend": refused("Say it by moe_token_dispatcher_type: alltoall or allgather."),
+    "expert_parallel_token_capacity": refused("Say it by moe_expert_capacity_factor."),
     "ddp": no_effect("dp_replicate_size says how many copies of the weights there are."),
     "ddp_bucket_cap_mb": no_effect("FSDP2 reduces gradients layer by layer."),
     "ddp_broadcast_buffers": no_effect("The models have no buffers."),

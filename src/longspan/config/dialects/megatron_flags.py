@@ -13,8 +13,7 @@ _SHARDED = "Parameters, gradients and optimizer are sharded by FSDP2 always (dp_
 _FUSED = "Kernels are PyTorch's; the fastest one that is there is taken."
 _OVERLAP = "FSDP2 gathers and reduces layer by layer while others compute."
 _EXACT = "It is so always: at least float32."
-_EXPERTS = "Experts are not supported yet."
-_NO_EXPERTS = "There are no experts without --num-experts."
+_GROUPED = "Experts are computed by grouped products always, where there is a kernel for them."
 _PIPELINE = "Pipelines are not supported yet. Use tensor, context and data parallelism."
 _SAMPLES = "The schedule counts steps: --train-iters N, which is samples / --global-batch-size."
 _LOGGED = "It is in metrics.jsonl, TensorBoard and the iteration line as far as it exists here."
@@ -107,15 +106,20 @@ FLAGS: dict[str, ExternalName] = {
     "--window-size": refused(
         "It is --sliding-window N: the tokens a query sees, itself included.", values=MANY
     ),
-    "--num-experts": refused(_EXPERTS),
-    "--moe-router-topk": no_effect(_NO_EXPERTS),
-    "--moe-grouped-gemm": no_effect(_NO_EXPERTS, values=0),
-    "--moe-permute-fusion": no_effect(_NO_EXPERTS, values=0),
-    "--moe-aux-loss-coeff": no_effect(_NO_EXPERTS),
-    "--moe-token-dispatcher-type": no_effect(_NO_EXPERTS),
-    "--moe-router-load-balancing-type": no_effect(_NO_EXPERTS),
-    "--moe-ffn-hidden-size": no_effect(_NO_EXPERTS),
-    "--expert-tensor-parallel-size": refused(_EXPERTS),
+    "--moe-grouped-gemm": no_effect(_GROUPED, values=0),
+    "--moe-use-legacy-grouped-gemm": no_effect(_GROUPED, values=0),
+    "--moe-permute-fusion": no_effect(_FUSED, values=0),
+    "--moe-router-fusion": no_effect(_FUSED, values=0),
+    "--moe-router-dtype": no_effect("The router computes in float32, or float64 with such weights."),
+    "--moe-per-layer-logging": no_effect("metrics.jsonl has the load of each layer always.", values=0),
+    "--moe-shared-expert-overlap": no_effect(_OLD_OVERLAP, values=0),
+    "--moe-input-jitter-eps": refused("Noise on the router's input would depend on the layout."),
+    "--moe-enable-deepep": refused(
+        "Tokens travel by --moe-token-dispatcher-type alltoall or allgather.", values=0
+    ),
+    "--moe-extended-tp": refused("It is --expert-tensor-parallel-size.", values=0),
+    "--moe-use-upcycling": refused("A dense model cannot become one with experts here.", values=0),
+    "--moe-router-force-load-balancing": refused("Routing is the router's.", values=0),
     "--no-position-embeddings": becomes(
         lambda _: {"position_embedding_type": "none"}, "It takes no value.", values=0
     ),

@@ -54,6 +54,23 @@ def _qwen3(*shape: int, tied: bool = False) -> dict[str, Any]:
     return _shape(*shape) | own | {"head_dim": 128, "attention_bias": False, "use_sliding_window": False}
 
 
+def _mixtral(hidden: int, layers: int, heads: int, ffn: int, vocab: int, positions: int) -> dict[str, Any]:
+    own = {"model_type": "mixtral", "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None}
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001}
+    return _shape(hidden, layers, heads, 8, ffn, vocab, positions) | own | experts
+
+
+def _qwen3_moe(hidden: int, layers: int, heads: int, ffn: int, expert: int) -> dict[str, Any]:
+    experts = {
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": expert,
+        "norm_topk_prob": True,
+    }
+    more = {"decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.001}
+    return _qwen3(hidden, layers, heads, 4, ffn, 151936, 40960) | {"model_type": "qwen3_moe"} | experts | more
+
+
 _LLAMA_2_7B = _llama(4096, 32, 32, 32, 11008, 32000, 4096, torch_dtype="float16")
 _LLAMA_2_13B = _llama(5120, 40, 40, 40, 13824, 32000, 4096, torch_dtype="float16")
 _LLAMA_2_70B = _llama(8192, 80, 64, 8, 28672, 32000, 4096, torch_dtype="float16")
@@ -135,6 +152,14 @@ _PLACES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (_qwen3(4096, 36, 32, 8, 12288, 151936, 40960), ("Qwen/Qwen3-8B",)),
     (_qwen3(5120, 40, 40, 8, 17408, 151936, 40960), ("Qwen/Qwen3-14B",)),
     (_qwen3(5120, 64, 64, 8, 25600, 151936, 40960), ("Qwen/Qwen3-32B",)),
+    (
+        _mixtral(4096, 32, 32, 14336, 32000, 32768),
+        ("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
+    ),
+    (_mixtral(6144, 56, 48, 16384, 32000, 65536), ("mistralai/Mixtral-8x22B-v0.1",)),
+    (_mixtral(6144, 56, 48, 16384, 32768, 65536), ("mistralai/Mixtral-8x22B-Instruct-v0.1",)),
+    (_qwen3_moe(2048, 48, 32, 6144, 768), ("Qwen/Qwen3-30B-A3B",)),
+    (_qwen3_moe(4096, 94, 64, 12288, 1536), ("Qwen/Qwen3-235B-A22B",)),
     (
         _llama(
             *(576, 30, 9, 3, 1536, 49152, 8192),
