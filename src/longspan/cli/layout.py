@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import re
 import sys
 from collections import Counter
@@ -17,9 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longspan.cli.options import key_help, number, read_config, take_options
+from longspan.cli.options import key_help, number, read_config, read_picture, take_options
 from longspan.config.data import keeps_documents_apart
-from longspan.config.packages import has_package
 from longspan.config.resolve import resolve
 from longspan.config.run import Checked
 from longspan.data.checks import missing_sources
@@ -158,22 +156,6 @@ def read_lengths(text: str, problems: list[str]) -> list[int] | None:
             )
             return None
     return [int(part) for part in parts]
-
-
-def read_picture(text: str, problems: list[str]) -> Path:
-    """The path of the picture; reasons why it cannot be written are added to ``problems`` before any work."""
-    path = Path(text)
-    if path.suffix.lower() != ".png":
-        problems.append(f"--png {text}: the picture is a PNG. Give a name that ends with .png.")
-    elif path.is_dir():
-        problems.append(f"--png {text}: is a folder. Give the name of a file.")
-    elif not path.parent.is_dir():
-        problems.append(f"--png {text}: there is no folder {path.parent}. Make it, or choose another.")
-    elif not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        problems.append(f"--png {text}: cannot be written. Check its permissions, or choose another.")
-    if not has_package("matplotlib"):
-        problems.append("--png needs matplotlib, which is not installed. pip install 'longspan[plot]'.")
-    return path
 
 
 def lengths_of_step(run: Checked, step: int) -> list[int]:

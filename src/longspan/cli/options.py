@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from longspan.config.load import Reading, make_config
 from longspan.config.options import parse_overrides
+from longspan.config.packages import has_package
 from longspan.config.schema import GROUPS, keys
 from longspan.config.yaml_file import read_yaml
 from longspan.errors import UserError, did_you_mean
@@ -149,3 +152,19 @@ def number(
         )
         return None
     return value
+
+
+def read_picture(text: str, problems: list[str]) -> Path:
+    """The path of the picture; reasons why it cannot be written are added to ``problems`` before any work."""
+    path = Path(text)
+    if path.suffix.lower() != ".png":
+        problems.append(f"--png {text}: the picture is a PNG. Give a name that ends with .png.")
+    elif path.is_dir():
+        problems.append(f"--png {text}: is a folder. Give the name of a file.")
+    elif not path.parent.is_dir():
+        problems.append(f"--png {text}: there is no folder {path.parent}. Make it, or choose another.")
+    elif not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        problems.append(f"--png {text}: cannot be written. Check its permissions, or choose another.")
+    if not has_package("matplotlib"):
+        problems.append("--png needs matplotlib, which is not installed. pip install 'longspan[plot]'.")
+    return path

@@ -33,6 +33,10 @@ def of_step(batches: list[LocalBatch], step_tokens: int) -> list[LocalBatch]:
     ]
 
 
+#: steps in a row without a choice after which an expert is said to have collapsed
+IDLE_STEPS = 20
+
+
 class Experts:
     """The layers with experts of a model (none is fine), and what they counted.
 
@@ -43,6 +47,8 @@ class Experts:
     def __init__(self, model: nn.Module, groups: ProcessGroupCollection):
         self.layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         self.group = groups.tp_dp_cp
+        #: int64 [layers, E], steps in a row in which nobody chose an expert
+        self.idle: torch.Tensor | None = None
         #: float64 [layers, E + 3], the sums of the last step; see ``Load.flat``
         self.sums: torch.Tensor | None = None
 
@@ -59,12 +65,21 @@ class Experts:
         assert all(load is not None for load in held), "a layer with experts ran no forward pass in this step"
         self.sums = torch.stack([load.flat() for load in held if load is not None])
         dist.all_reduce(self.sums, group=self.group)
+        unchosen = (self.sums[:, :-3] == 0).long().cpu()
+        self.idle = unchosen if self.idle is None else (self.idle + 1) * unchosen
         for layer, sums in zip(self.layers, self.sums):
             counts = sums[: layer.router.num_experts]
             local(layer.router.last_counts).copy_(counts)
             if layer.router.expert_bias is not None:
                 bias = local(layer.router.expert_bias)
                 bias.copy_(updated_bias(bias, counts, layer.config.moe_router_bias_update_rate))
+
+    def collapsed(self) -> list[str]:
+        """The experts that nobody has chosen for exactly ``IDLE_STEPS`` steps, by name; so each is named once."""
+        if self.idle is None:
+            return []
+        places = (self.idle == IDLE_STEPS).nonzero().tolist()
+        return [f"expert {expert} of layer {self.layers[at].number}" for at, expert in places]
 
     def record(self) -> dict:
         """The fields of a step's record: losses (means over the layers), dropped choices, and the load of each layer."""

@@ -70,6 +70,12 @@ def train(
                 f"no token has counted in the loss for {idle} steps, so they changed nothing. Look at the samples: "
                 "longspan prepare CONFIG --show 3 prints what is learned."
             )
+        if collapsed := trainer.experts.collapsed():
+            more = f" and {len(collapsed) - 3} more" if len(collapsed) > 3 else ""
+            progress.warn(
+                f"no token has chosen {', '.join(collapsed[:3])}{more} for a while: they learn nothing any more. Raise "
+                "moe_aux_loss_coeff, or lower learning_rate."
+            )
         last = trainer.step == trainer.steps or trainer.stop_asked
         progress.step(record, show=last or trainer.step == 1 or trainer.step % every == 0)
         saving.settle()

@@ -77,11 +77,20 @@ class TensorBoard:
 
     def write(self, record: dict[str, Any]) -> None:
         for name, value in record.items():
-            if name not in ("kind", "step") and isinstance(value, int | float) and math.isfinite(value):
-                self.writer.add_scalar(f"{_group(record)}/{name}", value, record["step"])
+            for tag, number in _curves(name, value):
+                if isinstance(number, int | float) and math.isfinite(number):
+                    self.writer.add_scalar(f"{_group(record)}/{tag}", number, record["step"])
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _curves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """A record's entry as curves: of the load of experts, the share of the busiest one in each layer."""
+    if name == "moe_load":
+        yield from ((f"moe_busiest_expert/layer_{i}", max(shares)) for i, shares in enumerate(value, 1))
+    elif name not in ("kind", "step", "split"):
+        yield name, value
 
 
 class Wandb:
@@ -103,7 +112,8 @@ class Wandb:
             ) from None
 
     def write(self, record: dict[str, Any]) -> None:
-        values = {f"{_group(record)}/{k}": v for k, v in record.items() if k not in ("kind", "step", "split")}
+        curves = (curve for name, value in record.items() for curve in _curves(name, value))
+        values = {f"{_group(record)}/{name}": value for name, value in curves}
         self.run.log(values, step=record["step"])
 
     def close(self) -> None:

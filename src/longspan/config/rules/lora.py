@@ -50,6 +50,7 @@ def lora_problems(config: TrainConfig) -> list[Problem]:
         )
         found.append((("lora_dropout",), text))
     found += _target_problems(config)
+    found += _expert_problems(config)
     if config.lora_model_dir is not None and not found:
         found += _start_problems(config)
     return found
@@ -71,6 +72,20 @@ def _target_problems(config: TrainConfig) -> list[Problem]:
         for name in given or ()
         if name not in TARGETS
     ]  # fmt: skip
+
+
+def _expert_problems(config: TrainConfig) -> list[Problem]:
+    """Targets that only experts have: adapters belong to linear layers, and experts have none."""
+    asked = set(TARGETS if config.lora_target_linear else config.lora_target_modules or ())
+    only_experts = config.num_moe_experts is not None and config.moe_layer_freq == 1
+    of_mlp = [name for name in ("gate_proj", "up_proj", "down_proj") if name in asked]
+    if not only_experts or config.moe_shared_expert_intermediate_size is not None or not of_mlp:
+        return []
+    text = (
+        f"adapter: lora on {', '.join(of_mlp)} of a model whose MLPs are experts: adapters go to attention, and to a shared expert "
+        "where there is one. Give lora_target_modules: [q_proj, k_proj, v_proj, o_proj]."
+    )
+    return [(("lora_target_modules", "lora_target_linear", "num_moe_experts"), text)]
 
 
 def _start_problems(config: TrainConfig) -> list[Problem]:
