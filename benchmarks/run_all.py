@@ -24,6 +24,7 @@ RUNS = (
     ["memory_keys.py", "--kept"],
     ["integration.py"],
     ["lora.py"],
+    ["experts.py"],
 )
 
 

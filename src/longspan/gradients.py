@@ -23,7 +23,8 @@ def finalize_model_grads(
     num_tokens: Tensor | int | None = None,
     pg_collection: ProcessGroupCollection | None = None,
 ) -> None:
-    """Sums a model's gradients over the data and context parallel ranks, each of which has a part of the sum.
+    """Sums a model's gradients over the data and context parallel ranks, each of which has a part of the sum (those of
+    experts over the expert data parallel ranks).
 
     Call it on every rank after the last backward of a step, before the gradient norm, clipping and the
     optimizer. Gradients are summed, never averaged, in at least float32. They need no sum over tensor
@@ -53,7 +54,8 @@ def finalize_model_grads(
     Raises:
         ValueError: FSDP2 or DDP reduces the model's gradients already.
     """
-    group = process_groups(pg_collection).dp_cp
+    groups = process_groups(pg_collection)
+    group = groups.dp_cp
     modules = [model] if isinstance(model, nn.Module) else list(model)
     parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
     for part in (part for module in modules for part in module.modules()):
@@ -71,7 +73,16 @@ def finalize_model_grads(
             total = total.to(parameters[0].device)
         dist.all_reduce(total, group=group)
         scale = 1 / total.clamp(min=1)
-    sum_gradients([p for p in parameters if p.requires_grad], group, scale)
+    trained = [p for p in parameters if p.requires_grad]
+    experts = [p for p in trained if is_expert(p)]
+    sum_gradients([p for p in trained if not is_expert(p)], group, scale)
+    # Experts of a rank compute for the tokens of all ranks that share them: only the ranks with the same experts add up.
+    sum_gradients(experts, groups.edp, scale)
+
+
+def is_expert(parameter: nn.Parameter) -> bool:
+    """Whether a parameter lies on the grid of experts."""
+    return isinstance(parameter, DTensor) and "ep" in (parameter.device_mesh.mesh_dim_names or ())
 
 
 @torch.no_grad()

@@ -242,10 +242,10 @@ NAMES = {
     "MegatronModule": "torch.nn.Module",
     "MLP": "longspan.models.parts.MLP",
     # experts
-    "MoERouter": None,
+    "MoERouter": "longspan.expert_parallel.MoERouter",
     "compute_aux_loss": None,
-    "GroupedMLP": None,
-    "MoELayer": None,
+    "GroupedMLP": "longspan.expert_parallel.GroupedMLP",
+    "MoELayer": "longspan.expert_parallel.MoELayer",
     "MoEBlock": None,
     # the training script
     "initialize_megatron": None,

@@ -149,7 +149,9 @@ class GroupedMLP(ParallelModule):
             memory["plan"] = self.dispatcher.plan(indices, kept)
         plan = memory["plan"]
         received = self.dispatcher.send(x, scores, indices, kept, plan)
-        choices = Choices.of(received.experts, received.kept, self.num_local_experts)
+        choices = Choices.of(
+            received.experts, received.kept, self.num_local_experts, self.config.moe_grouped_gemm
+        )
         y = self.compute(received.rows, received.scores, choices)
         return self.dispatcher.combine(y, x, plan)
 
@@ -161,7 +163,7 @@ class GroupedMLP(ParallelModule):
                 f"{self.num_local_experts} experts of this rank, and their sum is the number of rows."
             )
         at = torch.arange(len(x), device=x.device)
-        choices = Choices(at, at, counts, counts.cumsum(0).to(torch.int32))
+        choices = Choices(at, at, counts, counts.cumsum(0).to(torch.int32), self.config.moe_grouped_gemm)
         y = self.compute(x, x.new_ones(len(x), 1), choices)
         return collectives.reduce(y, self.groups.etp)
 

@@ -32,15 +32,17 @@ class Choices(NamedTuple):
         at: int64 [p], where the pair's score stands in the flattened [n, k].
         counts: int64 [E], pairs of each expert.
         ends: int32 [E], the index after each expert's last pair.
+        grouped: products are ``grouped_mm``'s where it can; False computes expert by expert.
     """
 
     row: Tensor
     at: Tensor
     counts: Tensor
     ends: Tensor
+    grouped: bool = True
 
     @classmethod
-    def of(cls, experts: Tensor, kept: Tensor, num_experts: int) -> Choices:
+    def of(cls, experts: Tensor, kept: Tensor, num_experts: int, grouped: bool = True) -> Choices:
         """From the expert of each choice [n, k], and which choices count (bool [n, k]).
 
         Pairs of one expert are in the order of their rows, so that sums have one order.
@@ -50,7 +52,7 @@ class Choices(NamedTuple):
         order = expert.argsort(stable=True)
         counts = torch.bincount(expert, minlength=num_experts)
         at = at[order]
-        return cls(at // experts.shape[1], at, counts, counts.cumsum(0).to(torch.int32))
+        return cls(at // experts.shape[1], at, counts, counts.cumsum(0).to(torch.int32), grouped)
 
 
 def _grouped(a: Tensor, b: Tensor) -> bool:
@@ -64,7 +66,7 @@ def _grouped(a: Tensor, b: Tensor) -> bool:
 
 def grouped_product(x: Tensor, weights: Tensor, choices: Choices) -> Tensor:
     """x [p, a], weights [E, a, b] of any strides -> [p, b]. No autograd."""
-    if _grouped(x, weights):
+    if choices.grouped and _grouped(x, weights):
         return _grouped_mm(x, weights, offs=choices.ends)
     out = x.new_empty(x.shape[0], weights.shape[2])
     begin = 0
@@ -77,7 +79,7 @@ def grouped_product(x: Tensor, weights: Tensor, choices: Choices) -> Tensor:
 
 def grouped_gradient(x: Tensor, y: Tensor, choices: Choices) -> Tensor:
     """x [p, a], y [p, b] -> [E, a, b]; zeros for an expert without pairs. No autograd."""
-    if _grouped(x, y) and x.shape[1] * x.element_size() % 16 == 0:
+    if choices.grouped and _grouped(x, y) and x.shape[1] * x.element_size() % 16 == 0:
         return _grouped_mm(x.t(), y, offs=choices.ends)
     out = x.new_zeros(len(choices.counts), x.shape[1], y.shape[1])
     begin = 0

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from longspan.config.schema import TrainConfig
+from longspan.gradients import is_expert
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -17,7 +18,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     assert config.learning_rate is not None
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     # One update takes parameters of one mesh: those of experts have their own, and so groups of their own.
-    experts = {name for name, p in named if "ep" in _axes(p)}
+    experts = {name for name, p in named if is_expert(p)}
     groups = []
     for names in ({name for name, _ in named} - experts, experts):
         here = [(name, p) for name, p in named if name in names]
@@ -35,10 +36,6 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         eps=config.adam_epsilon,
         fused=config.optimizer == "adamw_torch_fused",
     )
-
-
-def _axes(parameter: nn.Parameter) -> tuple[str, ...]:
-    return (parameter.device_mesh.mesh_dim_names or ()) if isinstance(parameter, DTensor) else ()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -39,7 +39,6 @@ class ParallelKeys(BaseModel):
         "alltoall",
         "How tokens reach their experts: alltoall (a token goes once to each rank it needs) or allgather (every token to every "
         "rank).",
-        megatron_default="allgather",
     )
     dp_shard_size: int | None = key(
         None,
