@@ -102,7 +102,9 @@ def test_a_loop_of_ones_own_sums_gradients_of_experts(sizes):
     got_loss, got = pool.run(sizes.world_size, own_loop, sizes)[0]
     assert got_loss == pytest.approx(loss, rel=1e-12)
     for name, whole in expected.items():
-        torch.testing.assert_close(got[name], whole, rtol=1e-10, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[name], whole, rtol=1e-10, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_bad_input_has_one_message():

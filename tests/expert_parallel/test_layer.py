@@ -78,7 +78,19 @@ def at(sizes, changes):
         parts = [torch.empty_like(t) for _ in range(sizes.dp)]
         dist.all_gather(parts, t.contiguous(), group=mesh.groups.dp)
         found[i] = torch.cat(parts, 1)
-    return *found, loss, whole_gradients(layer, mesh.groups), layer.experts.dispatcher.sent
+    return *found, loss, whole_gradients(layer, mesh.groups), sent_and_counted(layer, mesh.groups, x)
+
+
+def sent_and_counted(layer, groups, x):
+    """Rows that left this rank, and the distinct pairs of a row and another rank that holds an expert it chose."""
+    _, indices = layer.router(x)
+    own, tensor = dist.get_rank(), dist.get_process_group_ranks(groups.etp)
+    expert = dist.get_process_group_ranks(groups.ep)
+    per_rank, pairs = layer.experts.num_local_experts, 0
+    for row in indices.reshape(-1, indices.shape[-1]).tolist():
+        ranks = {expert[e // per_rank] + other - own for e in row for other in tensor}
+        pairs += len(ranks - {own})
+    return layer.experts.dispatcher.sent, pairs
 
 
 def reference(changes, columns):
@@ -172,6 +184,8 @@ def check(layout, option):
                 atol=1e-10,
                 msg=lambda m, n=name, r=rank: f"{n} on rank {r}: {m}",
             )
+    if option == "plain" and layout != "tp2 x ep2 folded":
+        assert all(sent == counted for *_, (sent, counted) in found)
     assert {f"{float(f[2]):.9f}" for f in found} == {f"{float(loss):.9f}" for loss in losses}
 
 

@@ -13,6 +13,7 @@ import tiny
 from longspan.config.sizes import MeshSizes
 from longspan.mesh.mesh import ParallelMesh
 from longspan.training.checkpoint import Checkpointer
+from longspan.training.experts import IDLE_STEPS, Experts
 from longspan.training.optimizer import gradient_norm
 from longspan.training.trainer import Trainer
 
@@ -282,3 +283,14 @@ def norm_of_four():
 
 def test_the_norm_counts_each_expert_once():
     assert pool.run(2, norm_of_four) == [pytest.approx(120**0.5)] * 2
+
+
+def test_an_expert_that_nobody_chooses_is_named_once():
+    experts = Experts(torch.nn.Linear(1, 1), None)
+    experts.layers = [type("Layer", (), {"number": number})() for number in (2, 4)]
+    named = []
+    for step in range(1, 2 * IDLE_STEPS):
+        counts = torch.tensor([[1, 1, 0], [2, int(step == 5), 3]])
+        experts.count_idle(counts == 0)
+        named += [(step, name) for name in experts.collapsed()]
+    assert named == [(IDLE_STEPS, "expert 2 of layer 2"), (5 + IDLE_STEPS, "expert 1 of layer 4")]

@@ -76,3 +76,15 @@ def _expert_shapes(model: Architecture, mlp: str, parts: tuple[str, ...]) -> dic
         if model.moe_shared_expert_gate:
             found[f"{mlp}.shared_experts.gate.weight"] = (1, h)
     return found
+
+
+def buffer_shapes(model: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the buffers of a GPTModel that are part of checkpoints; they begin as zeros."""
+    found: dict[str, tuple[int, ...]] = {}
+    for number in model.expert_layers:
+        router = f"decoder.layers.{number - 1}.mlp.router"
+        assert model.num_moe_experts is not None
+        found[f"{router}.last_counts"] = (model.num_moe_experts,)
+        if model.moe_router_enable_expert_bias:
+            found[f"{router}.expert_bias"] = (model.num_moe_experts,)
+    return found

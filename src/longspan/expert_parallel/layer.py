@@ -149,7 +149,12 @@ class MoELayer(nn.Module):
         return out, self._summed(loss.detach())
 
     def compute(
-        self, x: Tensor, tokens: RoutedTokens, memory: dict, cp_group: dist.ProcessGroup | None
+        self,
+        x: Tensor,
+        tokens: RoutedTokens,
+        memory: dict,
+        cp_group: dist.ProcessGroup | None,
+        balance: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """[s, b, h] -> [s, b, h], and this rank's part of the balancing losses.
 
@@ -157,6 +162,7 @@ class MoELayer(nn.Module):
             tokens: of the rows of ``x`` taken as [s b, h].
             memory: empty in a first pass; a recomputation gets it back, and takes the choices from it.
             cp_group: the ranks that share the sequences of this call; None is this rank alone.
+            balance: False leaves the losses out; an evaluation needs none.
         """
         tp = None if self.config.sequence_parallel else self.groups.tp
         rows = x.flatten(0, 1)
@@ -170,13 +176,15 @@ class MoELayer(nn.Module):
             memory["kept"] = self._kept(routing, tokens, cp_group)
         kept = memory["kept"]
         scores = routing.scores
-        if "sets" not in memory:
-            memory["sets"] = self._counts(routing, tokens, cp_group)
-        loss, z = self._losses(routing, tokens, memory["sets"])
-        if not recomputed and self.training and torch.is_grad_enabled():
-            self._record(routing.indices, kept, tokens.real, loss, z)
-        scores = with_loss(scores, loss + z)
-        y = self.experts(rows, scores.to(rows.dtype), routing.indices, kept, memory)
+        loss = routing.logits.new_zeros(())
+        if balance:
+            if "counts" not in memory:
+                memory["counts"] = self._counts(routing, tokens, cp_group)
+            loss, z = self._losses(routing, tokens, memory["counts"])
+            if not recomputed and self.training and torch.is_grad_enabled():
+                self._record(routing.indices, kept, tokens.real, loss, z)
+            scores = with_loss(scores, loss + z)
+        y = self.experts(rows, scores, routing.indices, kept, memory)
         y = join_rows(y, tp, count).view_as(x)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
@@ -226,7 +234,7 @@ class MoELayer(nn.Module):
         """n_e for each kind of balancing loss that is on."""
         found: dict[str, Tensor] = {}
         for kind in self.config.balancing:
-            last = local(self.router.last_counts)
+            last = local(self.router.last_counts).to(routing.logits.device)
             if kind == "global_aux_loss" and bool(last.any()):
                 found[kind] = last.double()
                 continue

@@ -114,7 +114,7 @@ class MoERouter(TensorParallelModule):
     def _largest(self, scores: Tensor) -> Tensor:
         """The experts with the k largest scores [t, E], in the order of their scores."""
         if self.expert_bias is not None:
-            scores = scores + local(self.expert_bias).to(scores.dtype)
+            scores = scores + local(self.expert_bias).to(scores)
         groups, best = self.config.moe_router_num_groups, self.config.moe_router_group_topk
         if groups is not None and best is not None:
             grouped = scores.unflatten(1, (groups, -1))

@@ -146,7 +146,7 @@ class SparseMLP(MoELayer):
         """[s, b, h] -> [s, b, h]"""
         assert rows.routed is not None
         cp_group = group_of_call(rows.packed_seq_params, self.groups.cp)
-        return self.compute(x, rows.routed, memory, cp_group)[0]
+        return self.compute(x, rows.routed, memory, cp_group, balance=self.training)[0]
 
 
 def make_mlp(config: TransformerConfig, number: int, groups: ProcessGroupCollection) -> MLP | SparseMLP:

@@ -189,7 +189,7 @@ def to_checkpoint(model: str, output: Path) -> None:
     from longspan.config.architecture import Architecture
     from longspan.config.families.hub import architecture_of, model_folder, unused_fields, vocabulary_of
     from longspan.config.load import architecture_config
-    from longspan.config.parameters import parameter_shapes
+    from longspan.config.parameters import buffer_shapes, parameter_shapes
     from longspan.config.resolve import resolve
     from longspan.models.hf_weights import Names, SafetensorsFolder, check_tensors, read_part
     from longspan.training.checkpoint import to_text
@@ -209,6 +209,9 @@ def to_checkpoint(model: str, output: Path) -> None:
     for name, shape in parameter_shapes(architecture, vocab).items():
         part = read_part(source, names, name, shape, [(0, size) for size in shape])
         weights[name] = part.to(torch.float32).contiguous()
+    for name, shape in buffer_shapes(architecture).items():
+        kind = torch.int64 if name.endswith("last_counts") else torch.float32
+        weights[name] = torch.zeros(shape, dtype=kind)
     if config.tie_word_embeddings:
         weights["output_layer.weight"] = weights["embedding.word_embeddings.weight"]
     about = describe_model(config)

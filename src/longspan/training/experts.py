@@ -46,7 +46,7 @@ class Experts:
 
     def __init__(self, model: nn.Module, groups: ProcessGroupCollection):
         self.layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-        self.group = groups.tp_dp_cp
+        self.groups = groups
         #: int64 [layers, E], steps in a row in which nobody chose an expert
         self.idle: torch.Tensor | None = None
         #: float64 [layers, E + 3], the sums of the last step; see ``Load.flat``
@@ -64,15 +64,18 @@ class Experts:
         held = [layer.load for layer in self.layers]
         assert all(load is not None for load in held), "a layer with experts ran no forward pass in this step"
         self.sums = torch.stack([load.flat() for load in held if load is not None])
-        dist.all_reduce(self.sums, group=self.group)
-        unchosen = (self.sums[:, :-3] == 0).long().cpu()
-        self.idle = unchosen if self.idle is None else (self.idle + 1) * unchosen
+        dist.all_reduce(self.sums, group=self.groups.tp_dp_cp)
+        self.count_idle((self.sums[:, :-3] == 0).cpu())
         for layer, sums in zip(self.layers, self.sums):
             counts = sums[: layer.router.num_experts]
             local(layer.router.last_counts).copy_(counts)
             if layer.router.expert_bias is not None:
                 bias = local(layer.router.expert_bias)
                 bias.copy_(updated_bias(bias, counts, layer.config.moe_router_bias_update_rate))
+
+    def count_idle(self, unchosen: torch.Tensor) -> None:
+        """Counts the steps in a row in which nobody chose an expert; ``unchosen`` is bool [layers, E]."""
+        self.idle = unchosen.long() if self.idle is None else (self.idle + 1) * unchosen
 
     def collapsed(self) -> list[str]:
         """The experts that nobody has chosen for exactly ``IDLE_STEPS`` steps, by name; so each is named once."""
