@@ -147,9 +147,7 @@ def test_a_misspelt_field_is_refused():
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("moe_router_pre_softmax", "experts"),
-        ("moe_grouped_gemm", "experts"),
-        ("moe_layer_freq", "experts"),
+        ("moe_upcycling_granularity", "other options of experts"),
         ("pipeline_dtype", "pipelines"),
         ("num_layers_in_first_pipeline_stage", "pipelines"),
         ("account_for_loss_in_pipeline_split", "pipelines"),

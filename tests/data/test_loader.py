@@ -84,7 +84,8 @@ def test_bad_arguments(files, arguments, message):
 def test_rows(datasets):
     for dataset in datasets.values():
         for index in (None, -1):
-            tokens, labels, positions, boundaries = dataset.row(index)
+            tokens, labels, positions, boundaries, used = dataset.row(index)
+            assert used == 0
             assert not tokens.any()
             assert np.all(labels == IGNORE_INDEX)
             assert positions.tolist() == list(range(32))

@@ -36,7 +36,8 @@ def test_packs_hold_every_token_once_with_its_label(lengths, sequence_len, seed)
     for i in range(len(packs)):
         row = packs.row(i, read)
         pieces = packs.pieces(i)
-        assert all(part.dtype == np.int64 for part in row)
+        assert all(part.dtype == np.int64 for part in row[:4])
+        assert row.used == sum(stop - start for _, start, stop in pieces)
         assert all(len(part) == sequence_len for part in row[:3])
         assert sum(stop - start for _, start, stop in pieces) <= sequence_len
         assert row.boundaries[0] == 0

@@ -75,7 +75,7 @@ def test_rows_tell_tokens_from_padding(sizes, rows):
 class Recorder(nn.Module):
     """Stands for an MLP: it keeps the rows it is given."""
 
-    def forward(self, x, rows):
+    def forward(self, x, rows, memory=None):
         self.rows = rows
         return torch.zeros_like(x)
 
@@ -91,7 +91,7 @@ class Double(Layer):
     def plan(self, layout):
         self.planned.append(layout)
 
-    def compute(self, x, rows, run):
+    def compute(self, x, rows, run, memory):
         return run(lambda y: y * self.weight, x)
 
 

@@ -50,7 +50,7 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 #: what is not supported yet -> the beginnings of the names of Megatron-LM's config fields for it
 NOT_YET = {
-    "this option of experts": ("moe_", "expert_"),
+    "other options of experts": ("moe_", "expert_"),
     "pipelines": (
         *(
             "pipeline_",

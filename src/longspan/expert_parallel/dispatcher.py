@@ -15,7 +15,7 @@ different experts.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -49,12 +49,12 @@ class Dispatcher(Protocol):
 
     sent: int
 
-    def plan(self, indices: Tensor, kept: Tensor) -> object:
+    def plan(self, indices: Tensor, kept: Tensor) -> Any:
         """What travels: indices int64 [t, k] of all experts, kept bool [t, k]."""
 
-    def send(self, x: Tensor, scores: Tensor, indices: Tensor, kept: Tensor, plan: object) -> Received: ...
+    def send(self, x: Tensor, scores: Tensor, indices: Tensor, kept: Tensor, plan: Any) -> Received: ...
 
-    def combine(self, rows: Tensor, like: Tensor, plan: object) -> Tensor:
+    def combine(self, rows: Tensor, like: Tensor, plan: Any) -> Tensor:
         """[n, h] -> [t, h], the shape of ``like``."""
 
 
@@ -66,10 +66,10 @@ class LocalDispatcher:
     def plan(self, indices: Tensor, kept: Tensor) -> None:
         return None
 
-    def send(self, x: Tensor, scores: Tensor, indices: Tensor, kept: Tensor, plan: object) -> Received:
+    def send(self, x: Tensor, scores: Tensor, indices: Tensor, kept: Tensor, plan: Any) -> Received:
         return Received(x, scores, indices, kept)
 
-    def combine(self, rows: Tensor, like: Tensor, plan: object) -> Tensor:
+    def combine(self, rows: Tensor, like: Tensor, plan: Any) -> Tensor:
         return rows
 
 

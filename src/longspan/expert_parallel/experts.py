@@ -96,18 +96,17 @@ class GroupedMLP(ParallelModule):
             # The partial sums of an expert add up, and its bias must come once.
             first = dist.get_rank(self.groups.etp) == 0
             down_bias = collectives.copy(down_bias, self.groups.etp) * float(first)
-        of = [
-            None if p is None else local(p)
-            for p in (self.gate_weight, self.up_weight, self.down_weight, self.gate_bias, self.up_bias)
-        ]
-        return Weights(*of, down_bias)
+        up, down = local(self.up_weight), local(self.down_weight)
+        gate, gate_bias, up_bias = (
+            None if p is None else local(p) for p in (self.gate_weight, self.gate_bias, self.up_bias)
+        )
+        return Weights(gate, up, down, gate_bias, up_bias, down_bias)
 
     def compute(self, rows: Tensor, scores: Tensor, choices: Choices) -> Tensor:
         """[n, h] -> [n, h]: the weighted sum over the experts of this rank that each row chose."""
         weights = self.weights()
-        x, *cast = autocast.cast(rows, *(w for w in weights if w is not None))
-        held = iter(cast)
-        weights = Weights(*(None if w is None else next(held) for w in weights))
+        (x,) = autocast.cast(rows)
+        weights = Weights._make(None if w is None else autocast.cast(w)[0] for w in weights)
         with autocast.off(rows):
             return expert_mlps(x, scores, choices, weights, self.activation)
 

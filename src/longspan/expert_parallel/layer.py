@@ -9,7 +9,8 @@ parallelism each takes its part of them).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,7 @@ class SharedExperts(nn.Module):
         super().__init__()
         h, ffn = config.hidden_size, config.moe_shared_expert_intermediate_size
         assert ffn is not None
-        kwargs = {"bias": config.add_bias_linear, "tp_group": groups.tp_mesh}
+        kwargs: dict[str, Any] = {"bias": config.add_bias_linear, "tp_group": groups.tp_mesh}
         func = config.activation_func
         self.activation = getattr(F, func) if isinstance(func, str) else func
         gated = config.gated_linear_unit
@@ -143,7 +144,7 @@ class MoELayer(nn.Module):
         tokens = RoutedTokens.alone(s, b, hidden_states.device)
         if self.config.sequence_parallel:
             cp *= dist.get_world_size(self.groups.tp)
-        sequences = tokens.sequences._replace(tokens=tokens.sequences.tokens * cp)
+        sequences = replace(tokens.sequences, tokens=tokens.sequences.tokens * cp)
         tokens = RoutedTokens(None, sequences, sequences, tokens.place)
         out, loss = self.compute(hidden_states, tokens, {}, self.groups.cp)
         return out, self._summed(loss.detach())
@@ -290,7 +291,7 @@ def _cut(tokens: RoutedTokens, group: dist.ProcessGroup | None, rows: int) -> Ro
     index = [cut_rows(part, group) for part in (tokens.sequences.index, tokens.documents.index, tokens.place)]
     return RoutedTokens(
         cut_rows(real, group),
-        tokens.sequences._replace(index=index[0]),
-        tokens.documents._replace(index=index[1]),
+        replace(tokens.sequences, index=index[0]),
+        replace(tokens.documents, index=index[1]),
         index[2],
     )

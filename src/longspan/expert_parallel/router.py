@@ -52,6 +52,9 @@ class MoERouter(TensorParallelModule):
         aux_loss: the balancing loss of the last call (see :meth:`compute_aux_loss`).
     """
 
+    last_counts: Tensor
+    expert_bias: Tensor | None
+
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None):
         groups = process_groups(pg_collection)
         super().__init__(config, groups.tp_mesh)
@@ -66,7 +69,7 @@ class MoERouter(TensorParallelModule):
         if config.moe_router_enable_expert_bias:
             self._buffer("expert_bias", (experts,), None, Constant(0.0), torch.float32)
         else:
-            self.expert_bias: Tensor | None = None
+            self.expert_bias = None
         self.aux_loss: Tensor | None = None
         self._routed: Tensor | None = None
 

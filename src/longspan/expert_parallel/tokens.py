@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,12 +48,15 @@ class Sequences:
         Args:
             part: the rows of this tensor parallel rank.
         """
-        flat = [x[:, part].t().flatten().to(device) for x in (self.sequence, self.document, self.place)]
-        tokens = [x.to(device) for x in (self.sequence_tokens, self.document_tokens)]
-        return RoutedTokens.of(*flat, *tokens, self.step_tokens)
+        sequence, document, place = (
+            x[:, part].t().flatten().to(device) for x in (self.sequence, self.document, self.place)
+        )
+        tokens, of_documents = self.sequence_tokens.to(device), self.document_tokens.to(device)
+        return RoutedTokens.of(sequence, document, place, tokens, of_documents, self.step_tokens)
 
 
-class TokenSet(NamedTuple):
+@dataclass(frozen=True)
+class TokenSet:
     """A division of the tokens of a micro-batch into P sets.
 
     Attributes:

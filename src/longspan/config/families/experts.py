@@ -34,7 +34,7 @@ class WithExperts(Family):
     count: ClassVar[str] = "num_experts"
     prefix: ClassVar[str] = "mlp.experts"
     parts: ClassVar[Mapping[str, str]] = _PARTS
-    expert_needs: ClassVar[Mapping[str, Any]] = {
+    expert_needs: ClassVar[dict[str, Any]] = {
         "moe_router_score_function": "softmax",
         "moe_router_num_groups": None,
         "moe_router_topk_scaling_factor": None,

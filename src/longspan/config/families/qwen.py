@@ -116,7 +116,8 @@ class Qwen2Moe(QwenWithExperts, Qwen2):
         return super().read_pieces(data, where) | self.read_sparse(data) | {"moe_shared_expert_gate": True}
 
     def read_window(self, data: Mapping[str, Any], where: str) -> int | list[int | None] | None:
-        return _no_window(data, where)
+        _refuse_window(data, where)
+        return None
 
     def fields(self, model: Architecture, positions: int) -> dict[str, Any]:
         shared = {"shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size}
@@ -146,13 +147,14 @@ class Qwen3Moe(QwenWithExperts, Qwen3):
         return super().read_pieces(data, where) | self.read_sparse(data)
 
     def read_window(self, data: Mapping[str, Any], where: str) -> int | list[int | None] | None:
-        return _no_window(data, where)
+        _refuse_window(data, where)
+        return None
 
     def fields(self, model: Architecture, positions: int) -> dict[str, Any]:
         return super().fields(model, positions) | self.sparse_fields(model)
 
 
-def _no_window(data: Mapping[str, Any], where: str) -> None:
+def _refuse_window(data: Mapping[str, Any], where: str) -> None:
     if data.get("use_sliding_window"):
         raise UserError(
             f"base_model: {where} sets use_sliding_window, which is not supported for a Qwen with experts."

@@ -1,10 +1,10 @@
 """MoELayer against plain PyTorch at every mix of ranks: outputs, balancing losses and all gradients. fp64."""
 
-import moe_reference as plain
 import pytest
 import torch
 import torch.distributed as dist
 
+import moe_reference as plain
 import pool
 from longspan import TransformerConfig
 from longspan.config.sizes import MeshSizes
