@@ -66,6 +66,12 @@ def finalize_model_grads(
                 "unless set_gradient_divide_factor(1.0) and set_force_sum_reduction_for_comms(True) are called, and DDP "
                 "averages always."
             )
+        if num_tokens is not None and getattr(part, "adds_loss", False):
+            raise ValueError(
+                "finalize_model_grads(num_tokens=...) divides all gradients, and with them those of the balancing losses of "
+                "experts, which are means already. Divide each rank's loss by the step's number of tokens before backward, and "
+                "leave num_tokens out; or set moe_aux_loss_coeff and moe_z_loss_coeff to 0."
+            )
     scale = None
     if num_tokens is not None:
         total = torch.as_tensor(num_tokens).detach().clone().to(torch.float64)

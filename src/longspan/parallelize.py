@@ -30,7 +30,8 @@ from longspan.expert_parallel import GroupedMLP
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models.gpt import GPTModel
 from longspan.models.memory.offload import Offload
-from longspan.tensor_parallel.initial import init_weights
+from longspan.tensor_parallel.initial import init_buffers, init_weights
+from longspan.tensor_parallel.layers import local
 
 
 def parallelize(
@@ -79,6 +80,7 @@ def parallelize(
     policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload_params else OffloadPolicy()
     shard(model, mesh, compute_dtype, reshard_after_forward, policy)
     model.to_empty(device=torch.device("cpu") if offload_params else device)
+    init_buffers(model)
     if seed is not None:
         init_weights(model, seed)
     return model
@@ -122,11 +124,14 @@ def _shard_experts(
     """FSDP2 around the experts of a layer, over the ranks that hold the same ones: before the layer, which has its own axis."""
     axes = ("edp_replicate", "edp") if mesh.sizes.dp_replicate > 1 else ("edp",)
     ranks = mesh.expert_mesh["edp"].size()
-    # More ranks than experts of one rank: their weights are cut along another dim, so that no rank's part is empty.
-    dim = 0 if experts.num_local_experts >= ranks else 1
 
     def place(parameter: nn.Parameter) -> Shard:
-        return Shard(dim)
+        sizes = local(parameter).shape
+        if sizes[0] >= ranks:
+            return Shard(0)
+        # More ranks than experts of one rank: another dim leaves no rank without a part, but FSDP2 cuts only dim 0
+        # into unequal parts.
+        return Shard(next((dim for dim in range(1, len(sizes)) if sizes[dim] % ranks == 0), 0))
 
     fully_shard(
         experts,

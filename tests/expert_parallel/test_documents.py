@@ -57,6 +57,15 @@ def block():
     alone = experts(rows, counts)
     parts = [experts(rows, torch.tensor([7, 0]))[:3], experts(rows, torch.tensor([0, 7]))[3:]]
     torch.testing.assert_close(alone, torch.cat(parts), rtol=1e-12, atol=1e-12)
+    # Every rank of an expert's group returns the whole gradient of the rows.
+    inputs = rows.clone().requires_grad_()
+    experts(inputs, counts).square().sum().backward()
+    parts = [torch.empty_like(inputs.grad) for _ in range(tp)]
+    dist.all_gather(parts, inputs.grad, group=parallel_state.get_expert_tensor_parallel_group())
+    step = 1e-6 * torch.randn(7, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    change = experts(rows + step, counts).square().sum() - experts(rows - step, counts).square().sum()
+    for grad in parts:
+        torch.testing.assert_close((grad * step).sum() * 2, change.detach(), rtol=1e-6, atol=1e-12)
     with pytest.raises(ValueError, match="their sum is the number of rows"):
         experts(rows, torch.tensor([3, 3]))
     parallel_state.destroy_model_parallel()
@@ -107,6 +116,27 @@ def test_a_loop_of_ones_own_sums_gradients_of_experts(sizes):
         )
 
 
+def divided_losses():
+    """num_tokens would divide the balancing losses too."""
+    parallel_state.initialize_model_parallel()
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=2, num_moe_experts=4, moe_aux_loss_coeff=0.1
+    )
+    model = GPTModel(config, 50, 8, seed=2)
+    with pytest.raises(
+        ValueError, match="divides all gradients, and with them those of the balancing losses"
+    ):
+        finalize_model_grads(model, num_tokens=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = torch.arange(8).unsqueeze(0)
+        model(tokens, labels=tokens).sum().backward()
+    parallel_state.destroy_model_parallel()
+
+
+def test_gradients_that_would_be_divided_twice_are_refused():
+    pool.run(1, divided_losses)
+
+
 def test_bad_input_has_one_message():
     base = dict(num_layers=2, hidden_size=16, num_attention_heads=2, num_moe_experts=4)
     for changes, words in (
@@ -130,6 +160,16 @@ def test_bad_input_has_one_message():
         ({"moe_router_enable_expert_bias": True}, "needs moe_router_score_function: sigmoid"),
         ({"moe_layer_freq": [0, 0]}, "no layer has experts"),
         ({"moe_token_dispatcher_type": "flex"}, "'flex': one of alltoall, allgather"),
+        (
+            {"num_moe_experts": None, "moe_aux_loss_coeff": 0.1},
+            "moe_aux_loss_coeff 0.1 has no effect without",
+        ),
+        ({"moe_router_load_balancing_type": "seq_aux_loss"}, "no effect with moe_aux_loss_coeff 0"),
+        ({"moe_token_drop_policy": "position"}, "no effect without moe_expert_capacity_factor"),
+        (
+            {"moe_shared_expert_intermediate_size": 9, "tensor_model_parallel_size": 2},
+            "9 is not divisible by tensor",
+        ),
         ({"num_moe_experts": None, "moe_shared_expert_gate": True}, "has no effect without num_moe_experts"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -16,6 +16,7 @@ ROWS, BATCH, HIDDEN = 12, 2, 16
 
 
 def config_of(sizes, **changes):
+    changes = {name: value for name, value in changes.items() if name not in ("rows", "ties")}
     defaults = dict(
         num_layers=2,
         hidden_size=HIDDEN,
@@ -55,15 +56,22 @@ def whole_gradients(layer, groups):
     return found
 
 
+def made(config, groups, changes):
+    """The layer with the weights of seed 3; with ``ties`` all experts have the same score, and the first are chosen."""
+    model_parallel_seed(1, 0)
+    layer = MoELayer(config, 1, groups)
+    init_weights(layer, 3)
+    if changes.get("ties"):
+        torch.nn.init.zeros_(layer.router.weight.to_local())
+    return layer.train()
+
+
 def at(sizes, changes):
     """Output, loss and gradients of the layer: each data parallel rank has some columns, tensor parallel ones some rows."""
     mesh = ParallelMesh.build(sizes)
     config = config_of(sizes, **changes)
-    model_parallel_seed(1, 0)
-    layer = MoELayer(config, 1, mesh.groups)
-    init_weights(layer, 3)
-    layer.train()
-    x, up = (t.chunk(sizes.dp, 1)[dist.get_rank(mesh.groups.dp)] for t in data(4))
+    layer = made(config, mesh.groups, changes)
+    x, up = (t.chunk(sizes.dp, 1)[dist.get_rank(mesh.groups.dp)] for t in data(4, changes.get("rows", ROWS)))
     if config.sequence_parallel:
         x, up = (t.chunk(sizes.tp, 0)[dist.get_rank(mesh.groups.tp)] for t in (x, up))
     x = x.clone().requires_grad_()
@@ -97,11 +105,9 @@ def reference(changes, columns):
     """The same on one process; each of ``columns`` groups of columns is a call with its own mean losses."""
     mesh = ParallelMesh.build(MeshSizes())
     config = config_of(MeshSizes(), **changes)
-    model_parallel_seed(1, 0)
-    layer = MoELayer(config, 1, mesh.groups)
-    init_weights(layer, 3)
+    layer = made(config, mesh.groups, changes)
     weights = {n: p.detach().to_local().clone().requires_grad_() for n, p in layer.named_parameters()}
-    x, up = data(4)
+    x, up = data(4, changes.get("rows", ROWS))
     x.requires_grad_()
     outs, losses = [], []
     for part in x.chunk(columns, 1):
@@ -160,6 +166,15 @@ OPTIONS = {
         "moe_router_group_topk": 2,
         "moe_router_score_function": "sigmoid",
     },
+    "all tokens to the first experts": {"ties": True},
+    "one token a sequence": {"rows": 1, "sequence_parallel": False},
+    "more experts than tokens": {
+        "rows": 1,
+        "num_moe_experts": 32,
+        "moe_router_topk": 3,
+        "sequence_parallel": False,
+    },
+    "expert by expert": {"moe_grouped_gemm": False},
     "top 1": {"moe_router_topk": 1, "moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5},
 }
 

@@ -32,7 +32,7 @@ def peak_and_gradients(moved):
             if offload is None:
                 y = layer(y, weight)
             else:
-                with offload.layer([weight]):
+                with offload.layer(lambda weight=weight: [weight]):
                     y = layer(y, weight)
         y.square().mean().backward()
         del y

@@ -89,7 +89,7 @@ def chain(layers, offload, x):
         if offload is None:
             x = layer(x)
         else:
-            with offload.layer(list(layer.parameters())):
+            with offload.layer(lambda layer=layer: layer.parameters()):
                 x = layer(x)
     return x
 
@@ -117,18 +117,18 @@ def test_weights_and_small_tensors_stay_and_a_tensor_is_moved_once():
     module = Two()
     x = torch.randn(9, H, dtype=torch.float64, requires_grad=True)
     offload = Offload(torch.device("cpu"), minimum=9 * H * 8)
-    with offload.layer(list(module.parameters())):
+    with offload.layer(lambda: module.parameters()):
         (x * x).sum()
     assert offload.moved == x.nbytes  # saved twice
     offload.moved = 0
-    with offload.layer([]):
+    with offload.layer(lambda: []):
         y = (x * x).sum() + (x.view(2, -1) * x.view(2, -1)).sum()  # in another shape
     assert offload.moved == x.nbytes
     x.grad = None
     y.backward()
     assert torch.equal(x.grad, 4 * x)
     offload = Offload(torch.device("cpu"), minimum=9 * H * 8 + 1)
-    with offload.layer(list(module.parameters())):
+    with offload.layer(lambda: module.parameters()):
         (x * x).sum() + (module.up @ x.t()).sum()
     assert offload.moved == 0
 

@@ -12,6 +12,8 @@ import pool
 import tiny
 from longspan.config.sizes import MeshSizes
 from longspan.mesh.mesh import ParallelMesh
+from longspan.models import GPTModel
+from longspan.parallelize import parallelize
 from longspan.training.checkpoint import Checkpointer
 from longspan.training.experts import IDLE_STEPS, Experts
 from longspan.training.optimizer import gradient_norm
@@ -121,6 +123,11 @@ MIXES = {
     "HSDP x ep2": (4, {"expert_parallel_size": 2, "dp_replicate_size": 2}),
     "one expert a rank, more ranks than that": (4, {"num_moe_experts": 2, "expert_parallel_size": 2}),
     "dp4": (4, {}),
+    "fewer experts than ranks, and sizes that do not divide": (
+        3,
+        {"num_moe_experts": 2, "moe_ffn_hidden_size": 20, "context_parallel_size": 3},
+    ),
+    "ep4 folded over cp2": (4, {"num_moe_experts": 4, "expert_parallel_size": 4, "context_parallel_size": 2}),
 }
 
 
@@ -294,3 +301,23 @@ def test_an_expert_that_nobody_chooses_is_named_once():
         experts.count_idle(counts == 0)
         named += [(step, name) for name in experts.collapsed()]
     assert named == [(IDLE_STEPS, "expert 2 of layer 2"), (5 + IDLE_STEPS, "expert 1 of layer 4")]
+
+
+def buffers_beside_weights_from_elsewhere():
+    """Memory that nobody has filled is filled with the largest numbers here."""
+    mesh = ParallelMesh.build(MeshSizes())
+    run = tiny.checked("data", 1, **BIAS)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.device("meta"):
+            model = GPTModel(run.transformer_config(), 50, 8, pg_collection=mesh.groups)
+        parallelize(model, mesh, seed=None, device=CPU)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    buffers = [buffer.to_local() for _, buffer in model.named_buffers()]
+    assert len(buffers) == 4
+    assert all((buffer == 0).all() for buffer in buffers)
+
+
+def test_buffers_are_filled_where_weights_come_from_a_base_model():
+    pool.run(1, buffers_beside_weights_from_elsewhere)

@@ -33,12 +33,13 @@ def run(arguments: Sequence[str]) -> int:
         )
     if problems:
         raise UserError(problems)
-    steps, loads, dropped = read_loads(Path(given[0]))
-    result = summary(steps, loads, dropped)
+    records = read_loads(Path(given[0]))
+    result = summary(records)
     if picture is not None:
         from longspan.cli.experts_picture import draw
 
-        draw(steps, loads, picture)
+        layers = [row["layer"] for row in result["layers"]]
+        draw([r["step"] for r in records], layers, [r["moe_load"] for r in records], picture)
         result["png"] = str(picture)
     if "--json" in taken:
         print(json.dumps(result, indent=2))
@@ -47,8 +48,8 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def read_loads(output: Path) -> tuple[list[int], list[list[list[float]]], int]:
-    """The steps of a run, the shares of each [step][layer][expert], and the choices dropped in all.
+def read_loads(output: Path) -> list[dict]:
+    """The records of a run's steps, which hold the load of experts.
 
     Raises:
         UserError: there is no record of experts.
@@ -63,26 +64,26 @@ def read_loads(output: Path) -> tuple[list[int], list[list[list[float]]], int]:
         raise UserError(
             f"{path} records no load of experts: its model has none (num_moe_experts), or no step was done."
         )
-    dropped = sum(r.get("moe_dropped_tokens", 0) for r in records)
-    return [r["step"] for r in records], [r["moe_load"] for r in records], dropped
+    return records
 
 
-def summary(steps: list[int], loads: list[list[list[float]]], dropped: int) -> dict:
-    """The means over the last tenth of the steps."""
-    last = loads[-max(1, len(loads) // 10) :]
+def summary(records: list[dict]) -> dict:
+    """The means over the last tenth of the steps, and the choices dropped in all."""
+    last = records[-max(1, len(records) // 10) :]
+    loads = [r["moe_load"] for r in last]
+    numbers = last[0].get("moe_layers") or range(1, len(loads[0]) + 1)
     layers = []
-    for at in range(len(last[0])):
-        load = [sum(step[at][e] for step in last) / len(last) for e in range(len(last[0][at]))]
-        busiest, idlest = max(load), min(load)
-        layers.append(
-            {"layer": at + 1, "busiest": busiest * len(load), "idlest": idlest * len(load), "load": load}
-        )
-    return {"steps": [steps[-len(last)], steps[-1]], "layers": layers, "dropped": dropped}
+    for at, number in enumerate(numbers):
+        load = [sum(step[at][e] for step in loads) / len(loads) for e in range(len(loads[0][at]))]
+        busiest, idlest = max(load) * len(load), min(load) * len(load)
+        layers.append({"layer": number, "busiest": busiest, "idlest": idlest, "load": load})
+    dropped = sum(r.get("moe_dropped_tokens", 0) for r in records)
+    return {"steps": [last[0]["step"], last[-1]["step"]], "layers": layers, "dropped": dropped}
 
 
 def print_table(result: dict) -> None:
     first, last = result["steps"]
-    print(f"load of experts in steps {first} to {last}, against an even one")
+    print(f"load of experts in steps {first} to {last}, where 1.00 x is an even load")
     print("  layer  busiest            idlest")
     for row in result["layers"]:
         load = row["load"]

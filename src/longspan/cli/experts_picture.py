@@ -16,10 +16,11 @@ from longspan.files import write_whole
 COLUMNS = 4
 
 
-def draw(steps: list[int], loads: list[list[list[float]]], path: Path) -> None:
+def draw(steps: list[int], numbers: list[int], loads: list[list[list[float]]], path: Path) -> None:
     """Writes the picture, whole or not at all.
 
     Args:
+        numbers: of the layers.
         loads: the share of each expert, [step][layer][expert].
     """
     shares = np.array(loads).transpose(1, 2, 0)  # [layers, experts, steps]
@@ -29,7 +30,7 @@ def draw(steps: list[int], loads: list[list[list[float]]], path: Path) -> None:
     with style.context(["default", LOOK]):
         figure = Figure(figsize=(3.2 * min(layers, COLUMNS) + 0.8, 2.2 * rows + 0.8), layout="constrained")
         panels = figure.subplots(rows, min(layers, COLUMNS), squeeze=False).flatten()
-        for number, (panel, share) in enumerate(zip(panels, shares), 1):
+        for number, panel, share in zip(numbers, panels, shares):
             image = panel.imshow(
                 share,
                 aspect="auto",
@@ -44,7 +45,7 @@ def draw(steps: list[int], loads: list[list[list[float]]], path: Path) -> None:
             panel.set_ylabel("expert")
         for panel in panels[layers:]:
             panel.set_axis_off()
-        figure.colorbar(image, ax=panels.tolist(), label="load, against an even one", extend="max")
+        figure.colorbar(image, ax=panels.tolist(), label="load; 1 is an even one", extend="max")
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=100)
     write_whole(path, picture.getvalue())

@@ -31,6 +31,13 @@ ONLY_WITH_EXPERTS: dict[str, Any] = {
     "moe_expert_capacity_factor": None,
     "moe_pad_expert_input_to_capacity": False,
     "moe_z_loss_coeff": None,
+    "moe_aux_loss_coeff": 0.0,
+    "moe_router_topk": 2,
+    "moe_router_score_function": "softmax",
+    "moe_router_pre_softmax": False,
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_router_bias_update_rate": 1e-3,
+    "moe_token_drop_policy": "probs",
 }
 
 
@@ -177,7 +184,23 @@ def _balancing(model: Architecture) -> Iterator[Problem]:
     ):
         if not (math.isfinite(each) and each >= 0):
             yield (field,), f"{field} {each}: a number from 0 on."
+    if names == ["none"] and any(values):
+        yield (
+            fields,
+            f"moe_aux_loss_coeff {coefficients} has no effect with moe_router_load_balancing_type none. Leave one of them out.",
+        )
+    for name, value in zip(names, values if len(values) == len(names) else values * len(names)):
+        if name in ("seq_aux_loss", "global_aux_loss") and not value:
+            yield (
+                fields,
+                f"moe_router_load_balancing_type {name} has no effect with moe_aux_loss_coeff 0. Give a coefficient such as 0.01, or leave the type out.",
+            )
     rate = model.moe_router_bias_update_rate
+    if rate != 1e-3 and not model.moe_router_enable_expert_bias:
+        yield (
+            ("moe_router_bias_update_rate", "moe_router_enable_expert_bias"),
+            f"moe_router_bias_update_rate {rate} has no effect without moe_router_enable_expert_bias. Set it, or leave the rate out.",
+        )
     if not (math.isfinite(rate) and rate >= 0):
         yield ("moe_router_bias_update_rate",), f"moe_router_bias_update_rate {rate}: a number from 0 on."
 
@@ -194,6 +217,11 @@ def _capacity(model: Architecture) -> Iterator[Problem]:
             ("moe_pad_expert_input_to_capacity", "moe_expert_capacity_factor"),
             "moe_pad_expert_input_to_capacity needs moe_expert_capacity_factor, which says how far to pad. Give it, or leave the padding out.",
         )
+    if policy != "probs" and factor is None:
+        yield (
+            ("moe_token_drop_policy", "moe_expert_capacity_factor"),
+            f"moe_token_drop_policy {policy} has no effect without moe_expert_capacity_factor: nothing is dropped. Give it, or leave the policy out.",
+        )
     if policy not in DROP_POLICIES:
         yield (
             ("moe_token_drop_policy",),
@@ -201,7 +229,28 @@ def _capacity(model: Architecture) -> Iterator[Problem]:
         )
 
 
-def expert_cut_problems(model: Architecture, ep: int, etp: int, dispatcher: str) -> list[Problem]:
+def expert_grid_problems(world: int, etp: int, ep: int, pp: int, dp_replicate: int) -> list[Problem]:
+    """Broken rules of the grid of experts, which lies over the same ``world`` processes as the dense one."""
+    grid = f"etp {etp} x ep {ep} x pp {pp}"
+    keys = ("expert_parallel_size", "expert_tensor_parallel_size")
+    if world % (etp * ep * pp):
+        text = (
+            f"the grid of experts: {grid} = {etp * ep * pp} does not divide the {world} processes (etp is tensor_parallel_size where "
+            "expert_tensor_parallel_size is not given). Choose smaller sizes, or more processes."
+        )
+        return [(keys, text)]
+    edp = world // (etp * ep * pp)
+    if edp % dp_replicate:
+        text = (
+            f"the grid of experts: {grid} leaves {edp} of {world} processes with the same experts, which do not divide by "
+            f"dp_replicate_size {dp_replicate}: each copy of the model has all experts. Choose a smaller expert_parallel_size or "
+            "dp_replicate_size."
+        )
+        return [((*keys, "dp_replicate_size"), text)]
+    return []
+
+
+def expert_cut_problems(model: Architecture, tp: int, ep: int, etp: int, dispatcher: str) -> list[Problem]:
     """Broken rules of how experts are cut over ``ep`` expert parallel and ``etp`` expert tensor parallel ranks."""
     experts = model.num_moe_experts
     found: list[Problem] = []
@@ -213,6 +262,10 @@ def expert_cut_problems(model: Architecture, ep: int, etp: int, dispatcher: str)
     if experts % ep:
         text = f"num_moe_experts {experts} is not divisible by expert_parallel_size {ep}: every rank holds the same number of experts."
         found.append((("num_moe_experts", "expert_parallel_size"), text))
+    shared = model.moe_shared_expert_intermediate_size
+    if shared is not None and shared % tp:
+        text = f"moe_shared_expert_intermediate_size {shared} is not divisible by tensor_parallel_size {tp}: choose a multiple."
+        found.append((("moe_shared_expert_intermediate_size", "tensor_parallel_size"), text))
     if model.moe_ffn_hidden_size % etp:
         text = (
             f"moe_ffn_hidden_size {model.moe_ffn_hidden_size} is not divisible by expert_tensor_parallel_size {etp}: choose a "

@@ -260,7 +260,7 @@ def cut_problems(
         found.append((("hierarchical_context_parallel_sizes", "context_parallel_size"), problem))
     elif cp > 1 and heads % tp == 0:
         found += _head_move_problems(heads // tp, cp, {normal_comm_type(name) for name in types}, hierarchy)
-    return found + expert_cut_problems(model, ep, tp if etp is None else etp, dispatcher)
+    return found + expert_cut_problems(model, tp, ep, tp if etp is None else etp, dispatcher)
 
 
 def _head_move_problems(heads: int, cp: int, types: set[str], sizes: Sequence[int] | None) -> list[Problem]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from longspan.config.experts import expert_grid_problems
 from longspan.config.families.hub import architecture_of
 from longspan.config.rope import rope_type, with_original_length
 from longspan.config.rules import RULES
@@ -74,6 +75,9 @@ def complete(
         config = _with_base_model(config, config.base_model, found, bad)
     world = world_size if world_size is not None else processes_asked_for(config)
     sizes = _sizes(config, world, found)
+    if config.num_moe_experts is not None and sizes.world_size == world:
+        etp = sizes.etp or sizes.tp
+        found += expert_grid_problems(world, etp, sizes.ep, sizes.pp, sizes.dp_replicate)
     micro, accumulation, total = _batch(config, sizes.dp, found)
     for rule in RULES:
         found += rule(config)

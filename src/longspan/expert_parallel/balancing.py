@@ -90,5 +90,5 @@ def updated_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
 
     It rises for experts below the mean and falls for those above (loss-free balancing, arXiv 2408.15664).
     """
-    counts = counts.double()
+    counts = counts.double().to(bias.device)
     return bias + rate * torch.sign(counts.mean() - counts).to(bias.dtype)

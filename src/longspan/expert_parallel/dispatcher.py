@@ -130,8 +130,8 @@ class AllToAllDispatcher(_Split):
 
     def combine(self, rows: Tensor, like: Tensor, plan: _Plan) -> Tensor:
         back = collectives.all_to_all(rows, self.group, plan.sent, plan.received)
-        # Ranks in order, so the sum of a row has one order.
-        return torch.zeros_like(like).index_add(0, plan.rows, back)
+        # Ranks come in order, so that on the CPU the sum of a row has one order; CUDA adds in any.
+        return back.new_zeros(like.shape).index_add(0, plan.rows, back)
 
 
 class AllGatherDispatcher(_Split):
@@ -151,7 +151,8 @@ class AllGatherDispatcher(_Split):
             return collectives.all_gather(part, self.group, 0)
 
         self.sent = len(x) * (len(self.ep_of) - 1)
-        choices = gather(torch.where(kept, indices, -1) + 1) - 1  # padding is 0 here, and -1 after it
+        # Padding is 0 while it travels, and -1 afterwards.
+        choices = gather(torch.where(kept, indices, -1) + 1) - 1
         return self.received(gather(x), gather(scores), choices.clamp(min=0), choices >= 0)
 
     def combine(self, rows: Tensor, like: Tensor, plan: int) -> Tensor:

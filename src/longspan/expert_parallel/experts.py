@@ -161,6 +161,8 @@ class GroupedMLP(ParallelModule):
                 f"GroupedMLP: {len(x)} rows and tokens_per_expert {counts.tolist()}: one number for each of the "
                 f"{self.num_local_experts} experts of this rank, and their sum is the number of rows."
             )
+        # Each rank of an expert tensor parallel group has a part of the gradient of the rows.
+        x = collectives.copy(x, self.groups.etp)
         at = torch.arange(len(x), device=x.device)
         choices = Choices(at, at, counts, counts.cumsum(0).to(torch.int32), self.config.moe_grouped_gemm)
         y = self.compute(x, x.new_ones(len(x), 1), choices)

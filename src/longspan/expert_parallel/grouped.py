@@ -60,7 +60,8 @@ def _grouped(a: Tensor, b: Tensor) -> bool:
     dtypes = (torch.bfloat16,) if a.is_cuda else (torch.float32, torch.bfloat16, torch.float16)
     if _grouped_mm is None or a.dtype not in dtypes or a.dtype != b.dtype or not a.shape[0]:
         return False
-    sizes = (a.shape[-1], *b.shape[-2:])
+    # Strides are the sizes of features; the number of rows is in none of them.
+    sizes = (a.shape[-1], b.shape[-1], *(b.shape[1:2] if b.dim() == 3 else ()))
     return all(size * a.element_size() % 16 == 0 for size in sizes)
 
 
@@ -79,7 +80,7 @@ def grouped_product(x: Tensor, weights: Tensor, choices: Choices) -> Tensor:
 
 def grouped_gradient(x: Tensor, y: Tensor, choices: Choices) -> Tensor:
     """x [p, a], y [p, b] -> [E, a, b]; zeros for an expert without pairs. No autograd."""
-    if choices.grouped and _grouped(x, y) and x.shape[1] * x.element_size() % 16 == 0:
+    if choices.grouped and _grouped(x, y):
         return _grouped_mm(x.t(), y, offs=choices.ends)
     out = x.new_zeros(len(choices.counts), x.shape[1], y.shape[1])
     begin = 0

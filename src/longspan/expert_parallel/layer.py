@@ -134,18 +134,31 @@ class MoELayer(nn.Module):
         self.shared_experts = None if shared is None else SharedExperts(config, groups)
         self.load: Load | None = None
 
+    @property
+    def adds_loss(self) -> bool:
+        """Whether backward adds a balancing loss or a z-loss, as a mean over tokens."""
+        return bool(self.config.balancing or self.config.moe_z_loss_coeff)
+
     def start_step(self) -> None:
         """Counts begin at 0."""
         self.load = None
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         s, b = hidden_states.shape[:2]
+        if self.config.moe_expert_capacity_factor is not None and dist.get_world_size(self.groups.cp) > 1:
+            raise ValueError(
+                "MoELayer alone with moe_expert_capacity_factor under context parallelism: which tokens are dropped depends on "
+                "their places in the sequence, which a layer alone does not have. Use GPTModel, or no capacity."
+            )
         cp = dist.get_world_size(self.groups.cp)
         tokens = RoutedTokens.alone(s, b, hidden_states.device)
         if self.config.sequence_parallel:
             cp *= dist.get_world_size(self.groups.tp)
         sequences = replace(tokens.sequences, tokens=tokens.sequences.tokens * cp)
-        tokens = RoutedTokens(None, sequences, sequences, tokens.place)
+        place = tokens.place
+        if self.config.sequence_parallel:
+            place = place + s * dist.get_rank(self.groups.tp)
+        tokens = RoutedTokens(None, sequences, sequences, place)
         out, loss = self.compute(hidden_states, tokens, {}, self.groups.cp)
         return out, self._summed(loss.detach())
 

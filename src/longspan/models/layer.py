@@ -208,7 +208,9 @@ class Layer(nn.Module):
         """A context for a forward pass: offloads kept tensors, except weights and the shared rotary table."""
         if self.offload is None:
             return contextlib.nullcontext()
-        return self.offload.layer([*(local(p.detach()) for p in self.parameters()), *(rows.rotary or ())])
+        return self.offload.layer(
+            lambda: [*(local(p.detach()) for p in self.parameters()), *(rows.rotary or ())]
+        )
 
 
 def _run(part: Callable[..., Any], *args: Any) -> Any:

@@ -69,6 +69,7 @@ def one_process(run: Run) -> Run:
     """The same run on one process: the same global batch, plain attention, everything kept for backward."""
     balancing = run.config.moe_router_load_balancing_type
     if run.config.hybrid_context_parallel:
+        _refuse_uncomparable(run)
         # There a document is what a sequence is elsewhere.
         names = {"aux_loss": "seq_aux_loss"}
         balancing = (
@@ -101,6 +102,19 @@ def one_process(run: Run) -> Run:
         tiled_mlp_num_shards=None,
         torch_compile=False,
     )
+
+
+def _refuse_uncomparable(run: Run) -> None:
+    """Experts of a hybrid run whose sets of tokens one process without it does not have."""
+    model = run.model
+    kinds = [*model.balancing]
+    wrong = "global_aux_loss" in kinds or {"aux_loss", "seq_aux_loss"} <= {*kinds}
+    if model.num_moe_experts is not None and (wrong or model.moe_expert_capacity_factor is not None):
+        raise UserError(
+            "verify: with hybrid_context_parallel experts are balanced, and their capacity counted, over documents, and on one "
+            "process over sequences. It compares such a run with aux_loss or seq_aux_loss alone, without a capacity: "
+            "--moe-router-load-balancing-type aux_loss."
+        )
 
 
 def measure(run: Run, device, steps: int, mesh: ParallelMesh | None = None) -> dict:

@@ -37,6 +37,15 @@ def init_weights(
                 fill(tensor, initial, seed, f"{path}.{short}")
 
 
+def init_buffers(model: nn.Module) -> None:
+    """Fills the buffers of a module's parallel layers, which need no seed: for weights that come from elsewhere."""
+    for module in model.modules():
+        if isinstance(module, ParallelModule):
+            for short, initial in module.initial.items():
+                if short in module._buffers:
+                    fill(getattr(module, short), initial, 0, short)
+
+
 @contextlib.contextmanager
 def filled_by_name(
     module: nn.Module, config: ModelParallelConfig, tp_size: int, seed: int | None, prefix: str = ""

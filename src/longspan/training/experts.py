@@ -95,5 +95,10 @@ class Experts:
             found["moe_z_loss"] = losses[1].item()
         return found | {
             "moe_dropped_tokens": int(dropped),
+            **(
+                {}
+                if self.layers[-1].number == len(self.layers)
+                else {"moe_layers": [layer.number for layer in self.layers]}
+            ),
             "moe_load": [[round(share, 6) for share in row] for row in shares.tolist()],
         }

@@ -77,7 +77,7 @@ class TensorBoard:
 
     def write(self, record: dict[str, Any]) -> None:
         for name, value in record.items():
-            for tag, number in _curves(name, value):
+            for tag, number in _curves(name, value, record):
                 if isinstance(number, int | float) and math.isfinite(number):
                     self.writer.add_scalar(f"{_group(record)}/{tag}", number, record["step"])
 
@@ -85,11 +85,12 @@ class TensorBoard:
         self.writer.close()
 
 
-def _curves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _curves(name: str, value: Any, record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """A record's entry as curves: of the load of experts, the share of the busiest one in each layer."""
     if name == "moe_load":
-        yield from ((f"moe_busiest_expert/layer_{i}", max(shares)) for i, shares in enumerate(value, 1))
-    elif name not in ("kind", "step", "split"):
+        layers = record.get("moe_layers") or range(1, len(value) + 1)
+        yield from ((f"moe_busiest_expert/layer_{n}", max(shares)) for n, shares in zip(layers, value))
+    elif name not in ("kind", "step", "split", "moe_layers"):
         yield name, value
 
 
@@ -112,7 +113,7 @@ class Wandb:
             ) from None
 
     def write(self, record: dict[str, Any]) -> None:
-        curves = (curve for name, value in record.items() for curve in _curves(name, value))
+        curves = (curve for name, value in record.items() for curve in _curves(name, value, record))
         values = {f"{_group(record)}/{name}": value for name, value in curves}
         self.run.log(values, step=record["step"])
 

@@ -90,7 +90,7 @@ KEYS: dict[str, ExternalName] = {
     "expert_parallel_token_capacity": refused("Say it by moe_expert_capacity_factor."),
     "ddp": no_effect("dp_replicate_size says how many copies of the weights there are."),
     "ddp_bucket_cap_mb": no_effect("FSDP2 reduces gradients layer by layer."),
-    "ddp_broadcast_buffers": no_effect("The models have no buffers."),
+    "ddp_broadcast_buffers": no_effect("The buffers of models are the same on all ranks already."),
     "ddp_find_unused_parameters": no_effect("Every parameter is used."),
     "deepspeed": refused(
         "Parameters, gradients and optimizer are sharded by FSDP2: dp_shard_size (ZeRO-3's way)."

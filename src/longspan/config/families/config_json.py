@@ -79,7 +79,7 @@ def keys_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(
             f"base_model: {where} sets {'; '.join(odd)}. Put the file right, or download it again."
         )
-    data = {**family.defaults, **data}
+    data = {**family.defaults, **{k: v for k, v in data.items() if v is not None or k not in family.required}}
     found = {ours: data[theirs] for theirs, ours in family.keys.items() if data.get(theirs) is not None}
     found["activation_func"] = _activation(data, family.activation, where)
     return found | family.read(data, where)

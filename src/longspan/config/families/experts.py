@@ -34,6 +34,13 @@ class WithExperts(Family):
     count: ClassVar[str] = "num_experts"
     prefix: ClassVar[str] = "mlp.experts"
     parts: ClassVar[Mapping[str, str]] = _PARTS
+    required = (
+        "num_experts_per_tok",
+        "decoder_sparse_step",
+        "moe_intermediate_size",
+        "num_experts",
+        "num_local_experts",
+    )
     expert_needs: ClassVar[dict[str, Any]] = {
         "moe_router_score_function": "softmax",
         "moe_router_num_groups": None,

@@ -39,6 +39,7 @@ class Family:
         architecture: transformers' class.
         keys: field of config.json -> longspan's key.
         defaults: field of config.json -> transformers' value if the file does not have the field.
+        required: fields of ``defaults`` in which null stands for the default.
         nothing: field -> a value by which transformers writes that the model does not have it.
         activation: the field that names the activation.
         needs: field of Architecture -> the value that a model of this type has.
@@ -51,6 +52,7 @@ class Family:
     keys: ClassVar[Mapping[str, str]]
     defaults: ClassVar[Mapping[str, Any]]
     nothing: ClassVar[Mapping[str, Any]] = {}
+    required: ClassVar[tuple[str, ...]] = ()
     activation: ClassVar[str] = "hidden_act"
     needs: ClassVar[Mapping[str, Any]]
     layers: ClassVar[str]

@@ -52,6 +52,7 @@ class Mixtral(WithExperts, Mistral):
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
         "router_aux_loss_coef": 0.001,
+        "rope_theta": 1e6,
     }
     inside = Mistral.inside | {"mlp.router": "block_sparse_moe.gate"}
     expert_needs = WithExperts.expert_needs | {

@@ -61,7 +61,7 @@ class QwenWithExperts(WithExperts):
         dense = set(data.get("mlp_only_layers") or ())
         sparse = {i for i in range(layers) if i not in dense and (i + 1) % step == 0}
         if not sparse:
-            return {}
+            return dict.fromkeys(("num_moe_experts", "moe_ffn_hidden_size"))
         return {
             **self.read_experts(data, sorted(sparse)),
             "moe_ffn_hidden_size": data["moe_intermediate_size"],

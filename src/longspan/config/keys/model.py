@@ -146,7 +146,8 @@ class ModelKeys(BaseModel):
         gt=0,
     )
     moe_pad_expert_input_to_capacity: bool = key(
-        False, "Experts with fewer tokens are padded to their capacity."
+        False,
+        "For Megatron-LM's padding of experts: products take as many rows as there are, so no number changes.",
     )
     moe_token_drop_policy: Literal["probs", "position"] = key(
         "probs", "Which tokens an expert keeps: those with the largest scores, or the first of the sequence."

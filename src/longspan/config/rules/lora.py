@@ -77,12 +77,12 @@ def _target_problems(config: TrainConfig) -> list[Problem]:
 def _expert_problems(config: TrainConfig) -> list[Problem]:
     """Targets that only experts have: adapters belong to linear layers, and experts have none."""
     asked = set(TARGETS if config.lora_target_linear else config.lora_target_modules or ())
-    only_experts = config.num_moe_experts is not None and config.moe_layer_freq == 1
+    has_experts = config.num_moe_experts is not None
     of_mlp = [name for name in ("gate_proj", "up_proj", "down_proj") if name in asked]
-    if not only_experts or config.moe_shared_expert_intermediate_size is not None or not of_mlp:
+    if not has_experts or config.moe_shared_expert_intermediate_size is not None or not of_mlp:
         return []
     text = (
-        f"adapter: lora on {', '.join(of_mlp)} of a model whose MLPs are experts: adapters go to attention, and to a shared expert "
+        f"adapter: lora on {', '.join(of_mlp)} of a model with experts: adapters go to attention, and to a shared expert "
         "where there is one. Give lora_target_modules: [q_proj, k_proj, v_proj, o_proj]."
     )
     return [(("lora_target_modules", "lora_target_linear", "num_moe_experts"), text)]

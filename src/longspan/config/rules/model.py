@@ -42,6 +42,13 @@ def model_problems(config: TrainConfig) -> list[Problem]:
         return []
     model = Architecture.of(config)
     found = architecture_problems(model)
+    streams = not keeps_documents_apart(config) and not any(s.type != "completion" for s in config.datasets)
+    if "seq_aux_loss" in model.balancing and streams and not config.hybrid_context_parallel:
+        text = (
+            "moe_router_load_balancing_type seq_aux_loss is of each document, and in a stream (sample_packing: false) documents "
+            "are not kept apart. Use aux_loss, or sample_packing: true."
+        )
+        found.append((("moe_router_load_balancing_type", "sample_packing"), text))
     if model.kv_channels is not None:
         found += cut_problems(
             model,

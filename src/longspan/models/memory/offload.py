@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -72,18 +72,18 @@ class Offload:
         self.moved = 0
 
     @contextmanager
-    def layer(self, stay: Iterable[Tensor]) -> Iterator[None]:
+    def layer(self, stay: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
         """A context for the forward pass of one layer.
 
         Args:
-            stay: tensors that stay on the device, as do all views of them.
+            stay: returns the tensors that stay on the device, as do all views of them. It is called for each tensor
+                that is kept, because weights of a part may be gathered while the layer runs.
         """
         group = _Group(self.last)
-        staying = {t.untyped_storage().data_ptr() for t in stay}
         known: dict[tuple, int] = {}
 
         def pack(t: Tensor) -> Tensor | _Handle:
-            if self._stays(t, staying):
+            if self._stays(t, {other.untyped_storage().data_ptr() for other in stay()}):
                 return t
             assert group.here is not None
             shape, t = t.shape, t.detach()
