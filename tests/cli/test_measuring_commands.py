@@ -92,6 +92,8 @@ def test_eval_gives_one_answer_at_every_layout(folder):
     assert [n["depth"] for n in one["needles"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
     for a, b in zip(one["needles"], cut["needles"]):
         assert a["probability"] == pytest.approx(b["probability"], rel=1e-9)
+    other = longspan("eval", *args, "--hidden-size", 64, cwd=folder)
+    assert "--checkpoint: step_00000003 is a checkpoint of another model: hidden_size" in other.stderr
     shown = longspan("eval", *args[:-2], "--needles", 0, cwd=folder)
     assert "loss by position" in shown.stdout
 
@@ -102,7 +104,6 @@ def test_eval_gives_one_answer_at_every_layout(folder):
         (["--output-dir", "nowhere"], "there is no checkpoint in nowhere/checkpoints. Train first"),
         (["--val-set-size", 0], "needs held-out documents"),
         (["--eval-iters", 0], "eval_iters is 0, which switches evaluation off"),
-        (["--hidden-size", 64], "--checkpoint: step_00000003 is a checkpoint of another model: hidden_size"),
         (["--needels", 3], "Did you mean --needles"),
         (["--checkpoint", "nowhere"], "nowhere"),
     ],
