@@ -32,13 +32,21 @@ class Qwen2(RotaryDecoder):
 
     def fields(self, model: Architecture, positions: int) -> dict[str, Any]:
         windows = windows_of(model)
-        return super().fields(model, positions) | {
-            "use_sliding_window": one_window(model) is not None,
-            "sliding_window": one_window(model),
-            # transformers reads this number if it reads no layer_types.
-            "max_window_layers": next((i for i, w in enumerate(windows) if w is not None), len(windows)),
-            "layer_types": layer_types(model),
-        }
+        return (
+            super().fields(model, positions)
+            | self.biases()
+            | {
+                "use_sliding_window": one_window(model) is not None,
+                "sliding_window": one_window(model),
+                # transformers reads this number if it reads no layer_types.
+                "max_window_layers": next((i for i, w in enumerate(windows) if w is not None), len(windows)),
+                "layer_types": layer_types(model),
+            }
+        )
+
+    def biases(self) -> dict[str, Any]:
+        """The fields about biases in a config.json."""
+        return {}
 
 
 class Qwen3(Qwen2):
@@ -49,8 +57,8 @@ class Qwen3(Qwen2):
     def read_pieces(self, data: Mapping[str, Any], where: str) -> dict[str, Any]:
         return read_biases(bool(data.get("attention_bias")), False, where) | {"qk_layernorm": True}
 
-    def fields(self, model: Architecture, positions: int) -> dict[str, Any]:
-        return super().fields(model, positions) | {"attention_bias": False}
+    def biases(self) -> dict[str, Any]:
+        return {"attention_bias": False}
 
 
 class QwenWithExperts(WithExperts):
