@@ -30,6 +30,8 @@ MISTAKES = {
     "--max-seqlen-per-dp-cp-rank 5": "--max-seqlen-per-dp-cp-rank 5 has no effect without --hybrid-context-parallel",
     "--pipeline-model-parallel-size 2": "--pipeline-model-parallel-size 2",
     "--expert-model-parallel-size 2": "--expert-model-parallel-size 2",
+    "--num-experts 4 --expert-model-parallel-size 3": "--num-experts 4 is not divisible by --expert-model-parallel-size 3",
+    "--num-experts 4 --moe-router-topk 5": "--moe-router-topk 5 is more than --num-experts 4",
     "--fp16": "--fp16 is not supported. Use --bf16",
     "--attention-dropout 0.1": "--attention-dropout",
     "--lr-decay-style WSD": "--lr-decay-style 'WSD' must be",

@@ -75,12 +75,12 @@ def complete(
         config = _with_base_model(config, config.base_model, found, bad)
     world = world_size if world_size is not None else processes_asked_for(config)
     sizes = _sizes(config, world, found)
-    if config.num_moe_experts is not None and sizes.world_size == world:
-        etp = sizes.etp or sizes.tp
-        found += expert_grid_problems(world, etp, sizes.ep, sizes.pp, sizes.dp_replicate)
     micro, accumulation, total = _batch(config, sizes.dp, found)
     for rule in RULES:
         found += rule(config)
+    if config.num_moe_experts is not None and sizes.world_size == world:
+        etp = sizes.etp or sizes.tp
+        found += expert_grid_problems(world, etp, sizes.ep, sizes.pp, sizes.dp_replicate)
     messages = list(earlier) + [text for fields, text in found if not bad.intersection(fields)]
     if messages:
         raise UserError(messages)

@@ -125,7 +125,7 @@ def _leftovers(given: Mapping[str, Any]) -> dict[str, str]:
         "hierarchical_context_parallel_sizes",
     )
     dense = not given.get("num_moe_experts")
-    idle(dense, "There are no experts.", *(name for name in given if name.startswith(("moe_", "expert_"))))
+    idle(dense, "There are no experts.", *(name for name in given if name.startswith("moe_")))
     idle(not given.get("moe_expert_capacity_factor"), "No token is dropped.", "moe_token_drop_policy")
     silent = not given.get("use_wandb")
     idle(
