@@ -166,7 +166,11 @@ def alike(prefix, expected, count, cases, tolerance=1e-10):
 def test_the_size_of_a_micro_batch_does_not_matter(prefix, reference):
     expected = reference(3, ALL | {"micro_batch_size": 1})
     alike(prefix, expected, 3, [(1, ALL | {"micro_batch_size": size}) for size in (2, 4)])
-    stream = ALL | {"sample_packing": False}
+    kinds = {
+        "moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"],
+        "moe_aux_loss_coeff": [0.2, 0.05],
+    }
+    stream = ALL | kinds | {"sample_packing": False}
     expected = reference(3, stream)
     cases = [
         (1, stream | {"micro_batch_size": 4}),

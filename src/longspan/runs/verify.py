@@ -68,15 +68,10 @@ def variants(run: Run, everything: bool) -> list[Run]:
 def one_process(run: Run) -> Run:
     """The same run on one process: the same global batch, plain attention, everything kept for backward."""
     balancing = run.config.moe_router_load_balancing_type
-    if run.config.hybrid_context_parallel:
+    if run.config.hybrid_context_parallel and run.model.num_moe_experts is not None:
         _refuse_uncomparable(run)
-        # There a document is what a sequence is elsewhere.
-        names = {"aux_loss": "seq_aux_loss"}
-        balancing = (
-            names.get(balancing, balancing)
-            if isinstance(balancing, str)
-            else [names.get(b, b) for b in balancing]
-        )
+        # In a hybrid run a document takes the place of a sequence.
+        balancing = "seq_aux_loss" if "aux_loss" in run.model.balancing else balancing
     return run.with_keys(
         moe_router_load_balancing_type=balancing,
         expert_parallel_size=1,
@@ -109,7 +104,7 @@ def _refuse_uncomparable(run: Run) -> None:
     model = run.model
     kinds = [*model.balancing]
     wrong = "global_aux_loss" in kinds or {"aux_loss", "seq_aux_loss"} <= {*kinds}
-    if model.num_moe_experts is not None and (wrong or model.moe_expert_capacity_factor is not None):
+    if wrong or model.moe_expert_capacity_factor is not None:
         raise UserError(
             "verify: with hybrid_context_parallel experts are balanced, and their capacity counted, over documents, and on one "
             "process over sequences. It compares such a run with aux_loss or seq_aux_loss alone, without a capacity: "
