@@ -20,9 +20,6 @@ from torch import Tensor
 
 from longspan.expert_parallel.tokens import TokenSet
 
-#: the kinds of balancing losses
-TYPES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
-
 
 def count_choices(indices: Tensor, real: Tensor | None, token_set: TokenSet, num_experts: int) -> Tensor:
     """This rank's part of n_e: indices [t, k] -> float64 [P, E]."""

@@ -83,7 +83,7 @@ class Offload:
         known: dict[tuple, int] = {}
 
         def pack(t: Tensor) -> Tensor | _Handle:
-            if self._stays(t, {other.untyped_storage().data_ptr() for other in stay()}):
+            if self._stays(t, stay):
                 return t
             assert group.here is not None
             shape, t = t.shape, t.detach()
@@ -109,14 +109,14 @@ class Offload:
         while len(self.on_device) > 2:
             self._let_go(self.on_device.popleft()())
 
-    def _stays(self, t: Tensor, staying: set[int]) -> bool:
+    def _stays(self, t: Tensor, stay: Callable[[], Iterable[Tensor]]) -> bool:
         return (
             isinstance(t, DTensor)
             or t.device.type != self.device.type
             or t.nbytes < self.minimum
-            or t.untyped_storage().data_ptr() in staying
             # An expanded tensor takes less memory than its copy would.
             or 0 in t.stride()
+            or t.untyped_storage().data_ptr() in {other.untyped_storage().data_ptr() for other in stay()}
         )
 
     def _to_host(self, t: Tensor) -> Tensor:
