@@ -16,6 +16,7 @@ LEVELS = {
     "compiled": 1,
     "matmul": 1,
     "parent": 1,
+    "sums": 1,
     "mesh": 2,
     "gradients": 3,
     "tensor_parallel": 3,

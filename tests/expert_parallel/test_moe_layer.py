@@ -160,6 +160,13 @@ OPTIONS = {
     "biases": {"add_bias_linear": True, "gated_linear_unit": False, "activation_func": "gelu"},
     "shared": {"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_gate": True},
     "capacity": {"moe_expert_capacity_factor": 0.8},
+    "capacity, filled up": {"moe_expert_capacity_factor": 0.8, "moe_pad_expert_input_to_capacity": True},
+    "filled up beyond what is chosen": {
+        "moe_expert_capacity_factor": 3.0,
+        "moe_pad_expert_input_to_capacity": True,
+        "add_bias_linear": True,
+    },
+    "fixed order": {"deterministic_mode": True, "add_bias_linear": True},
     "capacity by position": {"moe_expert_capacity_factor": 0.6, "moe_token_drop_policy": "position"},
     "groups": {
         "moe_router_num_groups": 4,
@@ -215,3 +222,43 @@ def test_options(option):
         if option == "capacity by position" and layout != "one":
             continue  # alone, a layer does not know the places of its rows in a sequence that is cut
         check(layout, option)
+
+
+def pairs_of_each_expert(sizes, factor):
+    """Rows that the products of each expert of this rank take, dropped ones and fillings included."""
+    mesh = ParallelMesh.build(sizes)
+    changes = {"moe_expert_capacity_factor": factor, "moe_pad_expert_input_to_capacity": True}
+    layer, found = made(config_of(sizes, **changes), mesh.groups, {}), []
+    compute = layer.experts.compute
+    layer.experts.compute = lambda x, scores, choices: (
+        found.append(choices.counts.tolist()) or compute(x, scores, choices)
+    )
+    x, _ = (t.chunk(sizes.dp, 1)[dist.get_rank(mesh.groups.dp)] for t in data(4, ROWS))
+    layer(x.chunk(sizes.tp, 0)[dist.get_rank(mesh.groups.tp)])
+    return found
+
+
+#: layout -> how many of the four sequences have rows in an expert parallel group
+SEQUENCES = {"one": 4, "ep2": 4, "ep4": 4, "ep2 x edp2": 2, "tp2": 4, "tp2 etp1": 4, "tp2 x ep2 x etp2": 4}
+
+
+@pytest.mark.parametrize("layout", SEQUENCES)
+def test_each_expert_is_filled_up_to_the_capacities_of_all_sequences(layout):
+    """The capacity is ceil(12 tokens x 2 / 8 experts x factor) for each sequence."""
+    sizes, sequences = LAYOUTS[layout], SEQUENCES[layout]
+    for factor, capacity in ((1.0, 3), (0.5, 2), (2.1, 7)):
+        found = pool.run(sizes.world_size, pairs_of_each_expert, sizes, factor)
+        assert found == [[[capacity * sequences] * (8 // sizes.ep)]] * sizes.world_size
+
+
+@pytest.mark.parametrize("indices", [[[0, 8]], [[-1, 2]]])
+def test_an_expert_that_is_not_there_is_refused(indices):
+    pool.run(2, refuses, indices)
+
+
+def refuses(indices):
+    mesh = ParallelMesh.build(MeshSizes(dp_shard=2, ep=2))
+    layer = made(config_of(MeshSizes(dp_shard=2, ep=2)), mesh.groups, {})
+    x = torch.zeros(1, HIDDEN, dtype=torch.float64)
+    with pytest.raises(ValueError, match="numbers of all 8 experts, from 0"):
+        layer.experts(x, torch.ones(1, 2), torch.tensor(indices))

@@ -1,5 +1,7 @@
 """The contract of a layer, and the rows that travel beside the activations."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from longspan.context_parallel import PackedSeqParams, SequenceLayout
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel, TransformerBlock, TransformerLayer
 from longspan.models.decoder import DecoderLayer
-from longspan.models.layer import Layer, make_rows
+from longspan.models.layer import Layer, Rows, make_rows
 from longspan.parallelize import parallelize
 
 H, VOCAB = 16, 100
@@ -167,3 +169,8 @@ def public_layer():
 
 def test_the_public_layer():
     pool.run(1, public_layer)
+
+
+def test_fsdp_does_not_walk_through_rows():
+    """It does so with dataclasses at each layer: 8 ms each time for the layout of a pack of 512 documents."""
+    assert not dataclasses.is_dataclass(Rows)

@@ -1,6 +1,5 @@
 """Training with experts at every mix of ranks against one process: losses, every gradient, counts, bias. fp64."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import pool
 import tiny
+from expert_steps import ALL, BIAS, CPU, References, alike, compare, steps
 from longspan.config.sizes import MeshSizes
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
@@ -19,88 +19,10 @@ from longspan.training.experts import IDLE_STEPS, Experts
 from longspan.training.optimizer import gradient_norm
 from longspan.training.trainer import Trainer
 
-CPU = torch.device("cpu")
-#: every balancing loss at once
-ALL = {
-    "export_hf": False,
-    "num_moe_experts": 6,
-    "moe_ffn_hidden_size": 24,
-    "moe_router_topk": 2,
-    "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss", "global_aux_loss"],
-    "moe_aux_loss_coeff": [0.2, 0.1, 0.05],
-    "moe_z_loss_coeff": 0.02,
-}
-BIAS = ALL | {
-    "moe_router_score_function": "sigmoid",
-    "moe_router_enable_expert_bias": True,
-    "moe_router_bias_update_rate": 0.01,
-}
-
-
-def steps(prefix, count, changes):
-    """Records of some steps, every whole gradient of the second one, and the bias of the experts."""
-    trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), **changes), CPU)
-    records, gradients = [], {}
-    for step in range(count):
-        if step == min(1, count - 1):
-            trainer.compute_gradients(trainer.micro_batches(step))
-            gradients = {name: p.grad.full_tensor().clone() for name, p in trainer.model.named_parameters()}
-        records.append(trainer.train_step(trainer.micro_batches(step)))
-    state = {
-        name: buffer.to_local().clone() if hasattr(buffer, "to_local") else buffer.clone()
-        for name, buffer in trainer.model.named_buffers()
-        if name.endswith(("expert_bias", "last_counts"))
-    }
-    keys = ("loss", "grad_norm", "moe_aux_loss", "moe_z_loss", "moe_dropped_tokens", "moe_load", "tokens")
-    return {
-        "records": [{k: r.get(k) for k in keys} for r in records],
-        "evaluation": trainer.evaluate()["loss"],
-        "gradients": gradients if dist.get_rank() == 0 else {},
-        "state": state,
-    }
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("data"))
-
 
 @pytest.fixture(scope="module")
 def reference(prefix):
-    done = {}
-
-    def get(count, changes):
-        key = count, json.dumps(changes, sort_keys=True)
-        if key not in done:
-            done[key] = pool.run(1, steps, prefix, count, changes)[0]
-        return done[key]
-
-    return get
-
-
-def close(got, expected, tolerance):
-    assert got == expected or abs(got - expected) <= tolerance * abs(expected), (got, expected)
-
-
-def compare(got, expected, tolerance=1e-10):
-    for a, b in zip(got["records"], expected["records"]):
-        for key in ("loss", "grad_norm", "moe_aux_loss", "moe_z_loss"):
-            close(a[key], b[key], tolerance)
-        assert [a[k] for k in ("moe_dropped_tokens", "moe_load", "tokens")] == [
-            b[k] for k in ("moe_dropped_tokens", "moe_load", "tokens")
-        ]
-    close(got["evaluation"], expected["evaluation"], tolerance)
-    for name, whole in expected["gradients"].items():
-        largest = whole.abs().max()
-        torch.testing.assert_close(
-            got["gradients"][name],
-            whole,
-            rtol=0,
-            atol=tolerance * max(largest.item(), 1e-3),
-            msg=lambda m, n=name: f"{n}: {m}",
-        )
-    for name, value in expected["state"].items():
-        assert torch.equal(got["state"][name], value), name
+    return References(prefix)
 
 
 #: name -> (processes, what differs)
@@ -149,35 +71,28 @@ def test_steps_equal_one_process(name, prefix, reference):
             "moe_token_dispatcher_type",
         )
     }
-    got = pool.run(world, steps, prefix, 3, run)
+    got = pool.run(world, steps, prefix, 2, run)
     assert all(rank["records"] == got[0]["records"] for rank in got), (
         "the ranks disagree about what they computed"
     )
-    compare(got[0], reference(3, alone))
-
-
-def alike(prefix, expected, count, cases, tolerance=1e-10):
-    """Each case (processes, changes) computes what one process does."""
-    for world, changes in cases:
-        got = pool.run(world, steps, prefix, count, changes)
-        compare(got[0], expected, tolerance)
+    compare(got[0], reference(2, alone))
 
 
 def test_the_size_of_a_micro_batch_does_not_matter(prefix, reference):
-    expected = reference(3, ALL | {"micro_batch_size": 1})
-    alike(prefix, expected, 3, [(1, ALL | {"micro_batch_size": size}) for size in (2, 4)])
+    expected = reference(2, ALL | {"micro_batch_size": 1})
+    alike(prefix, expected, 2, [(1, ALL | {"micro_batch_size": size}) for size in (2, 4)])
     kinds = {
         "moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"],
         "moe_aux_loss_coeff": [0.2, 0.05],
     }
     stream = ALL | kinds | {"sample_packing": False}
-    expected = reference(3, stream)
+    expected = reference(2, stream)
     cases = [
         (1, stream | {"micro_batch_size": 4}),
         (2, stream | {"expert_parallel_size": 2, "micro_batch_size": 2}),
         (2, stream | {"context_parallel_size": 2}),
     ]
-    alike(prefix, expected, 3, cases)
+    alike(prefix, expected, 2, cases)
 
 
 CAPACITY = ALL | {"moe_expert_capacity_factor": 0.7}
@@ -199,14 +114,15 @@ def test_the_same_tokens_are_dropped_at_every_layout(prefix, reference, policy):
 
 def test_hybrid_context_parallelism_balances_over_documents(prefix, reference):
     kinds = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.2}
-    expected = reference(3, ALL | kinds | {"moe_router_load_balancing_type": "seq_aux_loss"})
+    expected = reference(2, ALL | kinds | {"moe_router_load_balancing_type": "seq_aux_loss"})
     hybrid = {"context_parallel_size": 2, "hybrid_context_parallel": True, "max_seqlen_per_dp_cp_rank": 60}
-    alike(prefix, expected, 3, [(2, ALL | kinds | hybrid | {"expert_parallel_size": 2})])
+    alike(prefix, expected, 2, [(2, ALL | kinds | hybrid | {"expert_parallel_size": 2})])
 
 
 @pytest.mark.slow
 def test_the_bias_of_experts_follows_one_process(prefix, reference):
-    expected = reference(30, BIAS)
+    run = BIAS | {"sequence_len": 30, "micro_batch_size": 2}
+    expected = reference(30, run)
     bias = next(value for name, value in expected["state"].items() if name.endswith("expert_bias"))
     assert bias.abs().max() > 0.015
     cases = [
@@ -214,7 +130,7 @@ def test_the_bias_of_experts_follows_one_process(prefix, reference):
         (2, {"tensor_parallel_size": 2}),
         (3, {"expert_parallel_size": 3, "context_parallel_size": 3}),
     ]
-    alike(prefix, expected, 30, [(world, BIAS | cut) for world, cut in cases], 1e-9)
+    alike(prefix, expected, 30, [(world, run | cut) for world, cut in cases], 1e-9)
 
 
 def recomputed(prefix, changes, ties):

@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.context_parallel.calls import Rows, calls_of
+from longspan.context_parallel.calls import calls_of
 from longspan.context_parallel.kernels.protocol import Kernel, merge
 from longspan.context_parallel.schedule import Message, Schedule, Step
 from longspan.context_parallel.tiles import Mask, Range
+from longspan.sums import add_rows
 
 
 class _Exchange:
@@ -183,9 +184,9 @@ def backward_step(dq, dk, dv, dout, q, k, v, out, lse, step: Step, kernel: Kerne
         if call.first:
             dq[call.q] = dq_part.to(dq.dtype)
         else:
-            _add_rows(dq, call.q, dq_part, fixed_order)
-        _add_rows(dk, call.k, dk_part, fixed_order)
-        _add_rows(dv, call.k, dv_part, fixed_order)
+            add_rows(dq, call.q, dq_part, fixed_order)
+        add_rows(dk, call.k, dk_part, fixed_order)
+        add_rows(dv, call.k, dv_part, fixed_order)
 
 
 def _backward(dout, q, k, v, out, lse, schedule, group, kernel, scale):
@@ -210,16 +211,6 @@ def _backward(dout, q, k, v, out, lse, schedule, group, kernel, scale):
     if going_home:
         going_home.add_to(dk, dv)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _add_rows(total: Tensor, rows: Rows, part: Tensor, fixed_order: bool) -> None:
-    """Adds to a slice, or to row numbers with repeats, for which CUDA's index_add_ has no fixed order."""
-    if isinstance(rows, slice):
-        total[rows].add_(part)
-    elif fixed_order:
-        total.index_put_((rows,), part.to(total.dtype), accumulate=True)
-    else:
-        total.index_add_(0, rows, part.to(total.dtype))
 
 
 def _with_next(steps: tuple[Step, ...]):

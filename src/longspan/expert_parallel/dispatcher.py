@@ -23,6 +23,7 @@ from torch import Tensor
 
 from longspan.mesh import collectives
 from longspan.mesh.mesh import ProcessGroupCollection
+from longspan.sums import add_rows
 
 
 class Received(NamedTuple):
@@ -41,7 +42,7 @@ class Received(NamedTuple):
 
 
 class Dispatcher(Protocol):
-    """One exchange for each call of a layer; ``plan`` is made once for a pass and used again when it is recomputed.
+    """An exchange is made once for a pass, and used again when the pass is recomputed.
 
     Attributes:
         sent: rows that left this rank in the last call.
@@ -49,12 +50,12 @@ class Dispatcher(Protocol):
 
     sent: int
 
-    def plan(self, indices: Tensor, kept: Tensor) -> Any:
-        """What travels: indices int64 [t, k] of all experts, kept bool [t, k]."""
+    def exchange(self, indices: Tensor, kept: Tensor) -> Any:
+        """Which rows travel where, agreed on by the ranks: indices int64 [t, k] of all experts, kept bool [t, k]."""
 
-    def send(self, x: Tensor, scores: Tensor, indices: Tensor, kept: Tensor, plan: Any) -> Received: ...
+    def send(self, x: Tensor, scores: Tensor, indices: Tensor, kept: Tensor, exchange: Any) -> Received: ...
 
-    def combine(self, rows: Tensor, like: Tensor, plan: Any) -> Tensor:
+    def combine(self, rows: Tensor, like: Tensor, exchange: Any) -> Tensor:
         """[n, h] -> [t, h], the shape of ``like``."""
 
 
@@ -63,21 +64,21 @@ class LocalDispatcher:
 
     sent = 0
 
-    def plan(self, indices: Tensor, kept: Tensor) -> None:
+    def exchange(self, indices: Tensor, kept: Tensor) -> None:
         return None
 
-    def send(self, x: Tensor, scores: Tensor, indices: Tensor, kept: Tensor, plan: Any) -> Received:
+    def send(self, x: Tensor, scores: Tensor, indices: Tensor, kept: Tensor, exchange: Any) -> Received:
         return Received(x, scores, indices, kept)
 
-    def combine(self, rows: Tensor, like: Tensor, plan: Any) -> Tensor:
+    def combine(self, rows: Tensor, like: Tensor, exchange: Any) -> Tensor:
         return rows
 
 
 class _Split:
     """What both exchanges need of the grid of experts: who holds which."""
 
-    def __init__(self, groups: ProcessGroupCollection, num_experts: int):
-        self.group, self.sent = groups.tp_ep, 0
+    def __init__(self, groups: ProcessGroupCollection, num_experts: int, fixed_order: bool):
+        self.group, self.sent, self.fixed_order = groups.tp_ep, 0, fixed_order
         self.per_rank = num_experts // dist.get_world_size(groups.ep)
         self.here = dist.get_rank(groups.ep)
         members = dist.get_process_group_ranks(groups.tp_ep)
@@ -95,7 +96,7 @@ class _Split:
         return Received(rows, scores, indices % self.per_rank, here)
 
 
-class _Plan(NamedTuple):
+class _Uneven(NamedTuple):
     """Rows that this rank sends, in the order of ranks, and how many go to and come from each."""
 
     rows: Tensor
@@ -106,7 +107,7 @@ class _Plan(NamedTuple):
 class AllToAllDispatcher(_Split):
     """A row travels once to each rank that holds an expert it chose, and one sum comes back."""
 
-    def plan(self, indices: Tensor, kept: Tensor) -> _Plan:
+    def exchange(self, indices: Tensor, kept: Tensor) -> _Uneven:
         ranks = len(self.ep_of)
         owner = torch.where(kept, indices // self.per_rank, -1)
         ep_of = torch.tensor(self.ep_of, device=indices.device)
@@ -117,35 +118,39 @@ class AllToAllDispatcher(_Split):
         dist.all_to_all_single(theirs, counts, group=self.group)
         sent, received = torch.stack([counts, theirs]).tolist()
         assert len(sent) == ranks
-        return _Plan(rows, sent, received)
+        return _Uneven(rows, sent, received)
 
-    def send(self, x: Tensor, scores: Tensor, indices: Tensor, kept: Tensor, plan: _Plan) -> Received:
-        def exchange(part: Tensor) -> Tensor:
-            return collectives.all_to_all(part[plan.rows], self.group, plan.received, plan.sent)
+    def send(self, x: Tensor, scores: Tensor, indices: Tensor, kept: Tensor, exchange: _Uneven) -> Received:
+        rows, sent, received = exchange
 
-        self.sent = sum(plan.sent) - plan.sent[dist.get_rank(self.group)]
+        def moved(part: Tensor) -> Tensor:
+            return collectives.all_to_all(part[rows], self.group, received, sent)
+
+        self.sent = sum(sent) - sent[dist.get_rank(self.group)]
         # One message for both: the expert, or -1 where the choice does not count.
-        choices = exchange(torch.where(kept, indices, -1))
-        return self.received(exchange(x), exchange(scores), choices.clamp(min=0), choices >= 0)
+        choices = moved(torch.where(kept, indices, -1))
+        return self.received(moved(x), moved(scores), choices.clamp(min=0), choices >= 0)
 
-    def combine(self, rows: Tensor, like: Tensor, plan: _Plan) -> Tensor:
-        back = collectives.all_to_all(rows, self.group, plan.sent, plan.received)
-        # Ranks come in order, so that on the CPU the sum of a row has one order; CUDA adds in any.
-        return back.new_zeros(like.shape).index_add(0, plan.rows, back)
+    def combine(self, rows: Tensor, like: Tensor, exchange: _Uneven) -> Tensor:
+        back = collectives.all_to_all(rows, self.group, exchange.sent, exchange.received)
+        # Ranks come in order, and so do the terms of a row's sum.
+        total = back.new_zeros(like.shape)
+        add_rows(total, exchange.rows, back, self.fixed_order)
+        return total
 
 
 class AllGatherDispatcher(_Split):
     """Every row travels to every rank: less bookkeeping, for few ranks or many choices."""
 
-    def plan(self, indices: Tensor, kept: Tensor) -> int:
+    def exchange(self, indices: Tensor, kept: Tensor) -> int:
         """The most rows of a rank; all are padded to them."""
         most = torch.tensor(len(indices), device=indices.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
         return int(most)
 
-    def send(self, x: Tensor, scores: Tensor, indices: Tensor, kept: Tensor, plan: int) -> Received:
+    def send(self, x: Tensor, scores: Tensor, indices: Tensor, kept: Tensor, exchange: int) -> Received:
         def gather(part: Tensor) -> Tensor:
-            short = plan - len(part)
+            short = exchange - len(part)
             if short:
                 part = torch.cat([part, part.new_zeros(short, *part.shape[1:])])
             return collectives.all_gather(part, self.group, 0)
@@ -155,16 +160,21 @@ class AllGatherDispatcher(_Split):
         choices = gather(torch.where(kept, indices, -1) + 1) - 1
         return self.received(gather(x), gather(scores), choices.clamp(min=0), choices >= 0)
 
-    def combine(self, rows: Tensor, like: Tensor, plan: int) -> Tensor:
+    def combine(self, rows: Tensor, like: Tensor, exchange: int) -> Tensor:
         return collectives.reduce_scatter(rows, self.group, 0)[: len(like)]
 
 
-def make_dispatcher(kind: str, groups: ProcessGroupCollection, num_experts: int) -> Dispatcher:
+def make_dispatcher(
+    kind: str, groups: ProcessGroupCollection, num_experts: int, fixed_order: bool = False
+) -> Dispatcher:
     """The dispatcher of a layer.
 
     Args:
         kind: ``alltoall`` or ``allgather``.
+        fixed_order: a row's sum has one order on CUDA too.
     """
     if dist.get_world_size(groups.tp_ep) == 1:
         return LocalDispatcher()
-    return (AllToAllDispatcher if kind == "alltoall" else AllGatherDispatcher)(groups, num_experts)
+    return (AllToAllDispatcher if kind == "alltoall" else AllGatherDispatcher)(
+        groups, num_experts, fixed_order
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,7 +83,9 @@ class GroupedMLP(ParallelModule):
         self.gate_bias = bias("gate_bias", ffn, 1) if gated else None
         self.up_bias = bias("up_bias", ffn, 1)
         self.down_bias = bias("down_bias", h, None)
-        self.dispatcher = make_dispatcher(config.moe_token_dispatcher_type, groups, experts)
+        self.dispatcher = make_dispatcher(
+            config.moe_token_dispatcher_type, groups, experts, config.deterministic_mode
+        )
 
     def _expert_parameter(
         self, name: str, shape: Sequence[int], dims: Sequence[int | None], initial: Normal | Constant
@@ -116,17 +119,24 @@ class GroupedMLP(ParallelModule):
         scores: Tensor,
         indices: Tensor | None = None,
         kept: Tensor | None = None,
-        memory: dict | None = None,
+        exchange: Any = None,
+        pairs_each: int | None = None,
     ) -> Tensor:
         """See the class.
 
         Args:
-            kept, memory: of ``MoELayer``, whose rows [t, h] are different ones on every rank; see :meth:`dispatched`.
+            kept, exchange, pairs_each: of ``MoELayer``, whose rows [t, h] are different ones on every rank; see
+                :meth:`dispatched`.
         """
         if indices is None:
             return self._sorted(x, scores)
         if kept is not None:
-            return self.dispatched(x, scores, indices, kept, {} if memory is None else memory)
+            return self.dispatched(x, scores, indices, kept, exchange, pairs_each)
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_experts:
+            raise ValueError(
+                f"GroupedMLP: indices from {int(indices.min())} to {int(indices.max())}: they are numbers of all "
+                f"{self.num_experts} experts, from 0."
+            )
         shape = x.shape
         x, scores, indices = (part.reshape(-1, part.shape[-1]) for part in (x, scores, indices))
         # Without sequence parallelism all tensor parallel ranks have these rows: each sends its part of them.
@@ -134,25 +144,36 @@ class GroupedMLP(ParallelModule):
         rows = len(x)
         x, scores, indices = (cut_rows(part, tp) for part in (x, scores, indices))
         kept = torch.ones_like(indices, dtype=torch.bool)
-        y = self.dispatched(x, scores, indices, kept, {})
+        y = self.dispatched(x, scores, indices, kept, self.dispatcher.exchange(indices, kept))
         return join_rows(y, tp, rows).view(shape)
 
-    def dispatched(self, x: Tensor, scores: Tensor, indices: Tensor, kept: Tensor, memory: dict) -> Tensor:
+    def dispatched(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        indices: Tensor,
+        kept: Tensor,
+        exchange: Any,
+        pairs_each: int | None = None,
+    ) -> Tensor:
         """[t, h] -> [t, h], through the ranks of the experts.
 
         Args:
             kept: bool [t, k], the choices that count.
-            memory: what an earlier pass over the same rows planned; filled by this one.
+            exchange: of the dispatcher, for these choices.
+            pairs_each: fills the rows of each expert up to so many.
         """
-        if "plan" not in memory:
-            memory["plan"] = self.dispatcher.plan(indices, kept)
-        plan = memory["plan"]
-        received = self.dispatcher.send(x, scores, indices, kept, plan)
+        received = self.dispatcher.send(x, scores, indices, kept, exchange)
         choices = Choices.of(
-            received.experts, received.kept, self.num_local_experts, self.config.moe_grouped_gemm
+            received.experts,
+            received.kept,
+            self.num_local_experts,
+            self.config.moe_grouped_gemm,
+            self.config.deterministic_mode,
+            pairs_each,
         )
         y = self.compute(received.rows, received.scores, choices)
-        return self.dispatcher.combine(y, x, plan)
+        return self.dispatcher.combine(y, x, exchange)
 
     def _sorted(self, x: Tensor, counts: Tensor) -> Tensor:
         counts = torch.as_tensor(counts, device=x.device).to(torch.int64)
@@ -164,7 +185,8 @@ class GroupedMLP(ParallelModule):
         # Each rank of an expert tensor parallel group has a part of the gradient of the rows.
         x = collectives.copy(x, self.groups.etp)
         at = torch.arange(len(x), device=x.device)
-        choices = Choices(at, at, counts, counts.cumsum(0).to(torch.int32), self.config.moe_grouped_gemm)
+        ends = counts.cumsum(0).to(torch.int32)
+        choices = Choices(at, at, counts, ends, self.config.moe_grouped_gemm, self.config.deterministic_mode)
         y = self.compute(x, x.new_ones(len(x), 1), choices)
         return collectives.reduce(y, self.groups.etp)
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.matmul import product
+from longspan.sums import add_rows
 
 _grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
@@ -29,10 +30,12 @@ class Choices(NamedTuple):
 
     Attributes:
         row: int64 [p], the row of each pair.
-        at: int64 [p], where the pair's score stands in the flattened [n, k].
+        at: int64 [p], where the pair's score stands in the flattened [n, k]; n k for a pair of padding, whose score
+            is 0.
         counts: int64 [E], pairs of each expert.
         ends: int32 [E], the index after each expert's last pair.
         grouped: products are ``grouped_mm``'s where it can; False computes expert by expert.
+        fixed_order: sums over the pairs of a row have one order on CUDA too.
     """
 
     row: Tensor
@@ -40,19 +43,46 @@ class Choices(NamedTuple):
     counts: Tensor
     ends: Tensor
     grouped: bool = True
+    fixed_order: bool = False
 
     @classmethod
-    def of(cls, experts: Tensor, kept: Tensor, num_experts: int, grouped: bool = True) -> Choices:
+    def of(
+        cls,
+        experts: Tensor,
+        kept: Tensor,
+        num_experts: int,
+        grouped: bool = True,
+        fixed_order: bool = False,
+        pairs_each: int | None = None,
+    ) -> Choices:
         """From the expert of each choice [n, k], and which choices count (bool [n, k]).
 
         Pairs of one expert are in the order of their rows, so that sums have one order.
+
+        Args:
+            pairs_each: fills each expert up to so many pairs; they are pairs with the first row.
         """
         at = kept.flatten().nonzero().squeeze(1)
         expert = experts.flatten()[at]
-        order = expert.argsort(stable=True)
         counts = torch.bincount(expert, minlength=num_experts)
-        at = at[order]
-        return cls(at // experts.shape[1], at, counts, counts.cumsum(0).to(torch.int32), grouped)
+        if pairs_each is not None and len(experts):
+            missing = (pairs_each - counts).clamp(min=0)
+            numbers = torch.arange(num_experts, device=counts.device)
+            expert = torch.cat([expert, numbers.repeat_interleave(missing)])
+            at = torch.cat([at, at.new_full((len(expert) - len(at),), kept.numel())])
+            counts = counts + missing
+        at = at[expert.argsort(stable=True)]
+        row = torch.where(at < kept.numel(), at // experts.shape[1], 0)
+        return cls(row, at, counts, counts.cumsum(0).to(torch.int32), grouped, fixed_order)
+
+    def of_pairs(self, scores: Tensor, dtype: torch.dtype) -> Tensor:
+        """The score of each pair: [n, k] -> [p, 1]."""
+        return torch.cat([scores.flatten(), scores.new_zeros(1)])[self.at].to(dtype).unsqueeze(1)
+
+    def to_scores(self, values: Tensor, like: Tensor) -> Tensor:
+        """A number of each pair to the place of its score: [p] -> [n, k], 0 for choices that are no pair."""
+        flat = like.new_zeros(like.numel() + 1)
+        return flat.index_copy_(0, self.at, values.to(like.dtype))[:-1].view_as(like)
 
 
 def _grouped(a: Tensor, b: Tensor) -> bool:
@@ -94,7 +124,9 @@ def grouped_gradient(x: Tensor, y: Tensor, choices: Choices) -> Tensor:
 def _bias_gradient(y: Tensor, choices: Choices) -> Tensor:
     """y [p, b] -> [E, b]: the sum over each expert's pairs."""
     expert = torch.repeat_interleave(torch.arange(len(choices.counts), device=y.device), choices.counts)
-    return y.new_zeros(len(choices.counts), y.shape[1]).index_add_(0, expert, y)
+    total = y.new_zeros(len(choices.counts), y.shape[1])
+    add_rows(total, expert, y, choices.fixed_order)
+    return total
 
 
 class Weights(NamedTuple):
@@ -131,7 +163,7 @@ class _ExpertMLPs(torch.autograd.Function):
         gates = None if gate is None else hidden(rows, gate, gate_bias)
         ups = hidden(rows, up, up_bias)
         del rows
-        score = scores.flatten()[choices.at].to(x.dtype).unsqueeze(1)
+        score = choices.of_pairs(scores, x.dtype)
         a = activation(ups) if gates is None else activation(gates) * ups
         y = grouped_product(a * score, down.transpose(1, 2), choices)
         if down_bias is not None:
@@ -139,14 +171,16 @@ class _ExpertMLPs(torch.autograd.Function):
         ctx.choices, ctx.activation = choices, activation
         ctx.save_for_backward(x, scores, gates, ups, gate, up, down, down_bias)
         ctx.has_bias = gate_bias is not None, up_bias is not None
-        return torch.zeros_like(x).index_add_(0, choices.row, y)
+        out = torch.zeros_like(x)
+        add_rows(out, choices.row, y, choices.fixed_order)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
         x, scores, gates, ups, gate, up, down, down_bias = ctx.saved_tensors
         choices, needs = ctx.choices, ctx.needs_input_grad
         d_out = grad[choices.row]
-        score = scores.flatten()[choices.at].to(x.dtype).unsqueeze(1)
+        score = choices.of_pairs(scores, x.dtype)
         with torch.enable_grad():
             inputs = [part.detach().requires_grad_() for part in (gates, ups) if part is not None]
             a = ctx.activation(*inputs) if len(inputs) == 1 else ctx.activation(inputs[0]) * inputs[1]
@@ -159,21 +193,22 @@ class _ExpertMLPs(torch.autograd.Function):
         d_score = (d_a * a.detach()).sum(1, dtype=scores.dtype)
         if down_bias is not None:
             d_score = d_score + (d_out * down_bias.repeat_interleave(choices.counts, 0)).sum(1)
-        d_scores = scores.new_zeros(scores.numel()).index_copy_(0, choices.at, d_score.to(scores.dtype))
+        d_scores = choices.to_scores(d_score, scores)
         del d_out
         d_hidden = torch.autograd.grad(a, inputs, d_a.mul_(score))
         d_gates, d_ups = (None, *d_hidden) if gate is None else d_hidden
         d_rows = grouped_product(d_ups, up, choices)
         if gate is not None:
             d_rows += grouped_product(d_gates, gate, choices)
-        d_x = torch.zeros_like(x).index_add_(0, choices.row, d_rows) if needs[0] else None
+        d_x = torch.zeros_like(x) if needs[0] else None
+        if d_x is not None:
+            add_rows(d_x, choices.row, d_rows, choices.fixed_order)
         del d_rows
         rows = x[choices.row]
         d_gate = grouped_gradient(d_gates, rows, choices) if gate is not None and needs[4] else None
         d_up = grouped_gradient(d_ups, rows, choices) if needs[5] else None
         d_gate_bias = _bias_gradient(d_gates, choices) if ctx.has_bias[0] else None
         d_up_bias = _bias_gradient(d_ups, choices) if ctx.has_bias[1] else None
-        d_scores = d_scores.view_as(scores)
         return d_x, d_scores, None, None, d_gate, d_up, d_down, d_gate_bias, d_up_bias, d_down_bias
 
 

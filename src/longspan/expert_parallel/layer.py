@@ -186,8 +186,9 @@ class MoELayer(nn.Module):
         recomputed = "indices" in memory
         routing = self.router.route(rows, memory.get("indices"), cut=True)
         memory["indices"] = routing.indices
-        if "kept" not in memory:
-            memory["kept"] = self._kept(routing, tokens, cp_group)
+        if not recomputed:
+            memory["kept"], memory["pairs_each"] = self._kept(routing, tokens, cp_group)
+            memory["exchange"] = self.experts.dispatcher.exchange(routing.indices, memory["kept"])
         kept = memory["kept"]
         scores = routing.scores
         loss = routing.logits.new_zeros(())
@@ -198,20 +199,25 @@ class MoELayer(nn.Module):
             if not recomputed and self.training and torch.is_grad_enabled():
                 self._record(routing.indices, kept, tokens.real, loss, z)
             scores = with_loss(scores, loss + z)
-        y = self.experts(rows, scores, routing.indices, kept, memory)
+        y = self.experts(rows, scores, routing.indices, kept, memory["exchange"], memory["pairs_each"])
         y = join_rows(y, tp, count).view_as(x)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
         return y, loss
 
-    def _kept(self, routing: Routing, tokens: RoutedTokens, cp_group: dist.ProcessGroup | None) -> Tensor:
-        """Which choices count: those of padding do not, nor those beyond an expert's capacity."""
+    def _kept(
+        self, routing: Routing, tokens: RoutedTokens, cp_group: dist.ProcessGroup | None
+    ) -> tuple[Tensor, int | None]:
+        """Which choices count: those of padding do not, nor those beyond an expert's capacity.
+
+        The second result is the number of rows that each expert is filled up to, None without such filling.
+        """
         config, indices = self.config, routing.indices
         kept = torch.ones_like(indices, dtype=torch.bool)
         if tokens.real is not None:
             kept = kept & tokens.real.unsqueeze(1)
         if config.moe_expert_capacity_factor is None:
-            return kept
+            return kept, None
         capacity = capacities(
             tokens.sequences,
             config.moe_router_topk,
@@ -235,7 +241,22 @@ class MoELayer(nn.Module):
             self.router.num_experts,
             config.moe_token_drop_policy,
         )
-        return chosen[first : first + rows]
+        pairs_each = self._largest_run(capacity, groups) if config.moe_pad_expert_input_to_capacity else None
+        return chosen[first : first + rows], pairs_each
+
+    def _largest_run(self, capacity: Tensor, holders: list[dist.ProcessGroup]) -> int:
+        """The most rows that an expert of this rank can be sent: the capacities of all sequences with rows on the
+        ranks that exchange them."""
+        members = dist.get_process_group_ranks(self.groups.tp_ep)
+        own = {dist.get_rank()}
+        for group in holders:
+            # The ranks that hold rows of a sequence are a grid: tensor parallel x context parallel ranks.
+            shift = [rank - dist.get_rank() for rank in dist.get_process_group_ranks(group)]
+            own = {rank + by for rank in own for by in shift}
+        # Each of these ranks adds its part of the sequences they share.
+        part = capacity.sum().double() / len(own & set(members))
+        total = collectives.all_reduce_sum(part.to(self.router.weight.device), self.groups.tp_ep)
+        return round(float(total))
 
     def _holders(self, cp_group: dist.ProcessGroup | None) -> list[dist.ProcessGroup]:
         """The groups over which the rows of a sequence are cut."""

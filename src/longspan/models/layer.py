@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,9 +29,11 @@ from longspan.models.rotary import RotaryTable, attention_factor, frequencies, r
 from longspan.tensor_parallel.layers import local
 
 
-@dataclass(frozen=True)
 class Rows:
     """The rows of a forward pass on this rank, the same for all layers.
+
+    It is no dataclass: FSDP looks into every field of a dataclass among a layer's arguments, before and after each
+    layer, and the layout of a pack has as many pieces as documents.
 
     Attributes:
         layout: which tokens each context parallel rank holds.
@@ -45,12 +46,18 @@ class Rows:
         routed: the rows as experts see them; None for a model without experts.
     """
 
-    layout: SequenceLayout
-    rank: int
-    rotary: RotaryTable | None = None
-    packed_seq_params: PackedSeqParams | None = None
-    real: Tensor | None = None
-    routed: RoutedTokens | None = None
+    def __init__(
+        self,
+        layout: SequenceLayout,
+        rank: int,
+        rotary: RotaryTable | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        real: Tensor | None = None,
+        routed: RoutedTokens | None = None,
+    ):
+        self.layout, self.rank = layout, rank
+        self.rotary, self.packed_seq_params = rotary, packed_seq_params
+        self.real, self.routed = real, routed
 
 
 def make_rows(

@@ -147,7 +147,7 @@ class ModelKeys(BaseModel):
     )
     moe_pad_expert_input_to_capacity: bool = key(
         False,
-        "For Megatron-LM's padding of experts: products take as many rows as there are, so no number changes.",
+        "Fills the rows of each expert up to its capacity, so that products have one shape in every step. It changes no result.",
     )
     moe_token_drop_policy: Literal["probs", "position"] = key(
         "probs", "Which tokens an expert keeps: those with the largest scores, or the first of the sequence."

@@ -1,0 +1,102 @@
+"""Training with experts in tests: steps whose numbers are compared with those of one process."""
+
+import json
+
+import torch
+import torch.distributed as dist
+
+import pool
+import tiny
+from longspan.tensor_parallel.layers import local
+from longspan.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+#: every balancing loss at once
+ALL = {
+    "export_hf": False,
+    "num_moe_experts": 6,
+    "moe_ffn_hidden_size": 24,
+    "moe_router_topk": 2,
+    "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss", "global_aux_loss"],
+    "moe_aux_loss_coeff": [0.2, 0.1, 0.05],
+    "moe_z_loss_coeff": 0.02,
+}
+BIAS = ALL | {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.01,
+}
+
+
+def steps(prefix, count, changes, favoured=()):
+    """Records of some steps, every whole gradient of the second one, and the bias of the experts.
+
+    Args:
+        favoured: experts that get a large bias, so that all tokens choose them.
+    """
+    trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), **changes), CPU)
+    for layer in trainer.experts.layers if favoured else ():
+        local(layer.router.expert_bias)[list(favoured)] = 10.0
+    records, gradients = [], {}
+    for step in range(count):
+        if step == min(1, count - 1):
+            trainer.compute_gradients(trainer.micro_batches(step))
+            gradients = {name: p.grad.full_tensor().clone() for name, p in trainer.model.named_parameters()}
+        records.append(trainer.train_step(trainer.micro_batches(step)))
+    state = {
+        name: buffer.to_local().clone() if hasattr(buffer, "to_local") else buffer.clone()
+        for name, buffer in trainer.model.named_buffers()
+        if name.endswith(("expert_bias", "last_counts"))
+    }
+    keys = ("loss", "grad_norm", "moe_aux_loss", "moe_z_loss", "moe_dropped_tokens", "moe_load", "tokens")
+    return {
+        "records": [{k: r.get(k) for k in keys} for r in records],
+        "evaluation": trainer.evaluate()["loss"],
+        "gradients": gradients if dist.get_rank() == 0 else {},
+        "state": state,
+    }
+
+
+class References:
+    """What one process computes, once for each case."""
+
+    def __init__(self, prefix):
+        self.prefix, self.done = prefix, {}
+
+    def __call__(self, count, changes):
+        key = count, json.dumps(changes, sort_keys=True)
+        if key not in self.done:
+            self.done[key] = pool.run(1, steps, self.prefix, count, changes)[0]
+        return self.done[key]
+
+
+def close(got, expected, tolerance):
+    assert got == expected or abs(got - expected) <= tolerance * abs(expected), (got, expected)
+
+
+def compare(got, expected, tolerance=1e-10):
+    for a, b in zip(got["records"], expected["records"]):
+        for key in ("loss", "grad_norm", "moe_aux_loss", "moe_z_loss"):
+            close(a[key], b[key], tolerance)
+        assert [a[k] for k in ("moe_dropped_tokens", "moe_load", "tokens")] == [
+            b[k] for k in ("moe_dropped_tokens", "moe_load", "tokens")
+        ]
+    close(got["evaluation"], expected["evaluation"], tolerance)
+    for name, whole in expected["gradients"].items():
+        largest = whole.abs().max()
+        torch.testing.assert_close(
+            got["gradients"][name],
+            whole,
+            rtol=0,
+            atol=tolerance * max(largest.item(), 1e-3),
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+    for name, value in expected["state"].items():
+        assert torch.equal(got["state"][name], value), name
+
+
+def alike(prefix, expected, count, cases, tolerance=1e-10):
+    """Each case (processes, changes) computes what one process does."""
+    for world, changes in cases:
+        got = pool.run(world, steps, prefix, count, changes)
+        compare(got[0], expected, tolerance)
