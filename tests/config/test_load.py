@@ -247,6 +247,9 @@ def test_a_list_takes_several_values_as_megatrons_flags_do():
     assert parse_overrides(["--cp-comm-type=a2a", "p2p"]).rest == ["p2p"]
     assert parse_overrides(["--seed", "1", "2"]).rest == ["2"]
     # a key that is always a list takes one value as a list of one
+    for written in (["[q_proj, v_proj]"], ["q_proj", "v_proj"]):
+        given = parse_overrides(["--lora-target-modules", *written]).values
+        assert given == {"lora_target_modules": ["q_proj", "v_proj"]}
     one = parse_overrides(["--hierarchical-context-parallel-sizes", "4"])
     assert one.values == {"hierarchical_context_parallel_sizes": [4]}
 

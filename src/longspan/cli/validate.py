@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from longspan.cli.options import key_help, number, take_options
+from longspan.config.architecture import Architecture
 from longspan.config.data import PATHS, marks_documents, read_blend
 from longspan.config.dialects.megatron import parse_megatron_flags
 from longspan.config.dialects.megatron_messages import by_flags
+from longspan.config.experts import experts_line
 from longspan.config.families.hub import architecture_of, is_hub_id, unused_fields
 from longspan.config.load import Reading, make_config
 from longspan.config.options import Overrides, parse_overrides
@@ -173,6 +175,8 @@ def summary(config: TrainConfig, world: int | None) -> dict[str, Any]:
         "dp_shard": sizes.dp_shard,
         "dp_replicate": sizes.dp_replicate,
         "pp": sizes.pp,
+        "ep": sizes.ep,
+        "etp": sizes.etp or sizes.tp,
     }
     lines = {
         "mesh": f"{sizes.equation()} processes"
@@ -197,6 +201,9 @@ def summary(config: TrainConfig, world: int | None) -> dict[str, Any]:
         lines["model"] = (
             f"{config.num_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads ({groups} key/value)"
         )
+        if config.num_moe_experts is not None:
+            imported = config.base_model is not None
+            lines["experts"] = experts_line(Architecture.of(config), sizes, imported)
     return {
         "lines": lines,
         "mesh": axes | {"processes": sizes.world_size},
@@ -211,7 +218,14 @@ def summary(config: TrainConfig, world: int | None) -> dict[str, Any]:
         "steps": config.max_steps,
         "model": {
             name: getattr(config, name)
-            for name in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+            for name in (
+                "num_layers",
+                "hidden_size",
+                "num_attention_heads",
+                "num_query_groups",
+                "vocab_size",
+                "num_moe_experts",
+            )
         },
     }
 

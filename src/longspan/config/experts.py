@@ -1,4 +1,4 @@
-"""The rules of a mixture of experts: its sizes, its router, what balances it, and what it drops."""
+"""The rules of a mixture of experts: its sizes, its router, what balances it, and what it drops; and one line about it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from longspan.errors import Problem, did_you_mean
 
 if TYPE_CHECKING:
     from longspan.config.architecture import Architecture
+    from longspan.config.sizes import MeshSizes
 
 #: the kinds of balancing losses
 BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
@@ -236,7 +237,7 @@ def expert_grid_problems(world: int, etp: int, ep: int, pp: int, dp_replicate: i
     if world % (etp * ep * pp):
         text = (
             f"the grid of experts: {grid} = {etp * ep * pp} does not divide the {world} processes (etp is tensor_parallel_size where "
-            "expert_tensor_parallel_size is not given). Choose smaller sizes, or more processes."
+            "expert_tensor_parallel_size is not given). Choose smaller sizes, or more processes (dp_shard_size, context_parallel_size)."
         )
         return [(keys, text)]
     edp = world // (etp * ep * pp)
@@ -273,3 +274,29 @@ def expert_cut_problems(model: Architecture, tp: int, ep: int, etp: int, dispatc
         )
         found.append((("moe_ffn_hidden_size", "expert_tensor_parallel_size"), text))
     return found
+
+
+def experts_line(model: Architecture, sizes: MeshSizes, imported: bool) -> str:
+    """The experts, the grid they lie on, and what keeps their load even, for the banner.
+
+    Args:
+        imported: the model is a Hugging Face one, whose coefficient has another meaning.
+    """
+    etp = sizes.etp or sizes.tp
+    edp = sizes.world_size // (etp * sizes.ep * sizes.pp)
+    layers = len(model.expert_layers)
+    where = "all layers" if layers == model.num_layers else f"{layers} of {model.num_layers} layers"
+    line = (
+        f"{model.num_moe_experts} in {where}, {model.moe_router_topk} a token; on the same {sizes.world_size} processes as a "
+        f"grid of their own: etp {etp} x ep {sizes.ep} x edp {edp} x pp {sizes.pp} = {sizes.world_size}"
+    )
+    losses = [f"{kind} {value:g}" for kind, value in model.balancing.items()]
+    if imported and losses:
+        pooled = sum(model.balancing.values()) * layers / model.moe_router_topk
+        losses[-1] += f" a layer (router_aux_loss_coef {pooled:g} in Hugging Face's sum over layers)"
+    losses += [f"z-loss {model.moe_z_loss_coeff:g}"] if model.moe_z_loss_coeff else []
+    losses += ["expert bias"] if model.moe_router_enable_expert_bias else []
+    factor = model.moe_expert_capacity_factor
+    return f"{line}; balanced by {', '.join(losses) or 'nothing'}; " + (
+        "no token is dropped" if factor is None else f"capacity factor {factor:g}"
+    )

@@ -84,7 +84,9 @@ def parse_overrides(
             value = _value(k, left.pop(0))
             if _is_list(k) and len(found.rest) >= positionals:
                 more = [_value(k, v) for v in _take(left, MANY)]
-                value = [value, *more] if more or not _may_be_single(k) else value
+                if not isinstance(value, list):
+                    value = [value] if more or not _may_be_single(k) else value
+                value = [*value, *more] if more else value
         if _is_list(k) and not _may_be_single(k) and not isinstance(value, list | type(None)):
             value = [value]
         if k.name in found.values and found.values[k.name] != value and given[k.name] != option:

@@ -58,7 +58,7 @@ def parameter_shapes(model: Architecture, vocab_size: int) -> dict[str, tuple[in
 
 
 def _expert_shapes(model: Architecture, mlp: str, parts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """Those of a layer's router, experts and shared expert."""
+    """Parameters of a layer's router, its experts and its shared expert."""
     h, ffn, experts = model.hidden_size, model.moe_ffn_hidden_size, model.num_moe_experts
     assert experts is not None
     found: dict[str, tuple[int, ...]] = {f"{mlp}.router.weight": (experts, h)}

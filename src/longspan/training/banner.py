@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from longspan.config.data import keeps_documents_apart
+from longspan.config.experts import experts_line
 from longspan.config.run import Run
 from longspan.context_parallel.kernels.choose import select_kernel
 from longspan.context_parallel.run_layout import run_layout
@@ -82,32 +83,13 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
         + (", checkpoints/" if c.save_last or c.save_steps else ""),
     }
     if run.model.num_moe_experts is not None:
-        rows = {**{name: rows[name] for name in ("model", "mesh")}, "experts": experts_line(run), **rows}
+        rows = {
+            **{name: rows[name] for name in ("model", "mesh")},
+            "experts": experts_line(run.model, run.sizes, run.config.base_model is not None),
+            **rows,
+        }
     width = max(map(len, rows))
     return "\n".join(["longspan", *(f"  {name:<{width}}  {text}" for name, text in rows.items())])
-
-
-def experts_line(run: Run) -> str:
-    """The experts, the grid they lie on, and what keeps their load even."""
-    model, sizes = run.model, run.sizes
-    etp = sizes.etp or sizes.tp
-    edp = sizes.world_size // (etp * sizes.ep * sizes.pp)
-    layers = len(model.expert_layers)
-    where = "all layers" if layers == model.num_layers else f"{layers} of {model.num_layers} layers"
-    line = (
-        f"{model.num_moe_experts} in {where}, {model.moe_router_topk} a token; on the same {sizes.world_size} processes as a "
-        f"grid of their own: etp {etp} x ep {sizes.ep} x edp {edp} x pp {sizes.pp} = {sizes.world_size}"
-    )
-    losses = [f"{kind} {value:g}" for kind, value in model.balancing.items()]
-    if run.config.base_model is not None and losses:
-        pooled = sum(model.balancing.values()) * layers / model.moe_router_topk
-        losses[-1] += f" a layer (router_aux_loss_coef {pooled:g} in Hugging Face's sum over layers)"
-    losses += [f"z-loss {model.moe_z_loss_coeff:g}"] if model.moe_z_loss_coeff else []
-    losses += ["expert bias"] if model.moe_router_enable_expert_bias else []
-    factor = model.moe_expert_capacity_factor
-    return f"{line}; balanced by {', '.join(losses) or 'nothing'}; " + (
-        "no token is dropped" if factor is None else f"capacity factor {factor:g}"
-    )
 
 
 def memory_lines(run: Run, device_type: str) -> list[str]:

@@ -181,7 +181,7 @@ def check_fits(path: Path, now: dict[str, Any], weights_only: bool, option: str 
         f"{option}: {path.name} is a checkpoint of another model: {name} was {shapes[name]!r}, the config says "
         f"{value!r}. Give the model's own value, or start without resume."
         for name, value in now["model"].items()
-        if shapes.get(name, value) != value
+        if shapes.get(name, value) != value and name not in _sizes_of_no_layer(now["model"])
     ]
     problems += adapter_problems(option, path.name, then.get("adapter"), now["adapter"])
     if not weights_only:
@@ -201,6 +201,13 @@ def check_fits(path: Path, now: dict[str, Any], weights_only: bool, option: str 
     if problems:
         raise UserError(problems)
     return then
+
+
+def _sizes_of_no_layer(model: dict[str, Any]) -> tuple[str, ...]:
+    """Keys of a model's description that no layer uses: the size of a dense MLP where all layers have experts."""
+    pattern = model.get("moe_layer_freq", 1)
+    everywhere = pattern == 1 if isinstance(pattern, int) else all(pattern)
+    return ("ffn_hidden_size",) if model.get("num_moe_experts") and everywhere else ()
 
 
 def describe_model(config: TrainConfig) -> dict[str, Any]:

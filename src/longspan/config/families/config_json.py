@@ -174,7 +174,7 @@ def export_problem(model: Architecture) -> str | None:
         wrong = min(
             (one.missing(model) for one in FAMILIES.values() if isinstance(one, WithExperts)), key=len
         )
-        return f"a model with experts leaves as Mixtral, Qwen2-MoE or Qwen3-MoE; the nearest has no place for {', '.join(wrong)}."
+        return f"a model with experts is exported as Mixtral, Qwen2-MoE or Qwen3-MoE; the nearest of them has no place for {', '.join(wrong)}."
     if model.learned_positions:
         wrong = FAMILIES["gpt2"].missing(model)
         return f"learned positions leave as a GPT-2, which has no place for {', '.join(wrong)}."
