@@ -137,7 +137,10 @@ class ParallelMesh:
             for level in range(len(sizes.hierarchical_cp)):
                 levels.append(group_of([ranks for groups in nested for ranks in groups[level]]))
         # A hybrid run exchanges keys over dp_cp, so dp_cp does not share a group with FSDP either.
+        # Neither do the rows that travel to experts: FSDP gathers weights meanwhile.
         cp, dp_cp = group_of(dense.get_ranks("cp")), group_of(dense.get_ranks("dp-cp"))
+        if sizes.ep > 1:
+            group_of(expert.get_ranks("tp-ep"))
         assert dist.group.WORLD is not None
         for axis, group in (of_weights | {_axis([list(range(world))]): dist.group.WORLD}).items():
             made.setdefault(axis, group)
