@@ -213,8 +213,8 @@ def test_the_norm_counts_each_expert_once():
 
 
 def test_an_expert_that_nobody_chooses_is_named_once():
-    experts = Experts(torch.nn.Linear(1, 1), None)
-    experts.layers = [type("Layer", (), {"number": number})() for number in (2, 4)]
+    whole = tiny.checked("data", 1, **BIAS | {"num_layers": 4, "moe_layer_freq": [0, 1]}).model
+    experts = Experts(torch.nn.Linear(1, 1), None, whole)
     named = []
     for step in range(1, 2 * IDLE_STEPS):
         counts = torch.tensor([[1, 1, 0], [2, int(step == 5), 3]])

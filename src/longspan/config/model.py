@@ -182,19 +182,6 @@ class TransformerConfig(Architecture, ModelParallelConfig):
         return comm_type_of_layer(self.cp_comm_type, layer_number)
 
 
-def unsupported(config: TransformerConfig) -> list[str]:
-    """A message for each field that requests what is not supported yet; a layer refuses such a config."""
-    found = []
-    for part, names in {
-        "pipelines": ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
-    }.items():
-        for name in names:
-            value, default = getattr(config, name), type(config).__dataclass_fields__[name].default
-            if value not in (default, 1):
-                found.append(f"{name}={value}: {part} are not supported yet. Leave it out.")
-    return found
-
-
 def cut_problems(
     model: Architecture,
     *,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from longspan.config.architecture import Architecture
 from longspan.config.model import padded_vocab_size
 
@@ -88,3 +90,21 @@ def buffer_shapes(model: Architecture) -> dict[str, tuple[int, ...]]:
         if model.moe_router_enable_expert_bias:
             found[f"{router}.expert_bias"] = (model.num_moe_experts,)
     return found
+
+
+def used_parameters(model: Architecture, vocab_size: int | None) -> tuple[list[float], float]:
+    """Parameters that a token is multiplied with, in each layer and in the output: what their time is in proportion to.
+
+    Args:
+        vocab_size: None leaves the output out.
+    """
+    layers, output = [0.0] * model.num_layers, 0.0
+    for name, shape in parameter_shapes(model, vocab_size or 1).items():
+        count = float(math.prod(shape))
+        if name.startswith("decoder.layers."):
+            if ".experts." in name:
+                count *= model.moe_router_topk / (model.num_moe_experts or 1)
+            layers[int(name.split(".")[2])] += count
+        elif name == VOCABULARY[model.share_embeddings_and_output_weights ^ 1] and vocab_size is not None:
+            output += count
+    return layers, output

@@ -16,6 +16,7 @@ from longspan.config.experts import expert_grid_problems
 from longspan.config.families.hub import architecture_of
 from longspan.config.rope import rope_type, with_original_length
 from longspan.config.rules import RULES
+from longspan.config.rules.pipeline import micro_batch_problems, schedule_of, virtual_size_of
 from longspan.config.run import Checked, sizes_of
 from longspan.config.schema import TrainConfig
 from longspan.config.sizes import MeshSizes
@@ -78,6 +79,7 @@ def complete(
     micro, accumulation, total = _batch(config, sizes.dp, found)
     for rule in RULES:
         found += rule(config)
+    found += micro_batch_problems(config, accumulation)
     if config.num_moe_experts is not None and sizes.world_size == world:
         etp = sizes.etp or sizes.tp
         found += expert_grid_problems(world, etp, sizes.ep, sizes.pp, sizes.dp_replicate)
@@ -97,6 +99,8 @@ def complete(
             "gradient_accumulation_steps": accumulation,
             "global_batch_size": total,
             "dp_shard_size": sizes.dp_shard,
+            "pipeline_schedule": None if sizes.pp == 1 else schedule_of(config),
+            "virtual_pipeline_parallel_size": None if sizes.pp == 1 else virtual_size_of(config),
             # The key has no effect if tp is 1.
             "sequence_parallel": None if sizes.tp == 1 else True if parallel is None else parallel,
         }

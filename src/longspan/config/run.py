@@ -19,8 +19,10 @@ from typing import Any, Self
 from longspan.config.architecture import Architecture
 from longspan.config.lora import Lora, lora_of
 from longspan.config.model import TransformerConfig, comm_type_of_layer
+from longspan.config.parameters import used_parameters
 from longspan.config.schema import TrainConfig
 from longspan.config.sizes import MeshSizes
+from longspan.config.stages import Stage, parse_layout, rank_of_stage, split_by_cost, stages_of_sizes
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Checked:
         layers: every layer of the model, in order.
         lora: the adapters that are trained beside frozen weights; None if all weights are trained.
         pretrained: the model that the weights come from; None if the initial weights are random.
+        stages: the stages of the pipeline, in order; one without a pipeline.
     """
 
     config: TrainConfig
@@ -133,6 +136,7 @@ class Checked:
     memory: Memory
     lora: Lora | None
     pretrained: str | None
+    stages: tuple[Stage, ...]
 
     @classmethod
     def of(cls, config: TrainConfig) -> Self:
@@ -158,6 +162,7 @@ class Checked:
             memory=_memory(config),
             lora=lora_of(config),
             pretrained=None if config.reinit_weights else config.base_model,
+            stages=tuple(_stages(config, model)),
         )
 
     def with_keys(self, **keys: Any) -> Self:
@@ -185,6 +190,11 @@ class Checked:
             attention_backend=self.config.attention_backend,
             deterministic_mode=self.config.deterministic_mode,
         )
+
+    def stages_of_rank(self, rank: int) -> list[Stage]:
+        """The stages that a pipeline rank holds."""
+        schedule = self.config.pipeline_schedule or "1f1b"
+        return [s for s in self.stages if rank_of_stage(s.index, self.sizes.pp, schedule) == rank]
 
     @property
     def windows(self) -> list[int | None]:
@@ -243,6 +253,26 @@ def batch_of(config: TrainConfig) -> BatchSizes:
         config.sequence_len,
         config.max_seqlen_per_dp_cp_rank if config.hybrid_context_parallel else None,
     )
+
+
+def _stages(config: TrainConfig, model: Architecture) -> list[Stage]:
+    """The layers of each stage: as written out, or with the ends as given, or by cost."""
+    pp, layers = config.pipeline_parallel_size, model.num_layers
+    count = pp * (config.virtual_pipeline_parallel_size or 1)
+    if count == 1:
+        return stages_of_sizes([layers])
+    if config.pipeline_layout is not None:
+        return stages_of_sizes(parse_layout(config.pipeline_layout, layers, pp))
+    first, last = config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers
+    costs, output = used_parameters(model, config.vocab_size)
+    between = costs[first or 0 : layers - (last or 0)]
+    middle = count - (first is not None) - (last is not None)
+    layer = sum(costs) / layers
+    # Megatron-LM counts both ends as layers on request; here the output counts by its size, and a lookup is free.
+    before = layer if config.account_for_embedding_in_pipeline_split else 0.0
+    after = layer if config.account_for_loss_in_pipeline_split else output
+    sizes = split_by_cost(between, middle, before * (first is None), after * (last is None)) if middle else []
+    return stages_of_sizes([*([] if first is None else [first]), *sizes, *([] if last is None else [last])])
 
 
 def _precision(config: TrainConfig) -> Precision:

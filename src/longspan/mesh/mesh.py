@@ -52,6 +52,8 @@ class ProcessGroupCollection:
     tp_dp: dist.ProcessGroup
     tp_dp_cp: dist.ProcessGroup
     hcp: tuple[dist.ProcessGroup, ...] = ()
+    #: The first and the last pipeline rank, which share a tied embedding; None between them and without a pipeline.
+    ends: dist.ProcessGroup | None = None
     #: 1-D DeviceMesh of ``tp``, on which tensor parallel weights are stored as DTensors.
     tp_mesh: DeviceMesh | None = None
     #: 2-D DeviceMesh (ep, etp): where experts' weights live.
@@ -145,6 +147,12 @@ class ParallelMesh:
         for axis, group in (of_weights | {_axis([list(range(world))]): dist.group.WORLD}).items():
             made.setdefault(axis, group)
 
+        ends = None
+        if sizes.pp > 1:
+            # The ranks between the ends are in none of these groups.
+            pairs = [[ranks[0], ranks[-1]] for ranks in dense.get_ranks("pp")]
+            held = [dist.new_group(ranks, timeout=wait) for ranks in pairs]
+            ends = next((group for ranks, group in zip(pairs, held) if rank in ranks), None)
         groups = ProcessGroupCollection(
             tp=device_mesh.get_group("tp"),
             cp=cp,
@@ -160,6 +168,7 @@ class ParallelMesh:
             tp_dp=group_of(dense.get_ranks("tp-dp")),
             tp_dp_cp=group_of(dense.get_ranks("tp-dp-cp")),
             hcp=tuple(levels),
+            ends=ends,
             tp_mesh=device_mesh["tp"],
         )
         storage = _grid(expert, ("pp", "dp", "ep", "tp"))

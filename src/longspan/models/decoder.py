@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from longspan.config.model import TransformerConfig, unsupported
+from longspan.config.model import TransformerConfig
+from longspan.config.stages import Stage
 from longspan.context_parallel import PackedSeqParams, SequenceLayout
 from longspan.expert_parallel.tokens import Sequences
 from longspan.mesh.default_groups import process_groups
@@ -39,8 +40,6 @@ class DecoderLayer(Layer):
         seed: int | None = None,
     ):
         super().__init__(number)
-        for message in unsupported(config):
-            raise ValueError(message)
         with filled_by_name(self, config, pg_collection.tp.size(), seed, f"decoder.layers.{number - 1}"):
             self.input_layernorm = Norm(config, pg_collection)
             self.self_attention = SelfAttention(config, number, pg_collection)
@@ -115,6 +114,7 @@ class TransformerBlock(nn.Module):
 
     Args:
         seed: seed of the initial weights, as for :class:`GPTModel`; the weights are those of a whole model.
+        numbers: of the layers in the whole model, from 1, where these are not all.
 
     Attributes:
         layers: ModuleDict; a key is the layer's index in the whole model, from 0, as a string.
@@ -128,12 +128,20 @@ class TransformerBlock(nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         seed: int | None = None,
+        numbers: Iterable[int] | None = None,
     ):
         super().__init__()
         self.groups = groups = process_groups(pg_collection)
         self.config, self.pre_process = config, pre_process
+        if numbers is None:
+            if config.pipeline_model_parallel_size > 1:
+                raise ValueError(
+                    f"pipeline_model_parallel_size={config.pipeline_model_parallel_size}: give the numbers of this rank's "
+                    "layers (TransformerBlock(numbers=...), GPTModel(stages=...))."
+                )
+            numbers = range(1, config.num_layers + 1)
         with filled_by_name(self, config, groups.tp.size(), seed, "decoder"):
-            layers = [DecoderLayer(config, number, groups) for number in range(1, config.num_layers + 1)]
+            layers = [DecoderLayer(config, number, groups) for number in numbers]
             self.layers = nn.ModuleDict({str(layer.number - 1): layer for layer in layers})
             self.final_layernorm = Norm(config, groups) if post_process else None
 
@@ -145,13 +153,15 @@ class TransformerBlock(nn.Module):
         layout: SequenceLayout | None = None,
         position_ids: Tensor | None = None,
         sequences: Sequences | None = None,
+        stage: Stage | None = None,
     ) -> tuple[Tensor, None]:
         refuse_mask(attention_mask)
         rows = make_rows(
             self.config, self.groups, hidden_states, packed_seq_params, layout, position_ids, sequences
         )
-        for layer in self.layers.values():
+        layers = self.layers.values() if stage is None else [self.layers[str(n - 1)] for n in stage.layers]
+        for layer in layers:
             hidden_states = layer(hidden_states, rows)
-        if self.final_layernorm is not None:
+        if self.final_layernorm is not None and (stage is None or stage.last):
             hidden_states = self.final_layernorm(hidden_states)
         return hidden_states, None

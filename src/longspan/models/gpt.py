@@ -16,10 +16,12 @@ names are Megatron's.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 from torch import Tensor, nn
 
 from longspan.config.model import TransformerConfig
+from longspan.config.stages import Stage
 from longspan.context_parallel import PackedSeqParams, SequenceLayout
 from longspan.context_parallel.attention import place_in_call
 from longspan.context_parallel.refusals import check_rows
@@ -60,6 +62,7 @@ class GPTModel(nn.Module):
             ``tensor_parallel.model_parallel_seed``, or without one a number of torch's default generator
             (``torch.manual_seed``); such a number is refused where other ranks hold copies of the weights.
             With ``config.perform_initialization=False`` or on the meta device, the caller fills the weights.
+        stages: the stages of a pipeline that this model holds; they give pre_process, post_process and the layers.
 
     Raises:
         ValueError: the config is not supported, or tied embeddings without both pre_process and post_process.
@@ -79,9 +82,15 @@ class GPTModel(nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         seed: int | None = None,
+        stages: Collection[Stage] | None = None,
     ):
         super().__init__()
         self.groups = groups = process_groups(pg_collection)
+        if stages is not None:
+            pre_process, post_process = (
+                any(stage.first for stage in stages),
+                any(stage.last for stage in stages),
+            )
         learned = config.position_embedding_type == "learned_absolute"
         if learned and config.max_position_embeddings is None:
             config = dataclasses.replace(config, max_position_embeddings=max_sequence_length)
@@ -90,15 +99,21 @@ class GPTModel(nn.Module):
         self.positions = config.max_position_embeddings if learned else None
         config = at_length(config, max_sequence_length)
         self.parallel_output = parallel_output
-        if config.share_embeddings_and_output_weights and not (pre_process and post_process):
+        tied = config.share_embeddings_and_output_weights
+        if tied and stages is None and not (pre_process and post_process):
             raise ValueError(
                 "tied embeddings need the embedding and the output layer in one part of the model."
             )
+        #: Whether the table of tokens is a copy of the first stage's, which serves the output layer of the last stage.
+        self.copies_embedding = tied and post_process and not pre_process
+        numbers = None if stages is None else [n for stage in stages for n in stage.layers]
         with filled_by_name(self, config, groups.tp.size(), seed):
-            self.embedding = Embedding(config, vocab_size, groups, self.positions) if pre_process else None
-            self.decoder = TransformerBlock(config, pre_process, post_process, groups)
+            positions = self.positions if pre_process else None
+            has_table = pre_process or self.copies_embedding
+            self.embedding = Embedding(config, vocab_size, groups, positions) if has_table else None
+            self.decoder = TransformerBlock(config, pre_process, post_process, groups, numbers=numbers)
             self.output_layer = OutputLayer(config, vocab_size, groups) if post_process else None
-            if config.share_embeddings_and_output_weights:
+            if tied and self.output_layer is not None:
                 self.output_layer.weight = self.embedding.word_embeddings.weight
 
     def forward(
@@ -111,6 +126,7 @@ class GPTModel(nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         layout: SequenceLayout | None = None,
         sequences: Sequences | None = None,
+        stage: Stage | None = None,
     ) -> Tensor:
         """Logits, or with labels the loss of each token.
 
@@ -123,6 +139,7 @@ class GPTModel(nn.Module):
             layout: which tokens each rank holds; None means zigzag, as Megatron's callers expect.
             sequences: which sequence of the data each row belongs to, for a model with experts; None takes each row
                 of the batch as one.
+            stage: computes only this stage of a pipeline; ``input_ids`` are hidden states unless it is the first.
 
         Returns:
             Logits [b, s, v/tp] (whole vocabulary with parallel_output=False), loss [b, s] in
@@ -136,7 +153,9 @@ class GPTModel(nn.Module):
         if loss_mask is not None and labels is None:
             raise ValueError("loss_mask without labels has no effect. Give labels too, or leave it out.")
         given = layout is not None
-        if self.embedding is not None:
+        embedding = self.embedding if stage is None or stage.first else None
+        output_layer = self.output_layer if stage is None or stage.last else None
+        if embedding is not None:
             batch, rows = input_ids.shape
         else:
             batch, rows = input_ids.shape[1], sequence_rows(self.config, self.groups, input_ids)
@@ -160,16 +179,18 @@ class GPTModel(nn.Module):
                 f"{self.max_sequence_length}. Make it with a larger one, or cut the document."
             )
         hidden = input_ids
-        if self.embedding is not None:
+        if embedding is not None:
             places = position_ids
             if self.positions is not None and places is None:
                 self._check_positions(layout)
                 places = layout.document_positions(rank)
-            hidden = self.embedding(input_ids, places)
-        hidden, _ = self.decoder(hidden, attention_mask, packed_seq_params, layout, position_ids, sequences)
-        if self.output_layer is None:
+            hidden = embedding(input_ids, places)
+        hidden, _ = self.decoder(
+            hidden, attention_mask, packed_seq_params, layout, position_ids, sequences, stage
+        )
+        if output_layer is None:
             return hidden
-        out = self.output_layer(hidden, labels, self.parallel_output)
+        out = output_layer(hidden, labels, self.parallel_output)
         return out if loss_mask is None else out * loss_mask.to(out.dtype)
 
     def _check_positions(self, layout: SequenceLayout) -> None:

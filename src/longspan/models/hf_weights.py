@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -287,12 +288,57 @@ def check_finite(part: Tensor, where: str, name: str, file: str) -> None:
 def whole_parameters(
     model: nn.Module, only: Callable[[str], bool] = lambda name: True
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter whole (of those ``only`` picks by name), by our name; collective. Tied ones come once."""
-    for name, parameter in model.named_parameters():
-        if not only(name):
-            continue
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        yield name, whole.detach().cpu()
+    """Each parameter whole (of those ``only`` picks by name), by our name; collective. Tied ones come once.
+
+    In a pipeline the first stage's ranks get all of them, in the order of the whole model, and others their own.
+    """
+    named = {name: parameter for name, parameter in model.named_parameters() if only(name)}
+    groups = getattr(model, "groups", None)
+    yield from whole_tensors(named, groups and groups.pp)
+
+
+def whole_tensors(
+    named: Mapping[str, Tensor], pp_group: dist.ProcessGroup | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Cut tensors whole, on the CPU, one after another; collective.
+
+    Args:
+        named: this rank's tensors by name.
+        pp_group: the ranks with the other stages of a pipeline. The first of them gets all tensors, others their own.
+    """
+    if pp_group is None or dist.get_world_size(pp_group) == 1:
+        yield from ((name, _whole(tensor)) for name, tensor in named.items())
+        return
+    rank = dist.get_rank(pp_group)
+    held: list = [None] * dist.get_world_size(pp_group)
+    dist.all_gather_object(held, {name: (t.shape, t.dtype) for name, t in named.items()}, group=pp_group)
+    holders: dict[str, int] = {}
+    for index, names in enumerate(held):
+        # A tied table is in two stages.
+        holders |= {name: index for name in names if name not in holders}
+    for name in sorted(holders, key=_place_in_model):
+        holder = holders[name]
+        whole = _whole(named[name]) if holder == rank else None
+        if holder and rank == 0:
+            shape, dtype = held[holder][name]
+            whole = torch.empty(shape, dtype=dtype)
+            dist.recv(whole, group=pp_group, group_src=holder)
+        elif whole is not None and holder:
+            dist.send(whole.contiguous(), group=pp_group, group_dst=0)
+        if whole is not None:
+            yield name, whole
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu()
+
+
+def _place_in_model(name: str) -> tuple[int, int]:
+    """What sorts parameters as a whole model lists them; within a layer the order stays."""
+    if name.startswith("decoder.layers."):
+        return 1, int(name.split(".")[2])
+    return {"embedding": 0, "decoder": 2}.get(name.split(".")[0], 3), 0
 
 
 class FolderWriter:

@@ -80,6 +80,9 @@ def one_process(run: Run) -> Run:
         tensor_parallel_size=1,
         context_parallel_size=1,
         pipeline_parallel_size=1,
+        virtual_pipeline_parallel_size=None,
+        pipeline_schedule=None,
+        pipeline_layout=None,
         dp_shard_size=1,
         dp_replicate_size=1,
         sequence_parallel=None,
@@ -127,8 +130,8 @@ def measure(run: Run, device, steps: int, mesh: ParallelMesh | None = None) -> d
         UserError: too few steps have a token that counts.
     """
     import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
 
+    from longspan.models.hf_weights import whole_tensors
     from longspan.training.schedule import learning_rate
     from longspan.training.trainer import Trainer
 
@@ -149,14 +152,11 @@ def measure(run: Run, device, steps: int, mesh: ParallelMesh | None = None) -> d
         if loss is None:
             continue
         if len(result["losses"]) == (steps - 1 if run.lora is not None else 0):
-            for name, parameter in trainer.model.named_parameters():
-                if not parameter.requires_grad:
-                    continue
-                assert isinstance(parameter.grad, DTensor)
-                # Clipping changes the gradient in place, so a copy is kept.
-                whole = parameter.grad.full_tensor().cpu().clone()
+            gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+            for name, whole in whole_tensors(gradients, trainer.groups.pp):
                 if first:
-                    result["gradients"][name] = whole
+                    # Clipping changes the gradient in place, so a copy is kept.
+                    result["gradients"][name] = whole.clone()
         rate = learning_rate(run.config, step, last, warmup=0)
         result["norms"].append(trainer.apply_gradients(rate))
         result["losses"].append(loss)

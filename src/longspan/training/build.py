@@ -14,7 +14,8 @@ from longspan.mesh.mesh import ParallelMesh, ProcessGroupCollection
 from longspan.models import GPTModel
 from longspan.models.peft import attach
 from longspan.parallelize import parallelize
-from longspan.training.sharding import HybridSharder, Sharder
+from longspan.pipeline import Compute, Pipeline
+from longspan.training.sharding import HybridSharder, LocalBatch, Sharder
 from longspan.weights import fill
 
 
@@ -48,6 +49,7 @@ def build_model(
             run.vocab_size,
             run.batch.sequence_len,
             pg_collection=groups,
+            stages=run.stages_of_rank(dist.get_rank(groups.pp)),
         )
     if run.lora is not None:
         attach(model, run.lora, frozen_dtype=compute_dtype)
@@ -66,6 +68,27 @@ def build_model(
     )
     fill(model, run)
     return model
+
+
+def make_pipeline(
+    run: Run, model: GPTModel, groups: ProcessGroupCollection, device: torch.device, compute: Compute
+) -> Pipeline | None:
+    """The pipeline of a run; None where one rank has all layers.
+
+    Args:
+        compute: what the model computes of a micro-batch in a stage.
+    """
+    if run.sizes.pp == 1:
+        return None
+
+    def shape_of(batch: LocalBatch) -> tuple[int, ...]:
+        rows = batch.layout.local_length // run.row_multiple
+        return rows, batch.tokens.shape[0], run.model.hidden_size
+
+    dtype = getattr(torch, run.precision.compute_dtype)
+    schedule = run.config.pipeline_schedule
+    assert schedule is not None
+    return Pipeline(model, run.stages, groups.pp, schedule, compute, shape_of, dtype, device)
 
 
 def make_sharder(

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from longspan.config.architecture import Architecture
 from longspan.expert_parallel import MoELayer
 from longspan.expert_parallel.balancing import updated_bias
 from longspan.mesh.mesh import ProcessGroupCollection
@@ -38,15 +39,19 @@ IDLE_STEPS = 20
 
 
 class Experts:
-    """The layers with experts of a model (none is fine), and what they counted.
+    """The layers with experts of this rank's model (none is fine), and what all layers of the whole model counted.
 
     Args:
         groups: of the model.
+        whole: the architecture of the whole model.
     """
 
-    def __init__(self, model: nn.Module, groups: ProcessGroupCollection):
+    def __init__(self, model: nn.Module, groups: ProcessGroupCollection, whole: Architecture):
         self.layers = [module for module in model.modules() if isinstance(module, MoELayer)]
         self.groups = groups
+        #: numbers of the whole model's layers with experts, from 1
+        self.numbers = whole.expert_layers
+        self.experts, self.z_loss = whole.num_moe_experts or 0, bool(whole.moe_z_loss_coeff)
         #: int64 [layers, E], steps in a row in which nobody chose an expert
         self.idle: torch.Tensor | None = None
         #: float64 [layers, E + 3], the sums of the last step; see ``Load.flat``
@@ -59,19 +64,34 @@ class Experts:
     @torch.no_grad()
     def end_step(self) -> None:
         """Adds the counts up over all ranks, and updates the bias of experts. Collective."""
-        if not self.layers:
+        if not self.numbers:
             return
         held = [layer.load for layer in self.layers]
         assert all(load is not None for load in held), "a layer with experts ran no forward pass in this step"
-        self.sums = torch.stack([load.flat() for load in held if load is not None])
-        dist.all_reduce(self.sums, group=self.groups.tp_dp_cp)
+        at = [self.numbers.index(layer.number) for layer in self.layers]
+        self.sums = self._summed([load.flat() for load in held if load is not None], at)
         self.count_idle((self.sums[:, :-3] == 0).cpu())
-        for layer, sums in zip(self.layers, self.sums):
+        for layer, index in zip(self.layers, at):
+            sums = self.sums[index]
             counts = sums[: layer.router.num_experts]
             local(layer.router.last_counts).copy_(counts)
             if layer.router.expert_bias is not None:
                 bias = local(layer.router.expert_bias)
                 bias.copy_(updated_bias(bias, counts, layer.config.moe_router_bias_update_rate))
+
+    def _summed(self, held: list[torch.Tensor], at: list[int]) -> torch.Tensor:
+        """The sums of all layers over all ranks, float64 [layers, E + 3], from those of this rank's layers."""
+        if dist.get_world_size(self.groups.pp) == 1:
+            sums = torch.stack(held)
+            dist.all_reduce(sums, group=self.groups.tp_dp_cp)
+            return sums
+        # A stage may have none of the layers, and then no device to agree with the others on.
+        sums = torch.zeros(len(self.numbers), self.experts + 3, dtype=torch.float64)
+        for index, values in zip(at, held):
+            sums[index] = values.cpu()
+        dist.all_reduce(sums, group=self.groups.tp_dp_cp)
+        dist.all_reduce(sums, group=self.groups.pp)
+        return sums
 
     def count_idle(self, unchosen: torch.Tensor) -> None:
         """Counts the steps in a row in which nobody chose an expert; ``unchosen`` is bool [layers, E]."""
@@ -82,7 +102,7 @@ class Experts:
         if self.idle is None:
             return []
         places = (self.idle == IDLE_STEPS).nonzero().tolist()
-        return [f"expert {expert} of layer {self.layers[at].number}" for at, expert in places]
+        return [f"expert {expert} of layer {self.numbers[at]}" for at, expert in places]
 
     def record(self) -> dict:
         """The fields of a step's record: losses (means over the layers), dropped choices, and the load of each layer."""
@@ -91,14 +111,10 @@ class Experts:
         counts, losses, dropped = self.sums[:, :-3], self.sums[:, -3:-1].mean(0), self.sums[:, -1].sum()
         shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
         found = {"moe_aux_loss": losses[0].item()}
-        if self.layers[0].config.moe_z_loss_coeff:
+        if self.z_loss:
             found["moe_z_loss"] = losses[1].item()
         return found | {
             "moe_dropped_tokens": int(dropped),
-            **(
-                {}
-                if self.layers[-1].number == len(self.layers)
-                else {"moe_layers": [layer.number for layer in self.layers]}
-            ),
+            **({} if self.numbers[-1] == len(self.numbers) else {"moe_layers": self.numbers}),
             "moe_load": [[round(share, 6) for share in row] for row in shares.tolist()],
         }

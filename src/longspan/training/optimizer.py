@@ -56,15 +56,21 @@ def gradient_norm(model: nn.Module, stages: int = 1) -> torch.Tensor:
     Returns:
         A scalar.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    assert gradients, "no parameter has a gradient"
+    gradients = [p.grad for p in _counted(model) if p.grad is not None]
+    assert gradients or stages > 1, "no parameter has a gradient"
     return _norm(gradients, stages)
 
 
 @torch.no_grad()
 def parameter_norm(model: nn.Module, stages: int = 1) -> torch.Tensor:
     """The L2 norm of all weights, computed like :func:`gradient_norm`; tied weights count once."""
-    return _norm(list(model.parameters()), stages)
+    return _norm(_counted(model), stages)
+
+
+def _counted(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters without a last stage's copy of the embedding, which the first stage has."""
+    copy = model.output_layer.weight if getattr(model, "copies_embedding", False) else None
+    return [p for p in model.parameters() if p is not copy]
 
 
 def _norm(tensors: Sequence[torch.Tensor], stages: int) -> torch.Tensor:
@@ -81,6 +87,9 @@ def _norm(tensors: Sequence[torch.Tensor], stages: int) -> torch.Tensor:
         wide = torch.promote_types(held.dtype, torch.float32)
         square = torch.linalg.vector_norm(held, dtype=wide).square() * (shards / holders)
         total = square if total is None else total + square
+    if stages > 1:
+        # A stage may be empty, and then it has neither a dtype nor a device to agree with the others on.
+        total = torch.zeros((), dtype=torch.float64) if total is None else total.double().cpu()
     assert total is not None
     if world > 1:
         dist.all_reduce(total)
@@ -102,4 +111,5 @@ def clip_gradients(model: nn.Module, norm: torch.Tensor, max_norm: float) -> Non
         for p in model.parameters()
         if p.grad is not None
     ]
-    torch._foreach_mul_(grads, scale.to(grads[0].dtype))
+    if grads:
+        torch._foreach_mul_(grads, scale.to(grads[0]))

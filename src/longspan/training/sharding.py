@@ -72,7 +72,13 @@ class Sharder:
             dp_rank=self.dp_rank,
             dp_size=self.run.sizes.dp,
         )
-        return list(map(self._cut, batches))
+        batches = list(batches)
+        layouts = [self._layout(batch) for batch in batches]
+        if self.run.sizes.pp > 1:
+            # The micro-batches of a step pass through the stages in buffers of one size.
+            rows = max(layout.local_length for layout in layouts)
+            layouts = [layout.with_rows(rows) for layout in layouts]
+        return list(map(self._cut, batches, layouts))
 
     def evaluation(self, data: TokenDataset) -> Iterator[LocalBatch]:
         """This rank's part of each held-out sample, once; every rank has the same number of micro-batches."""
@@ -82,21 +88,22 @@ class Sharder:
             dp_size=self.run.sizes.dp,
             limit=evaluation_limit(self.run),
         )
-        return map(self._cut, batches)
+        return (self._cut(batch, self._layout(batch)) for batch in batches)
 
     def _make_layout(self, total: int, cu_seqlens=None) -> SequenceLayout:
-        layout = run_layout(self.run, total, cu_seqlens)
-        self.plan(layout)
-        return layout
+        return run_layout(self.run, total, cu_seqlens)
 
-    def _cut(self, batch: Batch) -> LocalBatch:
-        tokens, labels, positions = batch.tokens, batch.labels, batch.positions
+    def _layout(self, batch: Batch) -> SequenceLayout:
         if batch.cu_seqlens is None:
-            layout = self._plain(tokens.shape[1])
-        else:
-            # All rows become one pack, because its documents are kept apart anyway.
+            return self._plain(batch.tokens.shape[1])
+        # All rows become one pack, because its documents are kept apart anyway.
+        return self._make_layout(batch.tokens.numel(), batch.cu_seqlens)
+
+    def _cut(self, batch: Batch, layout: SequenceLayout) -> LocalBatch:
+        self.plan(layout)
+        tokens, labels, positions = batch.tokens, batch.labels, batch.positions
+        if batch.cu_seqlens is not None:
             tokens, labels, positions = (x.reshape(1, -1) for x in (tokens, labels, positions))
-            layout = self._make_layout(tokens.shape[1], batch.cu_seqlens)
         _check_tokens(self.run, tokens, labels)
         return LocalBatch(
             layout.shard(tokens, self.cp_rank, dim=1),

@@ -22,12 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.config.run import Run
+from longspan.config.stages import Stage
 from longspan.context_parallel import SequenceLayout
 from longspan.data import Prefetcher, TokenDataset
 from longspan.data.splits import open_datasets
 from longspan.mesh.mesh import ParallelMesh, hold_waiting_time
 from longspan.models import GPTModel
-from longspan.training.build import build_model, groups_of, make_sharder
+from longspan.training.build import build_model, groups_of, make_pipeline, make_sharder
 from longspan.training.checkpoint import check_fits, load
 from longspan.training.description import describe_run
 from longspan.training.experts import Experts, num_tokens, of_step
@@ -97,7 +98,8 @@ class Trainer:
         self.groups = groups_of(run, self.mesh)
         self.model = build_model(run, self.mesh, self.groups, device)
         self.optimizer = make_optimizer(self.model, config)
-        self.experts = Experts(self.model, self.groups)
+        self.pipeline = make_pipeline(run, self.model, self.groups, device, self._compute)
+        self.experts = Experts(self.model, self.groups, run.model)
         self.shard = make_sharder(run, self.groups, self._plan)
         hold_waiting_time()
 
@@ -137,10 +139,23 @@ class Trainer:
 
     def losses(self, batch: LocalBatch) -> Tensor:
         """The loss (nats) of each of this rank's tokens of a micro-batch, [b, rows]; 0 without a target."""
-        tokens, labels = batch.tokens.to(self.device), batch.labels.to(self.device)
+        if self.pipeline is None:
+            return self._compute(batch)
+        return self.pipeline.losses(batch, batch.labels.shape)
+
+    def _compute(self, batch: LocalBatch, x: Tensor | None = None, stage: Stage | None = None) -> Tensor:
+        """The model, or a stage of it, which takes activations ``x`` unless it is the first."""
+        last = stage is None or stage.last
         positions = None if batch.positions is None else batch.positions.to(self.device)
         more = {} if batch.sequences is None else {"sequences": batch.sequences}
-        return self.model(tokens, position_ids=positions, labels=labels, layout=batch.layout, **more)
+        return self.model(
+            batch.tokens.to(self.device) if x is None else x,
+            position_ids=positions,
+            labels=batch.labels.to(self.device) if last else None,
+            layout=batch.layout,
+            stage=stage,
+            **more,
+        )
 
     # --- one step -------------------------------------------------------------------------
 
@@ -165,6 +180,10 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        if self.pipeline is not None:
+            total += self.pipeline.step(batches, int(count)) * count
+            dist.all_reduce(total, group=self.groups.pp)
+            batches = []
         for i, batch in enumerate(batches):
             # The copies of HSDP sum their gradients once a step, in the last micro-batch.
             self.model.set_requires_all_reduce(i == len(batches) - 1)

@@ -14,7 +14,7 @@ _FUSED = "Kernels are PyTorch's; the fastest one that is there is taken."
 _OVERLAP = "FSDP2 gathers and reduces layer by layer while others compute."
 _EXACT = "It is so always: at least float32."
 _GROUPED = "Experts are computed by grouped products always, where there is a kernel for them."
-_PIPELINE = "Pipelines are not supported yet. Use tensor, context and data parallelism."
+_PIPELINE = "Give the number of stages a rank instead: --num-virtual-stages-per-pipeline-rank."
 _SAMPLES = "The schedule counts steps: --train-iters N, which is samples / --global-batch-size."
 _LOGGED = "It is in metrics.jsonl, TensorBoard and the iteration line as far as it exists here."
 _CHECKPOINT = "Checkpoints are written by torch.distributed.checkpoint and load at any layout."
@@ -128,10 +128,6 @@ FLAGS: dict[str, ExternalName] = {
     ),
     # parallelism
     "--num-layers-per-virtual-pipeline-stage": refused(_PIPELINE),
-    "--num-virtual-stages-per-pipeline-rank": refused(_PIPELINE),
-    "--pipeline-model-parallel-layout": refused(_PIPELINE),
-    "--decoder-first-pipeline-num-layers": refused(_PIPELINE),
-    "--decoder-last-pipeline-num-layers": refused(_PIPELINE),
     "--use-distributed-optimizer": no_effect(_SHARDED, values=0),
     "--use-torch-fsdp2": no_effect(_SHARDED, values=0),
     "--use-megatron-fsdp": no_effect(_SHARDED, values=0),

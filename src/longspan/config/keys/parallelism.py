@@ -23,7 +23,35 @@ class ParallelKeys(BaseModel):
         1, "Ranks that share each sequence.", unit="ranks", aliases=("sequence_parallel_degree",), ge=1
     )
     pipeline_parallel_size: int = key(
-        1, "Stages of layers.", unit="ranks", flag="--pipeline-model-parallel-size", ge=1
+        1, "Ranks that share the layers.", unit="ranks", flag="--pipeline-model-parallel-size", ge=1
+    )
+    virtual_pipeline_parallel_size: int | None = key(
+        None,
+        "Stages of layers on each pipeline rank; default: 1, or 2 with a schedule for several.",
+        unit="stages",
+        flag="--num-virtual-stages-per-pipeline-rank",
+        ge=1,
+    )
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv"] | None = key(
+        None,
+        "Order of the micro-batches' forward and backward passes; default: 1f1b, interleaved with virtual stages.",
+    )
+    pipeline_layout: str | None = key(
+        None,
+        "Layers of each stage, written out: E embedding, t a layer, L output, | the next stage (Et*3|(tt|)*2|tL).",
+        flag="--pipeline-model-parallel-layout",
+    )
+    decoder_first_pipeline_num_layers: int | None = key(
+        None, "Layers of the first stage; the others share the rest.", unit="layers", ge=0
+    )
+    decoder_last_pipeline_num_layers: int | None = key(
+        None, "Layers of the last stage; the others share the rest.", unit="layers", ge=0
+    )
+    account_for_embedding_in_pipeline_split: bool = key(
+        False, "The embedding counts as one layer where layers are divided."
+    )
+    account_for_loss_in_pipeline_split: bool = key(
+        False, "The output layer counts as one layer where layers are divided."
     )
     expert_parallel_size: int = key(
         1,

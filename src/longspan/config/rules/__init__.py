@@ -10,6 +10,7 @@ from longspan.config.rules.memory import memory_problems
 from longspan.config.rules.model import model_problems, position_problems
 from longspan.config.rules.output import output_problems
 from longspan.config.rules.parallel import parallel_problems
+from longspan.config.rules.pipeline import pipeline_problems
 from longspan.config.rules.required import missing_keys
 from longspan.config.rules.schedule import schedule_problems
 from longspan.config.schema import TrainConfig
@@ -20,6 +21,7 @@ RULES: tuple[Callable[[TrainConfig], Iterable[Problem]], ...] = (
     missing_keys,
     data_problems,
     parallel_problems,
+    pipeline_problems,
     output_problems,
     position_problems,
     lora_problems,

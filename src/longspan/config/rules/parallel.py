@@ -10,9 +10,6 @@ from longspan.errors import Problem
 def parallel_problems(config: TrainConfig) -> list[Problem]:
     """(keys, message) for keys that are not supported yet, contradict each other or have no effect."""
     found: list[Problem] = []
-    if config.pipeline_parallel_size > 1:
-        text = f"pipeline_parallel_size {config.pipeline_parallel_size}: pipeline parallelism is not supported yet. Use 1."
-        found.append((("pipeline_parallel_size",), text))
     _experts(config, found)
     _hybrid(config, found)
     sizes = config.hierarchical_context_parallel_sizes
