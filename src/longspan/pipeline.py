@@ -166,8 +166,8 @@ class Pipeline:
     def _sum_tied_gradients(self) -> None:
         """Adds the gradients of the two copies of a tied embedding, which the first and the last stage have."""
         model, ends = self.model, self.model.groups.ends
-        whole = any(stage.first for stage in self.own) and any(stage.last for stage in self.own)
-        if ends is None or whole or not model.config.share_embeddings_and_output_weights:
+        first, last = any(stage.first for stage in self.own), any(stage.last for stage in self.own)
+        if first == last or not model.config.share_embeddings_and_output_weights:
             return
         weight = model.embedding.word_embeddings.weight
         if weight.requires_grad:

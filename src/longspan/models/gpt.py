@@ -189,7 +189,8 @@ class GPTModel(nn.Module):
             hidden, attention_mask, packed_seq_params, layout, position_ids, sequences, stage
         )
         if output_layer is None:
-            return hidden
+            # FSDP registers hooks on the tensors that a model returns, so that they must not be views.
+            return hidden if stage is None or stage.layers else hidden.clone()
         out = output_layer(hidden, labels, self.parallel_output)
         return out if loss_mask is None else out * loss_mask.to(out.dtype)
 

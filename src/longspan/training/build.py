@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.config.run import Run
+from longspan.config.stages import SPLIT_BACKWARD
 from longspan.context_parallel import SequenceLayout
 from longspan.mesh.mesh import ParallelMesh, ProcessGroupCollection
 from longspan.models import GPTModel
@@ -60,7 +61,9 @@ def build_model(
         device=device,
         compute_dtype=compute_dtype,
         recompute=memory.recompute,
-        reshard_after_forward=memory.reshard_after_forward,
+        # A backward pass that is taken apart looks for the weights of the forward pass, so they stay gathered.
+        reshard_after_forward=memory.reshard_after_forward
+        and run.config.pipeline_schedule not in SPLIT_BACKWARD,
         activation_offloading=memory.activation_offloading,
         mlp_tiles=memory.mlp_tiles,
         offload_params=memory.offload_params,

@@ -29,8 +29,7 @@ def pipeline_problems(config: TrainConfig) -> list[Problem]:
 
 def schedule_of(config: TrainConfig) -> str:
     """The schedule of a run: the one that is asked for, or the usual one for so many stages a rank."""
-    virtual = config.virtual_pipeline_parallel_size or 1
-    return config.pipeline_schedule or ("interleaved" if virtual > 1 else "1f1b")
+    return config.pipeline_schedule or ("interleaved" if virtual_size_of(config) > 1 else "1f1b")
 
 
 def virtual_size_of(config: TrainConfig) -> int:
