@@ -1,14 +1,19 @@
 """Pipelines at every schedule and mix of axes against one process: losses, every gradient, evaluation. fp64."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 import pool
 import tiny
+from llamas import lora_run, make_llama
 from longspan.models.hf_weights import whole_tensors
+from longspan.training.checkpoint import Checkpointer
+from longspan.training.export import export
 from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -142,3 +147,83 @@ def test_steps_equal_one_process(name, prefix, reference):
     got = pool.run(world, steps, prefix, 2, layout | model)
     assert all(rank["records"] == got[0]["records"] for rank in got)
     compare(got[0], reference(2, model))
+
+
+def saved(prefix, folder, changes):
+    """Two steps and a checkpoint, the export, and the losses of two more steps."""
+    trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), **changes), CPU)
+    for step in range(2):
+        trainer.train_step(trainer.micro_batches(step))
+    saver = Checkpointer(Path(folder), background=False)
+    path = saver.save(2, trainer.model, trainer.optimizer, trainer.description())
+    export(trainer, Path(folder) / "hf")
+    return str(path), [trainer.train_step(trainer.micro_batches(step))["loss"] for step in range(2, 4)]
+
+
+def continued(prefix, path, changes):
+    trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), **changes), CPU)
+    trainer.resume(Path(path))
+    return [trainer.train_step(trainer.micro_batches(step))["loss"] for step in range(2, 4)]
+
+
+LAYOUTS = {
+    "one": (1, {}),
+    "pp2": (2, PP2),
+    "pp2, interleaved": (2, PP2 | {"virtual_pipeline_parallel_size": 2}),
+    "zbv": (2, PP2 | {"pipeline_schedule": "zbv"}),
+    "tp2": (2, {"tensor_parallel_size": 2}),
+    "pp2 x dp_shard2": (4, PP2 | {"dp_shard_size": 2}),
+}
+#: pairs of layouts, each layout at both ends
+PAIRS = [("one", "pp2"), ("pp2", "tp2"), ("tp2", "pp2, interleaved"), ("pp2, interleaved", "zbv"),
+         ("zbv", "pp2 x dp_shard2"), ("pp2 x dp_shard2", "one"), ("pp2", "pp2")]  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_checkpoints_and_exports_are_of_the_whole_model(prefix, tmp_path, tied):
+    model = {"num_layers": 4, "tie_word_embeddings": tied}
+    found = {}
+    for name in dict.fromkeys(first for first, _ in PAIRS):
+        world, layout = LAYOUTS[name]
+        found[name] = pool.run(world, saved, prefix, str(tmp_path / name), model | layout)[0]
+    exported = (tmp_path / "one" / "hf" / "model.safetensors").read_bytes()
+    for first, then in PAIRS:
+        path, expected = found[first]
+        assert (tmp_path / first / "hf" / "model.safetensors").stat().st_size == len(exported)
+        world, layout = LAYOUTS[then]
+        got = pool.run(world, continued, prefix, path, model | layout)[0]
+        assert got == (expected if first == then else pytest.approx(expected, rel=1e-9))
+        names = load_file(tmp_path / first / "hf" / "model.safetensors")
+        for key, value in load_file(tmp_path / "one" / "hf" / "model.safetensors").items():
+            torch.testing.assert_close(names[key], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    ["gpipe", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv"],
+)
+def test_adapters_behind_a_frozen_stage(prefix, tmp_path, schedule):
+    """Only the layers of the last stage have trained parameters near them: the first stage is frozen but for its adapters."""
+    base = make_llama(tmp_path, num_hidden_layers=4)
+    (expected,) = pool.run(1, adapted, prefix, base, {})
+    (got, *_) = pool.run(2, adapted, prefix, base, PP2 | {"pipeline_schedule": schedule})
+    compare(got, expected)
+
+
+def adapted(prefix, base, changes):
+    trainer = Trainer(lora_run(prefix, base, **changes), CPU)
+    # Without gradients in the first layers the stage before is frozen as a whole.
+    for name, parameter in trainer.model.named_parameters():
+        if name.startswith(("decoder.layers.0.", "decoder.layers.1.", "embedding")):
+            parameter.requires_grad_(False)
+    before = trainer.evaluate()["loss"]
+    loss, count = trainer.compute_gradients(trainer.micro_batches(0))
+    named = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    gradients = {name: whole.clone() for name, whole in whole_tensors(named, trainer.groups.pp)}
+    if dist.get_rank() == 0:
+        assert len(gradients) > 4
+    return {
+        "records": [{"loss": loss, "tokens": count}],
+        "gradients": gradients if dist.get_rank() == 0 else {},
+        "evaluations": (before,),
+    }
