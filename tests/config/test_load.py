@@ -104,7 +104,6 @@ def test_all_problems_come_at_once():
             2,
             r"global_batch_size 3 is not a multiple of dp 2 .*e.g. global_batch_size 4",
         ),
-        ({"pipeline_parallel_size": 2}, 2, "pipeline parallelism is not supported yet"),
         (
             {"cp_comm_type": "a2a", "context_parallel_size": 8},
             8,

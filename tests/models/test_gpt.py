@@ -390,27 +390,21 @@ def test_ids_of_the_vocabularys_padding_are_refused():
     pool.run(2, padding_ids_at_tp2)
 
 
-def not_there_yet():
+def some_layers():
     parallel_state.initialize_model_parallel()
-    for name, value, what in (
-        ("pipeline_model_parallel_size", 2, "pipelines"),
-        ("virtual_pipeline_model_parallel_size", 2, "pipelines"),
-    ):
-        config = transformer_config(MeshSizes(), **{name: value})
-        for make in (
-            TransformerLayer,
-            TransformerBlock,
-            lambda config: GPTModel(config, VOCAB, LENGTH),
+    config = transformer_config(MeshSizes(), pipeline_model_parallel_size=2)
+    for make in (TransformerBlock, lambda config: GPTModel(config, VOCAB, LENGTH)):
+        with pytest.raises(
+            ValueError, match="pipeline_model_parallel_size=2: give the numbers of this rank's layers"
         ):
-            with pytest.raises(ValueError, match=rf"{name}={value}: {what} are not supported yet"):
-                make(config)
-    TransformerLayer(
-        transformer_config(MeshSizes(), virtual_pipeline_model_parallel_size=1)
-    )  # asks for nothing
+            make(config)
+    block = TransformerBlock(config, post_process=False, numbers=[2])
+    assert list(block.layers) == ["1"]
+    TransformerLayer(config, layer_number=2)
 
 
-def test_a_layer_refuses_what_a_block_refuses():
-    pool.run(1, not_there_yet)
+def test_a_block_of_a_pipeline_has_the_layers_it_is_given():
+    pool.run(1, some_layers)
 
 
 def what_forward_returns():

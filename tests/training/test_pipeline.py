@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import pool
 import tiny
 from llamas import lora_run, make_llama
-from longspan.models.hf_weights import whole_tensors
+from longspan.mesh.whole import whole_tensors
 from longspan.training.checkpoint import Checkpointer
 from longspan.training.export import export
 from longspan.training.trainer import Trainer

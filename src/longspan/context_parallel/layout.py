@@ -306,7 +306,7 @@ class SequenceLayout(Once):
 
     def with_rows(self, rows: int) -> SequenceLayout:
         """The layout with padding at the end of every rank's rows, up to ``rows`` rows."""
-        return self if rows == self.local_length else self._padded(rows)
+        return self._padded(rows)
 
     def _padded(self, rows: int | None, multiple_of: int = 1) -> SequenceLayout:
         """The layout with every rank's rows followed by padding, up to ``rows`` rows."""

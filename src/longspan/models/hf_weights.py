@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from longspan.config.architecture import Architecture
 from longspan.config.families.config_json import family_of_tensors
@@ -29,6 +27,7 @@ from longspan.config.families.family import Family, Place
 from longspan.config.parameters import POSITIONS, VOCABULARY, parameter_shapes
 from longspan.errors import UserError
 from longspan.files import begin_folder, name_folder
+from longspan.mesh.whole import whole_tensors
 
 SHARD_BYTES = 4 * 2**30
 
@@ -294,44 +293,7 @@ def whole_parameters(
     """
     named = {name: parameter for name, parameter in model.named_parameters() if only(name)}
     groups = getattr(model, "groups", None)
-    yield from whole_tensors(named, groups and groups.pp)
-
-
-def whole_tensors(
-    named: Mapping[str, Tensor], pp_group: dist.ProcessGroup | None
-) -> Iterator[tuple[str, Tensor]]:
-    """Cut tensors whole, on the CPU, one after another; collective.
-
-    Args:
-        named: this rank's tensors by name.
-        pp_group: the ranks with the other stages of a pipeline. The first of them gets all tensors, others their own.
-    """
-    if pp_group is None or dist.get_world_size(pp_group) == 1:
-        yield from ((name, _whole(tensor)) for name, tensor in named.items())
-        return
-    rank = dist.get_rank(pp_group)
-    held: list = [None] * dist.get_world_size(pp_group)
-    dist.all_gather_object(held, {name: (t.shape, t.dtype) for name, t in named.items()}, group=pp_group)
-    holders: dict[str, int] = {}
-    for index, names in enumerate(held):
-        # A tied table is in two stages.
-        holders |= {name: index for name in names if name not in holders}
-    for name in sorted(holders, key=_place_in_model):
-        holder = holders[name]
-        whole = _whole(named[name]) if holder == rank else None
-        if holder and rank == 0:
-            shape, dtype = held[holder][name]
-            whole = torch.empty(shape, dtype=dtype)
-            dist.recv(whole, group=pp_group, group_src=holder)
-        elif whole is not None and holder:
-            dist.send(whole.contiguous(), group=pp_group, group_dst=0)
-        if whole is not None:
-            yield name, whole
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().cpu()
+    yield from whole_tensors(named, groups and groups.pp, _place_in_model)
 
 
 def _place_in_model(name: str) -> tuple[int, int]:

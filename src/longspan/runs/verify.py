@@ -131,7 +131,7 @@ def measure(run: Run, device, steps: int, mesh: ParallelMesh | None = None) -> d
     """
     import torch.distributed as dist
 
-    from longspan.models.hf_weights import whole_tensors
+    from longspan.mesh.whole import whole_tensors
     from longspan.training.schedule import learning_rate
     from longspan.training.trainer import Trainer
 

@@ -77,7 +77,7 @@ class Sharder:
         if self.run.sizes.pp > 1:
             # The micro-batches of a step pass through the stages in buffers of one size.
             rows = max(layout.local_length for layout in layouts)
-            layouts = [layout.with_rows(rows) for layout in layouts]
+            layouts = [self._with_rows(layout, rows) for layout in layouts]
         return list(map(self._cut, batches, layouts))
 
     def evaluation(self, data: TokenDataset) -> Iterator[LocalBatch]:
@@ -91,7 +91,16 @@ class Sharder:
         return (self._cut(batch, self._layout(batch)) for batch in batches)
 
     def _make_layout(self, total: int, cu_seqlens=None) -> SequenceLayout:
-        return run_layout(self.run, total, cu_seqlens)
+        layout = run_layout(self.run, total, cu_seqlens)
+        self.plan(layout)
+        return layout
+
+    def _with_rows(self, layout: SequenceLayout, rows: int) -> SequenceLayout:
+        if rows == layout.local_length:
+            return layout
+        layout = layout.with_rows(rows)
+        self.plan(layout)
+        return layout
 
     def _layout(self, batch: Batch) -> SequenceLayout:
         if batch.cu_seqlens is None:
@@ -100,7 +109,6 @@ class Sharder:
         return self._make_layout(batch.tokens.numel(), batch.cu_seqlens)
 
     def _cut(self, batch: Batch, layout: SequenceLayout) -> LocalBatch:
-        self.plan(layout)
         tokens, labels, positions = batch.tokens, batch.labels, batch.positions
         if batch.cu_seqlens is not None:
             tokens, labels, positions = (x.reshape(1, -1) for x in (tokens, labels, positions))
