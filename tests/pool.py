@@ -2,9 +2,10 @@
 
     run(4, check_something, arg)   runs check_something(arg) on ranks 0..3 of a fresh world
 
-Workers import torch once and stay; a run makes a fresh process group (a file store of its
-own) and takes it down again, so tests share nothing. The functions are module-level, so
-that they travel by name. The results come back as a list by rank.
+Workers are forked from a process that has imported torch, and stay; a run makes a fresh
+process group (a file store of its own) and takes it down again, so tests share nothing.
+The functions are module-level, so that they travel by name. The results come back as a
+list by rank.
 
 A rank that fails shows its own traceback. A rank that hangs fails the test within a
 minute, by rank, with the stack it hangs in; the pool then starts anew.
@@ -33,6 +34,11 @@ from pathlib import Path
 #: a machine that does other work needs longer: LONGSPAN_TEST_TIMEOUT gives seconds
 TIMEOUT_S = float(os.environ.get("LONGSPAN_TEST_TIMEOUT", "60"))
 GRACE_S = 3.0
+#: what one process imports, of which the workers are forked: the imports cost seconds
+PRELOADED = (
+    "torch torch.distributed.checkpoint torch.distributed.fsdp torch.distributed.tensor torch._dynamo "
+    "longspan.training.trainer pytest hypothesis"
+)
 
 
 class WorkerError(AssertionError):
@@ -123,7 +129,8 @@ class Pool:
         self.runs = 0
 
     def _ensure(self, world: int) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED.split())
         while len(self.workers) < world:
             here, there = context.Pipe()
             stacks = os.path.join(self.folder.name, f"stacks-{time.monotonic_ns()}")
