@@ -44,7 +44,10 @@ def steps(prefix, changes, folder, first, last, background=True):
     saves = Checkpointer(folder, background=background)
     saves.save(trainer.step, trainer.model, trainer.optimizer, trainer.description())
     # training goes on while the checkpoint is written, and must not leak into it
-    trainer.train_step(trainer.micro_batches(trainer.step))
+    with torch.no_grad():
+        moments = [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
+        for tensor in (*trainer.model.parameters(), *moments):
+            tensor.fill_(0.5)
     saves.finish()
     return losses
 
