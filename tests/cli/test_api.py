@@ -34,7 +34,7 @@ print("RESULT", json.dumps(about))
 @pytest.fixture
 def folder(tmp_path):
     prefix = tiny.write_data(tmp_path)
-    values = tiny.values(prefix, max_steps=3, export_hf=False, output_dir="out")
+    values = tiny.values(prefix, max_steps=3, export_hf=False, output_dir="out", global_batch_size=2)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     return tmp_path
 
@@ -47,7 +47,7 @@ def test_a_script_verifies_trains_and_evaluates(folder):
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT "))
     found = json.loads(line.removeprefix("RESULT "))
-    assert (found["cp"], found["rate"], found["batch"], found["layers"]) == (2, 1e-3, 200, [1, 2])
+    assert (found["cp"], found["rate"], found["batch"], found["layers"]) == (2, 1e-3, 100, [1, 2])
     assert found["verified"]["passed"]
     assert found["verified"]["max_gradient_error"] < 1e-10
     assert found["trained"]["kind"] == "summary"
