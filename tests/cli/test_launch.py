@@ -120,7 +120,7 @@ def test_a_killed_run_leaves_nothing_and_can_go_on_at_once(folder):
     os.kill(ranks[1], signal.SIGSTOP)
     os.kill(process.pid, signal.SIGKILL)
     wait_until_gone(ranks.values())
-    again = command.start("train", "config.yaml", "--resume", "auto", cwd=folder, new_ranks=True)
+    again = command.start("train", "config.yaml", "--resume", "auto", cwd=folder)
     wait_for(lambda: "resume     out/checkpoints/step_" in again.output, again)
 
     # a hangup is a stop like others
@@ -179,6 +179,7 @@ def started(*arguments, folder):
 def test_torchruns_handlers_leave_an_ignored_hangup_ignored_and_its_ranks_end_with_it(folder):
     process = started(
         *["-m", "longspan", "train", "config.yaml", "--launcher", "torchrun", "--", "--max-restarts=0"],
+        *["--standalone", "--nproc-per-node", "2"],
         folder=folder,
     )
     try:
