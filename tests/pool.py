@@ -2,10 +2,9 @@
 
     run(4, check_something, arg)   runs check_something(arg) on ranks 0..3 of a fresh world
 
-Workers are forked from a process that has imported torch, and stay; a run makes a fresh
-process group (a file store of its own) and takes it down again, so tests share nothing.
-The functions are module-level, so that they travel by name. The results come back as a
-list by rank.
+Workers import torch once and stay; a run makes a fresh process group (a file store of its
+own) and takes it down again, so tests share nothing. The functions are module-level, so
+that they travel by name. The results come back as a list by rank.
 
 A rank that fails shows its own traceback. A rank that hangs fails the test within a
 minute, by rank, with the stack it hangs in; the pool then starts anew.
@@ -34,11 +33,8 @@ from pathlib import Path
 #: a machine that does other work needs longer: LONGSPAN_TEST_TIMEOUT gives seconds
 TIMEOUT_S = float(os.environ.get("LONGSPAN_TEST_TIMEOUT", "60"))
 GRACE_S = 3.0
-#: what one process imports, of which the workers are forked: the imports cost seconds
-PRELOADED = (
-    "torch torch.distributed.checkpoint torch.distributed.fsdp torch.distributed.tensor torch._dynamo "
-    "longspan.training.trainer pytest hypothesis"
-)
+#: what the process has imported of which workers are forked
+PRELOADED = ["torch", "torch.distributed.tensor", "longspan.parallel_state"]
 
 
 class WorkerError(AssertionError):
@@ -123,14 +119,22 @@ def _serve(connection, paths: list[str], stacks: str) -> None:
 
 
 class Pool:
-    def __init__(self) -> None:
+    """Workers, started when they are needed.
+
+    Args:
+        method: "spawn" or "forkserver". Spawned workers have a hash seed each, so that ranks go through a set of
+            names in different orders, as those of a user do. Forked ones have one seed, and start at once.
+    """
+
+    def __init__(self, method: str = "spawn") -> None:
+        self.method = method
         self.workers: list[tuple] = []  # (process, connection, file of stacks)
         self.folder = tempfile.TemporaryDirectory()
         self.runs = 0
 
     def _ensure(self, world: int) -> None:
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED.split())
+        context = mp.get_context(self.method)
+        context.set_forkserver_preload(PRELOADED)
         while len(self.workers) < world:
             here, there = context.Pipe()
             stacks = os.path.join(self.folder.name, f"stacks-{time.monotonic_ns()}")

@@ -34,7 +34,7 @@ def dies_on_rank_one():
 
 @pytest.mark.slow
 def test_trouble_is_named_and_the_pool_goes_on():
-    own = pool.Pool()
+    own = pool.Pool("forkserver")  # which starts anew at once
     try:
         for function, message, timeout in (
             (fails_on_rank_one, "rank 1 of 2, fails_on_rank_one:(.|\n)*ValueError: a clear message", 60),
