@@ -18,8 +18,9 @@ def write_folder(path):
 
 
 def write(folder, name, remove=(), **changes):
-    """A config of three steps on that data, with changes."""
-    values = tiny.values("tiny", max_steps=3, output_dir="out", **changes)
+    """A config of three steps of two sequences on that data, with changes."""
+    start = {"max_steps": 3, "output_dir": "out", "global_batch_size": 2}
+    values = tiny.values("tiny", **start | changes)
     for key in remove:
         del values[key]
     (folder / name).write_text(yaml.safe_dump(values))

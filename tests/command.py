@@ -11,6 +11,7 @@ saves the imports of each; with ``new_ranks`` they are started as users' are. So
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -21,7 +22,8 @@ import time
 from pathlib import Path
 from unittest import mock
 
-SERVED = "torch.distributed.checkpoint torch.distributed.fsdp longspan.cli.main longspan.runs.session"
+#: torch._dynamo is here because DTensor imports it at its first use, which takes as long as all else
+SERVED = "torch.distributed.checkpoint torch.distributed.fsdp torch._dynamo longspan.cli.main longspan.runs.session"
 
 
 #: commands that a test has started; ``end_all`` ends what is left of them
@@ -119,6 +121,7 @@ def _serve() -> None:
 
     for module in SERVED.split():
         importlib.import_module(module)
+    gc.freeze()  # no collection in a forked process looks at, and so copies, what is imported
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a child: the kernel takes it away
     for line in sys.stdin:
         pid = os.fork()

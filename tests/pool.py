@@ -33,6 +33,8 @@ from pathlib import Path
 #: a machine that does other work needs longer: LONGSPAN_TEST_TIMEOUT gives seconds
 TIMEOUT_S = float(os.environ.get("LONGSPAN_TEST_TIMEOUT", "60"))
 GRACE_S = 3.0
+#: what the process has imported of which workers are forked
+PRELOADED = ["torch", "torch.distributed.tensor", "longspan.parallel_state"]
 
 
 class WorkerError(AssertionError):
@@ -117,13 +119,22 @@ def _serve(connection, paths: list[str], stacks: str) -> None:
 
 
 class Pool:
-    def __init__(self) -> None:
+    """Workers, started when they are needed.
+
+    Args:
+        method: "spawn" or "forkserver". Spawned workers have a hash seed each, so that ranks go through a set of
+            names in different orders, as those of a user do. Forked ones have one seed, and start at once.
+    """
+
+    def __init__(self, method: str = "spawn") -> None:
+        self.method = method
         self.workers: list[tuple] = []  # (process, connection, file of stacks)
         self.folder = tempfile.TemporaryDirectory()
         self.runs = 0
 
     def _ensure(self, world: int) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context(self.method)
+        context.set_forkserver_preload(PRELOADED)
         while len(self.workers) < world:
             here, there = context.Pipe()
             stacks = os.path.join(self.folder.name, f"stacks-{time.monotonic_ns()}")

@@ -13,7 +13,9 @@ CPU = torch.device("cpu")
 
 def norms(prefix, changes):
     """What two steps record, and the norm of the whole tensors after them."""
-    run = tiny.tiny_run(prefix, dist.get_world_size(), **{"log_params_norm": True} | changes)
+    run = tiny.tiny_run(
+        prefix, dist.get_world_size(), **{"log_params_norm": True, "global_batch_size": 2} | changes
+    )
     trainer = Trainer(run, CPU)
     records = [trainer.train_step(trainer.micro_batches(step)) for step in range(2)]
     wholes = [p.detach().full_tensor() for p in trainer.model.parameters()]

@@ -32,24 +32,22 @@ def dies_on_rank_one():
         os._exit(3)
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (fails_on_rank_one, "rank 1 of 2, fails_on_rank_one:(.|\n)*ValueError: a clear message"),
-        pytest.param(
-            hangs_on_rank_one,
-            "rank 1 of 2 hung in hangs_on_rank_one for 4 s:(.|\n)*in hangs_on_rank_one",
-            marks=pytest.mark.slow,
-        ),
-        (dies_on_rank_one, "rank 1 died"),
-    ],
-)
-def test_trouble_is_named_and_the_pool_goes_on(function, message):
-    own = pool.Pool()
+@pytest.mark.slow
+def test_trouble_is_named_and_the_pool_goes_on():
+    own = pool.Pool("forkserver")  # which starts anew at once
     try:
+        for function, message, timeout in (
+            (fails_on_rank_one, "rank 1 of 2, fails_on_rank_one:(.|\n)*ValueError: a clear message", 60),
+            (dies_on_rank_one, "rank 1 died", 60),
+            (
+                hangs_on_rank_one,
+                "rank 1 of 2 hung in hangs_on_rank_one for 1 s:(.|\n)*in hangs_on_rank_one",
+                1,
+            ),
+        ):
+            assert own.run(2, total) == [1.0, 1.0]
+            with pytest.raises(pool.WorkerError, match=message):
+                own.run(2, function, timeout=timeout)
         assert own.run(2, total) == [1.0, 1.0]
-        with pytest.raises(pool.WorkerError, match=message):
-            own.run(2, function, timeout=4)
-        assert own.run(2, total, timeout=60) == [1.0, 1.0]
     finally:
         own.close()

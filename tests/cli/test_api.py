@@ -23,10 +23,10 @@ about = {
     "layers": [layer.number for layer in run.layers],
     "verified": longspan.verify(run),
     "trained": longspan.train(run),
-    "evaluated": longspan.evaluate(run, needles=0),
 }
 alone = longspan.load("config.yaml", lr=1e-3, output_dir="alone")
 about["alone"] = longspan.train(alone)
+about["evaluated"] = longspan.evaluate(alone, needles=0)
 print("RESULT", json.dumps(about))
 """
 
@@ -34,7 +34,7 @@ print("RESULT", json.dumps(about))
 @pytest.fixture
 def folder(tmp_path):
     prefix = tiny.write_data(tmp_path)
-    values = tiny.values(prefix, max_steps=3, export_hf=False, output_dir="out")
+    values = tiny.values(prefix, max_steps=3, export_hf=False, output_dir="out", global_batch_size=2)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     return tmp_path
 
@@ -47,14 +47,14 @@ def test_a_script_verifies_trains_and_evaluates(folder):
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT "))
     found = json.loads(line.removeprefix("RESULT "))
-    assert (found["cp"], found["rate"], found["batch"], found["layers"]) == (2, 1e-3, 200, [1, 2])
+    assert (found["cp"], found["rate"], found["batch"], found["layers"]) == (2, 1e-3, 100, [1, 2])
     assert found["verified"]["passed"]
     assert found["verified"]["max_gradient_error"] < 1e-10
     assert found["trained"]["kind"] == "summary"
     assert found["trained"]["step"] == 3
     assert found["trained"]["loss"] == pytest.approx(found["alone"]["loss"], rel=1e-9)
     assert found["evaluated"]["step"] == 3
-    assert found["evaluated"]["loss"] == pytest.approx(found["trained"]["eval_loss"], rel=1e-9)
+    assert found["evaluated"]["loss"] == pytest.approx(found["alone"]["eval_loss"], rel=1e-9)
 
 
 def test_all_problems_come_at_once_as_an_error(folder, monkeypatch):

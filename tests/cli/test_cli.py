@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,11 +14,10 @@ import yaml
 import tiny
 from cli_folder import records, write, write_folder
 from command import run as longspan
+from command import start
 from llamas import OWN
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError
-
-COMMAND = [sys.executable, "-m", "longspan"]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_config_prints_the_arithmetic_done_and_the_schema(folder):
     )
     assert done.returncode == 0, done.stderr
     values = yaml.safe_load(done.stdout)
-    assert (values["dp_shard_size"], values["gradient_accumulation_steps"]) == (2, 2)
+    assert (values["dp_shard_size"], values["gradient_accumulation_steps"]) == (2, 1)
     schema = json.loads(longspan("config", "--schema", cwd=folder).stdout)
     assert "context_parallel_size" in schema["properties"]
 
@@ -199,7 +199,7 @@ def test_train_launches_the_processes_the_config_asks_for(folder):
     done = longspan("train", "config.yaml", "--context-parallel-size", 2, "--eval-steps", 2, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tp 1 x cp 2 x dp_shard 1 x dp_replicate 1 x pp 1 = 2 processes on cpu" in done.stdout
-    assert "micro 1 x accumulation 4 x dp 1 = 4 sequences = 200 tokens a step" in done.stdout
+    assert "micro 1 x accumulation 2 x dp 1 = 2 sequences = 100 tokens a step" in done.stdout
     assert "step 3/3 | loss" in done.stdout
     assert "done: 3 steps" in done.stdout
     out = folder / "out"
@@ -233,12 +233,10 @@ def test_train_joins_under_torchrun(folder):
     assert done.returncode == 0, done.stderr
     assert "dp_shard 2" in done.stdout
     assert [r["step"] for r in records(folder / "joined")] == [1, 2, 3]
-    # the same through the launcher, with the tokenised data found again
+    # the same by processes of longspan's own, with the tokenised data found again
     args = ["config.yaml", "--output-dir", "launched", "--datasets", "[{path: texts}]", "--vocab-size", 320]
     args += ["--tokenizer-train-vocab-size", 300, "--dataset-prepared-path", "prepared", "--num-processes", 2]
-    again = longspan(
-        "train", *args, "--launcher", "torchrun", "--", "--standalone", "--nproc-per-node", 2, cwd=folder
-    )
+    again = longspan("train", *args, cwd=folder)
     assert again.returncode == 0, again.stderr
     assert [r["loss"] for r in records(folder / "launched")] == [
         r["loss"] for r in records(folder / "joined")
@@ -417,20 +415,8 @@ def test_a_broken_base_model_is_refused(folder, tmp_path, base, message):
 
 
 def test_a_killed_worker_is_named(folder):
-    import signal
-
-    command = [
-        *COMMAND,
-        "train",
-        "config.yaml",
-        "--context-parallel-size",
-        "2",
-        "--output-dir",
-        "killed",
-        "--max-steps",
-        "9999",
-    ]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    given = ["config.yaml", "--context-parallel-size", 2, "--output-dir", "killed", "--max-steps", 9999]
+    process = start("train", *given, cwd=folder)
     metrics, end = folder / "killed" / "metrics.jsonl", time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < end:
         time.sleep(0.05)
@@ -438,9 +424,9 @@ def test_a_killed_worker_is_named(folder):
         ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True
     ).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "was ended by SIGKILL" in errors
+    done = process.wait(60)
+    assert done.returncode == 1
+    assert "was ended by SIGKILL" in done.stderr
 
 
 def test_more_processes_than_a_machine_can_start_are_refused():

@@ -35,7 +35,7 @@ SIZES = [
     "--train-iters",
     "2",
 ]
-SMALL = {"--seq-length": "64", "--max-position-embeddings": "64", "--global-batch-size": "4", "--train-iters": "2",
+SMALL = {"--seq-length": "64", "--max-position-embeddings": "64", "--global-batch-size": "2", "--train-iters": "2",
          "--num-layers": "2", "--hidden-size": "32", "--num-attention-heads": "4", "--ffn-hidden-size": "48",
          "--max-seqlen-per-dp-cp-rank": "64", "--log-interval": "1"}  # fmt: skip
 
@@ -187,17 +187,6 @@ def small(text: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_torchrun_pretrain_gpt_with_the_whole_list_of_flags(folder):
-    """Documents 1, 2 and 4: a first start, so --load finds nothing."""
-    flags = small(FULL)
-    environ = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "6000",
-               "NCCL_ALGO": "Tree", "NCCL_PROTO": "Simple", "NCCL_IB_DISABLE": "0"}  # fmt: skip
-    torchrun = [*TORCHRUN, "--standalone", "--nproc_per_node=4", ROOT / "pretrain_gpt.py"]
-    ran(start([*torchrun, *flags], folder, environ))
-    assert len(losses(folder / "full")) == 2
-
-
-@pytest.mark.slow
 def test_python_pretrain_gpt_starts_its_processes(folder):
     """Document 2, 5.1, with the advice for too little memory; document 5, 1.5, by the same words: tensor parallel."""
     text = """--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 1
@@ -247,26 +236,29 @@ def test_axolotl_train_on_two_machines(folder):
     assert len(losses(folder / "machines")) == 2
 
 
-def test_torchrun_on_two_machines_as_slurm_starts_it(folder):
-    """The documents' script lacks --node_rank, without which every machine takes itself for the first."""
-    text = (
-        "--context-parallel-size 2 --seq-length 8192 --micro-batch-size 1 --global-batch-size 64 --save slurm"
-    )
-    flags = small(text)
+@pytest.mark.slow
+def test_torchrun_pretrain_gpt_on_two_machines_with_the_whole_list_of_flags(folder):
+    """Documents 1, 2 and 4, as slurm starts them: a first start, so --load finds nothing.
+
+    The documents' script lacks --node_rank, without which every machine takes itself for the first.
+    """
+    flags = small(FULL)
+    environ = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "6000",
+               "NCCL_ALGO": "Tree", "NCCL_PROTO": "Simple", "NCCL_IB_DISABLE": "0"}  # fmt: skip
     port = free_port()
 
     def machine(rank):
         torchrun = [
             *TORCHRUN,
-            "--nproc_per_node=1",
+            "--nproc_per_node=2",
             "--nnodes=2",
             f"--node_rank={rank}",
             "--master_addr=127.0.0.1",
         ]
-        return start([*torchrun, f"--master_port={port}", ROOT / "pretrain_gpt.py", *flags], folder)
+        return start([*torchrun, f"--master_port={port}", ROOT / "pretrain_gpt.py", *flags], folder, environ)
 
     ran(machine(0), machine(1))
-    assert len(losses(folder / "slurm")) == 2
+    assert len(losses(folder / "full")) == 2
 
 
 def free_port() -> int:

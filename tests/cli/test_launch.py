@@ -20,7 +20,7 @@ LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # as the kernel wri
 @pytest.fixture
 def folder(prefix, tmp_path):
     values = tiny.values(prefix, output_dir="out", num_layers=1, max_steps=10**6, context_parallel_size=2)
-    values |= {"val_set_size": 0, "export_hf": False, "save_total_limit": 1}
+    values |= {"val_set_size": 0, "export_hf": False, "save_total_limit": 1, "global_batch_size": 1}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     return tmp_path
 
@@ -50,8 +50,15 @@ def status(pid):
     return None if state == "Z" else (state, int(parent))
 
 
+def forked(pid):
+    """The process ids of a launcher's forked ranks, in the order in which they were started."""
+    return sorted(
+        int(name) for name in filter(str.isdigit, os.listdir("/proc")) if (status(name) or ("", 0))[1] == pid
+    )
+
+
 def children(pid):
-    """rank -> process id of a launcher's ranks."""
+    """rank -> process id of a launcher's ranks, which are programs of their own."""
     found = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         if (status(name) or ("", 0))[1] != pid:
@@ -113,7 +120,7 @@ def test_a_killed_run_leaves_nothing_and_can_go_on_at_once(folder):
     os.kill(ranks[1], signal.SIGSTOP)
     os.kill(process.pid, signal.SIGKILL)
     wait_until_gone(ranks.values())
-    again = command.start("train", "config.yaml", "--resume", "auto", cwd=folder, new_ranks=True)
+    again = command.start("train", "config.yaml", "--resume", "auto", cwd=folder)
     wait_for(lambda: "resume     out/checkpoints/step_" in again.output, again)
 
     # a hangup is a stop like others
@@ -132,14 +139,14 @@ def test_a_killed_run_leaves_nothing_and_can_go_on_at_once(folder):
 
 @pytest.mark.slow
 def test_a_rank_that_does_not_answer_is_waited_for_as_long_as_asked(folder):
-    process = command.start("train", "config.yaml", "--ddp-timeout", "8", cwd=folder, new_ranks=True)
+    process = command.start("train", "config.yaml", "--ddp-timeout", "5", cwd=folder)
     wait_for(lambda: steps(folder) > 2, process)
-    ranks = children(process.pid)
+    ranks = forked(process.pid)
     os.kill(ranks[1], signal.SIGSTOP)
     done = process.wait()
     assert done.returncode == 1
     found = re.search(
-        r"longspan: error: rank 0 waited 8 s \(ddp_timeout\) for another rank in step (\d+), (.*)\. Look at",
+        r"longspan: error: rank 0 waited 5 s \(ddp_timeout\) for another rank in step (\d+), (.*)\. Look at",
         done.stderr,
     )
     assert found, done.stderr
@@ -147,7 +154,7 @@ def test_a_rank_that_does_not_answer_is_waited_for_as_long_as_asked(folder):
     assert any(what in found[2] for what in ("forward and backward", "gradient norm", "end of the step"))
     assert "out of memory" not in done.stderr
     assert "Traceback" not in done.stderr
-    wait_until_gone(ranks.values())
+    wait_until_gone(ranks)
 
 
 #: runs the command after it in which a hangup is ignored, as nohup does
@@ -172,6 +179,7 @@ def started(*arguments, folder):
 def test_torchruns_handlers_leave_an_ignored_hangup_ignored_and_its_ranks_end_with_it(folder):
     process = started(
         *["-m", "longspan", "train", "config.yaml", "--launcher", "torchrun", "--", "--max-restarts=0"],
+        *["--standalone", "--nproc-per-node", "2"],
         folder=folder,
     )
     try:

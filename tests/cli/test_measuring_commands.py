@@ -18,6 +18,7 @@ def folder(tmp_path_factory):
 
 def test_verify_compares_a_layout_with_one_process(folder):
     args = ["config.yaml", "--tensor-parallel-size", 2, "--context-parallel-size", 2]
+    args += ["--global-batch-size", 2]
     done = longspan("verify", *args, "--json", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
@@ -36,6 +37,10 @@ def test_verify_all_goes_through_every_type_and_layout(folder):
         "config.yaml",
         "--context-parallel-size",
         4,
+        "--global-batch-size",
+        2,
+        "--eval-max-samples",
+        1,
         "--steps",
         1,
         "--sliding-window",

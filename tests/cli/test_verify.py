@@ -17,7 +17,9 @@ NAN = math.nan
 
 
 def measured(prefix, steps, max_steps):
-    got = verify.measure(tiny.tiny_run(prefix, 1, max_steps=max_steps), torch.device("cpu"), steps)
+    got = verify.measure(
+        tiny.tiny_run(prefix, 1, max_steps=max_steps, global_batch_size=1), torch.device("cpu"), steps
+    )
     return got["losses"], got["evaluation_tokens"]
 
 

@@ -2,12 +2,12 @@
 
 import contextlib
 import io
+import random
+from itertools import islice
 
-import hypothesis.strategies as st
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
 
 import command
 import pool
@@ -17,6 +17,7 @@ from longspan.config.load import make_config
 from longspan.config.resolve import resolve
 from longspan.config.run import Run
 from longspan.config.schema import names
+from longspan.data.checks import check_data
 from longspan.errors import UserError
 from longspan.runs.check import checked
 from longspan.runs.start import Launch
@@ -107,15 +108,20 @@ OTHERS = {
 }
 
 
-def some(table, most, least=0):
-    """A mapping of ``least`` to ``most`` of a table's keys, each to one of its values."""
-    pairs = st.sampled_from(sorted(table)).flatmap(lambda k: st.tuples(st.just(k), st.sampled_from(table[k])))
-    return st.lists(pairs, min_size=least, max_size=most).map(dict)
+#: (table, least, most): how many keys of each table a config has
+PARTS = ((SIZES, 0, 2), (MODEL, 0, 3), (LAYOUT, 0, 3), (BATCH, 0, 3), (MEMORY, 0, 2), (OTHERS, 0, 1))
 
 
-CONFIGS = st.tuples(
-    some(SIZES, 2), some(MODEL, 3), some(LAYOUT, 3), some(BATCH, 3), some(MEMORY, 2), some(OTHERS, 1)
-).map(lambda parts: {k: v for part in parts for k, v in part.items()})
+def drawn(count, parts):
+    """``count`` mappings of keys to values, the same ones each time."""
+    g = random.Random(0)
+    for _ in range(count):
+        keys = [
+            (table, key)
+            for table, least, most in parts
+            for key in g.sample(sorted(table), g.randint(least, most))
+        ]
+        yield {key: g.choice(table[key]) for table, key in keys}
 
 
 def run_of(values):
@@ -132,14 +138,13 @@ def run_of(values):
 KNOWN = [*names(), *EXTERNAL_NAMES, *MODEL, *LAYOUT, *OTHERS, "parallel sizes"]
 
 
-@settings(max_examples=1000, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-@given(changes=CONFIGS)
-def test_a_thousand_configs_are_taken_or_refused_by_name(prefix, changes):
-    _, problems = run_of(tiny.values(prefix, **changes))
-    for problem in problems:
-        assert any(name in problem for name in KNOWN), problem
-        assert problem.strip().endswith((".", ")", "?")), problem
-        assert "\n" not in problem
+def test_a_thousand_configs_are_taken_or_refused_by_name(prefix):
+    for changes in drawn(1000, PARTS):
+        _, problems = run_of(tiny.values(prefix, **changes))
+        for problem in problems:
+            assert any(name in problem for name in KNOWN), (changes, problem)
+            assert problem.strip().endswith((".", ")", "?")), (changes, problem)
+            assert "\n" not in problem, (changes, problem)
 
 
 def losses(values, world):
@@ -154,74 +159,65 @@ def losses(values, world):
 ALONE = {name: None for name in LAYOUT} | {"micro_batch_size": 1, "gradient_accumulation_steps": None}
 
 
+def taken(prefix, parts):
+    """Drawn configs that are taken and need at most four processes, as (changes, values, run); two micro-batches a step."""
+    for changes in drawn(2000, parts):
+        start = {"max_steps": 2, "save_last": False, "export_hf": False, "val_set_size": 1}
+        values = tiny.values(prefix, **start | changes)
+        run, _ = run_of(values)
+        if run is None or run.sizes.world_size > 4 or run.config.vocab_size < tiny.VOCAB:
+            continue
+        two = 2 * run.batch.micro * run.sizes.dp
+        values |= {"global_batch_size": min(run.batch.global_size, two)}
+        run, problems = run_of(values)
+        assert run is not None, (changes, problems)
+        try:
+            check_data(Run.of(run.config))
+        except UserError:  # a sample that all ranks together cannot hold
+            continue
+        yield changes, values, run
+
+
 @pytest.mark.slow
 def test_thirty_generated_configs_train_as_one_process_does(prefix):
     """Configs that are taken train two steps; the losses are those of one process with the same global batch."""
-    done = {"trained": 0, "compared": 0}
-
-    @settings(
-        max_examples=400,
-        derandomize=True,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        database=None,
-    )
-    @given(
-        st.tuples(some(SIZES, 1), some(MODEL, 1), some(LAYOUT, 3, 1), some(BATCH, 1), some(MEMORY, 1)).map(
-            lambda parts: {k: v for part in parts for k, v in part.items()}
-        )
-    )
-    def train(changes):
-        if done["trained"] >= 30:
-            return
-        values = tiny.values(prefix, **{"max_steps": 2, "save_last": False, "export_hf": False} | changes)
-        run, _ = run_of(values)
-        if run is None or run.sizes.world_size > 4 or run.config.vocab_size < tiny.VOCAB:
-            return
-        done["trained"] += 1
+    parts = ((SIZES, 0, 1), (MODEL, 0, 1), (LAYOUT, 1, 3), (BATCH, 0, 1), (MEMORY, 0, 1))
+    trained = compared = 0
+    for changes, values, run in islice(taken(prefix, parts), 30):
+        trained += 1
         many = pool.run(run.sizes.world_size, losses, values, run.sizes.world_size)
         assert all(m == many[0] for m in many), changes
         exact = run.precision.compute_dtype == "float64"
         if run.sizes.world_size == 1 or not exact:
             assert all(torch.isfinite(torch.tensor(many[0][0]))), changes
-            return
-        done["compared"] += 1
+            continue
+        compared += 1
         alone = values | ALONE | {"global_batch_size": run.batch.global_size}
         one = pool.run(1, losses, {k: v for k, v in alone.items() if v is not None}, 1)[0]
         assert many[0][0] == pytest.approx(one[0], rel=1e-9), changes
         if one[1] is not None:
             assert many[0][1] == pytest.approx(one[1], rel=1e-9), changes
+    assert trained == 30
+    assert compared >= 10, compared
 
-    train()
-    assert done["trained"] == 30, done
-    assert done["compared"] >= 10, done
+
+@pytest.fixture(scope="module")
+def found(prefix):
+    """Configs of at most two processes with at least two changes: those that are taken, and those that are refused."""
+    kinds = {False: [], True: []}
+    for changes in drawn(200, PARTS):
+        values = tiny.values(prefix, **{"max_steps": 1, "output_dir": "out"} | changes)
+        run, problems = run_of(values)
+        if (run is None or run.sizes.world_size <= 2) and len(changes) > 1:
+            kinds[bool(problems)].append(values)
+    return kinds
 
 
 @pytest.mark.parametrize("number", range(10))
-def test_ten_generated_configs_through_the_command_line(prefix, tmp_path, number):
+def test_ten_generated_configs_through_the_command_line(found, tmp_path, number):
     """Half of them refused: exit code 2, one line a problem, nothing written; the others train."""
-    found = []
-
-    @settings(
-        max_examples=200,
-        derandomize=True,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        database=None,
-    )
-    @given(CONFIGS)
-    def collect(changes):
-        values = tiny.values(prefix, **{"max_steps": 1, "output_dir": str(tmp_path / "out")} | changes)
-        run, problems = run_of(values)
-        if (
-            bool(problems) == bool(number % 2)
-            and (run is None or run.sizes.world_size <= 2)
-            and len(changes) > 1
-        ):
-            found.append(values)
-
-    collect()
-    values = found[number * len(found) // 10]
+    kind = found[bool(number % 2)]
+    values = kind[number * len(kind) // 10]
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
     done = command.run("train", "c.yaml", cwd=tmp_path)
     assert "Traceback" not in done.stderr, (values, done.stderr)

@@ -54,12 +54,12 @@ def random_batch(g):
     return [min(n, longest) for n in lengths], ranks, max_tokens
 
 
-def test_a_thousand_random_batches():
+def test_three_hundred_random_batches():
     """Every token once and no rank over its tokens, always. The busiest rank is within 1.05 of the mean wherever the
     longest sample fits on its minimum of ranks within the mean; a row's work more where tokens are the obstacle."""
     g = random.Random(0)
     fits = total = balanced = 0
-    for _ in range(1000):
+    for _ in range(300):
         lengths, ranks, max_tokens = random_batch(g)
         for busiest, mean, samples in check(lengths, ranks, max_tokens):
             longest = max(samples)
@@ -71,7 +71,7 @@ def test_a_thousand_random_batches():
             assert busiest <= 1.05 * mean + 2 * sum(
                 samples
             )  # what cannot be cut further: a row of each sample
-    assert fits > 200
+    assert fits > 60
     assert balanced > 0.8 * total
 
 

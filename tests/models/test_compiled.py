@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from test_gpt import LENGTH, VOCAB, batch, transformer_config
-from test_memory_keys import gradients, plain
+from test_memory_keys import PLAIN, gradients
 
 import pool
 import tiny
@@ -48,8 +48,9 @@ def freshly_compiled(function, *args):
         compiled.compiled.cache_clear()
 
 
-def compiled_gradients(*args):
-    return freshly_compiled(gradients, *args)
+def compiled_gradients(sizes, options, keys, move=False):
+    """What a model computes without ``keys`` and with them."""
+    return freshly_compiled(gradients, sizes, "packed", options, [PLAIN, (keys, move)])
 
 
 def compare(got, expected, tolerance=1e-10):
@@ -61,11 +62,11 @@ def compare(got, expected, tolerance=1e-10):
         assert error <= tolerance, f"{name}: {error}"
 
 
-ALONE, CUT = MeshSizes(), MeshSizes(tp=2, cp=2)
+ALONE, TP2 = MeshSizes(), MeshSizes(tp=2)
 CASES = {
     "one process": (ALONE, {}, {}, False),
-    "tp2 x cp2": (CUT, {}, {}, False),
-    "sequence parallel, norms of heads": (CUT, {"sequence_parallel": True, "qk_layernorm": True}, {}, False),
+    "tp2 x cp2": (MeshSizes(tp=2, cp=2), {}, {}, False),
+    "sequence parallel, norms of heads": (TP2, {"sequence_parallel": True, "qk_layernorm": True}, {}, False),
     "copies and shards, full recomputation": (
         MeshSizes(dp_shard=2, dp_replicate=2),
         {},
@@ -75,7 +76,7 @@ CASES = {
     "selective, tiles": (MeshSizes(cp=2), {}, {"recompute": "selective", "mlp_tiles": 3}, False),
     "moved activations": (ALONE, {}, {}, True),
     "LayerNorm, biases, not gated, tied": (
-        CUT,
+        TP2,
         {
             "normalization": "LayerNorm",
             "add_bias_linear": True,
@@ -93,10 +94,11 @@ CASES = {
 def test_compiled_parts_give_the_gradients_of_plain_ones(name):
     sizes, options, keys, move = CASES[name]
     keys = keys | {"torch_compile": "aot_eager"}
-    ranks = pool.run(sizes.world_size, compiled_gradients, sizes, "packed", options, keys, move)
-    for got, graphs, breaks in ranks:
+    for (expected, got), graphs, breaks in pool.run(
+        sizes.world_size, compiled_gradients, sizes, options, keys, move
+    ):
         assert not breaks
-        compare(got, plain(sizes, "packed", options))
+        compare(got, expected)
         if keys.get("recompute") == "full" or name in ("one process", "moved activations"):
             assert graphs == PARTS, "a part is made once for both layers, and for recomputation"
 
@@ -174,9 +176,10 @@ def test_adapters_are_compiled_too():
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="needs a C++ compiler")
 def test_generated_code_gives_the_gradients_of_plain_parts():
-    (got, graphs, breaks) = pool.run(1, compiled_gradients, ALONE, "packed", {}, {"torch_compile": True})[0]
+    found, graphs, breaks = pool.run(1, compiled_gradients, ALONE, {}, {"torch_compile": True})[0]
     assert (graphs, breaks) == (PARTS, {})
-    compare(got, plain(ALONE, "packed", {}))
+    expected, got = found
+    compare(got, expected)
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -144,6 +144,7 @@ def trained_weights(prefix, folder):
 
 def test_convert_both_ways_and_train_from_base_model(prefix, tmp_path):
     values = tiny.values(prefix, output_dir="out", val_set_size=0, max_steps=2, params_dtype="float32")
+    values |= {"global_batch_size": 2}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     done = longspan(tmp_path, "train", "config.yaml", "--context-parallel-size", 2)
     assert done.returncode == 0, done.stderr

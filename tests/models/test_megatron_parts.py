@@ -57,19 +57,25 @@ def disturb(model):
             parameter.data.to_local().add_(0.3 * whole[start:stop])
 
 
-def build(sizes, options):
-    mesh = ParallelMesh.build(sizes)
+def build(mesh, options):
+    sizes = mesh.sizes
     config = transformer_config(sizes, **options)
     with torch.device("meta"):
         model = GPTModel(config, VOCAB, LENGTH, pg_collection=mesh.groups)
     parallelize(model, mesh, seed=3, device=torch.device("cpu"))
     disturb(model)
-    return mesh, config, model
+    return config, model
 
 
-def gradients(sizes, options, layout_kind="zigzag", by_hand=False):
-    """loss, whole gradients and whole weights of a packed batch."""
-    mesh, config, model = build(sizes, options)
+def gradients(sizes, variants, layout_kind="zigzag", by_hand=False):
+    """For each variant, the options of a model: loss, whole gradients and whole weights of a packed batch."""
+    mesh = ParallelMesh.build(sizes)
+    return [gradients_of(mesh, options, layout_kind, by_hand) for options in variants]
+
+
+def gradients_of(mesh, options, layout_kind, by_hand):
+    config, model = build(mesh, options)
+    sizes = mesh.sizes
     tokens, labels = batch()
     multiple = sizes.tp if config.sequence_parallel else 1
     layout = SequenceLayout.make(
@@ -144,7 +150,7 @@ _references = {}
 def reference(options):
     key = repr(sorted(options.items()))
     if key not in _references:
-        _, _, weights = pool.run(1, gradients, MeshSizes(), options)[0]
+        ((_, _, weights),) = pool.run(1, gradients, MeshSizes(), [options])[0]
         weights = {name: w.clone().requires_grad_() for name, w in weights.items()}
         tokens, labels = batch()
         loss = F.cross_entropy(
@@ -176,14 +182,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+#: without sequence parallelism and with it
+BOTH = ({"sequence_parallel": False}, {"sequence_parallel": True})
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_gpt_at_every_layout(name, sequence_parallel):
+def test_a_gpt_at_every_layout(name):
     sizes = LAYOUTS[name]
-    if sequence_parallel and sizes.tp == 1:
-        pytest.skip("there is nothing to cut")
-    cut = {"sequence_parallel": sequence_parallel}
-    compare(pool.run(sizes.world_size, gradients, sizes, cut)[0], {})
+    for got in pool.run(sizes.world_size, gradients, sizes, BOTH if sizes.tp > 1 else BOTH[:1])[0]:
+        compare(got, {})
 
 
 @pytest.mark.parametrize(
@@ -198,25 +205,25 @@ def test_a_gpt_at_every_layout(name, sequence_parallel):
     ],
     ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()),
 )
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_other_parts_at_tp2_cp2(options, sequence_parallel):
-    cut = {"sequence_parallel": sequence_parallel}
-    compare(pool.run(4, gradients, LAYOUTS["tp2 x cp2"], options | cut)[0], options)
+def test_other_parts_at_tp2_cp2(options):
+    for got in pool.run(4, gradients, LAYOUTS["tp2 x cp2"], [options | cut for cut in BOTH])[0]:
+        compare(got, options)
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "per_document_zigzag", "balanced"])
 def test_other_layouts_of_the_sequence(kind):
-    compare(pool.run(3, gradients, LAYOUTS["cp3"], {}, kind)[0], {})
+    (got,) = pool.run(3, gradients, LAYOUTS["cp3"], [{}], kind)[0]
+    compare(got, {})
 
 
 def test_position_ids_by_hand():
-    cut = {"sequence_parallel": True}
-    compare(pool.run(4, gradients, LAYOUTS["tp2 x cp2"], cut, "zigzag", True)[0], {})
+    (got,) = pool.run(4, gradients, LAYOUTS["tp2 x cp2"], BOTH[1:], "zigzag", True)[0]
+    compare(got, {})
 
 
 def by_megatrons_way():
     """Without a layout: zigzag of each padded document, as packed_seq_params says it."""
-    _, _, model = build(MeshSizes(cp=2), {})
+    _, model = build(ParallelMesh.build(MeshSizes(cp=2)), {})
     tokens, labels = batch()
     padded = (0, 4, 12, 36, 60)
     layout = SequenceLayout.per_document_zigzag(DOCUMENTS, 2, cu_seqlens_padded=padded)
@@ -237,7 +244,8 @@ def test_positions_from_packed_seq_params():
 
 
 def beyond_the_table(tp):
-    mesh, config, model = build(MeshSizes(tp=tp), {})
+    mesh = ParallelMesh.build(MeshSizes(tp=tp))
+    config, model = build(mesh, {})
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     small = GPTModel(
         dataclasses.replace(config, max_position_embeddings=7), VOCAB, 64, pg_collection=mesh.groups

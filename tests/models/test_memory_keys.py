@@ -25,32 +25,29 @@ from longspan.training.trainer import Trainer
 CPU = torch.device("cpu")
 
 
-def gradients(sizes, kind, options, keys, move=False):
-    """Loss, gradient norm, whole gradients, and bytes moved.
+def gradients(sizes, kind, options, variants):
+    """For each variant: loss, gradient norm, whole gradients, and bytes moved.
 
     Args:
-        options: of the model; keys: of ``parallelize``; move: offload for real, which a run on the CPU leaves out.
+        options: of the model.
+        variants: (keys of ``parallelize``, whether to offload for real, which a run on the CPU leaves out).
     """
     mesh = ParallelMesh.build(sizes)
     config = transformer_config(sizes, **options)
-    with torch.device("meta"):
-        model = GPTModel(config, VOCAB, LENGTH, pg_collection=mesh.groups)
-    parallelize(model, mesh, seed=3, device=CPU, **keys)
-    offload = Offload(CPU, minimum=1) if move else None
-    for layer in model.decoder.layers.values():
-        assert layer.offload is None
-        layer.offload = offload
-    return *loss_and_gradients(model, mesh, kind), offload.moved if offload else 0
+    found = []
+    for keys, move in variants:
+        with torch.device("meta"):
+            model = GPTModel(config, VOCAB, LENGTH, pg_collection=mesh.groups)
+        parallelize(model, mesh, seed=3, device=CPU, **keys)
+        offload = Offload(CPU, minimum=1) if move else None
+        for layer in model.decoder.layers.values():
+            assert layer.offload is None
+            layer.offload = offload
+        found.append((*loss_and_gradients(model, mesh, kind), offload.moved if offload else 0))
+    return found
 
 
-_plain = {}
-
-
-def plain(sizes, kind, options):
-    key = repr((sizes, kind, sorted(options.items())))
-    if key not in _plain:
-        _plain[key] = pool.run(sizes.world_size, gradients, sizes, kind, options, {})[0]
-    return _plain[key]
+PLAIN = ({}, False)
 
 
 LAYOUTS = {
@@ -74,17 +71,20 @@ MLPS = {
 def test_tiled_mlp(name, mlp):
     sizes = LAYOUTS[name]
     options = MLPS[mlp] | {"sequence_parallel": sizes.tp > 1}
-    for tiles in (None, 4) if mlp == "gated" else (4,):
-        got = pool.run(sizes.world_size, gradients, sizes, "packed", options, {"mlp_tiles": tiles})[0]
-        compare(got[:3], plain(sizes, "packed", options)[:3])
+    tiles = [{"mlp_tiles": n} for n in ((None, 4) if mlp == "gated" else (4,))]
+    variants = [PLAIN, *((keys, False) for keys in tiles)]
+    expected, *found = pool.run(sizes.world_size, gradients, sizes, "packed", options, variants)[0]
+    for got in found:
+        compare(got[:3], expected[:3])
 
 
-@pytest.mark.parametrize("tiles", [2, 1000])  # more tiles than tokens
-def test_tiled_mlp_without_sequence_parallelism_and_with_sharded_weights(tiles):
-    for name in ("tp2", "cp2 x dp_shard2", "dp_replicate2 x tp2"):
-        sizes = LAYOUTS[name]
-        got = pool.run(sizes.world_size, gradients, sizes, "unpacked", {}, {"mlp_tiles": tiles})[0]
-        compare(got[:3], plain(sizes, "unpacked", {})[:3])
+@pytest.mark.parametrize("name", ["tp2", "cp2 x dp_shard2", "dp_replicate2 x tp2"])
+def test_tiled_mlp_without_sequence_parallelism_and_with_sharded_weights(name):
+    sizes = LAYOUTS[name]
+    variants = [PLAIN, *(({"mlp_tiles": n}, False) for n in (2, 1000))]  # 1000: more tiles than tokens
+    expected, *found = pool.run(sizes.world_size, gradients, sizes, "unpacked", {}, variants)[0]
+    for got in found:
+        compare(got[:3], expected[:3])
 
 
 #: keys of parallelize, whether to move for real, and whether the operations are the same ones
@@ -104,14 +104,37 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["packed", "unpacked"])
-@pytest.mark.parametrize("name", ["tp2 x cp2", "cp2 x dp_shard2"])
-@pytest.mark.parametrize("key", KEYS)
-def test_every_key_gives_the_numbers_without_it(key, name, kind):
-    sizes, (keys, move, same) = LAYOUTS[name], KEYS[key]
-    options = {"sequence_parallel": sizes.tp > 1}
-    got = pool.run(sizes.world_size, gradients, sizes, kind, options, keys, move)[0]
-    expected = plain(sizes, kind, options)
+@pytest.fixture(scope="module")
+def of_every_key():
+    """(layout, kind) -> key -> what the layout computes with it, and without any key (None)."""
+    done = {}
+
+    def get(name, kind):
+        if (name, kind) not in done:
+            sizes = LAYOUTS[name]
+            keys = [key for key, *case in CASES if case == [name, kind]]
+            variants = [PLAIN, *(KEYS[key][:2] for key in keys)]
+            options = {"sequence_parallel": sizes.tp > 1}
+            found = pool.run(sizes.world_size, gradients, sizes, kind, options, variants)[0]
+            done[name, kind] = dict(zip([None, *keys], found))
+        return done[name, kind]
+
+    return get
+
+
+#: each key at both layouts, at one of them with packed documents and at the other without
+CASES = [
+    (key, name, ("packed", "unpacked")[(i + j) % 2])
+    for j, name in enumerate(("tp2 x cp2", "cp2 x dp_shard2"))
+    for i, key in enumerate(KEYS)
+]
+
+
+@pytest.mark.parametrize(("key", "name", "kind"), CASES)
+def test_every_key_gives_the_numbers_without_it(key, name, kind, of_every_key):
+    _, move, same = KEYS[key]
+    found = of_every_key(name, kind)
+    got, expected = found[key], found[None]
     assert bool(got[3]) == move
     if same:
         assert got[:2] == expected[:2]
@@ -121,8 +144,8 @@ def test_every_key_gives_the_numbers_without_it(key, name, kind):
 
 def test_offloaded_parameters_with_copies_of_the_weights():
     sizes = LAYOUTS["dp_replicate2 x tp2"]
-    got = pool.run(4, gradients, sizes, "packed", {}, {"offload_params": True})[0]
-    expected = plain(sizes, "packed", {})
+    variants = [PLAIN, ({"offload_params": True}, False)]
+    expected, got = pool.run(4, gradients, sizes, "packed", {}, variants)[0]
     assert got[:2] == expected[:2]
     assert all(torch.equal(got[2][name], whole) for name, whole in expected[2].items())
 
@@ -133,7 +156,7 @@ def test_offloaded_parameters_with_copies_of_the_weights():
 def a_run(prefix, folder, changes):
     """Three steps with clipping and accumulation, a checkpoint after two, an evaluation and an export."""
     run = tiny.tiny_run(
-        prefix, dist.get_world_size(), micro_batch_size=1, max_grad_norm=0.1, max_steps=3, **changes
+        prefix, dist.get_world_size(), max_grad_norm=0.1, max_steps=3, val_set_size=1, **changes
     )
     trainer = Trainer(run, CPU)
     records = []
@@ -157,7 +180,7 @@ def a_run(prefix, folder, changes):
 
 def a_resumed_step(prefix, folder, changes):
     run = tiny.tiny_run(
-        prefix, dist.get_world_size(), micro_batch_size=1, max_grad_norm=0.1, max_steps=3, **changes
+        prefix, dist.get_world_size(), max_grad_norm=0.1, max_steps=3, val_set_size=1, **changes
     )
     trainer = Trainer(run, CPU)
     trainer.resume(folder / "checkpoints" / "step_00000002")

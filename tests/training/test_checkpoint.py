@@ -16,6 +16,7 @@ import command
 import pool
 import tiny
 from full_disk import WEIGHTS, full_disk
+from longspan.data.splits import open_datasets
 from longspan.errors import UserError
 from longspan.training import checkpoint
 from longspan.training.checkpoint import Checkpointer, SaveError
@@ -23,7 +24,11 @@ from longspan.training.metrics import keep_until
 from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-TP2_CP2 = {"tensor_parallel_size": 2, "context_parallel_size": 2}
+TP2_CP2 = {"tensor_parallel_size": 2, "context_parallel_size": 2, "micro_batch_size": 2}
+
+
+#: a run stops in its second epoch and ends in its third, after so many steps
+STOP, END = 4, 6
 
 
 def steps(prefix, changes, folder, first, last, background=True):
@@ -39,44 +44,58 @@ def steps(prefix, changes, folder, first, last, background=True):
     saves = Checkpointer(folder, background=background)
     saves.save(trainer.step, trainer.model, trainer.optimizer, trainer.description())
     # training goes on while the checkpoint is written, and must not leak into it
-    trainer.train_step(trainer.micro_batches(trainer.step))
+    with torch.no_grad():
+        moments = [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
+        for tensor in (*trainer.model.parameters(), *moments):
+            tensor.fill_(0.5)
     saves.finish()
     return losses
 
 
-@pytest.mark.parametrize(("background", "stop", "end"), [(True, 10, 14), (False, 2, 3)])
-@pytest.mark.slow
-def test_the_same_layout_goes_on_bit_equal(prefix, tmp_path, background, stop, end):
-    whole = pool.run(4, steps, prefix, TP2_CP2, str(tmp_path / "a"), 0, end)[0]
-    head = pool.run(4, steps, prefix, TP2_CP2, str(tmp_path / "b"), 0, stop, background)[0]
-    tail = pool.run(4, steps, prefix, TP2_CP2, str(tmp_path / "b"), stop, end, background)[0]
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """The prefix of data of two to three steps an epoch."""
+    prefix = tiny.write_data(tmp_path_factory.mktemp("short"), documents=18)
+    epoch = len(open_datasets(tiny.tiny_run(prefix, 1))[0])
+    assert 8 <= epoch <= 12, epoch  # of 4 a step
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def stopped(short, tmp_path_factory):
+    """A run that stops and one that does not: the losses and the folder of the first, the losses of the second."""
+    folder = tmp_path_factory.mktemp("stopped")
+    head = pool.run(4, steps, short, TP2_CP2, str(folder / "head"), 0, STOP)[0]
+    whole = pool.run(4, steps, short, TP2_CP2, str(folder / "whole"), 0, END)[0]
+    return head, folder / "head", whole
+
+
+def test_the_same_layout_goes_on_bit_equal(short, stopped, tmp_path):
+    head, folder, whole = stopped
+    shutil.copytree(folder, tmp_path / "background")
+    tail = pool.run(4, steps, short, TP2_CP2, str(tmp_path / "background"), STOP, END)[0]
     assert head + tail == whole
+    # and where nothing is saved in the background
+    here = str(tmp_path / "at once")
+    head = pool.run(4, steps, short, TP2_CP2, here, 0, 2, False)[0]
+    assert head + pool.run(4, steps, short, TP2_CP2, here, 2, 3, False)[0] == whole[:3]
 
 
 @pytest.mark.parametrize(
     ("world", "changes"),
     [
-        pytest.param(4, {"context_parallel_size": 4}, marks=pytest.mark.slow),
+        (4, {"context_parallel_size": 4, "micro_batch_size": 2}),
         (4, {"dp_shard_size": 4}),
         (4, {"dp_replicate_size": 2, "tensor_parallel_size": 2}),
-        (3, {"context_parallel_size": 3}),
+        (3, {"context_parallel_size": 3, "micro_batch_size": 4}),
         (1, {}),
     ],
     ids=str,
 )
-def test_another_layout_goes_on_to_rounding(prefix, tmp_path_factory, world, changes):
-    base = tmp_path_factory.getbasetemp() / "at-tp2-cp2"
-    if not base.exists():
-        base.mkdir()
-        head = pool.run(4, steps, prefix, TP2_CP2, str(base / "ten"), 0, 10)[0]
-        whole = pool.run(4, steps, prefix, TP2_CP2, str(base / "whole"), 0, 14)[0]
-        (base / "losses.json").write_text(json.dumps([head, whole]))
-    head, whole = json.loads((base / "losses.json").read_text())
-    folder = tmp_path_factory.mktemp("resumed")
-    import shutil
-
-    shutil.copytree(base / "ten", folder, dirs_exist_ok=True)
-    tail = pool.run(world, steps, prefix, changes, str(folder), 10, 14)[0]
+def test_another_layout_goes_on_to_rounding(short, stopped, tmp_path, world, changes):
+    head, folder, whole = stopped
+    shutil.copytree(folder, tmp_path / "resumed")
+    tail = pool.run(world, steps, short, changes, str(tmp_path / "resumed"), STOP, END)[0]
     assert head + tail == pytest.approx(whole, rel=1e-9)
 
 
@@ -198,7 +217,7 @@ def test_metrics_drop_the_lines_of_steps_that_are_run_again(tmp_path):
 
 
 def write_config(folder, prefix, **changes):
-    values = tiny.values(prefix, output_dir="out", val_set_size=0, **changes)
+    values = tiny.values(prefix, output_dir="out", val_set_size=0, global_batch_size=2, **changes)
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
 
 
@@ -224,8 +243,13 @@ def test_resume_from_the_command_line(prefix, tmp_path):
         tmp_path / "out" / "hf"
     )  # as where a run was ended between its last checkpoint and its export
     before = (tmp_path / "out" / "metrics.jsonl").read_text()
-    for arguments in (["--resume", "auto"], ["--load", "out"], ["--resume", "auto", "--max-steps", "4"]):
-        finished = train(tmp_path, *arguments, "--context-parallel-size", "2")
+    two = ["--context-parallel-size", "2"]
+    for arguments in (
+        ["--resume", "auto", *two],
+        ["--load", "out"],
+        ["--resume", "auto", "--max-steps", "4"],
+    ):
+        finished = train(tmp_path, *arguments)
         assert finished.returncode == 0, finished.stderr
         assert "step_00000006 has trained 6 steps, and" in finished.stdout
         assert "Nothing is left to do" in finished.stdout
@@ -235,7 +259,7 @@ def test_resume_from_the_command_line(prefix, tmp_path):
         (["--resume", "auto", "--num-layers", "3"], "another model: num_layers was 2"),
         (["--resume", "nowhere"], "there is no checkpoint at nowhere"),
         (["--no-load-optim"], "give resume too"),
-        (["--resume", "auto", "--global-batch-size", "8", "--max-steps", "9"], "global_batch_size 4"),
+        (["--resume", "auto", "--global-batch-size", "8", "--max-steps", "9"], "global_batch_size 2"),
     ):
         refused = train(tmp_path, *arguments)
         assert refused.returncode == 2, refused.stdout
@@ -279,7 +303,7 @@ def wait_for(condition, process, seconds=60):
 @pytest.mark.slow
 def test_twenty_kills_never_leave_a_broken_checkpoint(prefix, tmp_path):
     """A run that saves at every step is killed at arbitrary moments; what ``latest`` names always loads."""
-    write_config(tmp_path, prefix, max_steps=1000000, save_steps=1, save_total_limit=3)
+    write_config(tmp_path, prefix, max_steps=1000000, save_steps=1, save_total_limit=3, num_layers=1)
     folder, seen = tmp_path / "out" / "checkpoints", 0
     for kill in range(20):
         process = command.start("train", "config.yaml", "--resume", "auto", cwd=tmp_path)
@@ -303,7 +327,8 @@ def newest_step(folder):
 
 
 def loads(prefix, folder):
-    trainer = Trainer(tiny.tiny_run(prefix, 1, max_steps=1000000, val_set_size=0), CPU)
+    same = {"max_steps": 1000000, "val_set_size": 0, "global_batch_size": 2, "num_layers": 1}
+    trainer = Trainer(tiny.tiny_run(prefix, 1, **same), CPU)
     for path in Path(folder).glob("step_*"):
         trainer.resume(path)
         assert all(torch.isfinite(p.full_tensor()).all() for p in trainer.model.parameters())

@@ -55,7 +55,7 @@ def curve(steps, changes):
 
 
 def test_a_blend_trains_the_same_at_every_layout(blend):
-    changes = {"data_path": blend, "split": "80,10,10"}
+    changes = {"data_path": blend, "split": "80,10,10", "global_batch_size": 2, "eval_max_samples": 3}
     expected = pool.run(1, curve, 3, changes)[0]
     for world, more in (
         (2, {"tensor_parallel_size": 2, "sample_packing": True}),

@@ -40,10 +40,16 @@ class Records:
         pass
 
 
+def run_of(prefix, folder, **changes):
+    """A run with one sequence a step, because its steps are of no interest here."""
+    return tiny.tiny_run(
+        prefix, dist.get_world_size(), output_dir=str(folder), global_batch_size=1, **changes
+    )
+
+
 def trainer_of(prefix, folder, **changes):
-    run = tiny.tiny_run(prefix, dist.get_world_size(), output_dir=str(folder), **changes)
     sink = Records()
-    return Trainer(run, CPU, Metrics([sink])), sink.records
+    return Trainer(run_of(prefix, folder, **changes), CPU, Metrics([sink])), sink.records
 
 
 def names(folder):
@@ -325,7 +331,7 @@ def test_a_run_that_stops_early_is_saved_whatever_save_last_is(prefix, tmp_path)
 
 def trained(prefix, folder, **changes):
     """A whole run by ``session.train``: (exit code, what was printed)."""
-    run = tiny.tiny_run(prefix, dist.get_world_size(), output_dir=str(folder), **changes)
+    run = run_of(prefix, folder, **changes)
     folder.mkdir(exist_ok=True)
     (folder / CONFIG).write_text("")
     said = io.StringIO()

@@ -37,7 +37,7 @@ def groups_of_a_run(prefix, folder, sizes):
     set_waiting_time(
         dist.group.WORLD, datetime.timedelta(seconds=SECONDS)
     )  # as ddp_timeout does at the start
-    run = tiny.tiny_run(prefix, dist.get_world_size(), output_dir=folder, global_batch_size=8, **sizes)
+    run = tiny.tiny_run(prefix, dist.get_world_size(), output_dir=folder, global_batch_size=2, **sizes)
     trainer = Trainer(run, CPU)
     assert len(time_outs()) > 4
     assert set(time_outs().values()) == {SECONDS}
@@ -75,7 +75,7 @@ def test_the_groups_of_a_library_have_the_default_groups_time_out():
 
 def waits_in_vain(prefix, folder, where, expected):
     """Rank 1 does not come; rank 0 tells where it waited."""
-    run = tiny.tiny_run(prefix, 2, output_dir=folder, context_parallel_size=2)
+    run = tiny.tiny_run(prefix, 2, output_dir=folder, context_parallel_size=2, global_batch_size=1)
     trainer = Trainer(run, CPU)
     trainer.train_step(trainer.micro_batches(0))  # what a first step imports takes its time
     batches = trainer.micro_batches(1)
