@@ -67,6 +67,8 @@ def test_a_checkpoint_and_the_export_are_one_model(folder):
     exported = (folder / "out/hf/model.safetensors").read_bytes()
     assert (folder / "converted/model.safetensors").read_bytes() == exported
     ran(folder, "convert", "--model", "converted", "--output", "checkpoint")
+    config, same = (json.loads((folder / of / "config.json").read_text()) for of in ("out/hf", "converted"))
+    assert config["router_aux_loss_coef"] == same["router_aux_loss_coef"] > 0
     # A Mixtral has no dense size, so that the checkpoint takes the one of its experts; no layer uses it.
     weights_only = ("--resume", "checkpoint", "--no-load-optim", "true", "--max-steps", "1")
     ran(folder, "train", "train.yaml", "--output-dir", "from_weights", *weights_only)
@@ -84,8 +86,38 @@ def test_adapters_on_attention(folder):
     adapters = load_file(folder / "lora/hf/adapter_model.safetensors")
     assert all(".self_attn." in name for name in adapters)
     ran(folder, "convert", "--lora", "lora/hf", "--output", "merged")
+    ran(folder, "convert", "--checkpoint", "lora/checkpoints/step_00000003", "--output", "adapters")
+    assert load_file(folder / "adapters/adapter_model.safetensors").keys() == adapters.keys()
     before, merged = (load_file(folder / path / "model.safetensors") for path in ("out/hf", "merged"))
     changed = {name for name, value in before.items() if not torch.equal(merged[name], value)}
     assert changed
     assert all("q_proj" in name or "v_proj" in name for name in changed)
     assert json.loads((folder / "merged/config.json").read_text())["model_type"] == "mixtral"
+
+
+def test_adapters_on_a_shared_expert_are_merged(folder):
+    """Linear layers of experts have the same names as those of dense layers, and get no adapters."""
+    shared = {"moe_shared_expert_intermediate_size": 16, "moe_shared_expert_gate": True, "add_qkv_bias": True}
+    small = {"dp_shard_size": 1, "expert_parallel_size": 1, "max_steps": 1, "moe_router_pre_softmax": True}
+    write(folder, "shared.yaml", **EXPERTS, **shared, tokenizer_config="tokenizer")
+    options = [
+        part for name, value in small.items() for part in (f"--{name.replace('_', '-')}", str(value).lower())
+    ]
+    ran(folder, "train", "shared.yaml", "--output-dir", "shared", *options)
+    assert json.loads((folder / "shared/hf/config.json").read_text())["model_type"] == "qwen2_moe"
+    own = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size",
+           "init_method_std")  # fmt: skip
+    lora = {
+        "base_model": "shared/hf",
+        "adapter": "lora",
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_target_linear": True,
+    }
+    write(folder, "shared_lora.yaml", remove=own, **lora, params_dtype="float32")
+    ran(folder, "train", "shared_lora.yaml", "--output-dir", "shared_lora", "--max-steps", "2")
+    ran(folder, "convert", "--lora", "shared_lora/hf", "--output", "shared_merged")
+    before, merged = (load_file(folder / at / "model.safetensors") for at in ("shared/hf", "shared_merged"))
+    changed = {name for name, value in before.items() if not torch.equal(merged[name], value)}
+    assert any(".shared_expert." in name for name in changed)
+    assert not any(".experts." in name for name in changed)

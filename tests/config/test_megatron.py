@@ -222,3 +222,11 @@ def test_published_launch_scripts_run(name):
         assert not run.config.sample_packing
         assert run.config.log_params_norm
         assert run.config.gradient_checkpointing == "full"
+
+
+def test_a_pattern_of_layers_may_be_written_as_megatron_does():
+    for text, expected in {"([0]*1+[1]*3)": [0, 1, 1, 1], "[0,1]": [0, 1], "2": 2}.items():
+        reading, _ = parse_megatron_flags(["--num-experts", "4", "--moe-layer-freq", text])
+        assert reading.config.moe_layer_freq == expected
+    reading, _ = parse_megatron_flags(["--num-experts", "4", "--moe-layer-freq", "[0]*len('ab')"])
+    assert any("moe-layer-freq" in problem or "moe_layer_freq" in problem for problem in reading.problems)

@@ -262,3 +262,45 @@ def refuses(indices):
     x = torch.zeros(1, HIDDEN, dtype=torch.float64)
     with pytest.raises(ValueError, match="numbers of all 8 experts, from 0"):
         layer.experts(x, torch.ones(1, 2), torch.tensor(indices))
+
+
+def bias_gradients(rows, fixed_order):
+    """In bfloat16 the largest relative error of each bias's gradient, whose sums have ``rows`` terms an expert."""
+    mesh = ParallelMesh.build(MeshSizes())
+    changes = {
+        "add_bias_linear": True,
+        "num_moe_experts": 2,
+        "moe_router_topk": 1,
+        "moe_router_pre_softmax": True,
+    }
+    found = []
+    for dtype in (torch.float64, torch.bfloat16):
+        config = config_of(MeshSizes(), params_dtype=dtype, deterministic_mode=fixed_order, **changes)
+        layer = made(config, mesh.groups, {})
+        g = torch.Generator().manual_seed(3)
+        x = torch.randn(2 * rows, HIDDEN, generator=g, dtype=torch.float64).to(dtype)
+        layer.experts(x, torch.tensor([rows, rows])).float().mean(1).sum().backward()
+        biases = [p for name, p in layer.experts.named_parameters() if name.endswith("bias")]
+        found.append([p.grad.to_local().double() for p in biases])
+    return [((b - a).abs().max() / a.abs().max()).item() for a, b in zip(*found)]
+
+
+@pytest.mark.parametrize("fixed_order", [False, True])
+def test_sums_of_many_bfloat16_rows_do_not_stop_growing(fixed_order):
+    (errors,) = pool.run(1, bias_gradients, 4096, fixed_order)
+    assert len(errors) == 3
+    assert max(errors) < 0.02
+
+
+def megatrons_call():
+    mesh = ParallelMesh.build(MeshSizes())
+    layer = made(config_of(MeshSizes()), mesh.groups, {})
+    x, factors = torch.randn(8, HIDDEN, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
+    counts = torch.tensor([2, 0, 1, 0, 3, 0, 0, 2])
+    torch.testing.assert_close(
+        layer.experts(x, counts, factors), layer.experts(x, counts) * factors.unsqueeze(1)
+    )
+
+
+def test_megatrons_third_argument_weights_the_results():
+    pool.run(1, megatrons_call)

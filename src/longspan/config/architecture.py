@@ -122,6 +122,9 @@ class Architecture(InitialValues):
             object.__setattr__(self, "kv_channels", self.hidden_size // heads)
         if self.ffn_hidden_size is None:
             object.__setattr__(self, "ffn_hidden_size", 4 * self.hidden_size)
+        pattern = self.moe_layer_freq
+        if isinstance(pattern, list | tuple) and pattern and all(one == 1 for one in pattern):
+            object.__setattr__(self, "moe_layer_freq", 1)
         if self.moe_ffn_hidden_size is None and self.num_moe_experts is not None:
             object.__setattr__(self, "moe_ffn_hidden_size", self.ffn_hidden_size)
 

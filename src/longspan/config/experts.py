@@ -188,7 +188,7 @@ def _balancing(model: Architecture) -> Iterator[Problem]:
     if names == ["none"] and any(values):
         yield (
             fields,
-            f"moe_aux_loss_coeff {coefficients} has no effect with moe_router_load_balancing_type none. Leave one of them out.",
+            f"moe_aux_loss_coeff {coefficients} has no effect with moe_router_load_balancing_type none. Set moe_aux_loss_coeff: 0, or leave the type out.",
         )
     for name, value in zip(names, values if len(values) == len(names) else values * len(names)):
         if name in ("seq_aux_loss", "global_aux_loss") and not value:

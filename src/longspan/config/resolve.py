@@ -114,6 +114,9 @@ def _with_base_model(config: TrainConfig, name: str, found: list[Problem], bad: 
         # A model that was not found before is not searched on the hub again.
         whole = architecture_of(name, network="base_model" not in bad)
         base = {k: v for k, v in whole.items() if k not in given}
+        if "moe_router_load_balancing_type" in given:
+            # The coefficient belongs to the kind of loss that base_model was trained with.
+            base.pop("moe_aux_loss_coeff", None)
         config = TrainConfig.model_validate(config.model_dump(exclude_unset=True) | base)
         return _longer(config, whole, given)
     except ValidationError as error:

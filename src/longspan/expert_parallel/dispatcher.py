@@ -90,6 +90,7 @@ class _Split:
         }
         #: for each rank of the group its index among the expert parallel ranks
         self.ep_of = [place[rank] for rank in members]
+        self._ep_of: Tensor | None = None
 
     def received(self, rows: Tensor, scores: Tensor, indices: Tensor, kept: Tensor) -> Received:
         here = kept & (indices // self.per_rank == self.here)
@@ -110,8 +111,9 @@ class AllToAllDispatcher(_Split):
     def exchange(self, indices: Tensor, kept: Tensor) -> _Uneven:
         ranks = len(self.ep_of)
         owner = torch.where(kept, indices // self.per_rank, -1)
-        ep_of = torch.tensor(self.ep_of, device=indices.device)
-        wanted = (owner.unsqueeze(0) == ep_of.view(-1, 1, 1)).any(2)  # [ranks, t]
+        if self._ep_of is None or self._ep_of.device != indices.device:
+            self._ep_of = torch.tensor(self.ep_of, device=indices.device)
+        wanted = (owner.unsqueeze(0) == self._ep_of.view(-1, 1, 1)).any(2)  # [ranks, t]
         rows = wanted.nonzero()[:, 1]
         counts = wanted.sum(1)
         theirs = torch.empty_like(counts)

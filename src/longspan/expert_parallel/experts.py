@@ -27,7 +27,8 @@ class GroupedMLP(ParallelModule):
     Called in one of two ways:
 
         (permuted [t, h], tokens_per_expert [local experts]) -> [t, h]
-            rows in the order of the experts, as Megatron's; each through its own expert
+            rows in the order of the experts, as Megatron's; each through its own expert. With a third argument [t] of
+            Megatron's (permuted_probs) each result is multiplied by its number
         (x [.., h], scores [.., k], indices [.., k]) -> [.., h]
             rows are sent to the ranks of the experts they chose (``indices`` are numbers of all experts), and
             come back as one sum weighted by ``scores``
@@ -128,8 +129,8 @@ class GroupedMLP(ParallelModule):
             kept, exchange, pairs_each: of ``MoELayer``, whose rows [t, h] are different ones on every rank; see
                 :meth:`dispatched`.
         """
-        if indices is None:
-            return self._sorted(x, scores)
+        if indices is None or indices.is_floating_point():
+            return self._sorted(x, scores, indices)
         if kept is not None:
             return self.dispatched(x, scores, indices, kept, exchange, pairs_each)
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_experts:
@@ -175,7 +176,7 @@ class GroupedMLP(ParallelModule):
         y = self.compute(received.rows, received.scores, choices)
         return self.dispatcher.combine(y, x, exchange)
 
-    def _sorted(self, x: Tensor, counts: Tensor) -> Tensor:
+    def _sorted(self, x: Tensor, counts: Tensor, factors: Tensor | None) -> Tensor:
         counts = torch.as_tensor(counts, device=x.device).to(torch.int64)
         if counts.shape != (self.num_local_experts,) or int(counts.sum()) != len(x):
             raise ValueError(
@@ -187,7 +188,8 @@ class GroupedMLP(ParallelModule):
         at = torch.arange(len(x), device=x.device)
         ends = counts.cumsum(0).to(torch.int32)
         choices = Choices(at, at, counts, ends, self.config.moe_grouped_gemm, self.config.deterministic_mode)
-        y = self.compute(x, x.new_ones(len(x), 1), choices)
+        scores = x.new_ones(len(x), 1) if factors is None else factors.view(len(x), 1)
+        y = self.compute(x, scores, choices)
         return collectives.reduce(y, self.groups.etp)
 
 

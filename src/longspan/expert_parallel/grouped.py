@@ -122,11 +122,13 @@ def grouped_gradient(x: Tensor, y: Tensor, choices: Choices) -> Tensor:
 
 
 def _bias_gradient(y: Tensor, choices: Choices) -> Tensor:
-    """y [p, b] -> [E, b]: the sum over each expert's pairs."""
+    """y [p, b] -> [E, b]: the sum over each expert's pairs, in float32 at least: thousands of terms of bfloat16 would
+    stop growing."""
     expert = torch.repeat_interleave(torch.arange(len(choices.counts), device=y.device), choices.counts)
-    total = y.new_zeros(len(choices.counts), y.shape[1])
+    wide = torch.promote_types(y.dtype, torch.float32)
+    total = torch.zeros(len(choices.counts), y.shape[1], dtype=wide, device=y.device)
     add_rows(total, expert, y, choices.fixed_order)
-    return total
+    return total.to(y.dtype)
 
 
 class Weights(NamedTuple):
@@ -192,7 +194,9 @@ class _ExpertMLPs(torch.autograd.Function):
         d_a = grouped_product(d_out, down, choices)
         d_score = (d_a * a.detach()).sum(1, dtype=scores.dtype)
         if down_bias is not None:
-            d_score = d_score + (d_out * down_bias.repeat_interleave(choices.counts, 0)).sum(1)
+            d_score = d_score + (d_out * down_bias.repeat_interleave(choices.counts, 0)).sum(
+                1, dtype=scores.dtype
+            )
         d_scores = choices.to_scores(d_score, scores)
         del d_out
         d_hidden = torch.autograd.grad(a, inputs, d_a.mul_(score))

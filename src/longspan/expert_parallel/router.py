@@ -41,6 +41,20 @@ class Routing(NamedTuple):
     logits: Tensor
 
 
+class _WideProduct(torch.autograd.Function):
+    """x [t, h] -> x w^T [t, E] in the dtype of w; what is kept of x for backward is x itself, and no wide copy."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x.to(weight.dtype) @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return (grad @ weight).to(x.dtype), grad.t() @ x.to(weight.dtype)
+
+
 class MoERouter(TensorParallelModule):
     """``x [s, b, h] -> (scores [s, b, k], indices [s, b, k])``.
 
@@ -92,7 +106,7 @@ class MoERouter(TensorParallelModule):
         cut = self.sequence_parallel if cut is None else cut
         weight = self.summed(self.weight) if cut else local(self.weight)
         with autocast.off(x):
-            logits = x.to(wide) @ weight.to(wide).t()
+            logits = _WideProduct.apply(x, weight.to(wide))
         return Routing(*self._choose(logits, indices), logits)
 
     def _choose(self, logits: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -131,7 +145,7 @@ class MoERouter(TensorParallelModule):
         """[t, E] -> what the balancing losses take for P: those of a row add up to 1."""
         if self.config.moe_router_score_function == "sigmoid":
             scores = logits.sigmoid()
-            return scores / scores.sum(1, keepdim=True)
+            return scores / (scores.sum(1, keepdim=True) + 1e-20)
         return logits.softmax(1)
 
     def compute_aux_loss(self, scores: Tensor, indices: Tensor) -> Tensor:

@@ -224,9 +224,6 @@ def init_distributed(device_type: str, timeout_s: float = 600.0, start_s: float 
     function that reads the launcher's environment variables (RANK, WORLD_SIZE, LOCAL_RANK).
 
     Args:
-        timeout_s: the time that an exchange may take, in seconds.
-
-    Args:
         timeout_s: seconds that an exchange waits for an answer (ddp_timeout).
         start_s: seconds in which the ranks of all machines have to be started; timeout_s, if that is longer.
 

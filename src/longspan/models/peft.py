@@ -187,6 +187,10 @@ def write_adapters(
     name_folder(partial, folder)
 
 
+#: parts of the names of experts' tensors, which get no adapters though their last parts are those of dense layers
+_EXPERTS = (".mlp.experts.", ".block_sparse_moe.experts.")
+
+
 @torch.no_grad()
 def merge(base: SafetensorsFolder, adapters: Path, writer: FolderWriter) -> None:
     """Writes a base model's weights with the adapters added: W + scale B A, tensor by tensor.
@@ -201,7 +205,7 @@ def merge(base: SafetensorsFolder, adapters: Path, writer: FolderWriter) -> None
     parts = {
         name: [f"{_PREFIX}{name.removesuffix('weight')}lora_{part}.weight" for part in "AB"]
         for name in base.files
-        if name.endswith(ends)
+        if name.endswith(ends) and not any(part in name for part in _EXPERTS)
     }
     with open_adapters(adapters, [part for pair in parts.values() for part in pair]) as source:
         for name in base.files:

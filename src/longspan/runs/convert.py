@@ -75,7 +75,7 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
     from longspan.config.lora import Lora
     from longspan.config.parameters import parameter_shapes
     from longspan.models.hf_weights import FolderWriter, Names
-    from longspan.models.peft import write_adapters
+    from longspan.models.peft import is_adapter, write_adapters
     from longspan.training import checkpoint
     from longspan.training.checkpoint_files import read_tensors
     from longspan.training.description import config_of_model
@@ -104,6 +104,8 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
 
     if (adapter := said.get("adapter")) is not None:
         names = [name.removeprefix("model.") for name in entries if name.startswith("model.")]
+        # Buffers, such as the counters of a router, are no adapters.
+        names = [name for name in names if is_adapter(name)]
         weights = {name: whole(name).to(getattr(torch, dtype)) for name in names}
         lora = Lora(adapter["rank"], adapter["alpha"], tuple(adapter["targets"]), adapter["rslora"])
         run = at_hand(run.model_copy(update={"base_model": adapter["base_model"]}))
@@ -194,7 +196,7 @@ def to_checkpoint(model: str, output: Path) -> None:
     from longspan.models.hf_weights import Names, SafetensorsFolder, check_tensors, read_part
     from longspan.training.checkpoint import to_text
     from longspan.training.checkpoint_files import SummingWriter, cause
-    from longspan.training.description import describe_model
+    from longspan.training.description import BESIDE, describe_model
 
     values = architecture_of(model)
     for line in unused_fields(model):
@@ -220,7 +222,7 @@ def to_checkpoint(model: str, output: Path) -> None:
         "torch": torch.__version__,
         "layout": f"converted from {model}",
         "global_batch_size": None,
-        **{k: about[k] for k in ("model", "settings", "init_method_std", "max_position_embeddings")},
+        **{k: about[k] for k in ("model", "settings", *BESIDE)},
         "base_model": str(Path(model).resolve()) if Path(model).is_dir() else model,
         "step": 0,
         "tokens": 0,

@@ -31,6 +31,15 @@ SAMPLE_SETTINGS = ("train_on_inputs", "excess_length_strategy")
 MOST = 1 << 53
 
 
+#: keys of the model that a checkpoint fits with any value of, and that an export needs
+BESIDE = (
+    "init_method_std",
+    "max_position_embeddings",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+)
+
+
 def describe(path: Path, option: str = "resume") -> dict[str, Any]:
     """Reads ``longspan.json`` of a checkpoint, and checks the types and ranges of its values.
 
@@ -95,11 +104,7 @@ def _odd_values(found: dict[str, Any]) -> list[str]:
 def _model_keys(description: dict[str, Any]) -> dict[str, Any]:
     """The config keys of the model that a description holds; an older description holds fewer of them."""
     values = description["model"] | description["settings"]
-    values |= {
-        name: description[name]
-        for name in ("init_method_std", "max_position_embeddings")
-        if name in description
-    }
+    values |= {name: description[name] for name in BESIDE if name in description}
     names = [*map(key_of, fields(Architecture)), "vocab_size", "sequence_len"]
     return {name: values[name] for name in names if name in values}
 
@@ -216,8 +221,7 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
     return {
         "model": model.keys("shapes") | {"vocab_size": config.vocab_size},
         "settings": {name: getattr(config, name) for name in SETTINGS} | model.keys("numbers"),
-        "init_method_std": model.init_method_std,
-        "max_position_embeddings": model.max_position_embeddings,
+        **{name: getattr(model, name) for name in BESIDE},
     }
 
 

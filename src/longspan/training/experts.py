@@ -57,6 +57,11 @@ class Experts:
         #: float64 [layers, E + 3], the sums of the last step; see ``Load.flat``
         self.sums: torch.Tensor | None = None
 
+    def forget_counts(self) -> None:
+        """Begins without the counts of the last step, which belong to other data than what comes."""
+        for layer in self.layers:
+            local(layer.router.last_counts).zero_()
+
     def start_step(self) -> None:
         for layer in self.layers:
             layer.start_step()

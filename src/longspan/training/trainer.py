@@ -127,6 +127,7 @@ class Trainer:
         optimizer = None if config.no_load_optim else self.optimizer
         load(path, self.model, optimizer, not config.no_load_rng, config.verify_checkpoint, option)
         if config.no_load_optim:
+            self.experts.forget_counts()
             return
         self.step, self.tokens = then["step"], then["tokens"]
         self.owed = bool(then.get("evaluation_due"))

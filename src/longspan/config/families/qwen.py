@@ -121,7 +121,10 @@ class Qwen2Moe(QwenWithExperts, Qwen2):
     expert_needs = WithExperts.expert_needs | {"moe_shared_expert_gate": True, "sliding_window": None}
 
     def read_pieces(self, data: Mapping[str, Any], where: str) -> dict[str, Any]:
-        return super().read_pieces(data, where) | self.read_sparse(data) | {"moe_shared_expert_gate": True}
+        found = super().read_pieces(data, where) | self.read_sparse(data)
+        if found["num_moe_experts"] is None:
+            return found | {"moe_shared_expert_intermediate_size": None}
+        return found | {"moe_shared_expert_gate": True}
 
     def read_window(self, data: Mapping[str, Any], where: str) -> int | list[int | None] | None:
         _refuse_window(data, where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any, Literal
 
 from pydantic import BaseModel, field_validator
@@ -9,13 +10,31 @@ from pydantic import BaseModel, field_validator
 from longspan.config.keys.declare import key
 
 
+def _pattern_of(node: ast.expr) -> list[int]:
+    """A list of numbers, or lists that are repeated and joined.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    match node:
+        case ast.List(elts):
+            numbers = [one.value for one in elts if isinstance(one, ast.Constant)]
+            if len(numbers) == len(elts) and all(isinstance(n, int) for n in numbers):
+                return [n for n in numbers if isinstance(n, int)]
+        case ast.BinOp(left, ast.Add(), right):
+            return _pattern_of(left) + _pattern_of(right)
+        case ast.BinOp(left, ast.Mult(), ast.Constant(int(times))) if 0 <= times <= 10_000:
+            return _pattern_of(left) * times
+    raise ValueError(ast.dump(node))
+
+
 class ModelKeys(BaseModel):
     """The architecture, and the model to start from."""
 
     base_model: str | None = key(
         None,
-        "Hugging Face model to start from: a local folder, or a hub id when the hub can be reached (Llama, Mistral, Qwen2, "
-        "Qwen3, GPT-2; docs/models.md).",
+        "Hugging Face model to start from: a local folder, or a hub id when the hub can be reached (Llama, Mistral, Mixtral, "
+        "Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, GPT-2; docs/models.md).",
         flag="--base-model",
     )
     reinit_weights: bool = key(
@@ -181,6 +200,17 @@ class ModelKeys(BaseModel):
     lora_target_linear: bool = key(False, "All linear layers of attention and MLP get adapters.")
     lora_model_dir: str | None = key(None, "Folder of adapters in PEFT's format to start from.")
     peft_use_rslora: bool = key(False, "Scale adapters by lora_alpha / sqrt(lora_r) (rsLoRA).")
+
+    @field_validator("moe_layer_freq", mode="before")
+    @classmethod
+    def _pattern(cls, value: object) -> object:
+        """Megatron-LM's spelling of a pattern, ``([0]*1+[1]*26)``, which is Python there."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return _pattern_of(ast.parse(value.strip(), mode="eval").body)
+        except (ValueError, SyntaxError):
+            return value
 
     @field_validator("adapter", mode="before")
     @classmethod
