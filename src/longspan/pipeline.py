@@ -34,6 +34,7 @@ from torch.distributed.pipelining import (
 
 from longspan.config.stages import SCHEDULES, SPLIT_BACKWARD, Stage, rank_of_stage
 from longspan.models import GPTModel
+from longspan.tensor_parallel.layers import local
 
 _CLASSES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
@@ -169,9 +170,10 @@ class Pipeline:
         first, last = any(stage.first for stage in self.own), any(stage.last for stage in self.own)
         if first == last or not model.config.share_embeddings_and_output_weights:
             return
-        weight = model.embedding.word_embeddings.weight
-        if weight.requires_grad:
-            dist.all_reduce(weight.grad.to_local(), group=ends)
+        assert model.embedding is not None
+        gradient = model.embedding.word_embeddings.weight.grad
+        if gradient is not None:
+            dist.all_reduce(local(gradient), group=ends)
 
     def _schedule(self, micro_batches: int, shape: tuple[int, ...]) -> tuple[Any, PipelineStage]:
         key = micro_batches, shape

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from longspan.config.schema import TrainConfig
 from longspan.gradients import is_expert
+from longspan.models import GPTModel
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -69,7 +70,9 @@ def parameter_norm(model: nn.Module, stages: int = 1) -> torch.Tensor:
 
 def _counted(model: nn.Module) -> list[nn.Parameter]:
     """The parameters without a last stage's copy of the embedding, which the first stage has."""
-    copy = model.output_layer.weight if getattr(model, "copies_embedding", False) else None
+    copy = None
+    if isinstance(model, GPTModel) and model.copies_embedding and model.output_layer is not None:
+        copy = model.output_layer.weight
     return [p for p in model.parameters() if p is not copy]
 
 
