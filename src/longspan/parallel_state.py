@@ -420,7 +420,7 @@ def get_all_ranks(check_initialized: bool = True):
 
 _FIXED = "sizes and ranks are those of the groups; call destroy_model_parallel() and initialize_model_parallel(...) for others"
 _GLOO = "there are no second groups over gloo. The default process group serves both kinds of tensors (backend cpu:gloo,cuda:nccl): {}"
-_ENDS = "pipelines are not supported yet, and without them embedding and output layer are on every rank: nothing is shared between stages"
+_ENDS = "the first and the last stage of a pipeline share a tied embedding through get_mesh().groups.ends, which longspan.pipeline uses"
 _PARTIAL = "there is no distributed optimizer in parts. FSDP2 shards over dp_shard x cp and copies over dp_replicate: get_mesh().device_mesh"
 _BUFFER = "PyTorch's allocator keeps memory for reuse; leave the call out"
 
@@ -429,8 +429,8 @@ _INSTEAD = {
     "get_data_parallel_group_gloo": _GLOO.format("get_data_parallel_group()"),
     "get_expert_data_parallel_group_gloo": _GLOO.format("get_expert_data_parallel_group()"),
     "get_data_modulo_expert_parallel_group": "get_expert_data_parallel_group()",
-    "get_expert_tensor_model_pipeline_parallel_group": "get_expert_tensor_and_model_parallel_group(); pipelines are not "
-    "supported yet",
+    "get_expert_tensor_model_pipeline_parallel_group": "get_expert_tensor_and_model_parallel_group() and "
+    "get_pipeline_model_parallel_group(): no group holds both",
     "get_hybrid_data_context_parallel_groups": "no groups are made for hybrid context parallelism: a sample's layout spans "
     "get_data_parallel_group(with_context_parallel=True). See longspan.context_parallel.hybrid",
     "get_embedding_group": _ENDS,

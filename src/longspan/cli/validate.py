@@ -19,8 +19,9 @@ from longspan.config.families.hub import architecture_of, is_hub_id, unused_fiel
 from longspan.config.load import Reading, make_config
 from longspan.config.options import Overrides, parse_overrides
 from longspan.config.resolve import complete
-from longspan.config.run import batch_of, sizes_of
+from longspan.config.run import batch_of, sizes_of, stages_of
 from longspan.config.schema import DatasetConfig, TrainConfig
+from longspan.config.stages import pipeline_line
 from longspan.config.yaml_file import read_yaml
 from longspan.errors import UserError
 from longspan.runs.prepare import check_vocabulary, end_of_document
@@ -201,6 +202,9 @@ def summary(config: TrainConfig, world: int | None) -> dict[str, Any]:
         lines["model"] = (
             f"{config.num_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads ({groups} key/value)"
         )
+        if config.pipeline_schedule is not None:
+            stages = stages_of(config, Architecture.of(config))
+            lines["pipeline"] = pipeline_line(stages, sizes.pp, config.pipeline_schedule, batch.accumulation)
         if config.num_moe_experts is not None:
             imported = config.base_model is not None
             lines["experts"] = experts_line(Architecture.of(config), sizes, imported)

@@ -162,7 +162,7 @@ class Checked:
             memory=_memory(config),
             lora=lora_of(config),
             pretrained=None if config.reinit_weights else config.base_model,
-            stages=tuple(_stages(config, model)),
+            stages=tuple(stages_of(config, model)),
         )
 
     def with_keys(self, **keys: Any) -> Self:
@@ -255,7 +255,7 @@ def batch_of(config: TrainConfig) -> BatchSizes:
     )
 
 
-def _stages(config: TrainConfig, model: Architecture) -> list[Stage]:
+def stages_of(config: TrainConfig, model: Architecture) -> list[Stage]:
     """The layers of each stage: as written out, or with the ends as given, or by cost."""
     pp, layers = config.pipeline_parallel_size, model.num_layers
     count = pp * (config.virtual_pipeline_parallel_size or 1)

@@ -152,3 +152,21 @@ def _group(text: str, at: int, nested: bool) -> tuple[str, int]:
     if nested:
         raise LayoutError("a ( without its ).")
     return found, at
+
+
+def pipeline_line(stages: Sequence[Stage], pp: int, schedule: str, micro_batches: int) -> str:
+    """The stages of a pipeline, and how long its ranks wait, in one line for the banner."""
+    texts = [
+        f"{s.layers[0]}-{s.layers[-1]}" if len(s.layers) > 1 else "".join(map(str, s.layers)) or "none"
+        for s in stages
+    ]
+    virtual = len(stages) // pp
+    line = (
+        f"{schedule}, {virtual} stage{'s' * (virtual > 1)} on each of {pp} ranks; layers {' | '.join(texts)}"
+    )
+    if schedule in SPLIT_BACKWARD:
+        return f"{line}; {micro_batches} micro-batches a step"
+    waiting = (pp - 1) / (micro_batches * virtual + pp - 1)
+    return (
+        f"{line}; of {micro_batches} micro-batches a step ranks wait {waiting:.0%} of the time (the bubble)"
+    )

@@ -9,6 +9,7 @@ import torch
 from longspan.config.data import keeps_documents_apart
 from longspan.config.experts import experts_line
 from longspan.config.run import Run
+from longspan.config.stages import pipeline_line
 from longspan.context_parallel.kernels.choose import select_kernel
 from longspan.context_parallel.run_layout import run_layout
 from longspan.training.adapters import parameter_counts
@@ -82,6 +83,10 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
         + (", tensorboard/" if c.use_tensorboard else "")
         + (", checkpoints/" if c.save_last or c.save_steps else ""),
     }
+    schedule = run.config.pipeline_schedule
+    if schedule is not None:
+        line = pipeline_line(run.stages, run.sizes.pp, schedule, run.batch.accumulation)
+        rows = {**{name: rows[name] for name in ("model", "mesh")}, "pipeline": line, **rows}
     if run.model.num_moe_experts is not None:
         rows = {
             **{name: rows[name] for name in ("model", "mesh")},
