@@ -25,6 +25,7 @@ RUNS = (
     ["integration.py"],
     ["lora.py"],
     ["experts.py"],
+    ["pipeline.py"],
 )
 
 

@@ -144,7 +144,7 @@ PAGES = {
         "--context-parallel-size 2 --pipeline-model-parallel-size 4 --num-layers 4 --hidden-size 64 "
         "--num-attention-heads 8 --lr 1e-4",
         8,
-        ["--pipeline-model-parallel-size 4: pipeline parallelism is not supported yet"],
+        [],
     ),
     "tensor parallel": (
         "--tensor-model-parallel-size 8 --sequence-parallel --num-layers 96 --hidden-size 12288 "

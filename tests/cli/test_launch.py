@@ -146,7 +146,7 @@ def test_a_rank_that_does_not_answer_is_waited_for_as_long_as_asked(folder):
     done = process.wait()
     assert done.returncode == 1
     found = re.search(
-        r"longspan: error: rank 0 waited 5 s \(ddp_timeout\) for another rank in step (\d+), (.*)\. Look at",
+        r"longspan: error: rank [01] waited 5 s \(ddp_timeout\) for another rank in step (\d+), (.*)\. Look at",
         done.stderr,
     )
     assert found, done.stderr

@@ -28,7 +28,7 @@ MISTAKES = {
     "--context-parallel-size 2 --cp-comm-type a2a+p2p": "",
     "--hybrid-context-parallel": "--hybrid-context-parallel needs --max-seqlen-per-dp-cp-rank",
     "--max-seqlen-per-dp-cp-rank 5": "--max-seqlen-per-dp-cp-rank 5 has no effect without --hybrid-context-parallel",
-    "--pipeline-model-parallel-size 2": "--pipeline-schedule 1f1b with 1 micro-batches",
+    "--pipeline-model-parallel-size 2 --pipeline-schedule 1f1b": "--pipeline-schedule 1f1b with 1 micro-batches",
     "--expert-model-parallel-size 2": "--expert-model-parallel-size 2",
     "--num-experts 4 --expert-model-parallel-size 3": "--num-experts 4 is not divisible by --expert-model-parallel-size 3",
     "--num-experts 4 --moe-router-topk 5": "--moe-router-topk 5 is more than --num-experts 4",

@@ -81,7 +81,7 @@ def test_the_stages_of_a_run(changes, expected):
     ("changes", "world", "message"),
     [
         (
-            {"pipeline_parallel_size": 2, "global_batch_size": 1},
+            {"pipeline_parallel_size": 2, "global_batch_size": 1, "pipeline_schedule": "1f1b"},
             2,
             "it needs one for each stage. Set gradient_acc",
         ),

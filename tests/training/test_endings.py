@@ -20,9 +20,10 @@ from longspan.training import banner, checkpoint, loop
 from longspan.training.export import export
 from longspan.training.lock import CONFIG
 from longspan.training.metrics import JsonLines, Metrics, keep_until
+from longspan.training.nonfinite import NotFinite
 from longspan.training.progress import Progress
 from longspan.training.stopping import Stopping
-from longspan.training.trainer import NotFinite, Trainer
+from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

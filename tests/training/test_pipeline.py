@@ -86,7 +86,7 @@ CASES = {
     "an empty stage": (4, {"pipeline_parallel_size": 4}, {"num_layers": 2, "tie_word_embeddings": True}),
     "fewer micro-batches than stages": (
         3,
-        {"pipeline_parallel_size": 3, "pipeline_schedule": "gpipe"},
+        {"pipeline_parallel_size": 3},
         {"global_batch_size": 2},
     ),
     "tp2": (4, PP2 | {"tensor_parallel_size": 2}, {"tie_word_embeddings": True}),

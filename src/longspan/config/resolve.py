@@ -99,7 +99,7 @@ def complete(
             "gradient_accumulation_steps": accumulation,
             "global_batch_size": total,
             "dp_shard_size": sizes.dp_shard,
-            "pipeline_schedule": None if sizes.pp == 1 else schedule_of(config),
+            "pipeline_schedule": None if sizes.pp == 1 else schedule_of(config, accumulation),
             "virtual_pipeline_parallel_size": None if sizes.pp == 1 else virtual_size_of(config),
             # The key has no effect if tp is 1.
             "sequence_parallel": None if sizes.tp == 1 else True if parallel is None else parallel,

@@ -147,8 +147,8 @@ class ParallelMesh:
         for axis, group in (of_weights | {_axis([list(range(world))]): dist.group.WORLD}).items():
             made.setdefault(axis, group)
 
-        ends = None
-        if sizes.pp > 1:
+        ends = group_of(dense.get_ranks("pp")) if sizes.pp == 2 else None
+        if sizes.pp > 2:
             # The ranks between the ends are in none of these groups.
             pairs = [[ranks[0], ranks[-1]] for ranks in dense.get_ranks("pp")]
             held = [dist.new_group(ranks, timeout=wait) for ranks in pairs]

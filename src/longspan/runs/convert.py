@@ -222,7 +222,7 @@ def to_checkpoint(model: str, output: Path) -> None:
         "torch": torch.__version__,
         "layout": f"converted from {model}",
         "global_batch_size": None,
-        **{k: about[k] for k in ("model", "settings", *BESIDE)},
+        **{k: about[k] for k in ("model", "settings", *BESIDE) if k in about},
         "base_model": str(Path(model).resolve()) if Path(model).is_dir() else model,
         "step": 0,
         "tokens": 0,

@@ -21,10 +21,11 @@ from longspan.training.checkpoint import SaveError
 from longspan.training.export import export, prepare_export
 from longspan.training.lock import CONFIG
 from longspan.training.metrics import Metrics
+from longspan.training.nonfinite import NotFinite
 from longspan.training.progress import Progress, make_progress
 from longspan.training.sinks import open_sinks
 from longspan.training.stopping import Stopping
-from longspan.training.trainer import NotFinite, Trainer
+from longspan.training.trainer import Trainer
 from longspan.training.waiting import Watch, calls_of, late, lost, place, timed_out
 
 

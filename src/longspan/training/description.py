@@ -221,7 +221,11 @@ def describe_model(config: TrainConfig) -> dict[str, Any]:
     return {
         "model": model.keys("shapes") | {"vocab_size": config.vocab_size},
         "settings": {name: getattr(config, name) for name in SETTINGS} | model.keys("numbers"),
-        **{name: getattr(model, name) for name in BESIDE},
+        **{
+            name: getattr(model, name)
+            for name in BESIDE
+            if model.num_moe_experts is not None or not name.startswith("moe_")
+        },
     }
 
 

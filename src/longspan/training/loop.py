@@ -11,10 +11,12 @@ import torch.distributed as dist
 from longspan.mesh.mesh import hold_waiting_time
 from longspan.training.checkpoint import Checkpointer
 from longspan.training.metrics import evaluated
+from longspan.training.nonfinite import NotFinite
 from longspan.training.progress import Progress
+from longspan.training.rollback import RollBack, skipped_text
 from longspan.training.saving import Saving
 from longspan.training.schedule import interval
-from longspan.training.trainer import NotFinite, Trainer
+from longspan.training.trainer import Trainer
 
 #: number of successive steps without a target after which a warning is printed
 IDLE_STEPS = 4
@@ -33,7 +35,7 @@ def train(
     Raises:
         SaveError: the last checkpoint could not be written. If an earlier checkpoint fails, this is reported
             and training goes on.
-        NotFinite: the loss or the gradient norm of a step is infinite or NaN.
+        NotFinite: the loss or the gradient norm of a step is infinite or NaN, and ``nan_policy`` ends the run.
     """
     run, config = trainer.run, trainer.run.config
 
@@ -55,16 +57,27 @@ def train(
     if _still_owed(trainer, output):
         evaluation = trainer.evaluate()
         progress.evaluation(evaluation)
-    for batches in trainer.steps_ahead():
+    back = RollBack(trainer, output / "checkpoints")
+    ahead = trainer.steps_ahead()
+    while (batches := next(ahead, None)) is not None:
         try:
             first, record = record is None, trainer.train_step(batches)
-        except NotFinite:
+        except NotFinite as error:
             # All ranks raise this at once, so they can wait together for a checkpoint that is being written.
             saving.finish()
-            raise
+            text = back.after(error)
+            progress.warn(text)
+            ahead.close()
+            ahead = trainer.steps_ahead()
+            continue
         if first:
             started()
-        learned, idle = (record, 0) if record["loss"] is not None else (learned, idle + 1)
+        if record.get("skipped"):
+            progress.warn(skipped_text(record))
+        elif record["loss"] is not None:
+            learned, idle = record, 0
+        else:
+            idle += 1
         if idle == IDLE_STEPS:
             progress.warn(
                 f"no token has counted in the loss for {idle} steps, so they changed nothing. Look at the samples: "

@@ -29,6 +29,9 @@ class Sink(Protocol):
 
     def write(self, record: dict[str, Any]) -> None: ...
 
+    def rewind(self, step: int) -> None:
+        """Forgets the steps after ``step``, which are run again."""
+
     def close(self) -> None: ...
 
 
@@ -48,6 +51,11 @@ class JsonLines:
     def write(self, record: dict[str, Any]) -> None:
         self.file.write(json.dumps(finite(record), allow_nan=False) + "\n")
         self.file.flush()
+
+    def rewind(self, step: int) -> None:
+        self.file.close()
+        keep_until(self.path, step)
+        self.file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Closes the file.
@@ -72,6 +80,7 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
+        self.folder, self._make = folder, SummaryWriter
         # Steps that are run again replace their old values.
         self.writer = SummaryWriter(str(folder), purge_step=first_step)
 
@@ -80,6 +89,10 @@ class TensorBoard:
             for tag, number in _curves(name, value, record):
                 if isinstance(number, int | float) and math.isfinite(number):
                     self.writer.add_scalar(f"{_group(record)}/{tag}", number, record["step"])
+
+    def rewind(self, step: int) -> None:
+        self.writer.close()
+        self.writer = self._make(str(self.folder), purge_step=step + 1)
 
     def close(self) -> None:
         self.writer.close()
@@ -117,6 +130,9 @@ class Wandb:
         values = {f"{_group(record)}/{name}": value for name, value in curves}
         self.run.log(values, step=record["step"])
 
+    def rewind(self, step: int) -> None:
+        """Weights & Biases keeps what it has, and ignores earlier steps."""
+
     def close(self) -> None:
         self.run.finish()
 
@@ -142,6 +158,12 @@ class Metrics:
             with self._noting(sink):
                 sink.write(record)
         return record
+
+    def rewind(self, step: int) -> None:
+        """Forgets the steps after ``step``, which are run again."""
+        for sink in self.sinks:
+            with self._noting(sink):
+                sink.rewind(step)
 
     def close(self) -> None:
         for sink in self.sinks:

@@ -33,6 +33,7 @@ from longspan.training.checkpoint import check_fits, load
 from longspan.training.description import describe_run
 from longspan.training.experts import Experts, num_tokens, of_step
 from longspan.training.metrics import Metrics, peak_memory_gib
+from longspan.training.nonfinite import MOST_IN_A_ROW, Finding, NotFinite, find
 from longspan.training.optimizer import (
     clip_gradients,
     gradient_norm,
@@ -42,10 +43,6 @@ from longspan.training.optimizer import (
 )
 from longspan.training.schedule import learning_rate, training_steps, warmup_steps
 from longspan.training.sharding import LocalBatch
-
-
-class NotFinite(RuntimeError):
-    """The loss or the gradient is infinite or NaN."""
 
 
 class Trainer:
@@ -61,6 +58,8 @@ class Trainer:
         step: optimizer steps done, including those without a target.
         steps: optimizer steps of the whole run.
         tokens: valid tokens trained on so far, over all ranks.
+        skipped: steps, from 1, that changed nothing because their loss or gradients were not finite.
+        passed_over: global batches, by their numbers from 0, that no step trains on any more, in order.
     """
 
     run: Run
@@ -84,6 +83,10 @@ class Trainer:
         self.steps = training_steps(run, len(self.train_data))
         self.warmup = warmup_steps(config, self.steps)
         self.step = self.tokens = 0
+        self.skipped: list[int] = []
+        self.passed_over: list[int] = []
+        # This rank's part of the last step's loss.
+        self._own_loss = torch.zeros(())
         # True if this rank was asked to stop; a signal may set it at any moment.
         self.signalled = False
         # True if some rank was asked to stop. In each step all ranks agree on this and on ``ran_out``.
@@ -107,10 +110,11 @@ class Trainer:
 
     def description(self) -> dict:
         """The description for a checkpoint: the position in the run, and the run that it fits."""
-        where = {"step": self.step, "tokens": self.tokens, "evaluation_due": self.owed}
+        where: dict = {"step": self.step, "tokens": self.tokens, "evaluation_due": self.owed}
+        where |= {"skipped": self.skipped, "passed_over": self.passed_over}
         return describe_run(self.run, self.train_data) | where
 
-    def resume(self, path: Path, option: str = "resume") -> None:
+    def resume(self, path: Path, option: str = "resume", weights_only: bool | None = None) -> None:
         """Continues from a checkpoint made at any layout: loads weights, optimizer and position. Collective.
 
         If the checkpoint is of the last step or a later one, nothing is left to do, and ``step`` is at least
@@ -118,19 +122,24 @@ class Trainer:
 
         Args:
             option: the option that named the checkpoint, for messages.
+            weights_only: leave the optimizer and the position; None is as ``no_load_optim``.
 
         Raises:
             UserError: the checkpoint is damaged, or does not fit the run (``checkpoint.check_fits``).
         """
         config = self.run.config
-        then = check_fits(path, self.description(), weights_only=config.no_load_optim, option=option)
-        optimizer = None if config.no_load_optim else self.optimizer
+        if weights_only is None:
+            weights_only = config.no_load_optim
+        then = check_fits(path, self.description(), weights_only=weights_only, option=option)
+        optimizer = None if weights_only else self.optimizer
         load(path, self.model, optimizer, not config.no_load_rng, config.verify_checkpoint, option)
-        if config.no_load_optim:
+        if weights_only:
             self.experts.forget_counts()
             return
         self.step, self.tokens = then["step"], then["tokens"]
         self.owed = bool(then.get("evaluation_due"))
+        self.skipped = list(then.get("skipped") or [])
+        self.passed_over = list(then.get("passed_over") or [])
 
     # --- one micro-batch ------------------------------------------------------------------
 
@@ -162,7 +171,14 @@ class Trainer:
 
     def micro_batches(self, step: int) -> list[LocalBatch]:
         """This rank's part of the micro-batches of training step ``step`` (from 0)."""
-        return self.shard.training(self.train_data, step)
+        return self.shard.training(self.train_data, self.batch_of_step(step))
+
+    def batch_of_step(self, step: int) -> int:
+        """The number of the global batch that a step (from 0) trains on: the step's own, without those passed over."""
+        number = step
+        for passed in self.passed_over:
+            number += passed <= number
+        return number
 
     def compute_gradients(self, batches: list[LocalBatch]) -> tuple[float | None, int]:
         """Computes forward and backward of a global batch. Collective.
@@ -183,6 +199,7 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         if self.pipeline is not None:
             total += self.pipeline.step(batches, int(count)) * count
+            self._own_loss = total.clone()
             dist.all_reduce(total, group=self.groups.pp)
             batches = []
         for i, batch in enumerate(batches):
@@ -191,6 +208,8 @@ class Trainer:
             loss = self.losses(batch).sum()
             (loss / count.item()).backward()
             total += loss.detach()
+        if self.pipeline is None:
+            self._own_loss = total.clone()
         dist.all_reduce(total, group=self.groups.dp_cp)
         return (total / count).item(), int(count)
 
@@ -244,6 +263,30 @@ class Trainer:
         due |= config.exit_duration_in_mins is not None and minutes >= config.exit_duration_in_mins
         return due and self.step < self.steps
 
+    def _update(self, loss: float, rate: float) -> float:
+        if not math.isfinite(loss):
+            raise NotFinite(
+                f"the loss is {loss} in step {self.step + 1}; the weights were not updated. Lower learning_rate, or look at "
+                "the data of this step."
+            )
+        return self.apply_gradients(rate)
+
+    def _skip(self, error: NotFinite) -> Finding:
+        """Leaves a step out that is not finite; collective.
+
+        Raises:
+            NotFinite: the run's ``nan_policy`` is another, or too many steps in a row were skipped.
+        """
+        samples = self.train_data.global_batch(self.batch_of_step(self.step), self.run.batch.global_size)
+        error.finding = find(self.model, self._own_loss, self.train_data, samples)
+        if self.run.config.nan_policy != "skip":
+            raise error
+        self.skipped.append(self.step + 1)
+        last = range(self.step + 2 - MOST_IN_A_ROW, self.step + 2)
+        if set(last) <= set(self.skipped):
+            raise error
+        return error.finding
+
     def train_step(self, batches: list[LocalBatch]) -> dict:
         """Does one optimizer step. Returns its record. Collective.
 
@@ -251,18 +294,21 @@ class Trainer:
         the optimizer state change (otherwise weight decay would act on the weights). The step number and the
         schedule of the learning rate go on.
 
+        Nor do they change in a step whose loss or gradients are not finite, where ``nan_policy`` is ``skip``.
+
         Raises:
             NotFinite: the loss or the gradient norm is infinite or NaN; the weights are not updated.
         """
         start = time.perf_counter()
         loss, count = self.compute_gradients(batches)
-        if loss is not None and not math.isfinite(loss):
-            raise NotFinite(
-                f"the loss is {loss} in step {self.step + 1}; the weights were not updated. Lower learning_rate, or look at "
-                "the data of this step."
-            )
         rate = learning_rate(self.run.config, self.step + 1, self.steps, self.warmup)
-        norm = None if loss is None else self.apply_gradients(rate)
+        norm, finding = None, None
+        if loss is not None:
+            try:
+                norm = self._update(loss, rate)
+            except NotFinite as error:
+                finding = self._skip(error)
+                loss, count = None, 0
         self.step += 1
         self.tokens += count
         # One small message holds a rank's largest memory, whether a rank was asked to stop, and whether it is
@@ -277,6 +323,7 @@ class Trainer:
             self.step,
             loss=loss,
             grad_norm=norm,
+            **({} if finding is None else {"skipped": True, "not_finite": finding.record()}),
             **self._parameter_norm(),
             **({} if norm is None else self.experts.record()),
             learning_rate=rate,

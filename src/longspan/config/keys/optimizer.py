@@ -24,3 +24,8 @@ class OptimizerKeys(BaseModel):
         flag="--clip-grad",
         ge=0,
     )
+    nan_policy: Literal["stop", "skip", "roll_back"] = key(
+        "stop",
+        "What a step does whose loss or gradients are infinite or NaN: stop ends the run, skip leaves the weights as they are (not "
+        "ten times in a row), roll_back returns to the last checkpoint and leaves the batch out (not twice before the next one).",
+    )

@@ -34,7 +34,7 @@ class ParallelKeys(BaseModel):
     )
     pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv"] | None = key(
         None,
-        "Order of the micro-batches' forward and backward passes; default: 1f1b, interleaved with virtual stages.",
+        "Order of the micro-batches' forward and backward passes; default: 1f1b (gpipe with fewer micro-batches than stages), interleaved with virtual stages.",
     )
     pipeline_layout: str | None = key(
         None,

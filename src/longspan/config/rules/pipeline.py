@@ -27,9 +27,17 @@ def pipeline_problems(config: TrainConfig) -> list[Problem]:
     return [*_schedule(config), *_split(config)]
 
 
-def schedule_of(config: TrainConfig) -> str:
-    """The schedule of a run: the one that is asked for, or the usual one for so many stages a rank."""
-    return config.pipeline_schedule or ("interleaved" if virtual_size_of(config) > 1 else "1f1b")
+def schedule_of(config: TrainConfig, micro_batches: int | None = None) -> str:
+    """The schedule of a run: the one that is asked for, or the usual one for so many stages a rank.
+
+    With fewer micro-batches than stages the order of 1f1b is that of gpipe, which torch takes there.
+    """
+    if config.pipeline_schedule is not None:
+        return config.pipeline_schedule
+    if virtual_size_of(config) > 1:
+        return "interleaved"
+    few = micro_batches is not None and micro_batches < config.pipeline_parallel_size
+    return "gpipe" if few else "1f1b"
 
 
 def virtual_size_of(config: TrainConfig) -> int:
@@ -120,12 +128,12 @@ def micro_batch_problems(config: TrainConfig, micro_batches: int) -> list[Proble
     pp = config.pipeline_parallel_size
     if pp == 1:
         return []
-    name = schedule_of(config)
+    name = schedule_of(config, micro_batches)
     keys = ("gradient_accumulation_steps", "pipeline_parallel_size", "pipeline_schedule")
     if name == "1f1b" and micro_batches < pp:
         text = (
             f"pipeline_schedule 1f1b with {micro_batches} micro-batches a step and {pp} stages: it needs one for each stage. Set "
-            f"gradient_accumulation_steps: {pp} or more, or pipeline_schedule: gpipe."
+            f"gradient_accumulation_steps: {pp} or more, or leave the schedule out."
         )
         return [(keys, text)]
     rounds = max(1, micro_batches // pp)

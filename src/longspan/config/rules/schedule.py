@@ -28,6 +28,11 @@ def _problems(config: TrainConfig) -> Iterator[Problem]:
     ):
         if getattr(config, one) is not None and getattr(config, other) is not None:
             yield (one, other), f"{one} and {other} are both given. Keep one."
+    if config.nan_policy == "roll_back" and not (config.save_steps or config.saves_per_epoch):
+        yield (
+            ("nan_policy", "save_steps"),
+            "nan_policy: roll_back goes back to the last checkpoint, and none is saved on the way. Set save_steps, or use skip.",
+        )
     for name in ("eval_steps", "save_steps"):
         value = getattr(config, name)
         if value is not None and value > 1 and value != int(value):

@@ -1,0 +1,59 @@
+"""What ``nan_policy: roll_back`` does: the last whole checkpoint, without the batch that was not finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from longspan.training.checkpoint import newest
+from longspan.training.nonfinite import NotFinite
+from longspan.training.trainer import Trainer
+
+
+class RollBack:
+    """Takes a run back, once between two checkpoints.
+
+    Args:
+        folder: the run's checkpoints.
+    """
+
+    def __init__(self, trainer: Trainer, folder: Path):
+        self.trainer, self.folder = trainer, folder
+        # The checkpoint that the run went back to last.
+        self.used: Path | None = None
+
+    def after(self, error: NotFinite) -> str:
+        """Back to the last checkpoint, if the run's policy is this; collective. Returns what to print.
+
+        Raises:
+            NotFinite: the error itself, where the policy is another, or with the reason why there is no way back.
+        """
+        trainer = self.trainer
+        if trainer.run.config.nan_policy != "roll_back":
+            raise error
+        found = [newest(self.folder) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(found, src=0)
+        path = found[0]
+        if path is None or path == self.used:
+            why = (
+                "no checkpoint was saved yet"
+                if path is None
+                else f"this is the second time since {path.name}"
+            )
+            raise NotFinite(f"{error} nan_policy roll_back ends the run: {why}.") from error
+        self.used, step = path, trainer.step + 1
+        batch = trainer.batch_of_step(trainer.step)
+        passed = sorted({*trainer.passed_over, batch})
+        trainer.resume(path, "nan_policy roll_back", weights_only=False)
+        trainer.passed_over = passed
+        trainer.metrics.rewind(trainer.step)
+        trainer.metrics.write("roll_back", trainer.step, from_step=step, passed_over=batch, why=str(error))
+        return f"{error} Back to {path.name}; the batch of step {step} is left out from now on."
+
+
+def skipped_text(record: dict) -> str:
+    """A line about a step that was skipped."""
+    found = record["not_finite"]
+    where = [f"the loss of rank {rank}" for rank in found["ranks"][:1]] + found["parameters"][:2]
+    return f"step {record['step']} was skipped: {', '.join(where)} not finite; weights and optimizer are as before."
