@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import pool
 import tiny
-from expert_steps import ALL, BIAS, CPU, References, alike, compare, steps
 from longspan.config.sizes import MeshSizes
 from longspan.mesh.mesh import ParallelMesh
 from longspan.models import GPTModel
@@ -18,6 +17,7 @@ from longspan.training.checkpoint import Checkpointer
 from longspan.training.experts import IDLE_STEPS, Experts
 from longspan.training.optimizer import gradient_norm
 from longspan.training.trainer import Trainer
+from step_results import ALL, BIAS, CPU, References, alike, compare, steps
 
 
 @pytest.fixture(scope="module")

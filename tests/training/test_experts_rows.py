@@ -7,9 +7,9 @@ import torch.distributed as dist
 
 import pool
 import tiny
-from expert_steps import ALL, BIAS, CPU, References, compare, steps
 from longspan.data import IndexedDatasetWriter
 from longspan.training.trainer import Trainer
+from step_results import ALL, BIAS, CPU, References, compare, steps
 
 #: in sequences of 50 tokens most of them leave room that no other fits in
 LENGTHS = (27, 27, 24, 40, 28, 9, 1, 35, 50, 30, 27, 33)

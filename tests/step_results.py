@@ -1,4 +1,4 @@
-"""Training with experts in tests: steps whose numbers are compared with those of one process."""
+"""What tests of training compare with one process: the records, gradients and state of some steps."""
 
 import json
 
@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 import pool
 import tiny
+from longspan.mesh.whole import whole_tensors
 from longspan.tensor_parallel.layers import local
 from longspan.training.trainer import Trainer
 
@@ -14,6 +15,7 @@ CPU = torch.device("cpu")
 #: every balancing loss at once
 ALL = {
     "export_hf": False,
+    "eval_max_samples": 3,
     "num_moe_experts": 6,
     "moe_ffn_hidden_size": 24,
     "moe_router_topk": 2,
@@ -28,6 +30,20 @@ BIAS = ALL | {
 }
 
 
+def keep_gradients(trainer):
+    """The whole gradients of the next step, before they are clipped, by parameter; filled on every rank."""
+    found, apply = {}, trainer.apply_gradients
+
+    def keep(rate):
+        named = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+        found.update((name, whole.clone()) for name, whole in whole_tensors(named, trainer.groups.pp))
+        trainer.apply_gradients = apply
+        return apply(rate)
+
+    trainer.apply_gradients = keep
+    return found
+
+
 def steps(prefix, count, changes, favoured=()):
     """Records of some steps, every whole gradient of the second one, and the bias of the experts.
 
@@ -40,8 +56,7 @@ def steps(prefix, count, changes, favoured=()):
     records, gradients = [], {}
     for step in range(count):
         if step == min(1, count - 1):
-            trainer.compute_gradients(trainer.micro_batches(step))
-            gradients = {name: p.grad.full_tensor().clone() for name, p in trainer.model.named_parameters()}
+            gradients = keep_gradients(trainer)
         records.append(trainer.train_step(trainer.micro_batches(step)))
     state = {
         name: buffer.to_local().clone() if hasattr(buffer, "to_local") else buffer.clone()
