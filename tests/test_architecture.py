@@ -18,6 +18,7 @@ LEVELS = {
     "parent": 1,
     "sums": 1,
     "mesh": 2,
+    "recomputed": 2,
     "gradients": 3,
     "tensor_parallel": 3,
     "context_parallel": 3,

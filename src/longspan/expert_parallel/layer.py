@@ -32,6 +32,7 @@ from longspan.tensor_parallel.layers import (
     TensorParallelModule,
     local,
 )
+from longspan.tensor_parallel.mlp import mlp_product
 from longspan.tensor_parallel.random import Normal
 
 
@@ -78,14 +79,9 @@ class SharedExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[s, b, h] -> [s, b, h]"""
-        entered = self.linear_up.enter(x)
-        up = self.linear_up.project(entered)
-        a = (
-            self.activation(up)
-            if self.linear_gate is None
-            else self.activation(self.linear_gate.project(entered)) * up
-        )
-        y = self.linear_down.leave(self.linear_down.project(a))
+        gate = None if self.linear_gate is None else self.linear_gate.operands()
+        up, down = self.linear_up.operands(), self.linear_down.operands()
+        y = self.linear_down.leave(mlp_product(self.linear_up.enter(x), gate, up, down, self.activation))
         return y if self.gate is None else y * self.gate(x)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from longspan.compiled import Compilable
 from longspan.config.model import TransformerConfig
 from longspan.mesh.mesh import ProcessGroupCollection
-from longspan.models.memory.recomputed import rms_norm
+from longspan.recomputed import rms_norm
 from longspan.tensor_parallel.layers import TensorParallelModule
 from longspan.tensor_parallel.random import Constant
 

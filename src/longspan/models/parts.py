@@ -7,8 +7,6 @@ layers and in core attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,11 +17,11 @@ from longspan.context_parallel.refusals import group_of_call
 from longspan.expert_parallel import MoELayer
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.layer import Rows
-from longspan.models.memory.recomputed import gated_linear
 from longspan.models.memory.tiled import tiled
 from longspan.models.norm import Norm, normalised
 from longspan.models.rotary import RotaryTable, apply_rotary
 from longspan.tensor_parallel.layers import ColumnParallelLinear, Operands, RowParallelLinear, projected
+from longspan.tensor_parallel.mlp import mlp_product
 
 
 def _residual_std(config: TransformerConfig) -> float:
@@ -41,19 +39,6 @@ def projected_heads(
     if rotary is not None:
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
     return [q, k, v]
-
-
-def mlp_product(
-    x: Tensor, gate: Operands | None, up: Operands, down: Operands, activation: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """[.., h], equal on all tensor parallel ranks -> this rank's part of the sum [.., h]; token by token."""
-    if gate is None:
-        return projected(activation(projected(x, up)), down)
-    gates, ups = projected(x, gate), projected(x, up)
-    y = gated_linear(gates, ups, down.weight, activation)
-    if down.lora is not None:
-        y = y + down.lora.expand(gated_linear(gates, ups, down.lora.a, activation))
-    return y
 
 
 class SelfAttention(nn.Module, Compilable):

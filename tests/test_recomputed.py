@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longspan.models.memory.recomputed import gated_linear, rms_norm
+from longspan.recomputed import gated_linear, rms_norm
 
 
 def kept(function, *leaves):

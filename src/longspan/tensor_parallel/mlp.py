@@ -1,0 +1,23 @@
+"""The products of an MLP between its two exchanges, as a function of plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from longspan.recomputed import gated_linear
+from longspan.tensor_parallel.layers import Operands, projected
+
+
+def mlp_product(
+    x: Tensor, gate: Operands | None, up: Operands, down: Operands, activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """[.., h], equal on all tensor parallel ranks -> this rank's part of the sum [.., h]; token by token."""
+    if gate is None:
+        return projected(activation(projected(x, up)), down)
+    gates, ups = projected(x, gate), projected(x, up)
+    y = gated_linear(gates, ups, down.weight, activation)
+    if down.lora is not None:
+        y = y + down.lora.expand(gated_linear(gates, ups, down.lora.a, activation))
+    return y
