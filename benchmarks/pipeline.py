@@ -1,6 +1,6 @@
 """How long the ranks of a pipeline wait, against the bubble formula: pp 2 on two gloo ranks of one thread.
 
-    python benchmarks/pipeline.py [--seq 1024] [--layers 8] [--rounds 5] [--schedules 1f1b interleaved ...]
+    python benchmarks/pipeline.py [--seq 512] [--layers 4] [--rounds 5] [--schedules 1f1b interleaved ...]
 
 A step of m micro-batches takes (m v + p - 1) / v times the time t of a micro-batch on a rank, with p ranks and v stages a
 rank, so that a rank works m v / (m v + p - 1) of the time. Here t is what 8 more micro-batches cost, divided by 8, and the
@@ -83,8 +83,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seq", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--seq", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=[*SCHEDULES])
     args = parser.parse_args()
