@@ -146,13 +146,16 @@ class Pipeline:
         losses: list[Tensor] = []
         # Of its input a schedule makes micro-batches: their numbers. What they hold is on every rank already.
         numbers = torch.arange(len(batches), device=self.device)
-        schedule, stage = self._schedule(len(batches), shapes.pop())
+        schedule = self._schedule(len(batches), shapes.pop())
         arguments = (numbers,) if any(s.first for s in self.own) else ()
         target = numbers if any(s.last for s in self.own) else None
         schedule.step(*arguments, target=target, losses=losses)
         if split:
-            stage.submod = self.model
-            stage.perform_reduce_grad(1)
+            # FSDP's reduction, by the method that torch's stages have for it; the stage is all of this rank's model.
+            whole = PipelineStage(
+                self.model, self.own[0].index, len(self.stages), self.device, group=self.group
+            )
+            whole.perform_reduce_grad(1)
         self._sum_tied_gradients()
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.device)
 
@@ -175,16 +178,13 @@ class Pipeline:
         if gradient is not None:
             dist.all_reduce(local(gradient), group=ends)
 
-    def _schedule(self, micro_batches: int, shape: tuple[int, ...]) -> tuple[Any, PipelineStage]:
+    def _schedule(self, micro_batches: int, shape: tuple[int, ...]) -> Any:
         key = micro_batches, shape
         if key not in self._schedules:
             made = [self._made(part, shape) for part in self.parts]
             several = SCHEDULES[self.schedule]
-            self._schedules[key] = (
-                _CLASSES[self.schedule](
-                    made if several else made[0], micro_batches, loss_fn=_loss, scale_grads=False
-                ),
-                self._made(self.parts[0], shape),
+            self._schedules[key] = _CLASSES[self.schedule](
+                made if several else made[0], micro_batches, loss_fn=_loss, scale_grads=False
             )
         return self._schedules[key]
 

@@ -148,9 +148,9 @@ def test_a_misspelt_field_is_refused():
     ("name", "what"),
     [
         ("moe_upcycling_granularity", "other options of experts"),
-        ("pipeline_dtype", "pipelines"),
-        ("num_layers_in_first_pipeline_stage", "pipelines"),
-        ("account_for_loss_in_pipeline_split", "pipelines"),
+        ("pipeline_dtype", "other options of pipelines"),
+        ("num_layers_in_first_pipeline_stage", "other options of pipelines"),
+        ("account_for_loss_in_pipeline_split", "other options of pipelines"),
         ("mtp_num_layers", r"several predicted tokens \(MTP\)"),
         ("kv_lora_rank", r"compressed keys and values \(MLA\)"),
         ("mamba_state_dim", "state-space"),

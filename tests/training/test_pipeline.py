@@ -28,6 +28,7 @@ def steps(prefix, count, changes):
     records = [trainer.train_step(trainer.micro_batches(step)) for step in range(count)]
     keys = ("loss", "grad_norm", "tokens", "moe_aux_loss", "moe_z_loss", "moe_load", "moe_dropped_tokens")
     return {
+        "parameters": trainer.parameter_counts,
         "records": [{k: r[k] for k in keys if k in r} for r in records],
         "gradients": gradients if dist.get_rank() == 0 else {},
         "evaluations": (before, trainer.evaluate()["loss"]),
@@ -48,6 +49,7 @@ def reference(prefix):
 
 
 def compare(got, expected, tolerance=1e-10):
+    assert got.get("parameters") == expected.get("parameters")
     for a, b in zip(got["records"], expected["records"]):
         assert a.keys() == b.keys()
         for name, value in b.items():

@@ -51,7 +51,7 @@ def padded_vocab_size(vocab_size: int) -> int:
 #: what is not supported yet -> the beginnings of the names of Megatron-LM's config fields for it
 NOT_YET = {
     "other options of experts": ("moe_", "expert_"),
-    "pipelines": (
+    "other options of pipelines": (
         *(
             "pipeline_",
             "num_layers_in_first_pipeline_stage",

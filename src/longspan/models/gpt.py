@@ -194,6 +194,11 @@ class GPTModel(nn.Module):
         out = output_layer(hidden, labels, self.parallel_output)
         return out if loss_mask is None else out * loss_mask.to(out.dtype)
 
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The parameters without a last stage's copy of the table of tokens, which the first stage has."""
+        copy = self.output_layer.weight if self.copies_embedding and self.output_layer is not None else None
+        return [p for p in self.parameters() if p is not copy]
+
     def _check_positions(self, layout: SequenceLayout) -> None:
         if self.positions is not None and layout.longest_document > self.positions:
             raise ValueError(

@@ -19,10 +19,16 @@ from longspan.models.hf_weights import SafetensorsFolder, whole_parameters
 from longspan.models.peft import is_adapter, write_adapters
 
 
-def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(number of all parameters, number of trained parameters); tied parameters count once."""
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
+def parameter_counts(model: GPTModel) -> tuple[int, int]:
+    """(number of all parameters, number of trained parameters) of the whole model; tied parameters count once.
+
+    Collective in a pipeline, whose stages are added up.
+    """
+    counts = [(p.numel(), p.requires_grad) for p in model.own_parameters()]
+    sums = torch.tensor([sum(n for n, _ in counts), sum(n for n, trained in counts if trained)])
+    if dist.get_world_size(model.groups.pp) > 1:
+        dist.all_reduce(sums, group=model.groups.pp)
+    return int(sums[0]), int(sums[1])
 
 
 # --- checkpoints ----------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from longspan.config.run import Run
 from longspan.config.stages import pipeline_line
 from longspan.context_parallel.kernels.choose import select_kernel
 from longspan.context_parallel.run_layout import run_layout
-from longspan.training.adapters import parameter_counts
 from longspan.training.lock import CONFIG
 from longspan.training.progress import loss_text
 from longspan.training.schedule import learning_rate
@@ -148,7 +147,7 @@ def megatron_line(run: Run) -> str:
 
 
 def start_lines(trainer: Trainer, output: Path) -> str:
-    parameters, trained = parameter_counts(trainer.model)
+    parameters, trained = trainer.parameter_counts
     first = megatron_line(trainer.run) + "\n" if trainer.run.config.log_format == "megatron" else ""
     return first + banner(
         trainer.run,

@@ -69,11 +69,7 @@ def parameter_norm(model: nn.Module, stages: int = 1) -> torch.Tensor:
 
 
 def _counted(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters without a last stage's copy of the embedding, which the first stage has."""
-    copy = None
-    if isinstance(model, GPTModel) and model.copies_embedding and model.output_layer is not None:
-        copy = model.output_layer.weight
-    return [p for p in model.parameters() if p is not copy]
+    return model.own_parameters() if isinstance(model, GPTModel) else list(model.parameters())
 
 
 def _norm(tensors: Sequence[torch.Tensor], stages: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from longspan.errors import UserError
 from longspan.training.checkpoint import newest
 from longspan.training.nonfinite import NotFinite
 from longspan.training.trainer import Trainer
@@ -32,15 +33,12 @@ class RollBack:
         trainer = self.trainer
         if trainer.run.config.nan_policy != "roll_back":
             raise error
-        found = [newest(self.folder) if dist.get_rank() == 0 else None]
+        found: list = [self._newest() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(found, src=0)
-        path = found[0]
-        if path is None or path == self.used:
-            why = (
-                "no checkpoint was saved yet"
-                if path is None
-                else f"this is the second time since {path.name}"
-            )
+        path, why = found[0]
+        if path is not None and path == self.used:
+            why = f"this is the second time since {path.name}"
+        if why:
             raise NotFinite(f"{error} nan_policy roll_back ends the run: {why}.") from error
         self.used, step = path, trainer.step + 1
         batch = trainer.batch_of_step(trainer.step)
@@ -50,6 +48,14 @@ class RollBack:
         trainer.metrics.rewind(trainer.step)
         trainer.metrics.write("roll_back", trainer.step, from_step=step, passed_over=batch, why=str(error))
         return f"{error} Back to {path.name}; the batch of step {step} is left out from now on."
+
+    def _newest(self) -> tuple[Path | None, str]:
+        """The newest checkpoint, or why there is none; every rank waits for this answer, so nothing is raised."""
+        try:
+            path = newest(self.folder)
+        except UserError as error:
+            return None, str(error)
+        return path, "" if path else "no checkpoint was saved yet"
 
 
 def skipped_text(record: dict) -> str:

@@ -28,6 +28,7 @@ from longspan.data import Prefetcher, TokenDataset
 from longspan.data.splits import open_datasets
 from longspan.mesh.mesh import ParallelMesh, hold_waiting_time
 from longspan.models import GPTModel
+from longspan.training.adapters import parameter_counts
 from longspan.training.build import build_model, groups_of, make_pipeline, make_sharder
 from longspan.training.checkpoint import check_fits, load
 from longspan.training.description import describe_run
@@ -100,6 +101,7 @@ class Trainer:
         self.mesh = mesh or ParallelMesh.build(run.sizes, device.type)
         self.groups = groups_of(run, self.mesh)
         self.model = build_model(run, self.mesh, self.groups, device)
+        self.parameter_counts = parameter_counts(self.model)
         self.optimizer = make_optimizer(self.model, config)
         self.pipeline = make_pipeline(run, self.model, self.groups, device, self._compute)
         self.experts = Experts(self.model, self.groups, run.model)
@@ -199,8 +201,6 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         if self.pipeline is not None:
             total += self.pipeline.step(batches, int(count)) * count
-            self._own_loss = total.clone()
-            dist.all_reduce(total, group=self.groups.pp)
             batches = []
         for i, batch in enumerate(batches):
             # The copies of HSDP sum their gradients once a step, in the last micro-batch.
@@ -208,8 +208,9 @@ class Trainer:
             loss = self.losses(batch).sum()
             (loss / count.item()).backward()
             total += loss.detach()
-        if self.pipeline is None:
-            self._own_loss = total.clone()
+        self._own_loss = total.clone()
+        if self.pipeline is not None:
+            dist.all_reduce(total, group=self.groups.pp)
         dist.all_reduce(total, group=self.groups.dp_cp)
         return (total / count).item(), int(count)
 
