@@ -35,3 +35,13 @@ def name_folder(partial: Path, folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     os.rename(partial, folder)
+
+
+def remove_partial(output: Path) -> None:
+    """Removes what killed processes have left half written in a run's folder; the caller holds its lock."""
+    for folder in (output, output / "checkpoints"):
+        for partial in [*folder.glob(".*.partial"), *folder.glob(".step_*.removed")]:
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.unlink(missing_ok=True)

@@ -130,7 +130,7 @@ def test_a_killed_run_leaves_nothing_and_can_go_on_at_once(folder):
     done = again.wait()
     assert done.returncode == 1
     assert "longspan: SIGHUP: waiting for the ranks; a second signal stops them at once" in done.stderr
-    assert re.search(r"SIGHUP: step \d+ is finished and saved, however long it takes", done.stderr)
+    assert re.search(r"SIGHUP: step \d+ is finished and saved \(within 1800 s: stop_timeout\)", done.stderr)
     assert "stopped: " in done.stdout
     last = json.loads((folder / "out" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["kind"] == "summary"
@@ -141,6 +141,8 @@ def test_a_killed_run_leaves_nothing_and_can_go_on_at_once(folder):
 def test_a_rank_that_does_not_answer_is_waited_for_as_long_as_asked(folder):
     process = command.start("train", "config.yaml", "--ddp-timeout", "5", cwd=folder)
     wait_for(lambda: steps(folder) > 2, process)
+    # A rank writes once a second where it is.
+    time.sleep(2)
     ranks = forked(process.pid)
     os.kill(ranks[1], signal.SIGSTOP)
     done = process.wait()
@@ -152,6 +154,11 @@ def test_a_rank_that_does_not_answer_is_waited_for_as_long_as_asked(folder):
     assert found, done.stderr
     assert int(found[1]) >= steps(folder)
     assert any(what in found[2] for what in ("forward and backward", "gradient norm", "end of the step"))
+    # the one that is late is named, with the place where it was seen last
+    assert re.search(
+        r"rank 1 did not answer: its process is stopped \(SIGSTOP\); it was last seen in step \d+, ",
+        done.stderr,
+    )
     assert "out of memory" not in done.stderr
     assert "Traceback" not in done.stderr
     wait_until_gone(ranks)

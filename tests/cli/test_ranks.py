@@ -21,7 +21,9 @@ for name in {ignored}:
     signal.signal(name, signal.SIG_IGN)
 sources = {sources}
 environments = {{rank: dict(os.environ, SOURCE=source) for rank, source in enumerate(sources)}}
-sys.exit(ranks.run_together([sys.executable, "-c", "import os; exec(os.environ['SOURCE'])"], environments))
+command = [sys.executable, "-c", "import os; exec(os.environ['SOURCE'])"]
+with ranks.listening() as asked:
+    sys.exit(ranks.report(ranks.run_together(command, environments, [], asked)))
 """
 #: says who it is, and ends with code 1 a while after a signal, as a step takes its time
 RANK = r"""

@@ -18,9 +18,9 @@ for name in {ignored}:
     signal.signal(name, signal.SIG_IGN)
 asked = []
 stopping.AGAIN_S = {again}
-with stopping.Stopping(second_ends={second_ends}) as heard:
+with stopping.Stopping(second_ends={second_ends}, within={within}) as heard:
     if {saves}:
-        heard.saves(lambda: asked.append(1) or "the step is saved")
+        heard.saves(lambda: asked.append(1) or "the step is saved", lambda: "saved, and on")
     print("ready", flush=True)
     while not ({saves} and asked and not {long}):
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8 if {long} else 1000)
@@ -29,9 +29,14 @@ sys.exit(7)
 
 
 class Worker:
-    def __init__(self, saves, second_ends=True, long=False, ignored=(), again=1.0):
+    def __init__(self, saves, second_ends=True, long=False, ignored=(), again=1.0, within=None):
         source = WORK.format(
-            saves=saves, second_ends=second_ends, long=long, ignored=[int(n) for n in ignored], again=again
+            saves=saves,
+            second_ends=second_ends,
+            long=long,
+            ignored=[int(n) for n in ignored],
+            again=again,
+            within=within,
         )
         self.process = subprocess.Popen(
             [sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -105,6 +110,28 @@ def test_a_second_one_ends_no_process_whose_launcher_does():
             worker.process.wait(1)
 
 
+def test_sigusr1_saves_and_is_no_stop():
+    with Worker(saves=True) as worker:
+        worker.send(signal.SIGUSR1)
+        assert worker.told() == "longspan: SIGUSR1: saved, and on\n"
+        worker.send(signal.SIGTERM)  # still the first one that stops
+        assert worker.told().startswith("longspan: SIGTERM: the step is saved")
+        assert worker.code() == 7
+    with Worker(saves=False) as worker:  # before a step is done it must not end the process
+        worker.send(signal.SIGUSR1)
+        assert "SIGUSR1: no step is done, so there is nothing to save" in worker.told()
+        worker.send(signal.SIGTERM)
+        assert worker.code() == 1
+
+
+def test_what_does_not_end_in_time_is_ended_in_the_middle_of_a_call():
+    with Worker(saves=True, long=True, within=0.5) as worker:
+        worker.send(signal.SIGTERM)
+        assert worker.told().startswith("longspan: SIGTERM: the step is saved")
+        assert "SIGTERM: not saved within 0.5 s (stop_timeout), so it is stopped now" in worker.told()
+        assert worker.code() == 1
+
+
 def test_a_signal_that_is_ignored_at_the_start_stays_ignored():
     with Worker(saves=True, ignored=[signal.SIGHUP]) as worker:
         worker.send(signal.SIGHUP)
@@ -126,7 +153,7 @@ from pathlib import Path
 from longspan.training.stopping import Stopping
 asked = []
 with Stopping() as stopping:
-    stopping.saves(lambda: asked.append(1) or "the step is saved")
+    stopping.saves(lambda: asked.append(1) or "the step is saved", str)
     while not asked:
         print("a step", flush=True)
         time.sleep(0.01)

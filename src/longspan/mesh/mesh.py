@@ -247,6 +247,9 @@ def init_distributed(device_type: str, timeout_s: float = 600.0, start_s: float 
     start = datetime.timedelta(seconds=max(start_s, timeout_s))
     try:
         store, rank, world = next(rendezvous("env://", timeout=start))
+        if "LONGSPAN_LAUNCHER" in os.environ:
+            # The launcher's store outlives a restart, and what the earlier ranks wrote must not be found again.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     except RuntimeError as error:
         why = str(error).partition("\n")[0]
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

@@ -11,6 +11,8 @@ from typing import Literal
 
 #: The variable holds the process id of the longspan launcher. It is absent if torchrun started the rank.
 LAUNCHER = "LONGSPAN_LAUNCHER"
+#: The variable holds how often the launcher, longspan or torchrun, has started the ranks before.
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 #: TORCHELASTIC_RUN_ID in the ranks that longspan starts; torchrun sets other values
 RUN_ID = "longspan"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import ipaddress
 import os
@@ -11,14 +12,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from longspan.errors import UserError
-from longspan.training.stopping import Heard, heeded, outliving_reader
+from longspan.training.stopping import SAVES, Heard, heeded, outliving_reader
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+    from torch.distributed import Store, TCPStore
 
 #: seconds that the other ranks have to print their own errors after one rank has failed
 GRACE_S = 10.0
@@ -53,6 +55,30 @@ def serve_store(ip: str, port: int, machines: int) -> tuple[TCPStore, int]:
     return store, port
 
 
+def meeting_store(ip: str, port: int, machines: int, number: int, wait_s: float) -> tuple[Store, int]:
+    """The store of machine 0, for the launcher of any machine, and its port.
+
+    Args:
+        number: this machine, from 0.
+        wait_s: seconds to wait for machine 0.
+
+    Raises:
+        UserError: machine 0 cannot listen there, or cannot be reached.
+    """
+    from torch.distributed import TCPStore
+
+    if number == 0:
+        return serve_store(ip, port, machines)
+    try:
+        return TCPStore(ip, port, is_master=False, timeout=datetime.timedelta(seconds=wait_s)), port
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(
+            f"machine {number} found nobody at {ip}:{port} within {wait_s:g} s ({why}). Start machine 0, and look at "
+            "--main-process-ip, --main-process-port and the firewall."
+        ) from None
+
+
 def _listen(ip: str, port: int) -> socket.socket:
     """A socket that listens on ``ip``, or on all IPv4 addresses of this machine if ``ip`` is none of them.
 
@@ -69,35 +95,78 @@ def _listen(ip: str, port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=1024)
 
 
+@dataclass(frozen=True)
+class Ending:
+    """How the ranks of this machine have ended.
+
+    Attributes:
+        failures: failed rank -> its exit code; a negative one is the signal that ended it.
+        asked: the signals with which the user asked the launcher to stop.
+        unanswered: rank that still ran when it was killed -> the state of its process (``T``: stopped by a signal).
+        elsewhere: what happened on another machine, because of which these ranks were ended; "" for nothing.
+    """
+
+    failures: Mapping[int, int]
+    asked: Sequence[signal.Signals] = ()
+    unanswered: Mapping[int, str] = field(default_factory=dict)
+    elsewhere: str = ""
+
+    @property
+    def well(self) -> bool:
+        """Whether all ranks have done their work."""
+        return not self.failures and len(self.asked) < 2 and not self.elsewhere
+
+    @property
+    def cause(self) -> tuple[int, int]:
+        """(rank, exit code) of the failure that explains the others: a rank that was killed, or else the first."""
+        killed = ((rank, code) for rank, code in self.failures.items() if code < 0)
+        return next(killed, next(iter(self.failures.items())))
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Heard]:
+    """Inside this context the launcher's signals are collected instead of ending it, and passed on to the ranks."""
+    asked = Heard()
+    before = {number: signal.signal(number, lambda n, _: asked.hear(n)) for number in (*heeded(), SAVES)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_together(
-    command: Sequence[str], environments: Mapping[int, Mapping[str, str]], kept: Sequence[int] = ()
-) -> int:
+    command: Sequence[str],
+    environments: Mapping[int, Mapping[str, str]],
+    kept: Sequence[int],
+    asked: Heard,
+    elsewhere: Callable[[], str] = lambda: "",
+) -> Ending:
     """Runs one process for each rank of this machine and waits for all, without a time limit.
 
     A first SIGTERM, SIGINT or SIGHUP is passed on, and the ranks save and stop in their own time; a second
-    signal kills them. If one rank fails, the other ranks are ended too.
+    signal kills them. SIGUSR1 is passed on too, and the ranks save and go on. If one rank fails, the other
+    ranks are ended too.
 
     Args:
         environments: rank -> its environment.
         kept: file descriptors that the ranks inherit.
-
-    Returns:
-        The exit code.
+        asked: the signals that the launcher has received (``listening``).
+        elsewhere: returns why the ranks of another machine have ended, "" while they run.
     """
-    asked = Heard()
-    before = {number: signal.signal(number, lambda n, _: asked.hear(n)) for number in heeded()}
     ranks: dict[int, subprocess.Popen] = {}
     try:
-        for rank, environment in environments.items():
-            ranks[rank] = start_rank(command, environment, kept)
+        # The signal would end a rank that has not begun to handle it, so the ranks start with it ignored.
+        handler = signal.signal(SAVES, signal.SIG_IGN)
+        try:
+            for rank, environment in environments.items():
+                ranks[rank] = start_rank(command, environment, kept)
+        finally:
+            signal.signal(SAVES, handler)
         with outliving_reader():
-            failures = _watch(ranks, asked)
+            return _watch(ranks, asked, elsewhere)
     finally:
         _kill(ranks)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    with outliving_reader():
-        return _report(failures, asked)
 
 
 def start_rank(
@@ -107,15 +176,12 @@ def start_rank(
     return subprocess.Popen(command, env=dict(environment), pass_fds=tuple(kept), start_new_session=True)
 
 
-def _watch(ranks: Mapping[int, subprocess.Popen], asked: list[signal.Signals]) -> dict[int, int]:
+def _watch(ranks: Mapping[int, subprocess.Popen], asked: Heard, elsewhere: Callable[[], str]) -> Ending:
     """Waits until all ranks have ended, one rank has failed, or a second signal has come.
 
     After a failure the other ranks have ``GRACE_S`` seconds to end; none if it was a mistake of the user.
-
-    Returns:
-        Failed rank -> its exit code.
     """
-    told, failures, until = False, {}, float("inf")
+    passed_on, failures, until, why = False, {}, float("inf"), ""
     while len(asked) < 2:
         alive = [rank for rank, process in ranks.items() if process.poll() is None]
         for rank, process in ranks.items():
@@ -124,18 +190,38 @@ def _watch(ranks: Mapping[int, subprocess.Popen], asked: list[signal.Signals]) -
                 # Exit code 2 is a mistake of the user, which is printed already; other ranks would repeat it.
                 until = min(until, time.monotonic() + (0 if process.returncode == 2 else GRACE_S))
         if not alive or time.monotonic() >= until:
-            return failures
-        if asked and not told:
-            told = True
-            for rank in alive:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(ranks[rank].pid, asked[0])
+            return Ending(
+                failures, asked, {rank: _state(ranks[rank].pid) for rank in alive}, why if alive else ""
+            )
+        if not why and (why := elsewhere()):
+            until = min(until, time.monotonic() + GRACE_S)
+        if asked.to_save:
+            asked.to_save = False
+            _send([ranks[rank] for rank in alive], SAVES)
+        if asked and not passed_on:
+            passed_on = True
+            _send([ranks[rank] for rank in alive], asked[0])
             text = f"longspan: {asked[0].name}: waiting for the ranks; a second signal stops them at once"
             # An error such as a full disk must not end the launcher while the ranks save.
             with contextlib.suppress(OSError):
                 print(text, file=sys.stderr, flush=True)
         time.sleep(LOOK_S)
-    return failures
+    return Ending(failures, asked)
+
+
+def _send(processes: Sequence[subprocess.Popen], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
+
+
+def _state(pid: int) -> str:
+    """The state of a process as Linux writes it (``T``: stopped by a signal); "" if it is not known."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 def _kill(ranks: Mapping[int, subprocess.Popen]) -> None:
@@ -150,28 +236,37 @@ def _kill(ranks: Mapping[int, subprocess.Popen]) -> None:
             process.wait(30)
 
 
-def _report(failures: Mapping[int, int], asked: Sequence[signal.Signals]) -> int:
-    """Prints why the ranks have ended. Returns the launcher's exit code."""
-    if len(asked) > 1:
-        print(
-            f"longspan: stopped at once by a second signal, {asked[1].name}; what was not saved yet is lost",
-            file=sys.stderr,
-        )
-        return 1
-    if not failures:
-        return 0
-    # Exit code 2 is a mistake of the user, which a rank has printed already.
-    if 2 in failures.values():
-        return 2
-    if asked:
-        print(f"longspan: stopped by signal {asked[0].name}", file=sys.stderr)
-        return 1
-    rank, code = next(((r, c) for r, c in failures.items() if c < 0), next(iter(failures.items())))
+def what_failed(ending: Ending) -> str:
+    """The failure that explains the others, as the beginning of a sentence."""
+    rank, code = ending.cause
     if code < 0:
         name = signal.Signals(-code).name
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        text = f"rank {rank} was ended by {name}{hint}; the other ranks were stopped."
+        return f"rank {rank} was ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
+    return f"rank {rank} failed with exit code {code}"
+
+
+def report(ending: Ending) -> int:
+    """Prints why the ranks have ended. Returns the launcher's exit code."""
+    with outliving_reader():
+        return _report(ending)
+
+
+def _report(ending: Ending) -> int:
+    asked, text = ending.asked, ""
+    if len(asked) > 1:
+        text = f"stopped at once by a second signal, {asked[1].name}; what was not saved yet is lost"
+    elif ending.well:
+        return 0
+    # Exit code 2 is a mistake of the user, which a rank has printed already.
+    elif 2 in ending.failures.values():
+        return 2
+    elif asked:
+        text = f"stopped by signal {asked[0].name}"
+    elif not ending.failures:
+        text = f"{ending.elsewhere}; the ranks of this machine were stopped."
+    elif ending.cause[1] < 0:
+        text = f"{what_failed(ending)}; the other ranks were stopped."
     else:
-        text = f"rank {rank} failed with exit code {code}; its own message is above."
+        text = f"{what_failed(ending)}; its own message is above."
     print(f"longspan: {text}", file=sys.stderr)
     return 1

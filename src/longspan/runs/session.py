@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from longspan.config.run import Run
 from longspan.errors import UserError
 from longspan.runs.finish import finish
+from longspan.runs.notes import NO_NOTES, Failure, Notes
 from longspan.training import loop
 from longspan.training.banner import last_lines, start_lines
 from longspan.training.checkpoint import SaveError
 from longspan.training.export import export, prepare_export
-from longspan.training.lock import CONFIG
+from longspan.training.lock import CONFIG, mark_begun
 from longspan.training.metrics import Metrics
 from longspan.training.nonfinite import NotFinite
 from longspan.training.progress import Progress, make_progress
@@ -29,12 +30,16 @@ from longspan.training.trainer import Trainer
 from longspan.training.waiting import Watch, calls_of, late, lost, place, timed_out
 
 
-def train(run: Run, device: torch.device, stopping: Stopping) -> int:
+def train(
+    run: Run, device: torch.device, stopping: Stopping, notes: Notes = NO_NOTES, again: bool = False
+) -> int:
     """Trains on this rank; rank 0 prints the output and writes the records. Returns the exit code.
 
     Args:
         stopping: handles the signals. Before the first step is done a signal ends the process, because there
             is nothing to save.
+        notes: takes what the launcher should know of this rank.
+        again: the launcher has started this run again after a failure.
     """
     config, output = run.config, Path(run.config.output_dir)
     first = dist.get_rank() == 0
@@ -43,8 +48,16 @@ def train(run: Run, device: torch.device, stopping: Stopping) -> int:
     def step() -> int | None:
         return None if trainer is None else trainer.step
 
-    # NCCL ends the process without an exception if an exchange is not answered, so a thread prints the place.
-    watch = Watch(config.ddp_timeout, dist.get_rank(), step) if device.type == "cuda" else None
+    rank = dist.get_rank()
+    watch = Watch(
+        config.ddp_timeout,
+        rank,
+        step,
+        # The launcher's store has room for some hundred notes a second.
+        look=max(1.0, dist.get_world_size() / 256),
+        put_place=lambda place: notes.put_place(rank, place),
+        prints=device.type == "cuda",
+    )
     progress: Progress = Progress()
     metrics = Metrics([])
     try:
@@ -59,15 +72,16 @@ def train(run: Run, device: torch.device, stopping: Stopping) -> int:
         if first:
             how = "its weights alone: steps, schedule and data begin anew (no_load_optim)"
             how = how if config.no_load_optim else f"after step {trainer.step}"
-            notes = [f"  resume     {resumed}, {how}"] if resumed else []
-            metrics, kept = open_sinks(run, output, trainer.step, resumed)
+            remarks = [f"  resume     {resumed}, {how}"] if resumed else []
+            metrics, kept = open_sinks(run, output, trainer.step, resumed, again)
+            mark_begun(output)
             trainer.metrics = metrics
-            notes += [f"  an earlier run's {', '.join(kept)} are kept beside"] if kept else []
-            print("\n".join([start_lines(trainer, output), *notes]), flush=True)
+            remarks += [f"  an earlier run's {', '.join(kept)} are kept beside"] if kept else []
+            print("\n".join([start_lines(trainer, output), *remarks]), flush=True)
             megatron = config.log_format == "megatron"
             progress = make_progress(trainer.steps, trainer.step, run.batch.global_size if megatron else None)
-        stop = trainer.stop
-        summary = loop.train(trainer, output, progress, started=lambda: stopping.saves(stop))
+        stop, save = trainer.stop, trainer.save
+        summary = loop.train(trainer, output, progress, started=lambda: stopping.saves(stop, save))
         exported = config.export_hf and not trainer.stop_asked
         if exported:
             export(trainer, output / "hf", beside)
@@ -87,12 +101,11 @@ def train(run: Run, device: torch.device, stopping: Stopping) -> int:
     except Exception as error:
         # A progress bar hides the cursor, and ``leave`` ends the process before ``finally``.
         progress.close()
-        leave(error, output, config.ddp_timeout, step())
+        leave(error, output, config.ddp_timeout, step(), notes)
     finally:
         progress.close()
         metrics.close()
-        if watch is not None:
-            watch.close()
+        watch.close()
     if first and (missing := missing_output(output, metrics, exported)):
         print(
             f"longspan: error: {summary['step']} steps were trained, but not all of it is kept:",
@@ -115,7 +128,9 @@ def missing_output(output: Path, metrics: Metrics, exported: bool) -> list[str]:
     return found
 
 
-def leave(error: Exception, output: Path, seconds: float, step: int | None = None) -> NoReturn:
+def leave(
+    error: Exception, output: Path, seconds: float, step: int | None = None, notes: Notes = NO_NOTES
+) -> NoReturn:
     """Prints the error and ends this process at once with exit code 1.
 
     The other ranks wait for this one in a collective, and torch's own tear-down may in turn wait for them.
@@ -124,11 +139,14 @@ def leave(error: Exception, output: Path, seconds: float, step: int | None = Non
         output: the run's folder, for messages.
         seconds: ddp_timeout, for the message about an unanswered exchange.
         step: number of finished optimizer steps; None before there is a trainer.
+        notes: takes the reason, for the launcher.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     many = dist.is_initialized() and dist.get_world_size() > 1
     name = f"rank {rank}: " if many else ""
     where = place(calls_of(error.__traceback__), step)
+    if not isinstance(error, NotFinite):
+        notes.fail(rank, failure_of(error, step, many))
     if isinstance(error, OSError):
         print(
             f"longspan: error: {name}{error.strerror or error}: {error.filename or output}", file=sys.stderr
@@ -151,3 +169,20 @@ def leave(error: Exception, output: Path, seconds: float, step: int | None = Non
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
+
+
+def failure_of(error: Exception, step: int | None, many: bool) -> Failure:
+    """The note about a rank that ends with this error.
+
+    Args:
+        step: number of finished optimizer steps; None before there is a trainer.
+        many: the run has several ranks.
+    """
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f" in {Path(last[0].filename).name}, line {last[0].lineno}" if last else ""
+    kind: Literal["error", "lost", "late"] = "error"
+    if many and timed_out(error):
+        kind = "late"
+    elif many and lost(error):
+        kind = "lost"
+    return Failure(kind, f"{type(error).__name__}{where}", step, str(error)[:1000])

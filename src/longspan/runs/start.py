@@ -16,8 +16,11 @@ from longspan.config.run import Run
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError
 from longspan.parent import end_with_parent
-from longspan.runs.environment import LAUNCHER, RUN_ID
-from longspan.runs.ranks import run_together, serve_store
+from longspan.runs.environment import LAUNCHER, RESTARTS, RUN_ID
+from longspan.runs.machines import Machines, OneMachine, SeveralMachines
+from longspan.runs.notes import Notes
+from longspan.runs.ranks import listening, meeting_store, report, run_together
+from longspan.runs.restarts import Restarts, pause, who_did_not_answer
 from longspan.training.stopping import heeded
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 #: the option of a process that longspan starts with a prepared config, from which its Run is made unchanged
 WORKER = "--worker"
 
+#: seconds to wait for the other machines, unless a run's ddp_timeout is longer
+START_S = 600.0
 #: The most processes for each core of a machine; more would keep it busy with starting them.
 PROCESSES_PER_CORE = 64
 
@@ -130,13 +135,21 @@ def _choose(config: TrainConfig, launch: Launch) -> tuple[str, int]:
 
 
 def start(
-    launch: Launch, processes: int, arguments: Sequence[str], device: str, kept: Sequence[int] = ()
+    launch: Launch,
+    processes: int,
+    arguments: Sequence[str],
+    device: str,
+    kept: Sequence[int] = (),
+    restarts: Restarts | None = None,
+    wait_s: float = START_S,
 ) -> int:
     """Runs ``python -m longspan ARGUMENTS`` in every local process and waits. Returns the exit code.
 
     Args:
         processes: number of processes over all machines.
         kept: file descriptors that the processes inherit (not with torchrun), such as the folder's lock.
+        restarts: decides whether failed processes are started again (not with torchrun); None never does.
+        wait_s: seconds to wait for the other machines.
     """
     local = processes // launch.machines
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -144,9 +157,41 @@ def start(
     command = ["-m", "longspan", *arguments]
     if launch.torchrun_arguments:
         return _torchrun(launch, command, local)
-    store, port = None, launch.port
-    if launch.machine_rank == 0:
-        store, port = serve_store(launch.ip, launch.port, launch.machines)
+    store, port = meeting_store(launch.ip, launch.port, launch.machines, launch.machine_rank, wait_s)
+    machines: Machines = OneMachine()
+    if launch.machines > 1:
+        machines = SeveralMachines(store, launch.machine_rank, launch.machines, wait_s)
+    restarts = restarts or Restarts(0, lambda: None)
+    with listening() as asked:
+        while True:
+            attempt = machines.meet(asked)
+            if attempt is None:
+                machines.close()
+                why = f"stopped by signal {asked[0].name}" if asked else machines.elsewhere()
+                print(f"longspan: {why}", file=sys.stderr, flush=True)
+                return 1
+            environments = _environments(launch, processes, port, attempt)
+            notes = Notes(store, attempt)
+            ending = run_together([sys.executable, *command], environments, kept, asked, machines.elsewhere)
+            if ending.well:
+                return 0
+            decision = restarts.decide(ending, notes)
+            for line in (*who_did_not_answer(ending, notes), decision.text):
+                if line:
+                    print(f"longspan: {line}", file=sys.stderr, flush=True)
+            if not decision.again or pause(decision.pause, asked):
+                machines.close()
+                return report(ending)
+
+
+def _environments(launch: Launch, processes: int, port: int, attempt: int) -> dict[int, dict[str, str]]:
+    """rank of this machine -> the variables of its process.
+
+    Args:
+        port: the port of the launcher's store.
+        attempt: how often the ranks were started before.
+    """
+    local = processes // launch.machines
     together = {
         "WORLD_SIZE": processes,
         "LOCAL_WORLD_SIZE": local,
@@ -157,18 +202,14 @@ def start(
         # With these variables torch uses the launcher's store, which outlives every rank.
         "TORCHELASTIC_RUN_ID": RUN_ID,
         "TORCHELASTIC_USE_AGENT_STORE": True,
-        "TORCHELASTIC_RESTART_COUNT": 0,
+        RESTARTS: attempt,
     }
     environments = {}
     for number_here in range(local):
         rank = launch.machine_rank * local + number_here
         own = together | {"RANK": rank, "LOCAL_RANK": number_here}
         environments[rank] = os.environ | {name: str(value) for name, value in own.items()}
-    try:
-        return run_together([sys.executable, *command], environments, kept)
-    finally:
-        # The ranks needed the store until here.
-        del store
+    return environments
 
 
 def _torchrun(launch: Launch, command: list[str], local: int) -> int:
@@ -221,7 +262,7 @@ def torchrun_settings() -> dict[str, str]:
         "TORCHELASTIC_SIGNALS_TO_HANDLE": stopping,
         # This variable replaces torchrun's argument, with which torchrun overwrites the variable above.
         "PET_SIGNALS_TO_HANDLE": stopping,
-        # a week, in seconds
+        # A week, in seconds: the ranks have a limit of their own (stop_timeout).
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(7 * 24 * 3600),
     }
 

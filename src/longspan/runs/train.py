@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -12,9 +14,13 @@ from longspan.config.load import to_yaml
 from longspan.config.run import Checked, Run
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError
-from longspan.files import write_whole
+from longspan.files import remove_partial, write_whole
+from longspan.runs.environment import RESTARTS
+from longspan.runs.notes import Notes
 from longspan.runs.prepare import prepare
+from longspan.runs.restarts import Restarts
 from longspan.runs.start import (
+    START_S,
     WORKER,
     Launch,
     end_with_launcher,
@@ -23,7 +29,8 @@ from longspan.runs.start import (
     start,
     under_torchrun,
 )
-from longspan.training.lock import CONFIG, hold, unwritable
+from longspan.training.lock import CONFIG, has_begun, hold, unwritable
+from longspan.training.stopping import SAVES
 
 WRITTEN_BY = "# written by longspan"
 
@@ -34,8 +41,11 @@ def start_or_join(checked: Checked, launch: Launch) -> int:
     Returns:
         The exit code.
     """
+    # The signal that saves a run has nothing to save before that, and would end a process that does not handle it.
+    signal.signal(SAVES, signal.SIG_IGN)
+    config = checked.config
     alone = checked.sizes.world_size == 1 and launch.machines == 1 and not launch.torchrun_arguments
-    if under_torchrun() or alone:
+    if under_torchrun() or (alone and not config.max_restarts):
         return join(checked)
     output = Path(checked.config.output_dir)
     # The launchers of a job may share the folder, so only the first launcher locks it; with torchrun, the
@@ -51,7 +61,13 @@ def start_or_join(checked: Checked, launch: Launch) -> int:
             path.write_text(to_yaml(run.config), encoding="utf-8")
         # The ranks hold the lock too, so that it lasts as long as any process that can write.
         kept = [] if lock is None else [lock]
-        return start(launch, run.sizes.world_size, ["train", str(path), WORKER], run.device, kept)
+        restarts = Restarts(config.max_restarts, lambda: newest_name(output))
+        wait_s = max(START_S, config.ddp_timeout)
+        arguments = ["train", str(path), WORKER]
+        code = start(launch, run.sizes.world_size, arguments, run.device, kept, restarts, wait_s)
+        if first:
+            remove_partial(output)
+        return code
 
 
 def claim(output: Path) -> AbstractContextManager[int | None]:
@@ -70,7 +86,51 @@ def claim(output: Path) -> AbstractContextManager[int | None]:
             f"output_dir {output}: there is a config.yaml that longspan did not write. Choose another output_dir; nothing "
             "is overwritten."
         )
-    return hold(output)
+    # torchrun starts the ranks again under the same agent; our own launcher holds the lock itself.
+    agent = os.environ.get("TORCHELASTIC_RUN_ID") if under_torchrun() else None
+    return hold(output, launch=f"{agent}, agent {os.getppid()}" if agent else "")
+
+
+def newest_name(output: Path) -> str | None:
+    """The name of the newest checkpoint of a run, ``step_NNNNNNNN``; None before the first one."""
+    with contextlib.suppress(OSError):
+        return (output / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+    return None
+
+
+def after_restart(run: Run) -> tuple[Run, bool]:
+    """The run from its newest checkpoint, if the launcher has started the ranks again. Collective.
+
+    Returns:
+        The run, and whether the output folder holds this launch's own records.
+
+    Raises:
+        UserError: on every rank, if no checkpoint is whole.
+    """
+    import torch.distributed as dist
+
+    from longspan.training.checkpoint import newest
+
+    # Under torchrun a machine that came back counts from 0.
+    counts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, int(os.environ.get(RESTARTS, "0")))
+    if not any(counts):
+        return run, False
+    output = Path(run.config.output_dir)
+    found: list = [(False, None, [])]
+    if dist.get_rank() == 0:
+        try:
+            begun = has_begun(output)
+            found = [(begun, newest(output / "checkpoints") if begun else None, [])]
+        except UserError as error:
+            found = [(True, None, error.problems)]
+    dist.broadcast_object_list(found, src=0)
+    begun, path, problems = found[0]
+    if problems:
+        raise UserError(problems)
+    if path is not None:
+        run = run.with_keys(resume=str(path), no_load_optim=False, no_load_rng=False)
+    return run, begun
 
 
 def write_config(config: TrainConfig, output: Path) -> Path:
@@ -115,7 +175,9 @@ def join(checked: Checked | Run) -> int:
             hold()
             run = prepare(checked, show=True)
         first = os.environ.get("RANK", "0") == "0"
-        stopping = until_the_end.enter_context(Stopping(speaks=first, second_ends=started_by is None))
+        within = checked.config.stop_timeout
+        stopping = until_the_end.enter_context(Stopping(first, second_ends=started_by is None, within=within))
+        notes = Notes.of_launcher()
         try:
             init_distributed(checked.device, checked.config.ddp_timeout)
             if run is None:
@@ -123,10 +185,11 @@ def join(checked: Checked | Run) -> int:
             device = torch.device(run.device, local_rank) if run.device == "cuda" else torch.device("cpu")
             if dist.get_rank() == 0 and started_by is None:
                 write_config(run.config, output)
-            code = train(run, device, stopping)
+            run, again = after_restart(run)
+            code = train(run, device, stopping, notes, again)
             close_distributed()
         except RuntimeError as error:
-            leave(error, output, checked.config.ddp_timeout)
+            leave(error, output, checked.config.ddp_timeout, notes=notes)
     return code
 
 

@@ -32,11 +32,13 @@ def unwritable(folder: Path, error: OSError, key: str = "output_dir") -> UserErr
 
 
 @contextlib.contextmanager
-def hold(folder: Path, dying_s: float = DYING_S) -> Iterator[int | None]:
+def hold(folder: Path, dying_s: float = DYING_S, launch: str = "") -> Iterator[int | None]:
     """Locks a folder for one run; makes the folder, and removes it again if nothing was written into it.
 
     Args:
         dying_s: seconds to wait for the processes of a run whose first process has been killed.
+        launch: names the launch if torchrun may start this process again: what ``mark_begun`` has written is
+            kept then. Without it every lock is a new launch.
 
     Yields:
         The descriptor of the lock: a child that inherits it holds the lock too, until both have ended. None
@@ -53,10 +55,10 @@ def hold(folder: Path, dying_s: float = DYING_S) -> Iterator[int | None]:
     except OSError as error:
         raise unwritable(folder, error) from None
     try:
-        held = _lock(file, folder, dying_s)
+        held = _lock(file, folder, dying_s, launch)
         # A refused run may have removed its folder just now.
         if held and not _is_still_there(file, folder):
-            with hold(folder, dying_s) as again:
+            with hold(folder, dying_s, launch) as again:
                 yield again
         else:
             yield file if held else None
@@ -78,9 +80,47 @@ def _is_still_there(file: int, folder: Path) -> bool:
     return False
 
 
-def _lock(file: int, folder: Path, dying_s: float) -> bool:
+def mark_begun(folder: Path) -> None:
+    """Writes into the lock that this launch's run has begun to write into the folder."""
+    # On a full disk the run goes on; a restart would begin it anew.
+    with contextlib.suppress(OSError):
+        file = os.open(folder / LOCK, os.O_RDWR)
+        try:
+            _write(file, _read(file) | {"begun": True})
+        finally:
+            os.close(file)
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether the launch that holds the lock has begun to write there; what is there then is its own."""
+    with contextlib.suppress(OSError):
+        file = os.open(folder / LOCK, os.O_RDONLY)
+        try:
+            return bool(_read(file).get("begun"))
+        finally:
+            os.close(file)
+    return False
+
+
+def _read(file: int) -> dict:
+    try:
+        about = json.loads(os.pread(file, 4096, 0))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _write(file: int, about: dict) -> None:
+    # On a full disk the lock is held even if its owner cannot be written.
+    with contextlib.suppress(OSError):
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps(about).encode(), 0)
+
+
+def _lock(file: int, folder: Path, dying_s: float, launch: str) -> bool:
     """Takes the lock and writes its owner into it; False if the file system has no locks."""
     until = time.monotonic() + dying_s
+    held = True
     try:
         while True:
             try:
@@ -104,13 +144,13 @@ def _lock(file: int, folder: Path, dying_s: float) -> bool:
             file=sys.stderr,
             flush=True,
         )
-        return False
+        held = False
     about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    # On a full disk the lock is held even if its owner cannot be written.
-    with contextlib.suppress(OSError):
-        os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps(about).encode(), 0)
-    return True
+    before = _read(file)
+    if launch and before.get("launch") == launch and before.get("begun"):
+        about["begun"] = True
+    _write(file, about | ({"launch": launch} if launch else {}))
+    return held
 
 
 def _has_died(file: int) -> bool:

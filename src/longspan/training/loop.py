@@ -95,7 +95,7 @@ def train(
         scheduled = bool(eval_every) and trainer.step % eval_every == 0
         trainer.owed = trainer.stop_asked and scheduled and trainer.valid_data is not None
         # save_last concerns the last step; a run that stops earlier always saves, so that it can continue.
-        to_save = trainer.stop_asked or (config.save_last and last)
+        to_save = trainer.stop_asked or trainer.save_asked or (config.save_last and last)
         to_save = to_save or bool(save_every and trainer.step % save_every == 0)
         # The sender of the signal may not wait for an evaluation, so the save comes first.
         if to_save and trainer.asked:

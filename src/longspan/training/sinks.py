@@ -8,13 +8,19 @@ from longspan.config.run import Run
 from longspan.training.metrics import JsonLines, Metrics, Sink, TensorBoard, Wandb, keep_until, set_aside
 
 
-def open_sinks(run: Run, output: Path, step: int, resumed: Path | None) -> tuple[Metrics, list[str]]:
-    """The sinks, and new names of moved files: a resumed run continues its files, other runs move files."""
+def open_sinks(
+    run: Run, output: Path, step: int, resumed: Path | None, again: bool = False
+) -> tuple[Metrics, list[str]]:
+    """The sinks, and new names of moved files: a resumed run continues its files, other runs move files.
+
+    Args:
+        again: the launcher has started this run again after a failure, so all that is there is its own.
+    """
     kept = []
     # Weights & Biases comes first, because nothing must have been moved if it refuses the run.
     wandb = wandb_sinks(run, output)
     old = ["metrics.jsonl", "checkpoints", "hf", "tensorboard"]
-    if goes_on_in(output, resumed) and step:
+    if again or (goes_on_in(output, resumed) and step):
         keep_until(output / "metrics.jsonl", step)
         # Only the export is moved, because it holds earlier weights.
         old = ["hf"]

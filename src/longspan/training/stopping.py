@@ -1,4 +1,5 @@
-"""SIGTERM, SIGINT (Ctrl-C) and SIGHUP in a process that trains: the first signal makes it save and stop."""
+"""Signals in a process that trains: the first SIGTERM, SIGINT (Ctrl-C) or SIGHUP makes it save and stop, SIGUSR1
+makes it save and go on."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+#: Clusters send this signal ahead of a time limit (Slurm's ``--signal=USR1@120``).
+SAVES = signal.SIGUSR1
 #: Within so many seconds the same signal counts once.
 AGAIN_S = 1.0
 
@@ -36,9 +39,14 @@ class Heard(list[signal.Signals]):
 
     # the time of the first signal
     since = 0.0
+    # Whether a save was asked for (SIGUSR1) since this was last set to False.
+    to_save = False
 
     def hear(self, number: int) -> bool:
-        """Takes a signal; returns whether it counts."""
+        """Takes a signal; returns whether it counts as one that stops the run."""
+        if number == SAVES:
+            self.to_save = True
+            return False
         now = time.monotonic()
         if self and number == self[0] and now - self.since < AGAIN_S:
             return False
@@ -105,17 +113,20 @@ class Stopping:
     """A context that handles the signals.
 
     Before :meth:`saves` is called, a first signal ends the process at once, because there is nothing to save.
-    After that it requests a save and a stop, and a second signal ends the process at once. A thread receives
-    the signals, because Python runs handlers only after the present call, and a backward may take minutes.
+    After that it requests a save and a stop, and a second signal ends the process at once. SIGUSR1 requests a
+    save, after which the run goes on. A thread receives the signals, because Python runs handlers only after
+    the present call, and a backward may take minutes.
 
     Args:
         speaks: print the effect of a signal to stderr; True in one process of a run.
         second_ends: a second signal ends this process; False if its launcher does that.
+        within: seconds after which a process that was asked to stop ends unsaved; None waits without a limit.
     """
 
-    def __init__(self, speaks: bool = True, second_ends: bool = True):
-        self.speaks, self.second_ends = speaks, second_ends
+    def __init__(self, speaks: bool = True, second_ends: bool = True, within: float | None = None):
+        self.speaks, self.second_ends, self.within = speaks, second_ends, within
         self.ask: Callable[[], str] | None = None
+        self.ask_save: Callable[[], str] = str
         self.heard = Heard()
 
     def __enter__(self) -> Stopping:
@@ -124,7 +135,7 @@ class Stopping:
         os.set_blocking(self.pipe[1], False)
         # Python writes a signal's number to the pipe only if the signal has a Python handler.
         self.before: dict[signal.Signals, Any] = {
-            number: signal.signal(number, lambda *_: None) for number in self.heeded
+            number: signal.signal(number, lambda *_: None) for number in (*self.heeded, SAVES)
         }
         self.pipe_before = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
         self.thread = threading.Thread(target=self._hear, name="signals", daemon=True)
@@ -143,9 +154,13 @@ class Stopping:
         for end in self.pipe:
             os.close(end)
 
-    def saves(self, ask: Callable[[], str]) -> None:
-        """From now on a first signal calls ``ask`` in the signals' thread and prints the returned text."""
-        self.ask = ask
+    def saves(self, ask: Callable[[], str], ask_save: Callable[[], str]) -> None:
+        """From now on a first signal calls ``ask`` in the signals' thread and prints the returned text.
+
+        Args:
+            ask_save: called for SIGUSR1.
+        """
+        self.ask_save, self.ask = ask_save, ask
 
     def _hear(self) -> None:
         while True:
@@ -154,6 +169,9 @@ class Stopping:
                     return
                 if number in self.heeded:
                     self._act(number)
+                elif number == SAVES:
+                    text = self.ask_save() if self.ask else "no step is done, so there is nothing to save"
+                    self._tell(f"{SAVES.name}: {text}")
 
     def _act(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -164,9 +182,19 @@ class Stopping:
             return
         if len(self.heard) == 1:
             self._tell(f"{name}: {self.ask()}; a second signal stops at once")
+            if self.within is not None:
+                timer = threading.Timer(self.within, self._give_up, (name,))
+                timer.daemon = True
+                timer.start()
         elif self.second_ends:
             self._tell(f"{name}: stopped at once, by a second signal")
             os._exit(1)
+
+    def _give_up(self, name: str) -> None:
+        self._tell(
+            f"{name}: not saved within {self.within:g} s (stop_timeout), so it is stopped now, unsaved"
+        )
+        os._exit(1)
 
     def _tell(self, text: str) -> None:
         if not self.speaks:

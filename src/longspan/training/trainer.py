@@ -90,6 +90,10 @@ class Trainer:
         self._own_loss = torch.zeros(())
         # True if this rank was asked to stop; a signal may set it at any moment.
         self.signalled = False
+        # True if this rank was asked to save and go on; a signal may set it at any moment.
+        self.save_signalled = False
+        # True if some rank was asked to save and go on, after this step.
+        self.save_asked = False
         # True if some rank was asked to stop. In each step all ranks agree on this and on ``ran_out``.
         self.asked = False
         # True if it is time to stop, by exit_interval or exit_duration_in_mins.
@@ -245,7 +249,13 @@ class Trainer:
         self.signalled = True
         if self.step >= self.steps:
             return "the last step is done, and the run goes on to its end"
-        return f"step {self.step + 1} is finished and saved, however long it takes, then the run stops"
+        most = self.run.config.stop_timeout
+        return f"step {self.step + 1} is finished and saved (within {most:g} s: stop_timeout), then the run stops"
+
+    def save(self) -> str:
+        """Requests a checkpoint after this step; a signal may do so at any moment. Returns the effect as text."""
+        self.save_signalled = True
+        return f"step {self.step + 1} is finished and saved, and the run goes on"
 
     @property
     def stop_asked(self) -> bool:
@@ -314,10 +324,11 @@ class Trainer:
         self.tokens += count
         # One small message holds a rank's largest memory, whether a rank was asked to stop, and whether it is
         # time to stop.
-        asked = [float(self.signalled), float(self.run_out(time.perf_counter()))]
+        to_save, self.save_signalled = self.save_signalled, False
+        asked = [float(self.signalled), float(self.run_out(time.perf_counter())), float(to_save)]
         shared = torch.tensor([peak_memory_gib(self.device), *asked], dtype=torch.float64)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        peak, self.asked, self.ran_out = shared[0], bool(shared[1]), bool(shared[2])
+        peak, (self.asked, self.ran_out, self.save_asked) = shared[0], map(bool, shared[1:])
         elapsed = time.perf_counter() - start
         return self.metrics.write(
             "train",

@@ -104,18 +104,31 @@ def _exchange(calls: Sequence[Call]) -> str | None:
 
 
 class Watch:
-    """Prints where this rank is when it has been in one place for the time-out. NCCL needs this, because it
-    then ends the process without an exception.
+    """Follows where this rank is, and prints it when it has been in one place for the time-out.
+
+    NCCL needs the message, because it then ends the process without an exception. The launcher needs the place
+    of a rank that does not answer.
 
     Args:
         seconds: ddp_timeout.
         rank: this rank, for the message.
         step: returns the number of finished optimizer steps.
         look: seconds between two checks.
+        put_place: takes this rank's place when it changes.
+        prints: print the message; gloo raises an exception, which has a message of its own.
     """
 
-    def __init__(self, seconds: float, rank: int, step: Callable[[], int | None], look: float = 1.0):
+    def __init__(
+        self,
+        seconds: float,
+        rank: int,
+        step: Callable[[], int | None],
+        look: float = 1.0,
+        put_place: Callable[[str], None] = lambda place: None,
+        prints: bool = True,
+    ):
         self.seconds, self.rank, self.step, self.look = seconds, rank, step, look
+        self.put_place, self.prints = put_place, prints
         self.ended = threading.Event()
         self.main = threading.main_thread().ident
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
@@ -129,12 +142,13 @@ class Watch:
             now = (place(calls, self.step(), "one place"), self.step())
             if now != before:
                 since, before, told = time.monotonic(), now, False
+                self.put_place(now[0])
                 # Only an exchange waits for another rank; a long step, a compilation or a big save does not.
                 if _exchange(calls) is not None:
                     message = late(self.rank, now[0], self.seconds)
                 else:
                     message = f"rank {self.rank} has been in {now[0]} for {self.seconds:g} s (ddp_timeout)"
-            elif not told and time.monotonic() - since >= self.seconds:
+            elif self.prints and not told and time.monotonic() - since >= self.seconds:
                 told = True
                 print(f"longspan: {message}", file=sys.stderr, flush=True)
 

@@ -78,6 +78,19 @@ class ParallelKeys(BaseModel):
     ddp_timeout: float = key(
         600.0, "How long a rank waits for another before the run fails.", unit="seconds", gt=0
     )
+    max_restarts: int = key(
+        0,
+        "How often the processes are started again from the last checkpoint after one was lost; a new checkpoint begins the "
+        "count anew.",
+        unit="restarts",
+        ge=0,
+    )
+    stop_timeout: float = key(
+        1800.0,
+        "How long a run that a signal stops may take to finish its step and save.",
+        unit="seconds",
+        gt=0,
+    )
     sequence_parallel: bool | None = key(
         None,
         "Cut activations between tensor parallel layers along the sequence; default: on with tensor parallelism.",

@@ -1,0 +1,158 @@
+"""The machines of a run: their launchers meet before every attempt, and notice when another one needs a new one.
+
+Several machines meet through torch elastic's rendezvous (``c10d``), in the store of machine 0: it keeps a list of
+the launchers that are there, strikes one off that has been silent for 15 seconds, and takes one back that was
+started again. Machine 0 has the store, so a run ends with its launcher.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from longspan.errors import UserError
+from longspan.runs.environment import RUN_ID
+from longspan.training.stopping import Heard
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+LOOK_S = 1.0
+
+
+class Machines(Protocol):
+    """What the launcher of one machine needs to know of the others."""
+
+    def meet(self, asked: Heard) -> int | None:
+        """Waits until all machines are there. Returns the number of this attempt, from 0, the same on all.
+
+        Returns None if a signal has asked to stop meanwhile, or if another launcher has ended the run.
+
+        Raises:
+            UserError: a machine does not come, or two have the same number.
+        """
+
+    def elsewhere(self) -> str:
+        """Why the ranks of another machine have ended, "" while they run."""
+
+    def close(self) -> None:
+        """Ends the run for all machines."""
+
+
+class OneMachine:
+    """A machine alone."""
+
+    def __init__(self) -> None:
+        self.attempts = 0
+
+    def meet(self, asked: Heard) -> int | None:
+        self.attempts += 1
+        return self.attempts - 1
+
+    def elsewhere(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        pass
+
+
+class SeveralMachines:
+    """The launcher of one machine among several.
+
+    Args:
+        store: the store of machine 0.
+        number, machines: this machine, from 0, and their number.
+        wait_s: seconds to wait for the others.
+    """
+
+    def __init__(self, store: Store, number: int, machines: int, wait_s: float):
+        # Without this variable the rendezvous opens a second store, on a port that no firewall expects.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+        from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+            DynamicRendezvousHandler,
+            RendezvousTimeout,
+        )
+
+        self.store, self.number, self.machines, self.wait_s = store, number, machines, wait_s
+        self.handler = DynamicRendezvousHandler.from_backend(
+            RUN_ID,
+            store,
+            C10dRendezvousBackend(store, RUN_ID),
+            machines,
+            machines,
+            local_addr=f"machine-{number}",
+            timeout=RendezvousTimeout(join=datetime.timedelta(seconds=wait_s)),
+        )
+        self.looked, self.why = 0.0, ""
+
+    def meet(self, asked: Heard) -> int | None:
+        from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
+
+        self.why = ""
+        try:
+            round_ = _in_thread(self.handler.next_rendezvous, asked)
+            if round_ is None:
+                return None
+            if round_.store.add(f"machine/{self.number}", 1) > 1:
+                raise UserError(
+                    f"--machine-rank {self.number}: two machines have this number. Give each its own."
+                )
+            if self.number == 0:
+                round_.store.set("attempt", str(self.store.add("longspan/attempts", 1) - 1))
+            return int(round_.store.get("attempt"))
+        except RendezvousClosedError:
+            self.why = "the launcher of another machine has ended the run"
+            return None
+        except (RendezvousError, RuntimeError) as error:
+            raise UserError(
+                f"machine {self.number} did not find all {self.machines} machines within {self.wait_s:g} s "
+                f"({str(error).partition(chr(10))[0] or type(error).__name__}). Start the same command on every machine, each with "
+                "its own --machine-rank."
+            ) from None
+
+    def elsewhere(self) -> str:
+        if time.monotonic() - self.looked >= LOOK_S and not self.why:
+            self.looked = time.monotonic()
+            try:
+                if self.handler.is_closed():
+                    self.why = "the launcher of another machine has ended the run"
+                elif self.handler.num_nodes_waiting():
+                    self.why = "another machine starts its ranks again"
+            except Exception:
+                self.why = "the launcher of machine 0 does not answer"
+        return self.why
+
+    def close(self) -> None:
+        # Machine 0 may have ended, and the store with it.
+        try:
+            self.handler.set_closed()
+        except Exception:
+            return
+
+
+def _in_thread(call: Callable[[], Any], asked: Heard) -> Any:
+    """The result of a call that waits for others, or None once a signal has asked to stop.
+
+    The call runs in a thread, because Python would handle the signal only after it.
+    """
+    results: list[Any] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="rendezvous", daemon=True)
+    thread.start()
+    while thread.is_alive() and not asked:
+        thread.join(0.1)
+    if errors:
+        raise errors[0]
+    return results[0] if results else None
