@@ -5,7 +5,8 @@
 
 One server process imports what the commands need and forks once for each: working folder, environment, exit code and
 output are those of a process of its own. The ranks that a launcher starts are forked too, from the launcher, which
-saves the imports of each; with ``new_ranks`` they are started as users' are. So are all other processes.
+saves the imports of each; with ``new_ranks`` they are started as users' are. So are all other processes. A forked
+rank first runs the code in the variable RANK_RUNS_FIRST, with which a test makes it fail.
 """
 
 from __future__ import annotations
@@ -200,6 +201,7 @@ class ForkedRank:
         def main() -> int:
             from longspan.cli.main import main
 
+            exec(os.environ.get("RANK_RUNS_FIRST", ""), {})
             return main(arguments)
 
         os._exit(_exit_code(main))

@@ -247,9 +247,13 @@ def init_distributed(device_type: str, timeout_s: float = 600.0, start_s: float 
     start = datetime.timedelta(seconds=max(start_s, timeout_s))
     try:
         store, rank, world = next(rendezvous("env://", timeout=start))
-        if "LONGSPAN_LAUNCHER" in os.environ:
+        if (
+            "LONGSPAN_LAUNCHER" in os.environ
+            or os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+        ):
             # The launcher's store outlives a restart, and what the earlier ranks wrote must not be found again.
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            # The agents of torchrun on several machines count restarts apart, so that they have no common number.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     except RuntimeError as error:
         why = str(error).partition("\n")[0]
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

@@ -8,9 +8,10 @@ started again. Machine 0 has the store, so a run ends with its launcher.
 from __future__ import annotations
 
 import datetime
-import os
+import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 LOOK_S = 1.0
+#: seconds in which a launcher answers one that wants its number
+ANSWER_S = 5.0
 
 
 class Machines(Protocol):
@@ -67,11 +70,12 @@ class SeveralMachines:
         store: the store of machine 0.
         number, machines: this machine, from 0, and their number.
         wait_s: seconds to wait for the others.
+
+    Raises:
+        UserError: a launcher that runs has the same number.
     """
 
     def __init__(self, store: Store, number: int, machines: int, wait_s: float):
-        # Without this variable the rendezvous opens a second store, on a port that no firewall expects.
-        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
         from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
             DynamicRendezvousHandler,
@@ -88,20 +92,22 @@ class SeveralMachines:
             local_addr=f"machine-{number}",
             timeout=RendezvousTimeout(join=datetime.timedelta(seconds=wait_s)),
         )
-        self.looked, self.why = 0.0, ""
+        self.name = uuid.uuid4().hex
+        self._take_number()
+        self.looked, self.why, self.meetings = 0.0, "", 0
 
     def meet(self, asked: Heard) -> int | None:
         from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
         self.why = ""
+        self.meetings += 1
+        if self.meetings > 1:
+            text = f"waiting for all {self.machines} machines, at most {self.wait_s:g} s"
+            print(f"longspan: {text}", file=sys.stderr, flush=True)
         try:
-            round_ = _in_thread(self.handler.next_rendezvous, asked)
+            round_ = self._while_answering(self.handler.next_rendezvous, asked)
             if round_ is None:
                 return None
-            if round_.store.add(f"machine/{self.number}", 1) > 1:
-                raise UserError(
-                    f"--machine-rank {self.number}: two machines have this number. Give each its own."
-                )
             if self.number == 0:
                 round_.store.set("attempt", str(self.store.add("longspan/attempts", 1) - 1))
             return int(round_.store.get("attempt"))
@@ -115,10 +121,57 @@ class SeveralMachines:
                 "its own --machine-rank."
             ) from None
 
+    def _take_number(self) -> None:
+        """Takes this machine's number, unless its holder answers that it is still there."""
+        key = f"longspan/launcher/{self.number}"
+        if self.store.compare_set(key, "", self.name).decode() == self.name:
+            return
+        self.store.set(f"{key}/question", self.name)
+        until = time.monotonic() + ANSWER_S
+        while time.monotonic() < until:
+            if self.store.check([f"{key}/answer"]) and self.store.get(f"{key}/answer").decode() == self.name:
+                raise UserError(
+                    f"--machine-rank {self.number}: another launcher of this run has this number. Give each machine its own."
+                )
+            time.sleep(0.1)
+        self.store.set(key, self.name)
+
+    def _answer(self) -> None:
+        """Answers a launcher that asks whether this machine's number is taken."""
+        key = f"longspan/launcher/{self.number}"
+        if self.store.check([f"{key}/question"]):
+            question = self.store.get(f"{key}/question")
+            if question.decode() != self.name:
+                self.store.set(f"{key}/answer", question.decode())
+
+    def _while_answering(self, call: Callable[[], Any], asked: Heard) -> Any:
+        """The result of a call that waits for others, or None once a signal has asked to stop.
+
+        The call runs in a thread, because Python would handle the signal only after it.
+        """
+        results: list[Any] = []
+        errors: list[Exception] = []
+
+        def run() -> None:
+            try:
+                results.append(call())
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run, name="rendezvous", daemon=True)
+        thread.start()
+        while thread.is_alive() and not asked:
+            thread.join(0.2)
+            self._answer()
+        if errors:
+            raise errors[0]
+        return results[0] if results else None
+
     def elsewhere(self) -> str:
         if time.monotonic() - self.looked >= LOOK_S and not self.why:
             self.looked = time.monotonic()
             try:
+                self._answer()
                 if self.handler.is_closed():
                     self.why = "the launcher of another machine has ended the run"
                 elif self.handler.num_nodes_waiting():
@@ -133,26 +186,3 @@ class SeveralMachines:
             self.handler.set_closed()
         except Exception:
             return
-
-
-def _in_thread(call: Callable[[], Any], asked: Heard) -> Any:
-    """The result of a call that waits for others, or None once a signal has asked to stop.
-
-    The call runs in a thread, because Python would handle the signal only after it.
-    """
-    results: list[Any] = []
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            results.append(call())
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="rendezvous", daemon=True)
-    thread.start()
-    while thread.is_alive() and not asked:
-        thread.join(0.1)
-    if errors:
-        raise errors[0]
-    return results[0] if results else None

@@ -9,11 +9,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
-
-from longspan.runs.environment import LAUNCHER, RESTARTS
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -55,20 +52,16 @@ class Notes:
             self.store = PrefixStore(f"longspan/notes/{attempt}", store)
 
     @classmethod
-    def of_launcher(cls) -> Notes:
-        """A rank's own: those of the longspan launcher that started it."""
-        if LAUNCHER not in os.environ or "RANK" not in os.environ:
-            return cls(None)
+    def at(cls, host: str, port: int, attempt: int) -> Notes:
+        """A rank's own notes, in the launcher's store at this address."""
         from torch.distributed import TCPStore
 
+        wait = datetime.timedelta(seconds=ANSWER_S)
         try:
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            wait = datetime.timedelta(seconds=ANSWER_S)
-            store = TCPStore(host, port, is_master=False, timeout=wait)
+            return cls(TCPStore(host, port, is_master=False, timeout=wait), attempt)
         # Without the store the run goes on: only a message about a failure would name less.
         except RuntimeError:
             return cls(None)
-        return cls(store, int(os.environ.get(RESTARTS, "0")))
 
     def fail(self, rank: int, failure: Failure) -> None:
         self._write(f"failure/{rank}", json.dumps(asdict(failure)))

@@ -64,6 +64,18 @@ def launcher() -> int | None:
     return int(os.environ[LAUNCHER]) if under_torchrun() and LAUNCHER in os.environ else None
 
 
+def restart_count() -> int:
+    """How often the launcher has started this process's rank before."""
+    return int(os.environ.get(RESTARTS, "0"))
+
+
+def own_notes() -> Notes:
+    """The notes that this rank leaves for the longspan launcher that started it."""
+    if launcher() is None:
+        return Notes(None)
+    return Notes.at(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), restart_count())
+
+
 def launched_world() -> int:
     """The number of processes that the launcher started.
 
@@ -160,6 +172,8 @@ def start(
     store, port = meeting_store(launch.ip, launch.port, launch.machines, launch.machine_rank, wait_s)
     machines: Machines = OneMachine()
     if launch.machines > 1:
+        # Without this variable the rendezvous opens a second store, on a port that no firewall expects.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         machines = SeveralMachines(store, launch.machine_rank, launch.machines, wait_s)
     restarts = restarts or Restarts(0, lambda: None)
     with listening() as asked:

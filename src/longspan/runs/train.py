@@ -15,8 +15,6 @@ from longspan.config.run import Checked, Run
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError
 from longspan.files import remove_partial, write_whole
-from longspan.runs.environment import RESTARTS
-from longspan.runs.notes import Notes
 from longspan.runs.prepare import prepare
 from longspan.runs.restarts import Restarts
 from longspan.runs.start import (
@@ -25,7 +23,9 @@ from longspan.runs.start import (
     Launch,
     end_with_launcher,
     launcher,
+    own_notes,
     quiet_logs,
+    restart_count,
     start,
     under_torchrun,
 )
@@ -113,7 +113,7 @@ def after_restart(run: Run) -> tuple[Run, bool]:
 
     # Under torchrun a machine that came back counts from 0.
     counts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(counts, int(os.environ.get(RESTARTS, "0")))
+    dist.all_gather_object(counts, restart_count())
     if not any(counts):
         return run, False
     output = Path(run.config.output_dir)
@@ -177,7 +177,7 @@ def join(checked: Checked | Run) -> int:
         first = os.environ.get("RANK", "0") == "0"
         within = checked.config.stop_timeout
         stopping = until_the_end.enter_context(Stopping(first, second_ends=started_by is None, within=within))
-        notes = Notes.of_launcher()
+        notes = own_notes()
         try:
             init_distributed(checked.device, checked.config.ddp_timeout)
             if run is None:
