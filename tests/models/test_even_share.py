@@ -1,4 +1,4 @@
-"""A model made as for Megatron-LM in a pipeline: pre_process and post_process alone, layers in equal shares. fp64."""
+"""A model made in a pipeline by pre_process and post_process alone: layers in equal shares. fp64."""
 
 import dataclasses
 

@@ -179,8 +179,8 @@ def even_share(
         rank, ranks: this rank's number in its pipeline group, and the size of the group.
 
     Raises:
-        ValueError: the config's pipeline is not that of the group, there are virtual stages, the layers do not
-            divide, or pre_process and post_process are not those of this rank.
+        ValueError: the config's pipeline is not that of the group, there are virtual stages, the layers do
+            not divide, or pre_process and post_process are not those of this rank.
     """
     pp, virtual = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size or 1
     if pp == 1:
