@@ -15,7 +15,8 @@ that it has to give. Where the script differs from the notes that it follows:
 - ``model_parallel_seed`` gives all ranks the same weights.
 - The sum over the ranks is used: the notes reduce a temporary tensor and print each rank's own sum.
 - The ranks of a context parallel group come from ``get_context_parallel_group()``. The formula of the notes
-  gives ranks that hold different parts of the weights, and ``new_group`` hangs if only some ranks call it.
+  gives [0, 4] on the first four ranks and [1, 5] on the others: two ranks instead of four, and most ranks are
+  not in their own list. ``new_group`` may also hang where ranks pass different lists.
 - An error ends the script. The notes print it and end with exit code 0.
 """
 

@@ -22,6 +22,9 @@ set of notes on context parallelism. Where it differs from them, the notes do no
   bfloat16 weights are mostly rounded away. (Megatron-LM's own optimizer keeps float32 copies for that
   reason.)
 - All ranks write the checkpoint together, because rank 0 has only a part of tensor parallel weights.
+
+A flag that this script does not read, such as --lr-decay-style, is checked and has no effect, as in a script
+for Megatron-LM; ``longspan pretrain`` reads all of them.
 """
 
 import math

@@ -7,8 +7,8 @@ Where the script differs from the notes that it follows:
 
 - ``get_timers`` belongs to ``megatron.training``, not to ``megatron.core``. The notes reset a timer that
   nothing starts.
-- The batch is cut before the model sees it. In the notes every rank computes attention over the whole
-  sequence, and the keys of the other ranks on top: what they measure is no context parallelism.
+- The batch is cut before the model sees it. In the notes every rank passes the whole sequence, which the model
+  takes for a part of a sequence that is cp times as long.
 - The backward pass is measured too, which sends as many rows again and gradients home.
 - Timers print the smallest and the largest time of all ranks. The mean of rank 0 hides that a rank waits for
   others.

@@ -6,9 +6,9 @@
 
 ``initialize`` reads Megatron-LM's flags with the same reader and the same rules as ``longspan pretrain``,
 makes the groups of ``longspan.parallel_state``, and seeds the random numbers. The model, the data and the
-loop are the script's own. So flags of these are values for the script to read, and the model, the learning
-rate and the data may be missing. This is a leaf for users, as ``parallel_state`` is: no other module imports
-it.
+loop are the script's own. So a flag about them is a value that the script reads, or has no effect, and the
+model, the learning rate and the data may be missing. This is a leaf for users, as ``parallel_state`` is: no
+other module imports it.
 """
 
 from __future__ import annotations
