@@ -4,6 +4,7 @@ Configs run two steps, scripts whole; one whose packages are not installed is le
 """
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,11 @@ HERE = Path(__file__).parent
 
 
 class Script(NamedTuple):
-    """A script, the processes torchrun starts it on (1: none are started), its options, and the packages it needs."""
+    """A script, the processes torchrun starts it on (1: none are started), its options, and the packages it
+    needs.
+
+    A shell script starts its processes itself.
+    """
 
     name: str
     processes: int = 2
@@ -21,6 +26,8 @@ class Script(NamedTuple):
     packages: tuple[str, ...] = ()
 
     def command(self) -> list[str]:
+        if self.name.endswith(".sh"):
+            return ["bash", str(HERE / self.name), *self.options]
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(self.processes)]
         return [
             sys.executable,
@@ -30,6 +37,10 @@ class Script(NamedTuple):
         ]
 
 
+TP2_CP2 = (
+    *("--tensor-model-parallel-size", "2", "--context-parallel-size", "2"),
+    "--sequence-parallel",
+)
 SCRIPTS = (
     Script("recall.py", processes=1),  # it makes its data and runs recall.yaml
     Script("finetune.py", processes=1),  # it makes its base model and runs finetune.yaml
@@ -37,6 +48,15 @@ SCRIPTS = (
     Script("attention_loop.py"),
     Script("gpt_loop.py", options=("--tp", "2")),
     Script("gpt_loop.py"),
+    Script(
+        "megatron_scripts/launch_custom_cp_training.sh",
+        options=("--train-iters", "10", "--timing-log-level", "2"),
+    ),
+    Script("megatron_scripts/launch_cp_demo.sh"),
+    Script("megatron_scripts/verify_cp.py", processes=4, options=TP2_CP2),
+    Script("megatron_scripts/check_cp_config.py", options=("--context-parallel-size", "2")),
+    Script("megatron_scripts/check_cp_config.py", processes=1),
+    Script("megatron_scripts/profile_cp.py", options=("--context-parallel-size", "2")),
     Script("transformers_loop.py", packages=("transformers",)),
     Script("transformers_loop.py", options=("--fsdp",), packages=("transformers",)),
     Script("transformers_trainer.py", packages=("transformers", "accelerate")),
@@ -71,7 +91,7 @@ def main() -> int:
             runs.append((" ".join((script.name, *script.options)), script.command()))
     for name, command in runs:
         print(f"== {name}", flush=True)
-        if subprocess.run(command, cwd=HERE.parent).returncode:
+        if subprocess.run(command, cwd=HERE.parent, env=os.environ | {"PYTHON": sys.executable}).returncode:
             failed.append(name)
     print("failed: " + ", ".join(failed) if failed else "all examples ran")
     return 1 if failed else 0

@@ -1,8 +1,8 @@
 """Megatron's ``parallel_state`` functions, which read one installed ParallelMesh.
 
 The functions are for users: ``initialize_model_parallel`` makes a mesh and installs it, and the getters
-return parts of it. No other module of longspan imports this file. Public constructors without process groups
-take the installed groups (``mesh.default_groups``).
+return parts of it. Only ``megatron``, which is for users too, imports this file. Public constructors without
+process groups take the installed groups (``mesh.default_groups``).
 
 Every getter has the argument ``check_initialized=True``. Without an installed mesh it raises a RuntimeError;
 with ``check_initialized=False`` it returns None instead.

@@ -126,6 +126,9 @@ COMMANDS = [
     "nvidia-smi",
     "custom_cp_training.py",
     "cp_demo_minimal.py",
+    "verify_cp.py",
+    "check_cp_config.py",
+    "profile_cp.py",
 ]
 
 VARIABLES = [
@@ -248,9 +251,10 @@ NAMES = {
     "MoELayer": "longspan.expert_parallel.MoELayer",
     "MoEBlock": None,
     # the training script
-    "initialize_megatron": None,
-    "get_args": None,
-    "get_timers": None,
+    "initialize_megatron": "longspan.initialize",
+    "get_args": "longspan.get_args",
+    "get_timers": "longspan.get_timers",
+    "args_defaults": None,
     "get_provider": None,
     "ModelType": None,
     "SimpleTextDataset": None,

@@ -65,7 +65,8 @@ def examples() -> dict[str, Path]:
     folder = next((f for f in (package / "examples", package.parents[1] / "examples") if f.is_dir()), None)
     if folder is None:
         raise UserError("the examples are not in this installation. Install longspan again.")
-    files = [*folder.glob("*.yaml"), *folder.glob("scenarios/*.yaml"), *folder.glob("*.py")]
+    patterns = ("*.yaml", "scenarios/*.yaml", "*.py", "megatron_scripts/*.py")
+    files = [path for pattern in patterns for path in folder.glob(pattern)]
     return {str(p.relative_to(folder)): p for p in sorted(files, key=order) if p.name not in NOT_SHOWN}
 
 

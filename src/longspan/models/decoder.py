@@ -113,11 +113,16 @@ class TransformerBlock(nn.Module):
     ``forward(hidden_states [s, b, h], ...) -> (hidden_states, context)``; context is None in a decoder.
 
     Args:
+        pre_process, post_process: whether this part follows the embedding, and whether it has the final norm.
         seed: seed of the initial weights, as for :class:`GPTModel`; the weights are those of a whole model.
-        numbers: of the layers in the whole model, from 1, where these are not all.
+        numbers: of the layers in the whole model, from 1. None takes all layers, or in a pipeline this rank's
+            equal share of them, as :func:`even_share` computes it.
 
     Attributes:
         layers: ModuleDict; a key is the layer's index in the whole model, from 0, as a string.
+
+    Raises:
+        ValueError: the config is not supported, or without ``numbers`` the pipeline has no equal shares.
     """
 
     def __init__(
@@ -134,12 +139,7 @@ class TransformerBlock(nn.Module):
         self.groups = groups = process_groups(pg_collection)
         self.config, self.pre_process = config, pre_process
         if numbers is None:
-            if config.pipeline_model_parallel_size > 1:
-                raise ValueError(
-                    f"pipeline_model_parallel_size={config.pipeline_model_parallel_size}: give the numbers of this rank's "
-                    "layers (TransformerBlock(numbers=...), GPTModel(stages=...))."
-                )
-            numbers = range(1, config.num_layers + 1)
+            numbers = even_share(config, groups.pp.rank(), groups.pp.size(), pre_process, post_process)
         with filled_by_name(self, config, groups.tp.size(), seed, "decoder"):
             layers = [DecoderLayer(config, number, groups) for number in numbers]
             self.layers = nn.ModuleDict({str(layer.number - 1): layer for layer in layers})
@@ -165,3 +165,49 @@ class TransformerBlock(nn.Module):
         if self.final_layernorm is not None and (stage is None or stage.last):
             hidden_states = self.final_layernorm(hidden_states)
         return hidden_states, None
+
+
+def even_share(
+    config: TransformerConfig, rank: int, ranks: int, pre_process: bool, post_process: bool
+) -> range:
+    """Numbers of the layers, from 1, that a pipeline rank holds where every rank holds equally many.
+
+    This is Megatron-LM's split for a model that is made with pre_process and post_process alone; ``longspan
+    train`` splits by cost (``config.run.stages_of``). Without a pipeline all layers are returned.
+
+    Args:
+        rank, ranks: this rank's number in its pipeline group, and the size of the group.
+
+    Raises:
+        ValueError: the config's pipeline is not that of the group, there are virtual stages, the layers do
+            not divide, or pre_process and post_process are not those of this rank.
+    """
+    pp, virtual = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size or 1
+    if pp == 1:
+        return range(1, config.num_layers + 1)
+    given = f"pipeline_model_parallel_size={pp}"
+    otherwise = "give this rank's layers (TransformerBlock(numbers=...), GPTModel(stages=...))"
+    if ranks != pp:
+        raise ValueError(
+            f"{given}, but the installed pipeline group has {ranks} ranks. Use the same number in "
+            f"initialize_model_parallel(...), or {otherwise}."
+        )
+    if virtual > 1:
+        raise ValueError(
+            f"virtual_pipeline_model_parallel_size={virtual}: a model that is made with pre_process and post_process is one "
+            f"stage. Leave the virtual size out, or {otherwise}."
+        )
+    if config.num_layers % pp:
+        raise ValueError(
+            f"num_layers={config.num_layers} does not divide by {given}: equal shares need a multiple. Choose one, or "
+            f"{otherwise}."
+        )
+    if (pre_process, post_process) != (rank == 0, rank == pp - 1):
+        raise ValueError(
+            f"pre_process={pre_process}, post_process={post_process} on pipeline rank {rank} of {pp}: the first rank has the "
+            "embedding, and the last rank has the final norm and the output layer. Give "
+            "pre_process=parallel_state.is_pipeline_first_stage() and "
+            "post_process=parallel_state.is_pipeline_last_stage()."
+        )
+    share = config.num_layers // pp
+    return range(rank * share + 1, (rank + 1) * share + 1)

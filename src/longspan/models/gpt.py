@@ -54,7 +54,8 @@ class GPTModel(nn.Module):
         max_sequence_length: tokens of the longest whole sequence. ``dynamic`` scaling of rotary embeddings is
             computed for this length. If the config has no max_position_embeddings, it is also the number of
             rows of the table of learned positions.
-        pre_process, post_process: whether this part has the embedding and the output layer.
+        pre_process, post_process: whether this part has the embedding and the output layer. In a pipeline the
+            part has this rank's equal share of the layers (``decoder.even_share``), as in Megatron-LM.
         parallel_output: logits stay cut over the tensor parallel ranks.
         pg_collection: None takes the installed groups.
         seed: seed of the initial weights, the same on every rank. The weights depend on (seed, name, shape)
@@ -102,7 +103,8 @@ class GPTModel(nn.Module):
         tied = config.share_embeddings_and_output_weights
         if tied and stages is None and not (pre_process and post_process):
             raise ValueError(
-                "tied embeddings need the embedding and the output layer in one part of the model."
+                "tied embeddings need the embedding and the output layer in one part of the model. Untie them "
+                "(share_embeddings_and_output_weights=False), or give stages=."
             )
         #: Whether the table of tokens is a copy of the first stage's, which serves the output layer of the last stage.
         self.copies_embedding = tied and post_process and not pre_process

@@ -10,20 +10,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longspan.config.data import DEFAULT_SPLIT, read_split
+from longspan.config.dialects.table import EXTERNAL_NAMES
 from longspan.config.load import Reading, make_config
-from longspan.config.options import parse_overrides
+from longspan.config.options import Overrides, option_table, parse_overrides, read_external
 from longspan.config.packages import has_package
-from longspan.config.schema import keys
-from longspan.errors import UserError
+from longspan.config.schema import keys, names
+from longspan.errors import UserError, did_you_mean
 
 
 def parse_megatron_flags(
-    arguments: Sequence[str], other_options: Sequence[str] = ()
+    arguments: Sequence[str],
+    other_options: Sequence[str] = (),
+    script_defaults: Mapping[str, Any] | None = None,
+    own_data: bool = False,
 ) -> tuple[Reading, dict[str, Any]]:
     """Reads ``--num-layers 2 --hidden-size 64 --lr 1e-4 ...`` as a config with Megatron's defaults.
 
     Args:
         other_options: options that the caller handles itself, for similar names in messages.
+        script_defaults: name of a flag, with underscores, or of a key -> its value where the flags do not set
+            it.
+        own_data: the caller has its own data, so that flags without data mean mock data, as in Megatron-LM.
 
     Returns:
         (what was read, with the problems of flags and values; key -> Megatron's default, for each default
@@ -31,7 +38,11 @@ def parse_megatron_flags(
     """
     given = parse_overrides(arguments, other_options)
     given.problems += [f"{a!r}: unexpected argument; values follow their --flag." for a in given.rest]
+    if script_defaults:
+        _add_defaults(given, script_defaults)
     values = {name: _ours(name, value) for name, value in given.values.items()}
+    if own_data and not any(values.get(name) for name in ("datasets", "data_path", "train_data_path")):
+        values["mock_data"] = True
     # Megatron-LM uses Weights & Biases if a project is given.
     if values.get("wandb_project") and "use_wandb" not in values:
         values["use_wandb"] = has_package("wandb")
@@ -45,6 +56,27 @@ def parse_megatron_flags(
     reading.problems[:0] = given.problems
     reading.notes[:0] = [*given.notes, *(f"{name}: {why}" for name, why in idle.items())]
     return reading, defaults
+
+
+def _add_defaults(given: Overrides, defaults: Mapping[str, Any]) -> None:
+    """Adds the values of ``defaults`` for keys that the flags do not set, with notes and problems."""
+    table, switches, read = names(), option_table(), Overrides()
+    for name, value in defaults.items():
+        if name in table:
+            read.values[table[name]] = value
+        elif name in switches and isinstance(value, bool):
+            k, fixed = switches[name]
+            read.values |= {k.name: fixed} if value else {}
+        elif name in EXTERNAL_NAMES:
+            # A switch that is off by default has no effect.
+            if value is not False and value is not None:
+                read_external(name, value, read)
+        else:
+            near = did_you_mean(name, [*table, *switches, *EXTERNAL_NAMES])
+            read.problems.append(f"args_defaults {name!r}: unknown argument.{near}")
+    given.problems += read.problems
+    given.notes += read.notes
+    given.values = {name: value for name, value in read.values.items() if value is not None} | given.values
 
 
 def megatron_defaults(given: Mapping[str, Any]) -> dict[str, Any]:

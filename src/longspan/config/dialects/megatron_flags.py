@@ -17,6 +17,10 @@ _GROUPED = "Experts are computed by grouped products always, where there is a ke
 _PIPELINE = "Give the number of stages a rank instead: --num-virtual-stages-per-pipeline-rank."
 _SAMPLES = "The schedule counts steps: --train-iters N, which is samples / --global-batch-size."
 _LOGGED = "It is in metrics.jsonl, TensorBoard and the iteration line as far as it exists here."
+_TIMERS = (
+    "It is for longspan.get_timers() in your own script, where longspan.initialize reads it; a run has its step times in "
+    "metrics.jsonl."
+)
 _CHECKPOINT = "Checkpoints are written by torch.distributed.checkpoint and load at any layout."
 _FP8 = "Use --bf16."
 _FP8_DETAIL = "It says how fp8 works, which is not there."
@@ -281,8 +285,8 @@ FLAGS: dict[str, ExternalName] = {
     "--log-learning-rate-to-tensorboard": no_effect(_LOGGED, values=0),
     "--log-world-size-to-tensorboard": no_effect(_LOGGED, values=0),
     "--log-progress": no_effect(_LOGGED, values=0),
-    "--timing-log-level": no_effect(_LOGGED),
-    "--timing-log-option": no_effect(_LOGGED),
+    "--timing-log-level": no_effect(_TIMERS),
+    "--timing-log-option": no_effect(_TIMERS),
     "--tensorboard-log-interval": no_effect(_LOGGED),
     "--tensorboard-queue-size": no_effect(_LOGGED),
     "--logging-level": no_effect("Progress is printed; records are in metrics.jsonl."),
@@ -303,8 +307,8 @@ FLAGS: dict[str, ExternalName] = {
     "--train-sync-interval": no_effect("Every step ends with a message of all ranks."),
     "--adlr-autoresume": no_effect("--load with --exit-signal-handler goes on after a stop.", values=0),
     "--enable-ft-package": no_effect(_WATCH, values=0),
-    "--barrier-with-L1-time": no_effect(_LOGGED, values=0),
-    "--no-barrier-with-level-1-timing": no_effect(_LOGGED, values=0),
+    "--barrier-with-L1-time": no_effect(_TIMERS, values=0),
+    "--no-barrier-with-level-1-timing": no_effect(_TIMERS, values=0),
     "--enable-one-logger": no_effect(_LOGGED, values=0),
     "--one-logger-run-name": no_effect(_LOGGED),
     "--one-logger-async": no_effect(_LOGGED, values=0),
