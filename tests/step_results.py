@@ -44,16 +44,18 @@ def keep_gradients(trainer):
     return found
 
 
-def steps(prefix, count, changes, favoured=()):
+def steps(prefix, count, changes, favoured=(), evaluates_first=False):
     """Records of some steps, every whole gradient of the second one, and the bias of the experts.
 
     Args:
         favoured: experts that get a large bias, so that all tokens choose them.
+        evaluates_first: evaluate before the first step too.
     """
     trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), **changes), CPU)
     for layer in trainer.experts.layers if favoured else ():
         local(layer.router.expert_bias)[list(favoured)] = 10.0
     records, gradients = [], {}
+    evaluations = [trainer.evaluate()["loss"]] if evaluates_first else []
     for step in range(count):
         if step == min(1, count - 1):
             gradients = keep_gradients(trainer)
@@ -65,8 +67,9 @@ def steps(prefix, count, changes, favoured=()):
     }
     keys = ("loss", "grad_norm", "moe_aux_loss", "moe_z_loss", "moe_dropped_tokens", "moe_load", "tokens")
     return {
+        "parameters": trainer.parameter_counts,
         "records": [{k: r.get(k) for k in keys} for r in records],
-        "evaluation": trainer.evaluate()["loss"],
+        "evaluations": [*evaluations, trainer.evaluate()["loss"]],
         "gradients": gradients if dist.get_rank() == 0 else {},
         "state": state,
     }
@@ -78,25 +81,28 @@ class References:
     def __init__(self, prefix):
         self.prefix, self.done = prefix, {}
 
-    def __call__(self, count, changes):
-        key = count, json.dumps(changes, sort_keys=True)
+    def __call__(self, count, changes, evaluates_first=False):
+        key = count, json.dumps([changes, evaluates_first], sort_keys=True)
         if key not in self.done:
-            self.done[key] = pool.run(1, steps, self.prefix, count, changes)[0]
+            self.done[key] = pool.run(1, steps, self.prefix, count, changes, (), evaluates_first)[0]
         return self.done[key]
 
 
 def close(got, expected, tolerance):
-    assert got == expected or abs(got - expected) <= tolerance * abs(expected), (got, expected)
+    same = got == expected or (tolerance and abs(got - expected) <= tolerance * abs(expected))
+    assert same, (got, expected)
 
 
 def compare(got, expected, tolerance=1e-10):
     for a, b in zip(got["records"], expected["records"]):
-        for key in ("loss", "grad_norm", "moe_aux_loss", "moe_z_loss"):
-            close(a[key], b[key], tolerance)
-        assert [a[k] for k in ("moe_dropped_tokens", "moe_load", "tokens")] == [
-            b[k] for k in ("moe_dropped_tokens", "moe_load", "tokens")
-        ]
-    close(got["evaluation"], expected["evaluation"], tolerance)
+        assert a.keys() == b.keys()
+        for key, value in b.items():
+            rounded = key in ("loss", "grad_norm", "moe_aux_loss", "moe_z_loss")
+            close(a[key], value, tolerance if rounded else 0)
+    for a, b in zip(got["evaluations"], expected["evaluations"], strict=True):
+        close(a, b, tolerance)
+    assert got["parameters"] == expected["parameters"]
+    assert got["gradients"].keys() == expected["gradients"].keys()
     for name, whole in expected["gradients"].items():
         largest = whole.abs().max()
         torch.testing.assert_close(
@@ -110,8 +116,15 @@ def compare(got, expected, tolerance=1e-10):
         assert torch.equal(got["state"][name], value), name
 
 
-def alike(prefix, expected, count, cases, tolerance=1e-10):
+def together(ranks):
+    """What rank 0 has found, with the state of all ranks: each stage of a pipeline has its own layers."""
+    assert all(rank["records"] == ranks[0]["records"] for rank in ranks)
+    state = {name: value for rank in ranks for name, value in rank["state"].items()}
+    return ranks[0] | {"state": state}
+
+
+def alike(prefix, expected, count, cases, tolerance=1e-10, evaluates_first=False):
     """Each case (processes, changes) computes what one process does."""
     for world, changes in cases:
-        got = pool.run(world, steps, prefix, count, changes)
-        compare(got[0], expected, tolerance)
+        got = pool.run(world, steps, prefix, count, changes, (), evaluates_first)
+        compare(together(got), expected, tolerance)

@@ -325,14 +325,21 @@ def test_refusals_leave_nothing_behind():
 
 
 def two_grids():
-    with pytest.raises(ValueError, match=r"order 'tp-cp-ep-pp-dp': the pipeline groups.*differ.*Put pp last"):
-        parallel_state.initialize_model_parallel(
-            pipeline_model_parallel_size=2, expert_tensor_parallel_size=2, order="tp-cp-ep-pp-dp"
-        )
+    parallel_state.initialize_model_parallel(
+        pipeline_model_parallel_size=2, expert_tensor_parallel_size=2, order="tp-cp-ep-pp-dp"
+    )
+    groups = (
+        parallel_state.get_pipeline_model_parallel_group(),
+        parallel_state.get_expert_tensor_parallel_group(),
+    )
+    return [dist.get_process_group_ranks(group) for group in groups]
 
 
-def test_the_pipeline_groups_of_both_grids_must_coincide():
-    pool.run(4, two_grids)
+def test_experts_lie_on_the_ranks_of_their_stage_at_every_order():
+    """Stages 0 and 1 have the ranks 0, 2 and 1, 3 where the pipeline comes before data parallelism."""
+    assert pool.run(4, two_grids) == [
+        [[0, 1], [0, 2]], [[0, 1], [1, 3]], [[2, 3], [0, 2]], [[2, 3], [1, 3]],
+    ]  # fmt: skip
 
 
 def getters():

@@ -1,6 +1,5 @@
 """Pipelines at every schedule and mix of axes against one process: losses, every gradient, evaluation. fp64."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,50 +14,14 @@ from longspan.mesh.whole import whole_tensors
 from longspan.training.checkpoint import Checkpointer
 from longspan.training.export import export
 from longspan.training.trainer import Trainer
-from step_results import keep_gradients
+from step_results import References, alike, compare
 
 CPU = torch.device("cpu")
 
 
-def steps(prefix, count, changes):
-    """An evaluation, steps with every whole gradient of the first one, and an evaluation."""
-    trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), eval_max_samples=2, **changes), CPU)
-    before = trainer.evaluate()["loss"]
-    gradients = keep_gradients(trainer)
-    records = [trainer.train_step(trainer.micro_batches(step)) for step in range(count)]
-    keys = ("loss", "grad_norm", "tokens", "moe_aux_loss", "moe_z_loss", "moe_load", "moe_dropped_tokens")
-    return {
-        "parameters": trainer.parameter_counts,
-        "records": [{k: r[k] for k in keys if k in r} for r in records],
-        "gradients": gradients if dist.get_rank() == 0 else {},
-        "evaluations": (before, trainer.evaluate()["loss"]),
-    }
-
-
 @pytest.fixture(scope="module")
 def reference(prefix):
-    done = {}
-
-    def get(count, changes):
-        key = json.dumps([count, changes], sort_keys=True)
-        if key not in done:
-            (done[key],) = pool.run(1, steps, prefix, count, changes)
-        return done[key]
-
-    return get
-
-
-def compare(got, expected, tolerance=1e-10):
-    assert got.get("parameters") == expected.get("parameters")
-    for a, b in zip(got["records"], expected["records"]):
-        assert a.keys() == b.keys()
-        for name, value in b.items():
-            assert a[name] == value or a[name] == pytest.approx(value, rel=tolerance), name
-    assert got["evaluations"] == pytest.approx(expected["evaluations"], rel=tolerance)
-    assert got["gradients"].keys() == expected["gradients"].keys()
-    for name, whole in expected["gradients"].items():
-        error = (got["gradients"][name] - whole).abs().max()
-        assert error <= tolerance * max(whole.abs().max().item(), 1e-3), f"{name}: {error}"
+    return References(prefix)
 
 
 #: experts with every balancing loss
@@ -139,15 +102,47 @@ CASES = {
         PP2 | {"pipeline_schedule": "zbv", "expert_parallel_size": 2, "gradient_checkpointing": "selective"},
         EXPERTS | {"global_batch_size": 8},
     ),
+    "tp2 x cp2": (
+        8,
+        PP2 | {"tensor_parallel_size": 2, "context_parallel_size": 2},
+        {"tie_word_embeddings": True},
+    ),
+    "experts, tp2 x cp2, ep4 folded over both, the pipeline before dp": (
+        8,
+        PP2
+        | {
+            "tensor_parallel_size": 2,
+            "context_parallel_size": 2,
+            "expert_parallel_size": 4,
+            "expert_tensor_parallel_size": 1,
+            "use_tp_pp_dp_mapping": True,
+        },
+        EXPERTS,
+    ),
+    "experts, ep2, dp_shard2, hsdp": (
+        8,
+        PP2 | {"expert_parallel_size": 2, "dp_shard_size": 2, "dp_replicate_size": 2},
+        EXPERTS | {"global_batch_size": 8},
+    ),
+    "the pipeline before dp": (
+        4,
+        PP2 | {"dp_shard_size": 2, "use_tp_pp_dp_mapping": True},
+        {"tie_word_embeddings": True},
+    ),
+    "zbv, tp2": (
+        4,
+        PP2 | {"pipeline_schedule": "zbv", "tensor_parallel_size": 2},
+        {"num_layers": 4, "tie_word_embeddings": True},
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_steps_equal_one_process(name, prefix, reference):
     world, layout, model = CASES[name]
-    got = pool.run(world, steps, prefix, 2, layout | model)
-    assert all(rank["records"] == got[0]["records"] for rank in got)
-    compare(got[0], reference(2, model))
+    model = model | {"eval_max_samples": 2}
+    expected = reference(2, model, evaluates_first=True)
+    alike(prefix, expected, 2, [(world, layout | model)], evaluates_first=True)
 
 
 def saved(prefix, folder, changes):
@@ -174,10 +169,18 @@ LAYOUTS = {
     "zbv": (2, PP2 | {"pipeline_schedule": "zbv"}),
     "tp2": (2, {"tensor_parallel_size": 2}),
     "pp2 x dp_shard2": (4, PP2 | {"dp_shard_size": 2}),
+    "pp2 x cp2, the pipeline before dp": (
+        4,
+        PP2 | {"context_parallel_size": 2, "use_tp_pp_dp_mapping": True},
+    ),
+    "pp3": (3, {"pipeline_parallel_size": 3}),
+    "cp3": (3, {"context_parallel_size": 3}),
 }
 #: pairs of layouts, each layout at both ends
 PAIRS = [("one", "pp2"), ("pp2", "tp2"), ("tp2", "pp2, interleaved"), ("pp2, interleaved", "zbv"),
-         ("zbv", "pp2 x dp_shard2"), ("pp2 x dp_shard2", "one"), ("pp2", "pp2")]  # fmt: skip
+         ("zbv", "pp2 x dp_shard2"), ("pp2 x dp_shard2", "one"), ("pp2", "pp2"), ("one", "pp3"),
+         ("pp3", "pp2 x cp2, the pipeline before dp"), ("pp2 x cp2, the pipeline before dp", "cp3"), ("cp3", "zbv"),
+         ("zbv", "tp2")]  # fmt: skip
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -226,7 +229,9 @@ def adapted(prefix, base, changes):
     if dist.get_rank() == 0:
         assert len(gradients) > 4
     return {
+        "parameters": trainer.parameter_counts,
         "records": [{"loss": loss, "tokens": count}],
         "gradients": gradients if dist.get_rank() == 0 else {},
-        "evaluations": (before,),
+        "evaluations": [before],
+        "state": {},
     }

@@ -21,7 +21,7 @@ from longspan.config.lora import Lora, lora_of
 from longspan.config.model import TransformerConfig, comm_type_of_layer
 from longspan.config.parameters import used_parameters
 from longspan.config.schema import TrainConfig
-from longspan.config.sizes import MeshSizes
+from longspan.config.sizes import PIPELINE_FIRST, MeshSizes
 from longspan.config.stages import Stage, parse_layout, rank_of_stage, split_by_cost, stages_of_sizes
 
 
@@ -232,7 +232,9 @@ class Run(Checked):
 
 def sizes_of(config: TrainConfig) -> MeshSizes:
     """The ranks of each axis, from a config in which dp_shard_size is set."""
+    mapping = {"order": PIPELINE_FIRST} if config.use_tp_pp_dp_mapping else {}
     return MeshSizes(
+        **mapping,
         tp=config.tensor_parallel_size,
         cp=config.context_parallel_size,
         pp=config.pipeline_parallel_size,

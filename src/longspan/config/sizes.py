@@ -15,6 +15,10 @@ def equation(sizes: dict[str, int], world_size: int) -> str:
     return text if product == world_size else f"{text}, but there are {world_size} processes"
 
 
+#: Megatron's other order: the stages of a pipeline are neighbours, the data parallel copies are far apart
+PIPELINE_FIRST = "tp-cp-ep-pp-dp"
+
+
 @dataclass(frozen=True)
 class MeshSizes:
     """The sizes of all axes, in ranks. ``dp`` is dp_shard x dp_replicate; ``etp`` None means as ``tp``."""

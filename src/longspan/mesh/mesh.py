@@ -31,7 +31,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from longspan.config.sizes import MeshSizes
 from longspan.errors import UserError
-from longspan.mesh.topology import RankGenerator, data_parallel_size, hierarchical_groups
+from longspan.mesh.topology import ExpertGrid, RankGenerator, data_parallel_size, hierarchical_groups
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,7 @@ class ParallelMesh:
                 "dp_replicate."
             )
         dense = RankGenerator(sizes.tp, 1, sizes.dp, sizes.pp, sizes.cp, sizes.order)
-        expert = RankGenerator(etp, sizes.ep, edp, sizes.pp, 1, sizes.order)
-        if dense.get_ranks("pp") != expert.get_ranks("pp"):
-            raise ValueError(
-                f"order {sizes.order!r}: the pipeline groups of the dense grid and of the expert grid differ. "
-                "Put pp last in the order."
-            )
+        expert = ExpertGrid(dense, etp, sizes.ep, edp, sizes.order)
 
         wait = waiting_time()
         # The keys are the rank lists of a whole axis, not of this rank only, so that all ranks make the same
@@ -204,7 +199,7 @@ def _axis(rank_lists: list[list[int]]) -> Axis:
 def _grid(ranks: RankGenerator, axes: tuple[str, ...]) -> torch.Tensor:
     """The ranks of a grid as a tensor whose dims are ``axes``. Axes that are left out have size 1."""
     order = [axis for axis in ranks.order.split("-") if axis in axes]
-    grid = torch.arange(ranks.world_size).view([ranks.sizes[axis] for axis in reversed(order)])
+    grid = torch.tensor(ranks.numbers).view([ranks.sizes[axis] for axis in reversed(order)])
     return grid.permute([len(order) - 1 - order.index(axis) for axis in axes])
 
 

@@ -86,6 +86,8 @@ class RankGenerator:
         self.order = "-".join(names)
         self.sizes = {name: given[name] for name in names}
         self.world_size = math.prod(given.values())
+        #: the rank at each place of the grid
+        self.numbers: Sequence[int] = range(rank_offset, rank_offset + self.world_size)
 
     def get_ranks(self, token: str) -> list[list[int]]:
         """Groups of the axes in ``token``, e.g. ``"tp"`` or ``"tp-cp"`` -> lists of ranks."""
@@ -96,6 +98,28 @@ class RankGenerator:
                 f"{token!r}: {unknown[0]!r} is not an axis; the axes are {', '.join(self.sizes)}."
             )
         return grid_groups(self.sizes, axes, self.rank_offset)
+
+
+class ExpertGrid(RankGenerator):
+    """The grid of experts, laid out within the ranks of each stage of a dense grid.
+
+    So the pipeline groups of the two grids coincide at every order. (Megatron-LM refuses orders with pp before
+    dp where tp x cp and etp x ep differ.)
+
+    Args:
+        dense: the dense grid.
+        etp, ep, edp: sizes of the axes; their product is that of tp, cp and dp.
+        order: as of the dense grid.
+    """
+
+    def __init__(self, dense: RankGenerator, etp: int, ep: int, edp: int, order: str):
+        within = [axis for axis in order.lower().split("-") if axis != "pp"]
+        super().__init__(etp, ep, edp, dense.pp, 1, "-".join([*within, "pp"]))
+        stages = dense.get_ranks("-".join(axis for axis in dense.sizes if axis != "pp"))
+        self.numbers = [rank for ranks in stages for rank in ranks]
+
+    def get_ranks(self, token: str) -> list[list[int]]:
+        return [[self.numbers[place] for place in places] for places in super().get_ranks(token)]
 
 
 def hierarchical_groups(ranks: Sequence[int], sizes: Sequence[int]) -> list[list[list[int]]]:

@@ -171,7 +171,6 @@ FLAGS: dict[str, ExternalName] = {
     "--nccl-communicator-config-path": refused(
         "NCCL reads its own environment variables and NCCL_CONF_FILE."
     ),
-    "--use-tp-pp-dp-mapping": refused("Ranks are ordered tp-cp-ep-dp-pp.", values=0),
     "--lazy-mpu-init": no_effect("It is for code outside.", values=0),
     "--enable-gloo-process-groups": no_effect("NCCL with CUDA, gloo without.", values=0),
     "--disable-gloo-process-groups": no_effect("NCCL with CUDA, gloo without.", values=0),

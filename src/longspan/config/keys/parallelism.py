@@ -36,6 +36,10 @@ class ParallelKeys(BaseModel):
         None,
         "Order of the micro-batches' forward and backward passes; default: 1f1b (gpipe with fewer micro-batches than stages), interleaved with virtual stages.",
     )
+    use_tp_pp_dp_mapping: bool = key(
+        False,
+        "Number the ranks with the pipeline before data parallelism (tp-cp-ep-pp-dp): the stages on neighbouring machines.",
+    )
     pipeline_layout: str | None = key(
         None,
         "Layers of each stage, written out: E embedding, t a layer, L output, | the next stage (Et*3|(tt|)*2|tL).",

@@ -21,7 +21,7 @@ def pipeline_problems(config: TrainConfig) -> list[Problem]:
     if pp == 1:
         return [
             ((name, "pipeline_parallel_size"), f"{name} {getattr(config, name)} has no effect with pipeline_parallel_size 1. Leave it out, or use more stages.")
-            for name in ("virtual_pipeline_parallel_size", "pipeline_schedule", "pipeline_layout", *SPLIT_KEYS)
+            for name in ("virtual_pipeline_parallel_size", "pipeline_schedule", "pipeline_layout", "use_tp_pp_dp_mapping", *SPLIT_KEYS)
             if getattr(config, name) and not (name == "virtual_pipeline_parallel_size" and getattr(config, name) == 1)
         ]  # fmt: skip
     return [*_schedule(config), *_split(config)]
