@@ -89,6 +89,8 @@ def train(
                 f"no token has chosen {', '.join(collapsed[:3])}{more} for a while: they learn nothing any more. Raise "
                 "moe_aux_loss_coeff, or lower learning_rate."
             )
+        for text in trainer.remarks(record):
+            progress.warn(text)
         last = trainer.step == trainer.steps or trainer.stop_asked
         progress.step(record, show=last or trainer.step == 1 or trainer.step % every == 0)
         saving.settle()

@@ -56,13 +56,13 @@ class Finding:
         return {"ranks": self.ranks, "parameters": self.parameters, "documents": self.documents}
 
     def __str__(self) -> str:
-        parts = [f"the loss of rank {_some(self.ranks)}"] if self.ranks else []
-        parts += [f"gradients of {_some(self.parameters)}"] if self.parameters else []
+        parts = [f"the loss of rank {some(self.ranks)}"] if self.ranks else []
+        parts += [f"gradients of {some(self.parameters)}"] if self.parameters else []
         found = f"Not finite: {' and '.join(parts)}. " if parts else ""
-        return f"{found}The step's documents: {_some(self.documents)}."
+        return f"{found}The step's documents: {some(self.documents)}."
 
 
-def _some(names: Sequence[object]) -> str:
+def some(names: Sequence[object]) -> str:
     more = len(names) - SHOWN
     return ", ".join(map(str, names[:SHOWN])) + (f" and {more} more" if more > 0 else "")
 
@@ -81,9 +81,14 @@ def find(model: nn.Module, own_loss: Tensor, data: TokenDataset, samples: Sequen
     ]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (bool(torch.isfinite(own_loss)), names))
-    documents = [f"{path}:{number}" for sample in samples for path, number, *_ in data.sources(sample)]
     return Finding(
         [rank for rank, (finite, _) in enumerate(found) if not finite],
         list(dict.fromkeys(name for _, here in found for name in here)),
-        list(dict.fromkeys(documents)),
+        documents_of(data, samples),
     )
+
+
+def documents_of(data: TokenDataset, samples: Sequence[int]) -> list[str]:
+    """The documents of some samples, as ``PATH:NUMBER``."""
+    names = [f"{path}:{number}" for sample in samples for path, number, *_ in data.sources(sample)]
+    return list(dict.fromkeys(names))

@@ -34,7 +34,7 @@ from longspan.training.checkpoint import check_fits, load
 from longspan.training.description import describe_run
 from longspan.training.experts import Experts, num_tokens, of_step
 from longspan.training.metrics import Metrics, peak_memory_gib
-from longspan.training.nonfinite import MOST_IN_A_ROW, Finding, NotFinite, find
+from longspan.training.nonfinite import MOST_IN_A_ROW, Finding, NotFinite, documents_of, find, some
 from longspan.training.optimizer import (
     clip_gradients,
     gradient_norm,
@@ -44,6 +44,8 @@ from longspan.training.optimizer import (
 )
 from longspan.training.schedule import learning_rate, training_steps, warmup_steps
 from longspan.training.sharding import LocalBatch
+from longspan.training.spikes import LossSpikes
+from longspan.training.stragglers import Stragglers, probe
 
 
 class Trainer:
@@ -101,6 +103,8 @@ class Trainer:
         # True if the evaluation of this step is due and not done, so that a resumed run does it.
         self.owed = False
         self.begun = time.perf_counter()
+        self.spikes = LossSpikes(config.loss_spike_sigma)
+        self.stragglers = Stragglers(config.straggler_interval, lambda: probe(device))
 
         self.mesh = mesh or ParallelMesh.build(run.sizes, device.type)
         self.groups = groups_of(run, self.mesh)
@@ -118,6 +122,7 @@ class Trainer:
         """The description for a checkpoint: the position in the run, and the run that it fits."""
         where: dict = {"step": self.step, "tokens": self.tokens, "evaluation_due": self.owed}
         where |= {"skipped": self.skipped, "passed_over": self.passed_over}
+        where |= {"last_losses": list(self.spikes.losses)}
         return describe_run(self.run, self.train_data) | where
 
     def resume(self, path: Path, option: str = "resume", weights_only: bool | None = None) -> None:
@@ -146,6 +151,7 @@ class Trainer:
         self.owed = bool(then.get("evaluation_due"))
         self.skipped = list(then.get("skipped") or [])
         self.passed_over = list(then.get("passed_over") or [])
+        self.spikes.restart(then.get("last_losses") or [])
 
     # --- one micro-batch ------------------------------------------------------------------
 
@@ -349,8 +355,39 @@ class Trainer:
 
     def steps_ahead(self) -> Iterator[list[LocalBatch]]:
         """Yields the micro-batches of each remaining step, which a thread reads ahead."""
-        with Prefetcher(self.micro_batches, self.step, self.steps) as ahead:
-            yield from ahead
+        with Prefetcher(self.micro_batches, self.step, self.steps) as prefetcher:
+            ahead = iter(prefetcher)
+            while True:
+                begin = time.perf_counter()
+                batches = next(ahead, None)
+                self.stragglers.waited += time.perf_counter() - begin
+                if batches is None:
+                    return
+                yield batches
+
+    def remarks(self, record: dict) -> list[str]:
+        """What is unusual about the last step, a text each, for the user; records of it are written. Collective.
+
+        Args:
+            record: the record of the step.
+        """
+        texts = []
+        loss = record["loss"]
+        if loss is not None and (mean := self.spikes.add(loss)) is not None:
+            samples = self.train_data.global_batch(
+                self.batch_of_step(self.step - 1), self.run.batch.global_size
+            )
+            documents = documents_of(self.train_data, samples)
+            self.metrics.write("loss_spike", self.step, loss=loss, mean=mean, documents=documents)
+            texts.append(
+                f"the loss of step {self.step} is {loss:.4g}, far above the {mean:.4g} of the steps before. The step's documents: "
+                f"{some(documents)}."
+            )
+        if found := self.stragglers.look(self.step):
+            numbers, lines = found
+            self.metrics.write("ranks", self.step, **numbers)
+            texts += lines
+        return texts
 
     @torch.no_grad()
     def evaluate(self, data: TokenDataset | None = None, **more: str) -> dict:

@@ -54,6 +54,18 @@ class OutputKeys(BaseModel):
         megatron_default="megatron",
     )
     log_params_norm: bool = key(False, "Log the norm of all weights after each step, as params_norm.")
+    loss_spike_sigma: float = key(
+        6.0,
+        "A loss so many standard deviations above the last 128 is reported with the documents of its step; 0 reports none.",
+        unit="standard deviations",
+        ge=0,
+    )
+    straggler_interval: int = key(
+        100,
+        "Compare the ranks' speed every so many steps, and report those that are slow; 0 never does.",
+        unit="steps",
+        ge=0,
+    )
     save_steps: int | float | None = key(
         None,
         "Save a checkpoint every so many steps (below 1: at every such share of them), and at the end; default: at the end.",
