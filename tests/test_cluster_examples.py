@@ -31,7 +31,7 @@ for machine in range(int(options["nodes"])):
 SCONTROL = """
 import sys
 assert sys.argv[1:] == ["show", "hostnames", "node-[3-4]"], sys.argv
-print("node-3\\nnode-4")
+print("\\n".join(f"node-{number}" for number in range(3, 20000)))
 """
 LONGSPAN = """
 import json, os, sys

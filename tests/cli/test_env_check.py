@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -61,7 +62,7 @@ def test_a_rank_that_hangs_is_named_and_ended(tmp_path):
     os.kill(ranks[1], signal.SIGSTOP)
     done = process.wait()
     assert done.returncode == 1
-    assert f"rank 1 ({os.uname().nodename}): gave no answer" in done.stdout
+    assert re.search(rf"rank 1 \({os.uname().nodename}\): (gave no answer|did not begin)", done.stdout)
     assert "BROKEN" in done.stdout
     assert "not run: the checks ended before it" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("FAILED: ")

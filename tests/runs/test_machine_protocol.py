@@ -108,7 +108,7 @@ def stuck_on_one(place):
 
 
 def one_that_hangs():
-    return run([check("fine", of_rank), check("stuck", stuck_on_one, seconds=3), check("never", of_rank)])
+    return run([check("fine", of_rank), check("stuck", stuck_on_one, seconds=2), check("never", of_rank)])
 
 
 def test_a_rank_without_an_answer_is_named_and_the_checks_end():
@@ -119,6 +119,29 @@ def test_a_rank_without_an_answer_is_named_and_the_checks_end():
             ("broken", "stuck", "rank 1 (node-0): gave no answer"),
             ("skipped", "never", "not run: the checks ended before it"),
         ]
+
+
+def one_that_comes_late():
+    """A rank that stops before a check in which the others wait for it, as NCCL does: without an error."""
+    checks = [check("fine", of_rank), check("late", waits_for_the_end, seconds=2)]
+    if dist.get_rank() != 1:
+        return run(checks)
+    here, board = place(), Board(common_store(), 1, 3)
+    board.begin(0)
+    board.answer(0, {"value": 1})
+    assert board.hung(60)
+    return here.rank
+
+
+def waits_for_the_end(place):
+    return Board(common_store(), place.rank, place.world).hung(60)
+
+
+def test_a_rank_that_has_not_begun_is_named_before_those_that_wait_for_it():
+    (findings, hung, _), *_ = pool.run(3, one_that_comes_late)
+    assert hung
+    text = "rank 1 (node-0): did not begin; rank 0 (node-0), rank 2 (node-1): gave no answer"
+    assert findings == [("ok", "fine", "[0, 1, 2]"), ("broken", "late", text)]
 
 
 def first_rank_that_hangs():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 START_S = 120.0
 #: seconds that an exchange waits for an answer, unless the user gives another time
 EXCHANGE_S = 20.0
+#: times that an exchange may be late before no further check begins
+CHECKS_LATE = 12
 #: seconds in which a rank that does nothing else ends after the checks have stopped
 ENDS_S = 5.0
 #: processes of a machine without a GPU
@@ -111,7 +114,7 @@ def work(
     import torch.distributed as dist
 
     from longspan.mesh.mesh import common_store
-    from longspan.runs.machine.protocol import FAILED, Board, Place, RankLost, run_checks
+    from longspan.runs.machine.protocol import FAILED, Board, Limits, Place, RankLost, run_checks
 
     rank, store = dist.get_rank(), common_store()
     board = Board(store, rank, dist.get_world_size())
@@ -119,12 +122,12 @@ def work(
     place = Place(
         rank, tuple(board.shared("host", socket.gethostname())), own_device, dist.group.WORLD, exchange_s
     )
+    limits = Limits(whole=max(Limits.whole, CHECKS_LATE * exchange_s))
     threading.Thread(target=_end_if_hung, args=(Board(store, rank, place.world),), daemon=True).start()
     try:
-        findings, hung = run_checks(all_checks(place.world, device), place, store, began=began, found=found)
+        findings, hung = run_checks(all_checks(place.world, device), place, store, limits, began, found)
         if not hung:
-            # The first rank may hold the store, so it ends last.
-            board.shared("end", "")
+            board.end()
     except (RankLost, dist.DistError) as error:
         _leave(1, str(error))
     passed = not hung and not any(finding.status in FAILED for finding in findings)
@@ -140,9 +143,11 @@ def work(
 
 def _end_if_hung(board: Board) -> None:
     """Ends this process some seconds after the checks have ended because a rank gave no answer."""
-    if board.hung(3600.0):
-        time.sleep(ENDS_S)
-        _leave(1)
+    # The store is gone when the launcher that holds it has ended.
+    with contextlib.suppress(RuntimeError):
+        if board.hung(3600.0):
+            time.sleep(ENDS_S)
+            _leave(1)
 
 
 def _leave(code: int, message: str = "") -> NoReturn:

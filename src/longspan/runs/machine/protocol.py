@@ -30,6 +30,7 @@ Status = Literal["ok", "slow", "wrong", "broken", "absent", "skipped"]
 FAILED: tuple[Status, ...] = ("wrong", "broken")
 #: ranks that a message names; of more ranks it has the number
 NAMED = 4
+NO_ANSWER = "gave no answer"
 
 
 @dataclass(frozen=True)
@@ -157,14 +158,27 @@ class Board:
         self.store = dist.PrefixStore("longspan/check", own)
         self.rank, self.world = rank, world
 
+    def begin(self, number: int) -> None:
+        self.store.set(f"{number}/begun/{self.rank}", "")
+
     def answer(self, number: int, answer: dict) -> None:
         self.store.set(f"{number}/{self.rank}", json.dumps(answer))
 
-    def answers(self, number: int, seconds: float) -> list[dict | None]:
-        """The answers of all ranks to a check; None for a rank that has not answered in ``seconds``."""
-        names = [f"{number}/{rank}" for rank in range(self.world)]
-        self._wait(names, seconds)
-        return [json.loads(self.store.get(name)) if self.store.check([name]) else None for name in names]
+    def answers(self, number: int, seconds: float) -> list[dict]:
+        """The answers of all ranks to a check.
+
+        A rank that has not answered in ``seconds`` has ``missing`` instead, a text. One that has not even begun
+        the check is the reason why others wait in it.
+        """
+        self._wait([f"{number}/{rank}" for rank in range(self.world)], seconds)
+        answers = []
+        for rank in range(self.world):
+            if self.store.check([f"{number}/{rank}"]):
+                answers.append(json.loads(self.store.get(f"{number}/{rank}")))
+            else:
+                begun = self.store.check([f"{number}/begun/{rank}"])
+                answers.append({"missing": NO_ANSWER if begun else "did not begin"})
+        return answers
 
     def publish(self, number: int, verdict: Verdict) -> None:
         self.store.set(f"{number}", verdict.to_json())
@@ -188,6 +202,13 @@ class Board:
             late = [str(rank) for rank, other in enumerate(names) if not self.store.check([other])]
             raise RankLost(f"rank {self.rank}: rank {', '.join(late)} gave no answer within {seconds:.0f} s.")
         return [self.store.get(other).decode() for other in names]
+
+    def end(self, seconds: float = 10.0) -> None:
+        """Ends the use of the store. The first rank, whose launcher may hold the store, waits for the others."""
+        names = [f"end/{rank}" for rank in range(self.world)]
+        self.store.set(names[self.rank], "")
+        if self.rank == 0:
+            self._wait(names, seconds)
 
     def hung(self, seconds: float) -> bool:
         """Waits until the checks end because a rank gave no answer; False if they have not in ``seconds``."""
@@ -235,6 +256,7 @@ def run_checks(
     board, number, new_group, hung = Board(store, place.rank, place.world), 0, False, False
     while number < len(checks):
         check = checks[number]
+        board.begin(number)
         answer, place = attempt(check, place, new_group)
         board.answer(number, answer)
         patience = seconds_of(check, place) + 4 * limits.margin
@@ -298,8 +320,8 @@ class Judge:
             self.began(check.name)
             answers = self.board.answers(number, seconds_of(check, self.place) + self.limits.margin)
             findings = self.judge(check, answers)
-            hung = None in answers
-            failed = check.exchanges and any(answer is None or "error" in answer for answer in answers)
+            hung = any("missing" in answer for answer in answers)
+            failed = check.exchanges and not all("value" in answer for answer in answers)
             self.sound = self.sound and not failed
             following = len(self.checks)
             for later in range(number + 1, len(self.checks)):
@@ -314,20 +336,20 @@ class Judge:
             self.board.publish(number, Verdict(findings, following, new_group, hung))
             number = following
 
-    def judge(self, check: Check, answers: list[dict | None]) -> list[Finding]:
+    def judge(self, check: Check, answers: list[dict]) -> list[Finding]:
         """The findings of one check: of its errors and missing answers, or else of its results."""
-        if all(answer is not None and "value" in answer for answer in answers):
+        if all("value" in answer for answer in answers):
             try:
-                return check.judge([answer["value"] for answer in answers if answer is not None], self.place)
+                return check.judge([answer["value"] for answer in answers], self.place)
             except Exception as error:
                 text = f"its results cannot be judged: {type(error).__name__}: {error}"
                 return [Finding(check.name, "broken", text, check.remedy)]
         ranks: dict[str, list[int]] = defaultdict(list)
         for rank, answer in enumerate(answers):
-            if answer is None or "error" in answer:
-                ranks["gave no answer" if answer is None else answer["error"]].append(rank)
-        # A rank that has waited in vain has waited for a rank with another failure, which is named first.
-        waited = {answer["error"] for answer in answers if answer is not None and answer.get("waited")}
+            if "value" not in answer:
+                ranks[answer.get("missing") or answer["error"]].append(rank)
+        # A rank that has waited has waited for one with another failure, which is named first.
+        waited = {NO_ANSWER, *(answer["error"] for answer in answers if answer.get("waited"))}
         texts = sorted(ranks, key=lambda text: text in waited)
         text = "; ".join(f"{self.place.named(ranks[text])}: {text}" for text in texts)
         return [Finding(check.name, "broken", text, check.remedy)]

@@ -2,7 +2,7 @@
 
 One layout has context parallelism alone; with an even number of ranks another one has tensor parallelism too.
 Both have the same global batch, so that one reference serves both. The first rank computes the reference
-after all exchanges, because it leaves the groups of ranks for that.
+after all other checks, because the ranks leave their groups for that.
 """
 
 from __future__ import annotations
@@ -100,11 +100,11 @@ def _judge_steps(name: str, losses: list[list[float]], place: Place) -> list[Fin
 
 
 def _compare(runs: dict[str, Run], measured: dict[str, dict], place: Place) -> dict[str, dict] | None:
-    """On the first rank: the comparison of each layout with one process."""
+    """On the first rank: the comparison of each layout with one process. All ranks leave their groups."""
+    # Every rank has answered the checks before this one, so no exchange is under way.
+    dist.destroy_process_group()
     if place.rank:
         return None
-    # Every rank has answered the checks before this one, so none of them exchanges anything any more.
-    dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     reference = one_process(next(iter(runs.values()))).with_keys(device="cpu")
     expected = measure(reference, torch.device("cpu"), STEPS)
