@@ -8,12 +8,14 @@ import socket
 import time
 
 import pytest
+import torch
 from test_launch import forked
 
 import command
 from longspan.cli import main
 from longspan.cli.env import Lines, line, summary
-from longspan.runs.machine.protocol import Finding
+from longspan.runs.machine.check import report_of
+from longspan.runs.machine.protocol import Finding, Place
 
 
 def free_port():
@@ -129,6 +131,21 @@ def test_a_terminal_shows_the_running_check_until_its_finding():
         "differ",
     ]
     assert shown.splitlines()[1] == "        Look here."
+
+
+@pytest.mark.parametrize(
+    ("statuses", "hung", "passed"),
+    [
+        (["ok", "slow", "absent", "skipped"], False, True),
+        (["ok", "wrong"], False, False),
+        (["broken", "ok"], False, False),
+        (["ok"], True, False),
+    ],
+)
+def test_slow_and_absent_alone_pass(statuses, hung, passed):
+    place = Place(0, ("a",), torch.device("cpu"), None, 1.0)
+    report = report_of([Finding("x", status, "") for status in statuses], hung, place)
+    assert report["passed"] is passed
 
 
 def test_the_summary_names_what_is_wrong_and_what_is_slow():

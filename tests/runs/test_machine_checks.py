@@ -10,6 +10,7 @@ import pool
 from longspan.context_parallel.kernels.math import Math
 from longspan.mesh.mesh import common_store
 from longspan.runs.machine import collectives, kernels, small_verify, speed
+from longspan.runs.machine.check import all_checks
 from longspan.runs.machine.protocol import Check, Place, run_checks
 
 CPU = torch.device("cpu")
@@ -143,7 +144,14 @@ def test_links_are_compared_with_links_of_their_kind():
     assert names[1].startswith("rank 2 (node-b) -> rank 3 (node-b)")
     # one link of its kind is compared with nothing
     assert len(speed.judge_links([9.0, 0.1, 0.1], Place(0, ("a", "a", "a"), CPU, None, 1.0))) == 2
-    assert len(speed.judge_links([None], on(1))) == 1
+
+
+def test_one_rank_alone_has_no_exchange_to_measure():
+    names = [check.name for check in all_checks(1, "cuda")]
+    assert not [name for name in names if "speed" in name or "links" in name]
+    assert "attention flash-attn-3" in names
+    assert names[-1] == "verify"
+    assert set(names) < {check.name for check in all_checks(2, "cuda")} | {"verify cp 1: 2 steps"}
 
 
 @pytest.mark.parametrize("world", range(2, 9))

@@ -183,7 +183,8 @@ def header(launch: Launch, device: str, processes: int) -> str:
         else "1 machine"
     )
     backend = "gloo" if device == "cpu" else "NCCL"
-    return f"checking {processes} processes on {machines}: {device}, {backend}"
+    count = f"{processes} process{'es' if processes > 1 else ''}"
+    return f"checking {count} on {machines}: {device}, {backend}"
 
 
 def summary(report: dict) -> str:

@@ -20,7 +20,7 @@ from longspan.files import write_whole
 from longspan.runs.start import WORKER, Launch, ProcessesFailed, choose_device, join_processes, start
 
 if TYPE_CHECKING:
-    from longspan.runs.machine.protocol import Board, Check, Finding
+    from longspan.runs.machine.protocol import Board, Check, Finding, Place
 
 #: seconds in which all ranks have to start, on all machines
 START_S = 120.0
@@ -78,10 +78,11 @@ def all_checks(world: int, device: str) -> list[Check]:
     """All checks, in their order: exchanges, their speed, kernels, and training."""
     from longspan.runs.machine import collectives, kernels, small_verify, speed
 
+    # One rank alone sends nothing, so there is no speed to measure.
+    between = [*speed.checks_of_bandwidth(device), speed.check_of_links(device)] if world > 1 else []
     return [
         *collectives.checks_of_results(device),
-        *speed.checks_of_bandwidth(device),
-        speed.check_of_links(device),
+        *between,
         speed.check_of_compute(),
         *kernels.checks_of_attention(device),
         kernels.check_of_experts(),
@@ -114,7 +115,7 @@ def work(
     import torch.distributed as dist
 
     from longspan.mesh.mesh import common_store
-    from longspan.runs.machine.protocol import FAILED, Board, Limits, Place, RankLost, run_checks
+    from longspan.runs.machine.protocol import Board, Limits, Place, RankLost, run_checks
 
     rank, store = dist.get_rank(), common_store()
     board = Board(store, rank, dist.get_world_size())
@@ -130,15 +131,20 @@ def work(
             board.end()
     except (RankLost, dist.DistError) as error:
         _leave(1, str(error))
-    passed = not hung and not any(finding.status in FAILED for finding in findings)
-    report = {
-        "passed": passed,
-        "device": device,
-        "hosts": place.hosts,
-        "findings": [vars(f) for f in findings],
-    }
-    write_whole(folder / f"rank-{rank}.json", json.dumps(report))
+    write_whole(folder / f"rank-{rank}.json", json.dumps(report_of(findings, hung, place)))
     _leave(1 if hung else 0)
+
+
+def report_of(findings: list[Finding], hung: bool, place: Place) -> dict[str, Any]:
+    """The report: passed if nothing is broken or wrong and no rank hung; device, hosts and findings."""
+    from longspan.runs.machine.protocol import FAILED
+
+    return {
+        "passed": not hung and not any(finding.status in FAILED for finding in findings),
+        "device": place.device.type,
+        "hosts": place.hosts,
+        "findings": [vars(finding) for finding in findings],
+    }
 
 
 def _end_if_hung(board: Board) -> None:
