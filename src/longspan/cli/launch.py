@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from longspan.cli.options import number
 from longspan.errors import did_you_mean
 from longspan.runs.start import Launch, option_names
@@ -21,6 +23,15 @@ HELP = """\
                          several machines: run the same command on each, with its own rank
   --launcher torchrun    pass what follows -- to torchrun
 """
+
+
+def split_at_dashes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments before ``--``, and those after it, which are torchrun's."""
+    arguments = list(arguments)
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
 
 
 def read_launch(taken: dict[str, str], torchrun_arguments: list[str], problems: list[str]) -> Launch:

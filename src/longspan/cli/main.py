@@ -30,7 +30,7 @@ COMMANDS = {
     "verify": ("longspan.cli.verify", "compare the config's layout with one process: loss, gradients"),
     "layout": ("longspan.cli.layout", "show who holds and computes what, and what travels, for a pack"),
     "experts": ("longspan.cli.experts", "show how evenly a run has used its experts"),
-    "env": ("longspan.cli.env", "print versions, devices and environment variables, for a bug report"),
+    "env": ("longspan.cli.env", "print versions, devices and variables; --check: are these machines sound?"),
     "completion": ("longspan.cli.completion", "print a completion script for bash, zsh or fish"),
 }
 

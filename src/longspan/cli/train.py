@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from longspan.cli.launch import HELP, OPTIONS, read_launch
+from longspan.cli.launch import HELP, OPTIONS, read_launch, split_at_dashes
 from longspan.cli.options import key_help, read_config, take_options
 from longspan.config.run import Checked
 from longspan.runs.check import checked
@@ -43,17 +43,10 @@ def read_checked(
     Raises:
         UserError: with all problems at once.
     """
-    arguments, torchrun_arguments = _split_at_dashes(list(arguments))
+    arguments, torchrun_arguments = split_at_dashes(arguments)
     own = OPTIONS | (more_options or {})
     options, rest, problems = take_options(arguments, own)
     if taken is not None:
         taken.update(options)
     launch = read_launch(options, torchrun_arguments, problems)
     return checked(read_config(command, rest, list(own), problems), launch)
-
-
-def _split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
-    if "--" not in arguments:
-        return arguments, []
-    at = arguments.index("--")
-    return arguments[:at], arguments[at + 1 :]

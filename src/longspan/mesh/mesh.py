@@ -271,6 +271,11 @@ def init_distributed(device_type: str, timeout_s: float = 600.0, start_s: float 
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
+def common_store() -> dist.Store:
+    """The store through which the ranks of the default process group have found each other."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def loopback_interface() -> str | None:
     """The name of the loopback interface, or None if it is neither ``lo`` nor ``lo0``."""
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)

@@ -313,6 +313,23 @@ def read_run(path: str) -> Run:
     return run
 
 
+def join_processes(device: str, *waiting: float) -> torch.device:
+    """Makes this launched process a member of the process group. Returns the device on which it computes.
+
+    Args:
+        waiting: ``timeout_s`` and ``start_s`` of :func:`longspan.mesh.mesh.init_distributed`.
+    """
+    end_with_launcher()
+    import torch
+
+    from longspan.mesh.mesh import init_distributed
+
+    quiet_logs()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    init_distributed(device, *waiting)
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device("cpu")
+
+
 @contextmanager
 def joined(run: Run) -> Iterator[torch.device]:
     """A context in which a launched process belongs to the process group.
@@ -322,19 +339,12 @@ def joined(run: Run) -> Iterator[torch.device]:
     Yields:
         The device on which the process computes.
     """
-    end_with_launcher()
-    import torch
-
-    from longspan.mesh.mesh import close_distributed, init_distributed
+    from longspan.mesh.mesh import close_distributed
     from longspan.runs.session import leave
 
-    quiet_logs()
     config = run.config
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     try:
-        init_distributed(run.device, config.ddp_timeout)
-        local = int(os.environ["LOCAL_RANK"]) if run.device == "cuda" else None
-        yield torch.device(run.device, local) if local is not None else torch.device("cpu")
+        yield join_processes(run.device, config.ddp_timeout)
         close_distributed()
     except RuntimeError as error:
         leave(error, Path(config.output_dir), config.ddp_timeout)
