@@ -86,9 +86,9 @@ def test_the_stages_of_a_run(changes, expected):
             "it needs one for each stage. Set gradient_acc",
         ),
         (
-            {"pipeline_schedule": "zbv"},
+            {"pipeline_layout": "EttL"},
             1,
-            "pipeline_schedule zbv has no effect with pipeline_parallel_size 1",
+            "pipeline_layout EttL has no effect with pipeline_parallel_size 1",
         ),
         (
             {

@@ -1,5 +1,6 @@
 """Pipelines at every schedule and mix of axes against one process: losses, every gradient, evaluation. fp64."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,42 @@ CASES = {
 }
 
 
+#: every schedule with every one of these, 60 cases that take ten minutes: with LONGSPAN_TEST_ALL=1
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv")
+WITH = {
+    "tied": (2, {}, {"tie_word_embeddings": True}),
+    "dp_shard2": (4, {"dp_shard_size": 2}, {"global_batch_size": 8}),
+    "tp2": (4, {"tensor_parallel_size": 2}, {}),
+    "cp2": (4, {"context_parallel_size": 2}, {}),
+    "full recomputation": (2, {"gradient_checkpointing": True}, {}),
+    "selective recomputation": (2, {"gradient_checkpointing": "selective"}, {}),
+    "experts": (2, {}, EXPERTS),
+    "experts, full recomputation": (2, {"gradient_checkpointing": True}, EXPERTS),
+    "experts, selective recomputation": (2, {"gradient_checkpointing": "selective"}, EXPERTS),
+    "experts, ep2": (4, {"expert_parallel_size": 2}, EXPERTS | {"global_batch_size": 8}),
+    "experts, a capacity": (
+        4,
+        {"context_parallel_size": 2, "expert_parallel_size": 2},
+        EXPERTS | {"moe_expert_capacity_factor": 1.0},
+    ),
+    "experts, a capacity, recomputed": (
+        2,
+        {"gradient_checkpointing": True},
+        EXPERTS | {"moe_expert_capacity_factor": 1.0},
+    ),
+}
+if os.environ.get("LONGSPAN_TEST_ALL"):
+    CASES |= {
+        f"{schedule}, {name}, of all": (
+            world,
+            PP2 | {"pipeline_schedule": schedule} | layout,
+            {"num_layers": 4} | model,
+        )
+        for schedule in SCHEDULES
+        for name, (world, layout, model) in WITH.items()
+    }
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_steps_equal_one_process(name, prefix, reference):
     world, layout, model = CASES[name]
@@ -204,16 +241,31 @@ def test_checkpoints_and_exports_are_of_the_whole_model(prefix, tmp_path, tied):
             torch.testing.assert_close(names[key], value, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    "schedule",
-    ["gpipe", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv"],
-)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_adapters_behind_a_frozen_stage(prefix, tmp_path, schedule):
     """Only the layers of the last stage have trained parameters near them: the first stage is frozen but for its adapters."""
     base = make_llama(tmp_path, num_hidden_layers=4)
     (expected,) = pool.run(1, adapted, prefix, base, {})
     (got, *_) = pool.run(2, adapted, prefix, base, PP2 | {"pipeline_schedule": schedule})
     compare(got, expected)
+
+
+def adapters_after_a_step(prefix, base, folder, changes):
+    trainer = Trainer(lora_run(prefix, base, **changes), CPU)
+    trainer.train_step(trainer.micro_batches(0))
+    export(trainer, Path(folder))
+
+
+def test_adapters_of_all_stages_are_exported(prefix, tmp_path):
+    base = make_llama(tmp_path, num_hidden_layers=4)
+    layouts = {"one": (1, {}), "zbv": (2, PP2 | {"pipeline_schedule": "zbv"})}
+    for name, (world, changes) in layouts.items():
+        pool.run(world, adapters_after_a_step, prefix, base, str(tmp_path / name), changes)
+    one, pipeline = (load_file(tmp_path / name / "adapter_model.safetensors") for name in layouts)
+    assert one.keys() == pipeline.keys()
+    assert {name.split(".")[4] for name in one} == {"0", "1", "2", "3"}
+    for name, value in one.items():
+        torch.testing.assert_close(pipeline[name], value, rtol=1e-5, atol=1e-7)
 
 
 def adapted(prefix, base, changes):

@@ -19,10 +19,11 @@ def pipeline_problems(config: TrainConfig) -> list[Problem]:
     """(keys, message) for keys of pipelines that contradict each other, do not fit or have no effect."""
     pp = config.pipeline_parallel_size
     if pp == 1:
+        # A schedule and virtual stages come from the config that an earlier run of more stages has written, too.
         return [
             ((name, "pipeline_parallel_size"), f"{name} {getattr(config, name)} has no effect with pipeline_parallel_size 1. Leave it out, or use more stages.")
-            for name in ("virtual_pipeline_parallel_size", "pipeline_schedule", "pipeline_layout", "use_tp_pp_dp_mapping", *SPLIT_KEYS)
-            if getattr(config, name) and not (name == "virtual_pipeline_parallel_size" and getattr(config, name) == 1)
+            for name in ("pipeline_layout", "use_tp_pp_dp_mapping", *SPLIT_KEYS)
+            if getattr(config, name)
         ]  # fmt: skip
     return [*_schedule(config), *_split(config)]
 
