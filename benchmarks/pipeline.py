@@ -1,10 +1,12 @@
 """How long the ranks of a pipeline wait, against the bubble formula: pp 2 on two gloo ranks of one thread.
 
     python benchmarks/pipeline.py [--seq 512] [--layers 4] [--rounds 5] [--schedules 1f1b interleaved ...]
+                                  [--recompute none|selective|full] [--experts 8]
 
 A step of m micro-batches takes (m v + p - 1) / v times the time t of a micro-batch on a rank, with p ranks and v stages a
 rank, so that a rank works m v / (m v + p - 1) of the time. Here t is what 8 more micro-batches cost, divided by 8, and the
-share is m t / (time of the step). The zero-bubble schedules have no such formula; theirs is the share alone. Time of the
+share is m t / (time of the step). A split backward computes more in t: its price is its t over that of interleaved in
+the same run, and grows with recomputation and with experts (docs/pipeline.md). The zero-bubble schedules have no such formula; theirs is the share alone. Time of the
 optimizer and of the gradients' reduction is in a step, which makes the shares smaller than the formula's.
 """
 
@@ -44,7 +46,10 @@ def make_trainer(args: argparse.Namespace, schedule: str, micro_batches: int) ->
         "pipeline_parallel_size": 2,
         "pipeline_schedule": schedule,
         "gradient_accumulation_steps": micro_batches,
+        "gradient_checkpointing": {"none": False, "full": True}.get(args.recompute, args.recompute),
     }
+    if args.experts:
+        values |= {"num_moe_experts": args.experts, "moe_ffn_hidden_size": 352}
     read = make_config(values)
     assert not read.problems, read.problems
     return Trainer(Run.of(resolve(read.config, 2).config), torch.device("cpu"))
@@ -86,6 +91,8 @@ if __name__ == "__main__":
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    parser.add_argument("--experts", type=int, default=0)
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=[*SCHEDULES])
     args = parser.parse_args()
     print(common.machine())

@@ -26,6 +26,7 @@ RUNS = (
     ["lora.py"],
     ["experts.py"],
     ["pipeline.py"],
+    ["checkpoint.py"],
 )
 
 

@@ -220,6 +220,9 @@ def test_an_expert_that_nobody_chooses_is_named_once():
         counts = torch.tensor([[1, 1, 0], [2, int(step == 5), 3]])
         experts.count_idle(counts == 0)
         named += [(step, name) for name in experts.collapsed()]
+        # A checkpoint after any step changes nothing.
+        counted, experts = experts.idle_counts(), Experts(torch.nn.Linear(1, 1), None, whole)
+        experts.restart_idle(counted)
     assert named == [(IDLE_STEPS, "expert 2 of layer 2"), (5 + IDLE_STEPS, "expert 1 of layer 4")]
 
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from longspan.errors import UserError
 from longspan.training.banner import megatron_line
-from longspan.training.metrics import JsonLines, Metrics, Wandb, evaluated, keep_until
+from longspan.training.metrics import JsonLines, Metrics, TensorBoard, Wandb, evaluated, keep_until
 from longspan.training.progress import MegatronLines, make_progress
 from longspan.training.sinks import open_sinks
 
@@ -112,6 +112,23 @@ def test_weights_and_biases_that_refuses_is_a_mistake_told_before_anything_is_mo
     with pytest.raises(UserError, match="No API key configured. .*wandb_mode: offline"):
         open_sinks(tiny.tiny_run("prefix", 1, use_wandb=True), tmp_path, 0, None)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_shows_the_load_of_every_expert(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    load = [[0.25, 0.5, 0.25], [0.0, 0.125, 0.875]]
+    board = TensorBoard(tmp_path)
+    board.write({"kind": "train", "step": 3, "loss": 1.5, "moe_load": load, "moe_layers": [2, 4]})
+    board.close()
+    found = accumulator.EventAccumulator(str(tmp_path))
+    found.Reload()
+    for layer, shares in zip((2, 4), load):
+        (event,) = found.Histograms(f"train/moe_load/layer_{layer}")
+        assert event.step == 3
+        assert list(event.histogram_value.bucket) == shares
+        assert list(event.histogram_value.bucket_limit) == [1, 2, 3]
+        (busiest,) = found.Scalars(f"train/moe_busiest_expert/layer_{layer}")
+        assert busiest.value == max(shares)
 
 
 def test_a_full_disk_does_not_end_training_and_is_told_at_its_end(tmp_path, capsys):

@@ -102,6 +102,14 @@ class Experts:
         """Counts the steps in a row in which nobody chose an expert; ``unchosen`` is bool [layers, E]."""
         self.idle = unchosen.long() if self.idle is None else (self.idle + 1) * unchosen
 
+    def idle_counts(self) -> list[list[int]] | None:
+        """The counts of steps without a choice, for a checkpoint."""
+        return None if self.idle is None else self.idle.tolist()
+
+    def restart_idle(self, counts: list[list[int]] | None) -> None:
+        """Takes the counts that a checkpoint has."""
+        self.idle = None if counts is None else torch.tensor(counts)
+
     def collapsed(self) -> list[str]:
         """The experts that nobody has chosen for exactly ``IDLE_STEPS`` steps, by name; so each is named once."""
         if self.idle is None:

@@ -75,7 +75,10 @@ class JsonLines:
 
 
 class TensorBoard:
-    """One scalar a number, tagged ``train/loss`` and the like."""
+    """One scalar a number, tagged ``train/loss`` and the like.
+
+    The load of a layer's experts is a histogram whose bins are the experts, ``train/moe_load/layer_N``.
+    """
 
     def __init__(self, folder: Path, first_step: int = 0):
         from torch.utils.tensorboard import SummaryWriter
@@ -89,6 +92,24 @@ class TensorBoard:
             for tag, number in _curves(name, value, record):
                 if isinstance(number, int | float) and math.isfinite(number):
                     self.writer.add_scalar(f"{_group(record)}/{tag}", number, record["step"])
+            if name == "moe_load":
+                for layer, shares in _loads(value, record):
+                    self._write_load(f"{_group(record)}/moe_load/layer_{layer}", shares, record["step"])
+
+    def _write_load(self, tag: str, shares: list[float], step: int) -> None:
+        """A histogram with a bin for each expert, from its number to the next, as high as its share."""
+        places = range(len(shares))
+        self.writer.add_histogram_raw(
+            tag,
+            min=0,
+            max=len(shares),
+            num=sum(shares),
+            sum=sum(place * share for place, share in zip(places, shares)),
+            sum_squares=sum(place**2 * share for place, share in zip(places, shares)),
+            bucket_limits=[place + 1 for place in places],
+            bucket_counts=shares,
+            global_step=step,
+        )
 
     def rewind(self, step: int) -> None:
         self.writer.close()
@@ -101,10 +122,15 @@ class TensorBoard:
 def _curves(name: str, value: Any, record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """A record's entry as curves: of the load of experts, the share of the busiest one in each layer."""
     if name == "moe_load":
-        layers = record.get("moe_layers") or range(1, len(value) + 1)
-        yield from ((f"moe_busiest_expert/layer_{n}", max(shares)) for n, shares in zip(layers, value))
+        loads = _loads(value, record)
+        yield from ((f"moe_busiest_expert/layer_{layer}", max(shares)) for layer, shares in loads)
     elif name not in ("kind", "step", "split", "moe_layers"):
         yield name, value
+
+
+def _loads(value: list[list[float]], record: dict[str, Any]) -> Iterator[tuple[int, list[float]]]:
+    """(number of the layer, share of each of its experts) for each layer with experts."""
+    return zip(record.get("moe_layers") or range(1, len(value) + 1), value)
 
 
 class Wandb:

@@ -122,7 +122,7 @@ class Trainer:
         """The description for a checkpoint: the position in the run, and the run that it fits."""
         where: dict = {"step": self.step, "tokens": self.tokens, "evaluation_due": self.owed}
         where |= {"skipped": self.skipped, "passed_over": self.passed_over}
-        where |= {"last_losses": list(self.spikes.losses)}
+        where |= {"last_losses": list(self.spikes.losses), "idle_experts": self.experts.idle_counts()}
         return describe_run(self.run, self.train_data) | where
 
     def resume(self, path: Path, option: str = "resume", weights_only: bool | None = None) -> None:
@@ -152,6 +152,7 @@ class Trainer:
         self.skipped = list(then.get("skipped") or [])
         self.passed_over = list(then.get("passed_over") or [])
         self.spikes.restart(then.get("last_losses") or [])
+        self.experts.restart_idle(then.get("idle_experts"))
 
     # --- one micro-batch ------------------------------------------------------------------
 
