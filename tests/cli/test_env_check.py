@@ -9,13 +9,13 @@ import time
 
 import pytest
 import torch
-from test_launch import forked
 
 import command
 from longspan.cli import main
 from longspan.cli.env import Lines, line, summary
 from longspan.runs.machine.check import report_of
 from longspan.runs.machine.protocol import Finding, Place
+from processes import children
 
 
 def free_port():
@@ -60,7 +60,7 @@ def test_a_rank_that_hangs_is_named_and_ended(tmp_path):
         assert process.poll() is None, process.output
         assert time.monotonic() < end
         time.sleep(0.01)
-    ranks = forked(process.pid)
+    ranks = children(process.pid)
     os.kill(ranks[1], signal.SIGSTOP)
     done = process.wait()
     assert done.returncode == 1

@@ -13,6 +13,7 @@ import yaml
 
 import command
 import tiny
+from processes import children, ranks_of, wait_for, wait_until_gone
 
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # as the kernel writes 127.0.0.1 and ::1
 
@@ -25,56 +26,11 @@ def folder(prefix, tmp_path):
     return tmp_path
 
 
-def wait_for(condition, process, seconds=180):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.output
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.05)
-
-
 def steps(folder):
     """The steps recorded in the run's folder."""
     path = folder / "out" / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return sum('"kind": "train"' in line for line in lines)
-
-
-def status(pid):
-    """(state, parent) of a process; None where there is none, or one that has ended and not been waited for."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            state, parent = file.read().rpartition(")")[2].split()[:2]
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if state == "Z" else (state, int(parent))
-
-
-def forked(pid):
-    """The process ids of a launcher's forked ranks, in the order in which they were started."""
-    return sorted(
-        int(name) for name in filter(str.isdigit, os.listdir("/proc")) if (status(name) or ("", 0))[1] == pid
-    )
-
-
-def children(pid):
-    """rank -> process id of a launcher's ranks, which are programs of their own."""
-    found = {}
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        if (status(name) or ("", 0))[1] != pid:
-            continue
-        with open(f"/proc/{name}/environ") as file:
-            environment = dict(v.partition("=")[::2] for v in file.read().split("\0"))
-        if "RANK" in environment:
-            found[int(environment["RANK"])] = int(name)
-    return found
-
-
-def wait_until_gone(pids, seconds=60):
-    end = time.monotonic() + seconds
-    while alive := [pid for pid in pids if status(pid)]:
-        assert time.monotonic() < end, f"{alive} outlive their launcher"
-        time.sleep(0.05)
 
 
 def listening(pid):
@@ -98,7 +54,7 @@ def listening(pid):
 def test_a_killed_run_leaves_nothing_and_can_go_on_at_once(folder):
     process = command.start("train", "config.yaml", "--save-steps", "5", cwd=folder, new_ranks=True)
     wait_for(lambda: (folder / "out" / "checkpoints" / "latest").exists(), process)
-    ranks = children(process.pid)
+    ranks = ranks_of(process.pid)
     assert sorted(ranks) == [0, 1]
 
     # nobody but this machine can reach the run
@@ -143,7 +99,7 @@ def test_a_rank_that_does_not_answer_is_waited_for_as_long_as_asked(folder):
     wait_for(lambda: steps(folder) > 2, process)
     # A rank writes once a second where it is.
     time.sleep(2)
-    ranks = forked(process.pid)
+    ranks = children(process.pid)
     os.kill(ranks[1], signal.SIGSTOP)
     done = process.wait()
     assert done.returncode == 1
@@ -191,7 +147,7 @@ def test_torchruns_handlers_leave_an_ignored_hangup_ignored_and_its_ranks_end_wi
     )
     try:
         wait_for(lambda: steps(folder) > 0, process)
-        ranks = children(process.pid)
+        ranks = ranks_of(process.pid)
         assert sorted(ranks) == [0, 1]
         for pid in (process.pid, *ranks.values()):
             os.kill(pid, signal.SIGHUP)

@@ -19,6 +19,7 @@ from longspan.runs import restarts
 from longspan.runs.notes import Failure, Notes
 from longspan.runs.ranks import Ending
 from longspan.training.stopping import Heard
+from processes import children, ranks_of, wait_for, wait_until_gone
 
 #: rounds of the test with random kills; 50 have been run, see docs/benchmarks.md
 KILLS = int(os.environ.get("LONGSPAN_TEST_KILLS", "5"))
@@ -48,38 +49,9 @@ def curve(output):
     return [tuple(r[name] for name in CURVE) for r in records(output) if r["kind"] == "train"]
 
 
-def children(pid):
-    """The processes that a launcher has started and that run."""
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{name}/stat") as file:
-                state, parent = file.read().rpartition(")")[2].split()[:2]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(parent) == pid and state != "Z":
-            found.append(int(name))
-    return sorted(found)
-
-
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.output
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
-
-
 def wait_for_steps(output, steps, process):
     before = len(records(output))
     wait_for(lambda: len(records(output)) not in range(before, before + steps), process)
-
-
-def wait_until_gone(pids):
-    end = time.monotonic() + 60
-    while [pid for pid in pids if os.path.exists(f"/proc/{pid}")]:
-        assert time.monotonic() < end, f"{pids} go on"
-        time.sleep(0.02)
 
 
 def hidden(output):
@@ -192,8 +164,6 @@ def test_a_saved_run_goes_on_and_a_later_kill_costs_less(folder):
 
 
 def test_torchruns_restarts_go_on_from_the_last_checkpoint(folder):
-    from test_launch import children as ranks_of
-
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     arguments = ["-m", "longspan", "train", "config.yaml", "--launcher", "torchrun", "--"]
     arguments += ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1"]
