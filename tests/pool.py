@@ -185,6 +185,8 @@ class Pool:
 
     def _stack(self, rank: int) -> str:
         process, _, stacks = self.workers[rank]
+        if not os.path.exists(stacks):
+            return "(the process was still starting)"
         os.kill(process.pid, signal.SIGUSR1)
         time.sleep(0.3)
         return Path(stacks).read_text()
