@@ -11,8 +11,9 @@ quickstart: $(READY)
 	$(BIN)/longspan train examples/quickstart.yaml
 	$(BIN)/longspan generate outputs/quickstart/hf --prompt "def "
 
+# Two tests run at a time, because the processes of a test wait for each other.
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # what needs no other process: an answer in under a minute
 quick: $(DEV)

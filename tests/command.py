@@ -2,6 +2,7 @@
 
     done = run("train", "config.yaml", cwd=folder)       returncode, stdout, stderr
     process = start("train", "config.yaml", cwd=folder)  pid, poll(), wait(); a process group of its own
+    process = script("pretrain_gpt.py", "--lr", "1", cwd=folder)   a Python script in the same way
 
 One server process imports what the commands need and forks once for each: working folder, environment, exit code and
 output are those of a process of its own. The ranks that a launcher starts are forked too, from the launcher, which
@@ -15,6 +16,7 @@ import atexit
 import gc
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -42,7 +44,7 @@ def end_all() -> None:
 class Command:
     """A started command; its output is in files until it is read."""
 
-    def __init__(self, arguments, cwd, env, new_ranks):
+    def __init__(self, arguments, cwd, env, new_ranks=False, script=None):
         self.folder = tempfile.TemporaryDirectory()
         self.arguments = list(map(str, arguments))
         request = {
@@ -51,6 +53,7 @@ class Command:
             "env": {**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})},
             "folder": self.folder.name,
             "new_ranks": new_ranks,
+            "script": None if script is None else str(script),
         }
         self.pid = _Server.get().fork(request)
         started.append(self)
@@ -90,6 +93,11 @@ def start(*arguments, cwd, env=None, new_ranks=False) -> Command:
 def run(*arguments, cwd, env=None, timeout: float = 240.0, new_ranks=False) -> subprocess.CompletedProcess:
     """Runs ``longspan ARGUMENTS`` to its end."""
     return start(*arguments, cwd=cwd, env=env, new_ranks=new_ranks).wait(timeout)
+
+
+def script(path, *arguments, cwd, env=None) -> Command:
+    """Starts a Python script, as ``python PATH ARGUMENTS`` does; it starts no processes once it has computed."""
+    return Command(arguments, cwd, env, script=path)
 
 
 class _Server:
@@ -151,7 +159,11 @@ def _become(request: dict) -> None:
         if request["new_ranks"]:
             return main.main(request["arguments"])
         with mock.patch.object(ranks, "start_rank", ForkedRank):
-            return main.main(request["arguments"])
+            if request["script"] is None:
+                return main.main(request["arguments"])
+            sys.argv = [request["script"], *request["arguments"]]
+            runpy.run_path(request["script"], run_name="__main__")
+            return 0
 
     code = _exit_code(main)
     Path(request["folder"], "code").write_text(str(code))

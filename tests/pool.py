@@ -2,7 +2,7 @@
 
     run(4, check_something, arg)   runs check_something(arg) on ranks 0..3 of a fresh world
 
-Workers import torch once and stay; a run makes a fresh process group (a file store of its
+Workers are forked from two processes that have imported torch, and stay; a run makes a fresh process group (a file store of its
 own) and takes it down again, so tests share nothing. The functions are module-level, so
 that they travel by name. The results come back as a list by rank.
 
@@ -27,14 +27,16 @@ import tempfile
 import time
 import traceback
 import warnings
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
+from unittest import mock
 
 #: a machine that does other work needs longer: LONGSPAN_TEST_TIMEOUT gives seconds
 TIMEOUT_S = float(os.environ.get("LONGSPAN_TEST_TIMEOUT", "60"))
 GRACE_S = 3.0
-#: what the process has imported of which workers are forked
-PRELOADED = ["torch", "torch.distributed.tensor", "longspan.parallel_state"]
+#: what a process has imported of which workers are forked
+PRELOADED = ["torch", "torch.distributed.tensor", "torch._dynamo", "longspan.training.trainer"]
 
 
 class WorkerError(AssertionError):
@@ -121,25 +123,29 @@ def _serve(connection, paths: list[str], stacks: str) -> None:
 class Pool:
     """Workers, started when they are needed.
 
-    Args:
-        method: "spawn" or "forkserver". Spawned workers have a hash seed each, so that ranks go through a set of
-            names in different orders, as those of a user do. Forked ones have one seed, and start at once.
+    A forked worker has the hash seed of the process of which it is forked. There are two of these, so that ranks go
+    through a set of names in different orders, as those of a user do. Ranks that differ in one axis of sizes of two are
+    of different processes: the number of ones in a rank's binary digits decides.
     """
 
-    def __init__(self, method: str = "spawn") -> None:
-        self.method = method
+    def __init__(self) -> None:
+        self.servers = [forkserver.ForkServer() for _ in range(2)]
+        for server in self.servers:
+            server.set_forkserver_preload(PRELOADED)
         self.workers: list[tuple] = []  # (process, connection, file of stacks)
         self.folder = tempfile.TemporaryDirectory()
         self.runs = 0
 
     def _ensure(self, world: int) -> None:
-        context = mp.get_context(self.method)
-        context.set_forkserver_preload(PRELOADED)
+        context = mp.get_context("forkserver")
         while len(self.workers) < world:
+            server = self.servers[len(self.workers).bit_count() % 2]
             here, there = context.Pipe()
             stacks = os.path.join(self.folder.name, f"stacks-{time.monotonic_ns()}")
             process = context.Process(target=_serve, args=(there, sys.path, stacks), daemon=True)
-            process.start()
+            # multiprocessing itself has one process to fork of.
+            with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
+                process.start()
             there.close()
             self.workers.append((process, here, stacks))
 
@@ -185,6 +191,8 @@ class Pool:
 
     def _stack(self, rank: int) -> str:
         process, _, stacks = self.workers[rank]
+        if not os.path.exists(stacks):
+            return "(the process was still starting)"
         os.kill(process.pid, signal.SIGUSR1)
         time.sleep(0.3)
         return Path(stacks).read_text()

@@ -163,6 +163,7 @@ def test_global_statements_live_in_parallel_state_only():
 def test_importing_longspan_and_checking_a_config_need_no_torch():
     code = (
         "import sys, longspan, longspan.config.load, longspan.config.resolve, longspan.cli.main\n"
+        "import longspan.config.model, longspan.mesh.topology\n"
         "longspan.TrainConfig; longspan.TransformerConfig\n"
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )

@@ -10,6 +10,10 @@ import torch.distributed as dist
 import pool
 
 
+def seed():
+    return hash("a name")
+
+
 def total():
     x = torch.tensor(float(dist.get_rank()))
     dist.all_reduce(x)
@@ -34,7 +38,7 @@ def dies_on_rank_one():
 
 @pytest.mark.slow
 def test_trouble_is_named_and_the_pool_goes_on():
-    own = pool.Pool("forkserver")  # which starts anew at once
+    own = pool.Pool()
     try:
         for function, message, timeout in (
             (fails_on_rank_one, "rank 1 of 2, fails_on_rank_one:(.|\n)*ValueError: a clear message", 60),
@@ -51,3 +55,9 @@ def test_trouble_is_named_and_the_pool_goes_on():
         assert own.run(2, total) == [1.0, 1.0]
     finally:
         own.close()
+
+
+def test_ranks_of_each_axis_have_different_hash_seeds():
+    """Ranks that go through a set in different orders would hang or mix up tensors; with one seed no test would find it."""
+    seeds = pool.run(4, seed)
+    assert seeds[0] != seeds[1] != seeds[3] != seeds[2] != seeds[0]

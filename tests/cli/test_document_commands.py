@@ -18,7 +18,6 @@ import tiny
 from longspan.cli import main
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 #: what the documents' short commands leave out, and sizes instead of theirs
 SIZES = [
@@ -186,14 +185,13 @@ def small(text: str) -> list[str]:
     return [*shrunk(text.split()), "--mock-data"]
 
 
-@pytest.mark.slow
 def test_python_pretrain_gpt_starts_its_processes(folder):
     """Document 2, 5.1, with the advice for too little memory; document 5, 1.5, by the same words: tensor parallel."""
     text = """--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 1
         --context-parallel-size 1 --cp-comm-type p2p --seq-length 8192 --micro-batch-size 1 --global-batch-size 64
         --recompute-activations --save basic"""
     flags = small(text)
-    ran(start([sys.executable, ROOT / "pretrain_gpt.py", *flags], folder))
+    ran(command.script(ROOT / "pretrain_gpt.py", *flags, cwd=folder))
     assert len(losses(folder / "basic")) == 2
 
 
@@ -236,29 +234,32 @@ def test_axolotl_train_on_two_machines(folder):
     assert len(losses(folder / "machines")) == 2
 
 
+def test_the_whole_list_of_flags(folder):
+    """Documents 1, 2 and 4: a first start, so --load finds nothing."""
+    environ = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "6000",
+               "NCCL_ALGO": "Tree", "NCCL_PROTO": "Simple", "NCCL_IB_DISABLE": "0"}  # fmt: skip
+    ran(command.script(ROOT / "pretrain_gpt.py", *small(FULL), cwd=folder, env=environ))
+    assert len(losses(folder / "full")) == 2
+
+
 @pytest.mark.slow
-def test_torchrun_pretrain_gpt_on_two_machines_with_the_whole_list_of_flags(folder):
-    """Documents 1, 2 and 4, as slurm starts them: a first start, so --load finds nothing.
+def test_torchrun_pretrain_gpt_on_two_machines(folder):
+    """The same documents' start by slurm, of one process a machine.
 
     The documents' script lacks --node_rank, without which every machine takes itself for the first.
     """
-    flags = small(FULL)
-    environ = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "6000",
-               "NCCL_ALGO": "Tree", "NCCL_PROTO": "Simple", "NCCL_IB_DISABLE": "0"}  # fmt: skip
+    text = """--tensor-model-parallel-size 2 --sequence-parallel --seq-length 8192 --micro-batch-size 1
+        --global-batch-size 64 --bf16 --save torchruns"""
+    flags = small(text)
     port = free_port()
 
     def machine(rank):
-        torchrun = [
-            *TORCHRUN,
-            "--nproc_per_node=2",
-            "--nnodes=2",
-            f"--node_rank={rank}",
-            "--master_addr=127.0.0.1",
-        ]
-        return start([*torchrun, f"--master_port={port}", ROOT / "pretrain_gpt.py", *flags], folder, environ)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--nnodes=2"]
+        torchrun += [f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        return start([*torchrun, ROOT / "pretrain_gpt.py", *flags], folder, {"MASTER_PORT": "6000"})
 
     ran(machine(0), machine(1))
-    assert len(losses(folder / "full")) == 2
+    assert len(losses(folder / "torchruns")) == 2
 
 
 def free_port() -> int:
@@ -284,9 +285,9 @@ def test_the_data_tools(folder, monkeypatch, capsys):
     assert (folder / "made" / "set_text_document.idx").is_file()
 
 
-def test_asking_for_groups_where_there_are_none():
+def test_asking_for_groups_where_there_are_none(tmp_path):
     code = "from longspan import parallel_state; print(parallel_state.get_context_parallel_global_ranks())"
-    process = start([sys.executable, "-c", code], ROOT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "initialize_model_parallel" in err
+    (tmp_path / "script.py").write_text(code)
+    done = command.script("script.py", cwd=tmp_path).wait()
+    assert done.returncode == 1
+    assert "initialize_model_parallel" in done.stderr

@@ -2,17 +2,14 @@
 
 import inspect
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 
-import longspan
+import command
 import pool
 from longspan import parallel_state
 from longspan.config.sizes import MeshSizes
@@ -446,41 +443,35 @@ dist.destroy_process_group()
 """
 
 ALONE = """
-import json, sys
-import longspan
-import longspan.config.model, longspan.mesh.topology
-light = "torch" not in sys.modules
+import json
 from longspan import parallel_state
 parallel_state.initialize_model_parallel()
 import torch.distributed as dist
-print(json.dumps([light, dist.get_world_size(), dist.get_backend(), parallel_state.get_context_parallel_rank(),
+print(json.dumps([dist.get_world_size(), dist.get_backend(), parallel_state.get_context_parallel_rank(),
                   parallel_state.get_data_parallel_global_ranks(with_context_parallel=True)]))
 """
 
 
-def environment():
-    """This one without a GPU and without the traces of any launcher."""
-    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in drop}
-    source = str(Path(longspan.__file__).parents[1])
-    return kept | {"PYTHONPATH": source, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-
-
 def test_under_torchrun_it_starts_the_process_group(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(UNDER_TORCHRUN)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, str(script), str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    for rank in range(2):
+    """With the variables that torchrun sets for its processes."""
+    (tmp_path / "script.py").write_text(UNDER_TORCHRUN)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [
+        command.script("script.py", tmp_path, cwd=tmp_path, env=there | {"RANK": r, "LOCAL_RANK": r})
+        for r in ("0", "1")
+    ]
+    for rank, process in enumerate(ranks):
+        done = process.wait(60)
+        assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [3.0, [0, 1], "gloo"]
 
 
-def test_a_plain_process_is_a_world_of_one():
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE], env=environment(), capture_output=True, text=True, timeout=60
-    )
+def test_a_plain_process_is_a_world_of_one(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "script.py").write_text(ALONE)
+    done = command.script("script.py", cwd=tmp_path).wait(60)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [True, 1, "gloo", 0, [0]]
+    assert json.loads(done.stdout) == [1, "gloo", 0, [0]]

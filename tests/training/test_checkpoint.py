@@ -301,15 +301,15 @@ def wait_for(condition, process, seconds=60):
 
 
 @pytest.mark.slow
-def test_twenty_kills_never_leave_a_broken_checkpoint(prefix, tmp_path):
+def test_twelve_kills_never_leave_a_broken_checkpoint(prefix, tmp_path):
     """A run that saves at every step is killed at arbitrary moments; what ``latest`` names always loads."""
     write_config(tmp_path, prefix, max_steps=1000000, save_steps=1, save_total_limit=3, num_layers=1)
     folder, seen = tmp_path / "out" / "checkpoints", 0
-    for kill in range(20):
+    for kill in range(12):
         process = command.start("train", "config.yaml", "--resume", "auto", cwd=tmp_path)
         last = seen
         wait_for(lambda last=last: newest_step(folder) > last, process)
-        time.sleep(0.013 * kill)  # a different moment of the save each time
+        time.sleep(0.022 * kill)  # a different moment of the save each time
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait().returncode == -signal.SIGKILL
         path = checkpoint.find(folder)

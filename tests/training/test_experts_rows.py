@@ -88,15 +88,23 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("favoured", [[3], [0, 1], [4, 1]])
-def test_experts_that_nobody_chooses(prefix, favoured):
+#: the experts that all tokens choose, of one rank or of two, and the layouts
+FAVOURED = [
+    ([3], LAYOUTS),
+    ([0, 1], ("ep2", "ep3 over cp3")),
+    ([4, 1], ("ep2, all to all ranks", "ep2 x etp2")),
+]
+
+
+@pytest.mark.parametrize(("favoured", "layouts"), FAVOURED)
+def test_experts_that_nobody_chooses(prefix, favoured, layouts):
     """A large bias sends every token to the same experts, so that ranks have none: their gradients are 0."""
     run = BIAS | {"val_set_size": 0.2, "moe_router_topk": len(favoured)}
     (expected,) = pool.run(1, steps, prefix, 2, run, favoured)
     for record in expected["records"]:
         for layer in record["moe_load"]:
             assert sorted(favoured) == [expert for expert, share in enumerate(layer) if share]
-    for world, changes in LAYOUTS.values():
+    for world, changes in map(LAYOUTS.get, layouts):
         compare(pool.run(world, steps, prefix, 2, run | changes, favoured)[0], expected)
 
 

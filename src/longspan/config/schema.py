@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -55,7 +57,8 @@ class TrainConfig(OutputKeys, MemoryKeys, OptimizerKeys, ScheduleKeys, ParallelK
         :func:`number_in` reads a number from text.
         """
         field = cls.model_fields[info.field_name or ""]
-        kinds = _kinds(field.annotation)
+        annotation: Any = field.annotation
+        kinds = _kinds(annotation)
         if not {int, float} & kinds:
             return value
         unit = field.json_schema_extra.get("unit") if isinstance(field.json_schema_extra, dict) else None
@@ -89,9 +92,10 @@ class TrainConfig(OutputKeys, MemoryKeys, OptimizerKeys, ScheduleKeys, ParallelK
         return None if value is None else os.path.expanduser(value)
 
 
-def _kinds(annotation: Any) -> set[Any]:
+@cache
+def _kinds(annotation: Any) -> frozenset[Any]:
     """The types in an annotation, including the types of a list's members."""
-    return {annotation}.union(*map(_kinds, get_args(annotation)))
+    return frozenset({annotation}).union(*map(_kinds, get_args(annotation)))
 
 
 def number_in(text: str) -> int | float | str:
@@ -136,8 +140,13 @@ class Key:
         return self.default if self.megatron_default is UNSET else self.megatron_default
 
 
-def keys() -> Iterator[Key]:
+@cache
+def keys() -> tuple[Key, ...]:
     """All keys, group by group."""
+    return tuple(_keys())
+
+
+def _keys() -> Iterator[Key]:
     for group, section in GROUPS.items():
         for name, info in section.model_fields.items():
             extra = info.json_schema_extra
@@ -156,10 +165,11 @@ def keys() -> Iterator[Key]:
             )
 
 
-def names() -> dict[str, str]:
+@cache
+def names() -> Mapping[str, str]:
     """Every accepted spelling of a key in YAML (its name, its aliases, Megatron's name) -> the key's name."""
     table: dict[str, str] = {}
     for k in keys():
         for spelling in (k.name, *k.aliases, k.flag[2:].replace("-", "_")):
             assert table.setdefault(spelling, k.name) == k.name, f"{spelling} names two keys"
-    return table
+    return MappingProxyType(table)

@@ -40,7 +40,7 @@ def by_flags(problem: str, defaults: Mapping[str, Any] | None = None) -> str:
     for k in table:
         if defaults and k.name in defaults and defaults[k.name] is not None:
             shown = as_flag(k, defaults[k.name])
-            if re.search(rf"(?<![\w-]){re.escape(shown)}(?![\w-])", problem):
+            if shown in problem and re.search(rf"(?<![\w-]){re.escape(shown)}(?![\w-])", problem):
                 problem += f" ({shown} is Megatron-LM's default.)"
     return problem
 
@@ -58,6 +58,9 @@ def as_flag(k: Key, value: Any) -> str:
 
 
 def _translated(text: str, k: Key) -> str:
+    # The patterns of all keys are too many for the cache of compiled ones.
+    if k.name not in text:
+        return text
     name = rf"(?<![\w.-]){k.name}"
     words = "|".join(map(re.escape, sorted(_words(k), key=len, reverse=True)))
     values = rf"(true|false|null|{_NUMBER}|{_QUOTED}{'|' + words if words else ''})"
