@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 
 import longspan
@@ -102,6 +103,18 @@ def test_stages_of_a_pipeline():
     args, sizes, *_ = pool.run(2, read, [*flags, "--num-virtual-stages-per-pipeline-rank", "2"])[1]
     assert sizes == (1, 1, 1, 2, 2)
     assert args["virtual_pipeline_model_parallel_size"] == 2
+
+
+def pipeline_group(flags):
+    longspan.initialize(argv=[*MODEL, *flags])
+    return dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+
+
+def test_the_other_order_of_the_ranks():
+    flags = ["--num-layers", "4", "--pipeline-model-parallel-size", "2", "--global-batch-size", "4"]
+    assert pool.run(4, pipeline_group, flags) == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    flags.append("--use-tp-pp-dp-mapping")
+    assert pool.run(4, pipeline_group, flags) == [[0, 1], [0, 1], [2, 3], [2, 3]]
 
 
 def refusals(cases):

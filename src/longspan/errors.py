@@ -26,6 +26,10 @@ class UserError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+class NotReached(UserError):
+    """Another process or machine is not there, or not any more. It may come back, so the exit code is 1."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ``" Did you mean X?"`` for the nearest known name, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

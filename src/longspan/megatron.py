@@ -34,6 +34,7 @@ from longspan.config.load import Reading
 from longspan.config.options import option_table
 from longspan.config.resolve import complete
 from longspan.config.schema import TrainConfig
+from longspan.config.sizes import DEFAULT_ORDER, PIPELINE_FIRST
 from longspan.errors import UserError, did_you_mean
 from longspan.runs.start import Launch, choose_device, launched_world, quiet_logs, under_torchrun
 from longspan.tensor_parallel import model_parallel_seed
@@ -280,4 +281,5 @@ def _make_groups(config: TrainConfig) -> None:
         data_parallel_replicate_size=config.dp_replicate_size,
         device_type=config.device,
         distributed_timeout_minutes=config.ddp_timeout / 60,
+        order=PIPELINE_FIRST if config.use_tp_pp_dp_mapping else DEFAULT_ORDER,
     )

@@ -38,6 +38,13 @@ def end_with_parent(parent: int | None = None) -> None:
     threading.Thread(target=_look, args=(parent,), name="parent", daemon=True).start()
 
 
+def parent_since() -> str:
+    """The parent's process id with the time at which it was started, as far as the system has it: no other process has both."""
+    with contextlib.suppress(OSError, IndexError), open(f"/proc/{os.getppid()}/stat") as file:
+        return f"{os.getppid()} since {file.read().rpartition(')')[2].split()[19]}"
+    return str(os.getppid())
+
+
 def end_with_pool() -> None:
     """Makes this worker of a :mod:`multiprocessing` pool end with the pool's process; else it would go on."""
     parent = multiprocessing.parent_process()

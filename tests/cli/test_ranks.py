@@ -5,10 +5,12 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+from longspan.cli import main
 from longspan.errors import UserError
 from longspan.runs import ranks
 
@@ -188,6 +190,17 @@ def test_the_ranks_store_listens_where_it_has_to(ip, machines, expected):
     store, port = ranks.serve_store(ip, 0, machines)
     assert listening(port) == expected
     del store
+
+
+def test_a_machine_0_that_is_not_there_is_no_mistake_of_the_input(monkeypatch, capsys):
+    """Exit code 2 would keep a cluster from trying again."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    command = types.SimpleNamespace(run=lambda _: ranks.meeting_store("127.0.0.1", port, 2, 1, 0.5))
+    monkeypatch.setitem(sys.modules, "meets", command)
+    monkeypatch.setitem(main.COMMANDS, "meet", ("meets", ""))
+    assert main.main(["meet"]) == 1
+    assert f"machine 1 found nobody at 127.0.0.1:{port} within 0.5 s" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_refused():

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from longspan.training.stopping import AGAIN_S, Heard
+from longspan.training.stopping import AGAIN_S, Heard, Stopping
 
 #: says "ready", works in one call of C that no handler of Python's interrupts, and ends with code 7 when asked to stop
 WORK = """
@@ -20,7 +20,7 @@ asked = []
 stopping.AGAIN_S = {again}
 with stopping.Stopping(second_ends={second_ends}, within={within}) as heard:
     if {saves}:
-        heard.saves(lambda: asked.append(1) or "the step is saved", lambda: "saved, and on")
+        heard.saves(lambda: asked.append(1) or "the step is saved", lambda: "saved, and on", lambda: True)
     print("ready", flush=True)
     while not ({saves} and asked and not {long}):
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8 if {long} else 1000)
@@ -132,6 +132,17 @@ def test_what_does_not_end_in_time_is_ended_in_the_middle_of_a_call():
         assert worker.code() == 1
 
 
+def test_what_is_saved_in_time_is_not_ended():
+    stopping = Stopping(within=0.2)
+    with stopping:
+        for stops in (True, False):  # without anything left to save there is no limit
+            stopping.saves(lambda: "the step is saved", str, lambda stops=stops: stops)
+            stopping.heard.clear()
+            stopping._act(signal.SIGTERM)
+            stopping.saved()
+            time.sleep(0.4)
+
+
 def test_a_signal_that_is_ignored_at_the_start_stays_ignored():
     with Worker(saves=True, ignored=[signal.SIGHUP]) as worker:
         worker.send(signal.SIGHUP)
@@ -153,7 +164,7 @@ from pathlib import Path
 from longspan.training.stopping import Stopping
 asked = []
 with Stopping() as stopping:
-    stopping.saves(lambda: asked.append(1) or "the step is saved", str)
+    stopping.saves(lambda: asked.append(1) or "the step is saved", str, lambda: True)
     while not asked:
         print("a step", flush=True)
         time.sleep(0.01)

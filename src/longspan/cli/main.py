@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from longspan import __version__
-from longspan.errors import UserError, did_you_mean
+from longspan.errors import NotReached, UserError, did_you_mean
 
 #: command -> (module, one line for --help)
 COMMANDS = {
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(COMMANDS[name][0]).run(arguments)
     except UserError as error:
         report(error, as_json="--json" in arguments)
-        return 2
+        return 1 if isinstance(error, NotReached) else 2
     # Example: `longspan train --help | head`.
     except BrokenPipeError:
         sys.stdout = None  # type: ignore[assignment]

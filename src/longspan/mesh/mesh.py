@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from longspan.config.sizes import MeshSizes
-from longspan.errors import UserError
+from longspan.errors import NotReached
 from longspan.mesh.topology import ExpertGrid, RankGenerator, data_parallel_size, hierarchical_groups
 
 
@@ -223,7 +223,7 @@ def init_distributed(device_type: str, timeout_s: float = 600.0, start_s: float 
         start_s: seconds in which the ranks of all machines have to be started; timeout_s, if that is longer.
 
     Raises:
-        UserError: machine 0 cannot be reached, or other ranks of the launcher did not start in time.
+        NotReached: machine 0 cannot be reached, or other ranks of the launcher did not start in time.
     """
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -252,7 +252,7 @@ def init_distributed(device_type: str, timeout_s: float = 600.0, start_s: float 
     except RuntimeError as error:
         why = str(error).partition("\n")[0]
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(
+        raise NotReached(
             f"rank {os.environ['RANK']} found nobody at {where} within {start.total_seconds():g} s ({why}). Start "
             "machine 0, and look at --main-process-ip, --main-process-port and the firewall."
         ) from None
@@ -263,7 +263,7 @@ def init_distributed(device_type: str, timeout_s: float = 600.0, start_s: float 
         store.wait(names, start)
     except RuntimeError:
         late = [str(other) for other, name in enumerate(names) if not store.check([name])]
-        raise UserError(
+        raise NotReached(
             f"rank {rank}: rank {', '.join(late)} of {world} did not start within {start.total_seconds():g} s. Start the same "
             "command on every machine."
         ) from None

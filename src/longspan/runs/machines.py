@@ -7,16 +7,18 @@ started again. Machine 0 has the store, so a run ends with its launcher.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from longspan.errors import UserError
+from longspan.errors import NotReached, UserError
 from longspan.runs.environment import RUN_ID
+from longspan.runs.notes import within
 from longspan.training.stopping import Heard
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 LOOK_S = 1.0
 #: seconds in which a launcher answers one that wants its number
 ANSWER_S = 5.0
+#: seconds of silence after which machine 0 is said to be gone
+SILENT_S = 30.0
 
 
 class Machines(Protocol):
@@ -36,7 +40,7 @@ class Machines(Protocol):
         Returns None if a signal has asked to stop meanwhile, or if another launcher has ended the run.
 
         Raises:
-            UserError: a machine does not come, or two have the same number.
+            NotReached: a machine does not come, or machine 0 has ended.
         """
 
     def elsewhere(self) -> str:
@@ -93,33 +97,48 @@ class SeveralMachines:
             timeout=RendezvousTimeout(join=datetime.timedelta(seconds=wait_s)),
         )
         self.name = uuid.uuid4().hex
+        self.why, self.meetings = "", 0
+        # True while the ranks run, when the others' launchers are watched.
+        self.watching = False
         self._take_number()
-        self.looked, self.why, self.meetings = 0.0, "", 0
+        self.answered = time.monotonic()
+        threading.Thread(target=self._follow, name="machines", daemon=True).start()
 
     def meet(self, asked: Heard) -> int | None:
-        from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
+        from torch.distributed import DistNetworkError, DistStoreError
+        from torch.distributed.elastic.rendezvous import (
+            RendezvousClosedError,
+            RendezvousError,
+            RendezvousTimeoutError,
+        )
 
-        self.why = ""
+        self.watching, self.why = False, ""
         self.meetings += 1
         if self.meetings > 1:
             text = f"waiting for all {self.machines} machines, at most {self.wait_s:g} s"
             print(f"longspan: {text}", file=sys.stderr, flush=True)
         try:
-            round_ = self._while_answering(self.handler.next_rendezvous, asked)
-            if round_ is None:
-                return None
-            if self.number == 0:
-                round_.store.set("attempt", str(self.store.add("longspan/attempts", 1) - 1))
-            return int(round_.store.get("attempt"))
+            attempt = _while_nobody_asks(self._join, asked)
         except RendezvousClosedError:
             self.why = "the launcher of another machine has ended the run"
             return None
-        except (RendezvousError, RuntimeError) as error:
-            raise UserError(
-                f"machine {self.number} did not find all {self.machines} machines within {self.wait_s:g} s "
-                f"({str(error).partition(chr(10))[0] or type(error).__name__}). Start the same command on every machine, each with "
-                "its own --machine-rank."
+        except (RendezvousTimeoutError, DistStoreError):
+            raise NotReached(
+                f"machine {self.number} did not find all {self.machines} machines within {self.wait_s:g} s. Start the same command on "
+                "every machine, each with its own --machine-rank."
             ) from None
+        except (RendezvousError, DistNetworkError) as error:
+            why = str(error).partition("\n")[0]
+            raise NotReached(f"machine 0 has ended the run, or cannot be reached any more ({why}).") from None
+        self.watching = True
+        return attempt
+
+    def _join(self) -> int:
+        """The number of the attempt, once all machines are there."""
+        info = self.handler.next_rendezvous()
+        if self.number == 0:
+            info.store.set("attempt", str(self.store.add("longspan/attempts", 1) - 1))
+        return int(info.store.get("attempt"))
 
     def _take_number(self) -> None:
         """Takes this machine's number, unless its holder answers that it is still there."""
@@ -136,53 +155,63 @@ class SeveralMachines:
             time.sleep(0.1)
         self.store.set(key, self.name)
 
+    def _follow(self) -> None:
+        """Answers launchers that want this machine's number, and watches the others; until this process ends.
+
+        A store that does not answer blocks whoever asks it, so nobody but this thread does.
+        """
+        while True:
+            try:
+                self._answer()
+                if self.watching and not self.why:
+                    if self.handler.is_closed():
+                        self.why = "the launcher of another machine has ended the run"
+                    elif self.handler.num_nodes_waiting():
+                        self.why = "another machine starts its ranks again"
+            except Exception:
+                # The store's end is noticed by its silence.
+                time.sleep(LOOK_S)
+                continue
+            self.answered = time.monotonic()
+            time.sleep(LOOK_S)
+
     def _answer(self) -> None:
         """Answers a launcher that asks whether this machine's number is taken."""
         key = f"longspan/launcher/{self.number}"
         if self.store.check([f"{key}/question"]):
-            question = self.store.get(f"{key}/question")
-            if question.decode() != self.name:
-                self.store.set(f"{key}/answer", question.decode())
-
-    def _while_answering(self, call: Callable[[], Any], asked: Heard) -> Any:
-        """The result of a call that waits for others, or None once a signal has asked to stop.
-
-        The call runs in a thread, because Python would handle the signal only after it.
-        """
-        results: list[Any] = []
-        errors: list[Exception] = []
-
-        def run() -> None:
-            try:
-                results.append(call())
-            except Exception as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=run, name="rendezvous", daemon=True)
-        thread.start()
-        while thread.is_alive() and not asked:
-            thread.join(0.2)
-            self._answer()
-        if errors:
-            raise errors[0]
-        return results[0] if results else None
+            question = self.store.get(f"{key}/question").decode()
+            if question != self.name:
+                self.store.set(f"{key}/answer", question)
 
     def elsewhere(self) -> str:
-        if time.monotonic() - self.looked >= LOOK_S and not self.why:
-            self.looked = time.monotonic()
-            try:
-                self._answer()
-                if self.handler.is_closed():
-                    self.why = "the launcher of another machine has ended the run"
-                elif self.handler.num_nodes_waiting():
-                    self.why = "another machine starts its ranks again"
-            except Exception:
-                self.why = "the launcher of machine 0 does not answer"
+        if not self.why and time.monotonic() - self.answered > SILENT_S:
+            self.why = "the launcher of machine 0 does not answer"
         return self.why
 
     def close(self) -> None:
         # Machine 0 may have ended, and the store with it.
+        with contextlib.suppress(TimeoutError):
+            within(ANSWER_S, self.handler.set_closed)
+
+
+def _while_nobody_asks(call: Callable[[], int], asked: Heard) -> int | None:
+    """The result of a call that waits for others, or None once a signal has asked to stop.
+
+    The call runs in a thread, because Python would handle the signal only after it.
+    """
+    results: list[int] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
         try:
-            self.handler.set_closed()
-        except Exception:
-            return
+            results.append(call())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="rendezvous", daemon=True)
+    thread.start()
+    while thread.is_alive() and not asked:
+        thread.join(0.1)
+    if errors:
+        raise errors[0]
+    return results[0] if results else None

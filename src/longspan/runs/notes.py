@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -25,13 +27,14 @@ class Failure:
 
     Attributes:
         kind: ``error``: an exception of its own; ``lost``: another rank has ended; ``late``: it waited for
-            another rank in vain. The last two are consequences.
+            another rank in vain; ``chosen``: it has ended itself, and would do so again. ``lost`` and ``late``
+            are consequences.
         error: the exception's type, and the line of code that raised it.
         step: number of finished optimizer steps; None before there is a trainer.
         text: the exception's message.
     """
 
-    kind: Literal["error", "lost", "late"]
+    kind: Literal["error", "lost", "late", "chosen"]
     error: str
     step: int | None
     text: str
@@ -65,6 +68,8 @@ class Notes:
 
     def fail(self, rank: int, failure: Failure) -> None:
         self._write(f"failure/{rank}", json.dumps(asdict(failure)))
+        if failure.kind == "late":
+            self._write("late", "")
 
     def put_place(self, rank: int, place: str) -> None:
         """Writes the place of a rank in the run, such as ``step 12, the gradient norm``."""
@@ -73,6 +78,10 @@ class Notes:
     def failure(self, rank: int) -> Failure | None:
         text = self._read(f"failure/{rank}")
         return Failure(**json.loads(text)) if text else None
+
+    def someone_waited(self) -> bool:
+        """Whether some rank, of any machine, has waited for another one in vain."""
+        return self._read("late") is not None
 
     def place(self, rank: int) -> str | None:
         return self._read(f"place/{rank}")
@@ -84,10 +93,37 @@ class Notes:
                 self.store.set(name, text)
 
     def _read(self, name: str) -> str | None:
-        with contextlib.suppress(RuntimeError):
-            if self.store is not None and self.store.check([name]):
-                return self.store.get(name).decode()
-        return None
+        store = self.store
+        if store is None:
+            return None
+        try:
+            return within(ANSWER_S, lambda: store.get(name).decode() if store.check([name]) else None)
+        except TimeoutError:
+            # It will not answer the next question either.
+            self.store = None
+            return None
+
+
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """The result of a call to a store; None if it fails.
+
+    A store whose process is stopped, or whose machine is gone, blocks the caller without a limit.
+
+    Raises:
+        TimeoutError: there is no answer within so many seconds.
+    """
+    results: list[Any] = []
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            results.append(call())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError
+    return results[0] if results else None
 
 
 #: the notes of a rank that no longspan launcher has started

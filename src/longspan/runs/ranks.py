@@ -12,11 +12,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from longspan.errors import UserError
+from longspan.errors import NotReached, UserError
 from longspan.training.stopping import SAVES, Heard, heeded, outliving_reader
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def meeting_store(ip: str, port: int, machines: int, number: int, wait_s: float)
         wait_s: seconds to wait for machine 0.
 
     Raises:
-        UserError: machine 0 cannot listen there, or cannot be reached.
+        UserError: machine 0 cannot listen there.
+        NotReached: machine 0 cannot be reached.
     """
     from torch.distributed import TCPStore
 
@@ -73,7 +74,7 @@ def meeting_store(ip: str, port: int, machines: int, number: int, wait_s: float)
         return TCPStore(ip, port, is_master=False, timeout=datetime.timedelta(seconds=wait_s)), port
     except RuntimeError as error:
         why = str(error).partition("\n")[0]
-        raise UserError(
+        raise NotReached(
             f"machine {number} found nobody at {ip}:{port} within {wait_s:g} s ({why}). Start machine 0, and look at "
             "--main-process-ip, --main-process-port and the firewall."
         ) from None
@@ -116,11 +117,20 @@ class Ending:
         """Whether all ranks have done their work."""
         return not self.failures and len(self.asked) < 2 and not self.elsewhere
 
-    @property
-    def cause(self) -> tuple[int, int]:
-        """(rank, exit code) of the failure that explains the others: a rank that was killed, or else the first."""
-        killed = ((rank, code) for rank, code in self.failures.items() if code < 0)
-        return next(killed, next(iter(self.failures.items())))
+    def describe(self, consequences: Collection[int] = ()) -> str:
+        """The failure that explains the others, as the beginning of a sentence: that of a killed rank, if any.
+
+        Args:
+            consequences: ranks that have failed because another one had.
+        """
+        causes = {rank: code for rank, code in self.failures.items() if rank not in consequences}
+        causes = causes or dict(self.failures)
+        killed = ((rank, code) for rank, code in causes.items() if code < 0)
+        rank, code = next(killed, next(iter(causes.items())))
+        if code < 0:
+            name = signal.Signals(-code).name
+            return f"rank {rank} was ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
+        return f"rank {rank} failed with exit code {code}"
 
 
 @contextlib.contextmanager
@@ -236,15 +246,6 @@ def _kill(ranks: Mapping[int, subprocess.Popen]) -> None:
             process.wait(30)
 
 
-def what_failed(ending: Ending) -> str:
-    """The failure that explains the others, as the beginning of a sentence."""
-    rank, code = ending.cause
-    if code < 0:
-        name = signal.Signals(-code).name
-        return f"rank {rank} was ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
-    return f"rank {rank} failed with exit code {code}"
-
-
 def report(ending: Ending) -> int:
     """Prints why the ranks have ended. Returns the launcher's exit code."""
     with outliving_reader():
@@ -264,9 +265,9 @@ def _report(ending: Ending) -> int:
         text = f"stopped by signal {asked[0].name}"
     elif not ending.failures:
         text = f"{ending.elsewhere}; the ranks of this machine were stopped."
-    elif ending.cause[1] < 0:
-        text = f"{what_failed(ending)}; the other ranks were stopped."
+    elif min(ending.failures.values()) < 0:
+        text = f"{ending.describe()}; the other ranks were stopped."
     else:
-        text = f"{what_failed(ending)}; its own message is above."
+        text = f"{ending.describe()}; its own message is above."
     print(f"longspan: {text}", file=sys.stderr)
     return 1

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from longspan.runs.notes import Failure, Notes
-from longspan.runs.ranks import Ending, what_failed
+from longspan.runs.ranks import Ending
 from longspan.training.stopping import Heard
 
 #: The pause before a restart doubles, from the first to the last of these numbers of seconds.
@@ -46,12 +46,14 @@ class Restarts:
 
     def decide(self, ending: Ending, notes: Notes) -> Decision:
         """What to do after an attempt that did not end well."""
-        failures = {rank: failure for rank in ending.failures if (failure := notes.failure(rank))}
+        failures = failures_of(ending, notes)
         if not self.most or ending.asked or not _may_go_on(ending, failures):
             return Decision(False)
+        what = what_failed(ending, failures) if ending.failures else ending.elsewhere
         own = next((f for f in failures.values() if f.kind == "error"), None)
         # A rank that was killed from outside explains the errors of the others.
-        error = None if own is None or min(ending.failures.values()) < 0 else (own.error, own.step)
+        killed = any(code < 0 and rank not in failures for rank, code in ending.failures.items())
+        error = None if own is None or killed else (own.error, own.step)
         if error is not None and error == self.before:
             where = "before the first step" if own is None or own.step is None else f"after step {own.step}"
             return Decision(
@@ -62,39 +64,47 @@ class Restarts:
         point = self.newest()
         if point != self.point:
             self.count, self.point = 0, point
-        if not ending.failures:
-            return Decision(True, text=f"{ending.elsewhere}: the ranks of this machine start again")
         since = f"since {point}" if point else "and no checkpoint yet"
         if self.count == self.most:
-            text = f"{what_failed(ending)}, after {self.count} restarts {since} (max_restarts): the run ends."
-            return Decision(False, text=text)
+            return Decision(
+                False, text=f"{what}, after {self.count} restarts {since} (max_restarts): the run ends."
+            )
         self.count += 1
         pause = min(PAUSE_S[0] * 2 ** (self.count - 1), PAUSE_S[1])
         return Decision(
             True,
             pause,
-            f"{what_failed(ending)}; restart {self.count} of {self.most}, from {point or 'the start'}, in {pause:g} s",
+            f"{what}; restart {self.count} of {self.most}, from {point or 'the start'}, in {pause:g} s",
         )
 
 
-def _may_go_on(ending: Ending, failures: dict[int, Failure]) -> bool:
-    """Whether a restart could help: not after a mistake of the user, nor after an end that a rank chose itself.
+def failures_of(ending: Ending, notes: Notes) -> dict[int, Failure]:
+    """Failed rank of this machine -> its note, for those that have left one."""
+    return {rank: failure for rank in ending.failures if (failure := notes.failure(rank))}
 
-    A rank that ends itself with exit code 1, because a loss is not finite or the last checkpoint cannot be
-    written, leaves no note of a failure.
+
+def _may_go_on(ending: Ending, failures: dict[int, Failure]) -> bool:
+    """Whether a restart could help: not after a mistake of the user, nor after an end that a rank chose itself."""
+    return 2 not in ending.failures.values() and not any(f.kind == "chosen" for f in failures.values())
+
+
+def what_failed(ending: Ending, failures: Mapping[int, Failure]) -> str:
+    """The failure that explains the others, as the beginning of a sentence.
+
+    A rank that has waited or lost another one is a consequence; NCCL ends such a rank by SIGABRT.
     """
-    if 2 in ending.failures.values():
-        return False
-    return not ending.failures or any(c != 1 or r in failures for r, c in ending.failures.items())
+    return ending.describe({rank for rank, failure in failures.items() if failure.kind in ("lost", "late")})
 
 
 def who_did_not_answer(ending: Ending, notes: Notes) -> list[str]:
     """A line for each rank of this machine for which another one waited in vain."""
-    found = [notes.failure(rank) for rank in ending.failures]
-    if not any(failure is not None and failure.kind == "late" for failure in found):
+    if not ending.unanswered or not notes.someone_waited():
         return []
     lines = []
     for rank, state in ending.unanswered.items():
+        failure = notes.failure(rank)
+        if failure is not None and failure.kind == "late":
+            continue
         why = ": its process is stopped (SIGSTOP)" if state == "T" else ""
         place = notes.place(rank)
         lines.append(f"rank {rank} did not answer{why}{f'; it was last seen in {place}' if place else ''}.")

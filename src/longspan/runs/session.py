@@ -20,7 +20,7 @@ from longspan.training import loop
 from longspan.training.banner import last_lines, start_lines
 from longspan.training.checkpoint import SaveError
 from longspan.training.export import export, prepare_export
-from longspan.training.lock import CONFIG, mark_begun
+from longspan.training.lock import CONFIG
 from longspan.training.metrics import Metrics
 from longspan.training.nonfinite import NotFinite
 from longspan.training.progress import Progress, make_progress
@@ -49,6 +49,11 @@ def train(
         return None if trainer is None else trainer.step
 
     rank = dist.get_rank()
+
+    def waited(place: str) -> None:
+        # NCCL is about to end this process, without an exception.
+        notes.fail(rank, Failure("late", "", step(), place))
+
     watch = Watch(
         config.ddp_timeout,
         rank,
@@ -56,7 +61,7 @@ def train(
         # The launcher's store has room for some hundred notes a second.
         look=max(1.0, dist.get_world_size() / 256),
         put_place=lambda place: notes.put_place(rank, place),
-        prints=device.type == "cuda",
+        waited=None if device.type != "cuda" else waited,
     )
     progress: Progress = Progress()
     metrics = Metrics([])
@@ -74,14 +79,17 @@ def train(
             how = how if config.no_load_optim else f"after step {trainer.step}"
             remarks = [f"  resume     {resumed}, {how}"] if resumed else []
             metrics, kept = open_sinks(run, output, trainer.step, resumed, again)
-            mark_begun(output)
             trainer.metrics = metrics
             remarks += [f"  an earlier run's {', '.join(kept)} are kept beside"] if kept else []
             print("\n".join([start_lines(trainer, output), *remarks]), flush=True)
             megatron = config.log_format == "megatron"
             progress = make_progress(trainer.steps, trainer.step, run.batch.global_size if megatron else None)
-        stop, save = trainer.stop, trainer.save
-        summary = loop.train(trainer, output, progress, started=lambda: stopping.saves(stop, save))
+        asked = (trainer.stop, trainer.save, trainer.stops)
+
+        def started() -> None:
+            stopping.saves(*asked)
+
+        summary = loop.train(trainer, output, progress, started=started, saved=stopping.saved)
         exported = config.export_hf and not trainer.stop_asked
         if exported:
             export(trainer, output / "hf", beside)
@@ -145,8 +153,7 @@ def leave(
     many = dist.is_initialized() and dist.get_world_size() > 1
     name = f"rank {rank}: " if many else ""
     where = place(calls_of(error.__traceback__), step)
-    if not isinstance(error, NotFinite):
-        notes.fail(rank, failure_of(error, step, many))
+    notes.fail(rank, failure_of(error, step, many))
     if isinstance(error, OSError):
         print(
             f"longspan: error: {name}{error.strerror or error}: {error.filename or output}", file=sys.stderr
@@ -180,8 +187,10 @@ def failure_of(error: Exception, step: int | None, many: bool) -> Failure:
     """
     last = traceback.extract_tb(error.__traceback__)[-1:]
     where = f" in {Path(last[0].filename).name}, line {last[0].lineno}" if last else ""
-    kind: Literal["error", "lost", "late"] = "error"
-    if many and timed_out(error):
+    kind: Literal["error", "lost", "late", "chosen"] = "error"
+    if isinstance(error, NotFinite):
+        kind = "chosen"
+    elif many and timed_out(error):
         kind = "late"
     elif many and lost(error):
         kind = "lost"

@@ -168,7 +168,7 @@ def start(
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // local))
     command = ["-m", "longspan", *arguments]
     if launch.torchrun_arguments:
-        return _torchrun(launch, command, local)
+        return _torchrun(launch, command, local, restarts.most if restarts else 0)
     store, port = meeting_store(launch.ip, launch.port, launch.machines, launch.machine_rank, wait_s)
     machines: Machines = OneMachine()
     if launch.machines > 1:
@@ -189,6 +189,9 @@ def start(
             ending = run_together([sys.executable, *command], environments, kept, asked, machines.elsewhere)
             if ending.well:
                 return 0
+            if ending.asked:
+                machines.close()
+                return report(ending)
             decision = restarts.decide(ending, notes)
             for line in (*who_did_not_answer(ending, notes), decision.text):
                 if line:
@@ -226,17 +229,18 @@ def _environments(launch: Launch, processes: int, port: int, attempt: int) -> di
     return environments
 
 
-def _torchrun(launch: Launch, command: list[str], local: int) -> int:
+def _torchrun(launch: Launch, command: list[str], local: int, max_restarts: int) -> int:
     """Runs torchrun with the user's arguments. Returns the exit code.
 
-    The numbers of processes and machines are those of ``launch`` unless the arguments give them.
+    The numbers of processes and machines are those of ``launch`` unless the arguments give them, and so is
+    ``max_restarts``, which torchrun counts over the whole job.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     given = launch.torchrun_arguments
-    ours: dict[str, object] = {"--nproc-per-node": local}
+    ours: dict[str, object] = {"--nproc-per-node": local, "--max-restarts": max_restarts}
     if launch.machines > 1:
         ours |= {
             "--nnodes": launch.machines,
@@ -247,7 +251,9 @@ def _torchrun(launch: Launch, command: list[str], local: int) -> int:
     named = option_names(given)
     # With these options torchrun itself finds the machines, so it gets no address and no machine rank.
     if named & {"--rdzv-endpoint", "--rdzv-backend", "--standalone"}:
-        ours = {name: ours[name] for name in ("--nproc-per-node", "--nnodes") if name in ours}
+        ours = {
+            name: ours[name] for name in ("--nproc-per-node", "--max-restarts", "--nnodes") if name in ours
+        }
     for name, value in torchrun_settings().items():
         os.environ.setdefault(name, value)
     try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -15,6 +15,8 @@ from longspan.config.run import Checked, Run
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError
 from longspan.files import remove_partial, write_whole
+from longspan.parent import parent_since
+from longspan.runs.notes import Failure
 from longspan.runs.prepare import prepare
 from longspan.runs.restarts import Restarts
 from longspan.runs.start import (
@@ -29,7 +31,7 @@ from longspan.runs.start import (
     start,
     under_torchrun,
 )
-from longspan.training.lock import CONFIG, has_begun, hold, unwritable
+from longspan.training.lock import CONFIG, hold, launch_of, unwritable
 from longspan.training.stopping import SAVES
 
 WRITTEN_BY = "# written by longspan"
@@ -86,16 +88,14 @@ def claim(output: Path) -> AbstractContextManager[int | None]:
             f"output_dir {output}: there is a config.yaml that longspan did not write. Choose another output_dir; nothing "
             "is overwritten."
         )
-    # torchrun starts the ranks again under the same agent; our own launcher holds the lock itself.
+    # torchrun starts the ranks again under the same agent; our own launcher holds the lock over all its attempts.
     agent = os.environ.get("TORCHELASTIC_RUN_ID") if under_torchrun() else None
-    return hold(output, launch=f"{agent}, agent {os.getppid()}" if agent else "")
+    return hold(output, launch=f"{agent}, agent {parent_since()}", again=restart_count() > 0)
 
 
 def newest_name(output: Path) -> str | None:
-    """The name of the newest checkpoint of a run, ``step_NNNNNNNN``; None before the first one."""
-    with contextlib.suppress(OSError):
-        return (output / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-    return None
+    """The name of the newest checkpoint of this launch's run, ``step_NNNNNNNN``; None before the first one."""
+    return next(reversed(launch_of(output).saved), None)
 
 
 def after_restart(run: Run) -> tuple[Run, bool]:
@@ -109,7 +109,7 @@ def after_restart(run: Run) -> tuple[Run, bool]:
     """
     import torch.distributed as dist
 
-    from longspan.training.checkpoint import newest
+    from longspan.training.checkpoint_folder import newest_own
 
     # Under torchrun a machine that came back counts from 0.
     counts: list = [None] * dist.get_world_size()
@@ -117,19 +117,24 @@ def after_restart(run: Run) -> tuple[Run, bool]:
     if not any(counts):
         return run, False
     output = Path(run.config.output_dir)
-    found: list = [(False, None, [])]
+    found: list = [(False, None, False, [])]
     if dist.get_rank() == 0:
+        launch = launch_of(output)
         try:
-            begun = has_begun(output)
-            found = [(begun, newest(output / "checkpoints") if begun else None, [])]
-        except UserError as error:
-            found = [(True, None, error.problems)]
+            own = newest_own(output / "checkpoints", launch.saved)
+            # Before the first checkpoint the run begins as it began, from the same weights.
+            first = next((place for place in launch.resumed if Path(place).is_dir()), None)
+            found = [(launch.begun, str(own) if own else first, own is not None, [])]
+        except (UserError, OSError) as error:
+            found = [(True, None, False, getattr(error, "problems", [str(error)]))]
     dist.broadcast_object_list(found, src=0)
-    begun, path, problems = found[0]
+    begun, path, whole, problems = found[0]
     if problems:
         raise UserError(problems)
-    if path is not None:
-        run = run.with_keys(resume=str(path), no_load_optim=False, no_load_rng=False)
+    if whole:
+        run = run.with_keys(resume=path, no_load_optim=False, no_load_rng=False)
+    elif begun and path is not None:
+        run = run.with_keys(resume=path)
     return run, begun
 
 
@@ -164,6 +169,7 @@ def join(checked: Checked | Run) -> int:
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if checked.device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
+    config = checked.config
     local_rank, output = int(os.environ.get("LOCAL_RANK", "0")), Path(checked.config.output_dir)
     with ExitStack() as until_the_end:
 
@@ -185,10 +191,19 @@ def join(checked: Checked | Run) -> int:
             device = torch.device(run.device, local_rank) if run.device == "cuda" else torch.device("cpu")
             if dist.get_rank() == 0 and started_by is None:
                 write_config(run.config, output)
+                if config.max_restarts and under_torchrun() and not restart_count():
+                    print(
+                        "max_restarts: torchrun has started this run, and its own --max-restarts counts",
+                        file=sys.stderr,
+                    )
             run, again = after_restart(run)
             code = train(run, device, stopping, notes, again)
+            if code:
+                notes.fail(dist.get_rank(), Failure("chosen", "", None, ""))
             close_distributed()
-        except RuntimeError as error:
+        except UserError:
+            raise
+        except Exception as error:
             leave(error, output, checked.config.ddp_timeout, notes=notes)
     return code
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -62,6 +62,24 @@ def newest(folder: Path, option: str = "resume", *, verify: bool = True, say: Sa
     """The newest checkpoint in a folder of checkpoints, as ``find`` finds it; None if none was saved yet."""
     there = (folder / "latest").is_file() or steps_in(folder)
     return find(folder, option, verify=verify, say=say) if there else None
+
+
+def newest_own(folder: Path, names: Sequence[str], say: Say = to_stderr) -> Path | None:
+    """The newest whole checkpoint among some that a run has saved, the newest last; None if none was saved.
+
+    Raises:
+        UserError: some were saved, and none is whole.
+    """
+    failed: UserError | None = None
+    for name in reversed(names):
+        path = folder / name
+        if not (bad := missing_or_damaged(path)):
+            return path
+        failed = failed or not_whole(path, bad, "restart")
+        say(f"longspan: {path} is not whole ({', '.join(bad)} missing or damaged)")
+    if failed is not None:
+        raise failed
+    return None
 
 
 def steps_in(folder: Path) -> list[Path]:

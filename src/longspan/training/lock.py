@@ -11,7 +11,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from longspan.errors import UserError
@@ -32,13 +33,15 @@ def unwritable(folder: Path, error: OSError, key: str = "output_dir") -> UserErr
 
 
 @contextlib.contextmanager
-def hold(folder: Path, dying_s: float = DYING_S, launch: str = "") -> Iterator[int | None]:
+def hold(
+    folder: Path, dying_s: float = DYING_S, launch: str = "", again: bool = False
+) -> Iterator[int | None]:
     """Locks a folder for one run; makes the folder, and removes it again if nothing was written into it.
 
     Args:
         dying_s: seconds to wait for the processes of a run whose first process has been killed.
-        launch: names the launch if torchrun may start this process again: what ``mark_begun`` has written is
-            kept then. Without it every lock is a new launch.
+        launch: a name for this launch, which torchrun's ranks share over its restarts.
+        again: this is a restart: what :class:`Launch` has is kept if the lock is of the same launch.
 
     Yields:
         The descriptor of the lock: a child that inherits it holds the lock too, until both have ended. None
@@ -55,11 +58,11 @@ def hold(folder: Path, dying_s: float = DYING_S, launch: str = "") -> Iterator[i
     except OSError as error:
         raise unwritable(folder, error) from None
     try:
-        held = _lock(file, folder, dying_s, launch)
+        held = _lock(file, folder, dying_s, launch, again)
         # A refused run may have removed its folder just now.
         if held and not _is_still_there(file, folder):
-            with hold(folder, dying_s, launch) as again:
-                yield again
+            with hold(folder, dying_s, launch, again) as lock:
+                yield lock
         else:
             yield file if held else None
     finally:
@@ -80,26 +83,66 @@ def _is_still_there(file: int, folder: Path) -> bool:
     return False
 
 
-def mark_begun(folder: Path) -> None:
-    """Writes into the lock that this launch's run has begun to write into the folder."""
+@dataclass(frozen=True)
+class Launch:
+    """What the lock says of the launch that holds it, for a restart.
+
+    Attributes:
+        begun: it has begun to write into the folder.
+        resumed: the checkpoint from which it began, at the places where it may be now; empty if it began anew.
+        saved: names of the checkpoints that it has written, the newest last.
+    """
+
+    begun: bool = False
+    resumed: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
+
+
+#: names that the lock keeps
+SAVED = 8
+
+
+def launch_of(folder: Path) -> Launch:
+    """What the launch that holds the lock of this folder has written of itself."""
+    with contextlib.suppress(OSError):
+        file = os.open(folder / LOCK, os.O_RDONLY)
+        try:
+            about = _read(file)
+        finally:
+            os.close(file)
+        return Launch(
+            bool(about.get("begun")), tuple(about.get("resumed") or ()), tuple(about.get("saved") or ())
+        )
+    return Launch()
+
+
+def mark_begun(folder: Path, resumed: Sequence[str]) -> None:
+    """Writes into the lock that this launch's run begins to write into the folder.
+
+    Args:
+        resumed: as in :class:`Launch`.
+    """
+    _change(folder, lambda about: about | {"begun": True, "resumed": list(resumed)})
+
+
+def mark_saved(folder: Path, name: str) -> None:
+    """Writes into the lock that this launch's run has saved a checkpoint."""
+
+    def with_name(about: dict) -> dict:
+        names = [other for other in about.get("saved") or () if other != name]
+        return about | {"saved": [*names, name][-SAVED:]}
+
+    _change(folder, with_name)
+
+
+def _change(folder: Path, change: Callable[[dict], dict]) -> None:
     # On a full disk the run goes on; a restart would begin it anew.
     with contextlib.suppress(OSError):
         file = os.open(folder / LOCK, os.O_RDWR)
         try:
-            _write(file, _read(file) | {"begun": True})
+            _write(file, change(_read(file)))
         finally:
             os.close(file)
-
-
-def has_begun(folder: Path) -> bool:
-    """Whether the launch that holds the lock has begun to write there; what is there then is its own."""
-    with contextlib.suppress(OSError):
-        file = os.open(folder / LOCK, os.O_RDONLY)
-        try:
-            return bool(_read(file).get("begun"))
-        finally:
-            os.close(file)
-    return False
 
 
 def _read(file: int) -> dict:
@@ -117,7 +160,7 @@ def _write(file: int, about: dict) -> None:
         os.pwrite(file, json.dumps(about).encode(), 0)
 
 
-def _lock(file: int, folder: Path, dying_s: float, launch: str) -> bool:
+def _lock(file: int, folder: Path, dying_s: float, launch: str, again: bool) -> bool:
     """Takes the lock and writes its owner into it; False if the file system has no locks."""
     until = time.monotonic() + dying_s
     held = True
@@ -147,8 +190,8 @@ def _lock(file: int, folder: Path, dying_s: float, launch: str) -> bool:
         held = False
     about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     before = _read(file)
-    if launch and before.get("launch") == launch and before.get("begun"):
-        about["begun"] = True
+    if again and before.get("launch") == launch:
+        about |= {name: before[name] for name in ("begun", "resumed", "saved") if name in before}
     _write(file, about | ({"launch": launch} if launch else {}))
     return held
 

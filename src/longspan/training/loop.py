@@ -23,7 +23,11 @@ IDLE_STEPS = 4
 
 
 def train(
-    trainer: Trainer, output: Path, progress: Progress, started: Callable[[], None] = lambda: None
+    trainer: Trainer,
+    output: Path,
+    progress: Progress,
+    started: Callable[[], None] = lambda: None,
+    saved: Callable[[], None] = lambda: None,
 ) -> dict:
     """Runs the remaining steps, with their evaluations and checkpoints. Returns the summary's record.
 
@@ -31,6 +35,7 @@ def train(
 
     Args:
         started: called once, after the first step.
+        saved: called when what a signal asked to save is saved.
 
     Raises:
         SaveError: the last checkpoint could not be written. If an earlier checkpoint fails, this is reported
@@ -102,6 +107,8 @@ def train(
         # The sender of the signal may not wait for an evaluation, so the save comes first.
         if to_save and trainer.asked:
             saving.save(last)
+            saving.finish(last)
+            saved()
         if trainer.valid_data is not None and (last or scheduled) and not trainer.stop_asked:
             evaluation = trainer.evaluate()
             progress.evaluation(evaluation)

@@ -249,10 +249,16 @@ def set_aside(path: Path) -> Path | None:
     """Renames an earlier run's file or folder to the next free ``NAME.1``, ``NAME.2`` ...; None if absent."""
     if not path.exists():
         return None
+    kept = free_name(path)
+    path.rename(kept)
+    return kept
+
+
+def free_name(path: Path) -> Path:
+    """The path with the next free number: ``NAME.1``, ``NAME.2`` ..."""
     number = 1
     while (kept := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
-    path.rename(kept)
     return kept
 
 

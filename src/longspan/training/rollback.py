@@ -8,6 +8,8 @@ import torch.distributed as dist
 
 from longspan.errors import UserError
 from longspan.training.checkpoint import newest
+from longspan.training.checkpoint_folder import newest_own
+from longspan.training.lock import launch_of
 from longspan.training.nonfinite import NotFinite
 from longspan.training.trainer import Trainer
 
@@ -52,7 +54,11 @@ class RollBack:
     def _newest(self) -> tuple[Path | None, str]:
         """The newest checkpoint, or why there is none; every rank waits for this answer, so nothing is raised."""
         try:
-            path = newest(self.folder)
+            launch = launch_of(self.folder.parent)
+            # Another run may have left checkpoints of later steps here.
+            path = newest_own(self.folder, launch.saved) if launch.begun else newest(self.folder)
+            if path is None and not self.trainer.run.config.no_load_optim:
+                path = next((found for found in map(Path, launch.resumed) if found.is_dir()), None)
         except UserError as error:
             return None, str(error)
         return path, "" if path else "no checkpoint was saved yet"

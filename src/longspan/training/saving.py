@@ -7,6 +7,7 @@ from pathlib import Path
 
 from longspan.config.run import Run
 from longspan.training.checkpoint import Checkpointer, SaveError
+from longspan.training.lock import mark_saved
 from longspan.training.progress import Progress
 
 
@@ -60,4 +61,5 @@ class Saving:
         """Announces a checkpoint that was completed since the last check; on the first rank only."""
         if self.checkpointer.named is not None and self.checkpointer.named != self.announced:
             self.announced = self.checkpointer.named
+            mark_saved(self.announced.parent.parent, self.announced.name)
             self.progress.saved(self.announced)

@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from longspan.config.run import Run
-from longspan.training.metrics import JsonLines, Metrics, Sink, TensorBoard, Wandb, keep_until, set_aside
+from longspan.training.lock import mark_begun
+from longspan.training.metrics import (
+    JsonLines,
+    Metrics,
+    Sink,
+    TensorBoard,
+    Wandb,
+    free_name,
+    keep_until,
+    set_aside,
+)
 
 
 def open_sinks(
@@ -20,6 +30,8 @@ def open_sinks(
     # Weights & Biases comes first, because nothing must have been moved if it refuses the run.
     wandb = wandb_sinks(run, output)
     old = ["metrics.jsonl", "checkpoints", "hf", "tensorboard"]
+    if not again:
+        mark_begun(output, _places(output, resumed))
     if again or (goes_on_in(output, resumed) and step):
         keep_until(output / "metrics.jsonl", step)
         # Only the export is moved, because it holds earlier weights.
@@ -28,6 +40,14 @@ def open_sinks(
         if aside := set_aside(output / name):
             kept.append(aside.name)
     return Metrics([*file_sinks(run, output, step), *wandb]), kept
+
+
+def _places(output: Path, resumed: Path | None) -> list[str]:
+    """Where the resumed checkpoint is, and where it will be if this run moves its folder aside."""
+    if resumed is None:
+        return []
+    moved = [str(free_name(resumed.parent) / resumed.name)] if goes_on_in(output, resumed) else []
+    return [str(resumed), *moved]
 
 
 def wandb_sinks(run: Run, output: Path) -> list[Sink]:

@@ -125,6 +125,8 @@ class Stopping:
 
     def __init__(self, speaks: bool = True, second_ends: bool = True, within: float | None = None):
         self.speaks, self.second_ends, self.within = speaks, second_ends, within
+        self.stops: Callable[[], bool] = bool
+        self.timer: threading.Timer | None = None
         self.ask: Callable[[], str] | None = None
         self.ask_save: Callable[[], str] = str
         self.heard = Heard()
@@ -145,6 +147,7 @@ class Stopping:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.saved()
         self.output.__exit__(None, None, None)
         signal.set_wakeup_fd(self.pipe_before)
         for number, handler in self.before.items():
@@ -154,13 +157,19 @@ class Stopping:
         for end in self.pipe:
             os.close(end)
 
-    def saves(self, ask: Callable[[], str], ask_save: Callable[[], str]) -> None:
+    def saves(self, ask: Callable[[], str], ask_save: Callable[[], str], stops: Callable[[], bool]) -> None:
         """From now on a first signal calls ``ask`` in the signals' thread and prints the returned text.
 
         Args:
             ask_save: called for SIGUSR1.
+            stops: whether there still is something to save; without it a signal sets no limit (``within``).
         """
-        self.ask_save, self.ask = ask_save, ask
+        self.ask_save, self.stops, self.ask = ask_save, stops, ask
+
+    def saved(self) -> None:
+        """What a signal has asked to save is saved: the limit ``within`` has no effect any more."""
+        if self.timer is not None:
+            self.timer.cancel()
 
     def _hear(self) -> None:
         while True:
@@ -181,11 +190,11 @@ class Stopping:
         if not self.heard.hear(number):
             return
         if len(self.heard) == 1:
+            if self.within is not None and self.stops():
+                self.timer = threading.Timer(self.within, self._give_up, (name,))
+                self.timer.daemon = True
+                self.timer.start()
             self._tell(f"{name}: {self.ask()}; a second signal stops at once")
-            if self.within is not None:
-                timer = threading.Timer(self.within, self._give_up, (name,))
-                timer.daemon = True
-                timer.start()
         elif self.second_ends:
             self._tell(f"{name}: stopped at once, by a second signal")
             os._exit(1)

@@ -261,8 +261,14 @@ class Trainer:
 
     def save(self) -> str:
         """Requests a checkpoint after this step; a signal may do so at any moment. Returns the effect as text."""
+        if self.step >= self.steps:
+            return "the last step is done, and the run goes on to its end"
         self.save_signalled = True
         return f"step {self.step + 1} is finished and saved, and the run goes on"
+
+    def stops(self) -> bool:
+        """Whether a signal that comes now has something to save and to stop."""
+        return self.step < self.steps
 
     @property
     def stop_asked(self) -> bool:

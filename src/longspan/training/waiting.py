@@ -45,7 +45,9 @@ def timed_out(error: BaseException) -> bool:
 
 def lost(error: BaseException) -> bool:
     """Whether an exchange ended because another rank has ended."""
-    return isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
+    # NCCL has many texts for it, and an exception of its own.
+    nccl = any(kind.__name__ == "DistBackendError" for kind in type(error).__mro__)
+    return isinstance(error, RuntimeError) and (nccl or bool(LOST.search(str(error))))
 
 
 def calls_of(trace: TracebackType | None) -> list[Call]:
@@ -115,7 +117,8 @@ class Watch:
         step: returns the number of finished optimizer steps.
         look: seconds between two checks.
         put_place: takes this rank's place when it changes.
-        prints: print the message; gloo raises an exception, which has a message of its own.
+        waited: called with the place when this rank has waited for the time-out. None does not look for that: gloo
+            raises an exception, which has a message of its own.
     """
 
     def __init__(
@@ -125,16 +128,16 @@ class Watch:
         step: Callable[[], int | None],
         look: float = 1.0,
         put_place: Callable[[str], None] = lambda place: None,
-        prints: bool = True,
+        waited: Callable[[str], None] | None = lambda place: None,
     ):
         self.seconds, self.rank, self.step, self.look = seconds, rank, step, look
-        self.put_place, self.prints = put_place, prints
+        self.put_place, self.waited = put_place, waited
         self.ended = threading.Event()
         self.main = threading.main_thread().ident
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def _watch(self) -> None:
-        since, before, told = time.monotonic(), None, False
+        since, before, told, waits = time.monotonic(), None, False, False
         message = ""
         while not self.ended.wait(self.look):
             assert self.main is not None
@@ -144,12 +147,15 @@ class Watch:
                 since, before, told = time.monotonic(), now, False
                 self.put_place(now[0])
                 # Only an exchange waits for another rank; a long step, a compilation or a big save does not.
-                if _exchange(calls) is not None:
+                waits = _exchange(calls) is not None
+                if waits:
                     message = late(self.rank, now[0], self.seconds)
                 else:
                     message = f"rank {self.rank} has been in {now[0]} for {self.seconds:g} s (ddp_timeout)"
-            elif self.prints and not told and time.monotonic() - since >= self.seconds:
+            elif self.waited and not told and time.monotonic() - since >= self.seconds:
                 told = True
+                if waits:
+                    self.waited(now[0])
                 print(f"longspan: {message}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
