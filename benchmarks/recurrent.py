@@ -15,9 +15,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import statistics
 import time
 from collections.abc import Callable
+
+# Threads sleep while they wait: on a machine with other work, spinning threads slow the smaller operations most.
+# OpenMP reads the variable when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from common import machine

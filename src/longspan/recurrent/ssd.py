@@ -143,6 +143,8 @@ def span_output(span: SpanScan, incoming: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"the incoming state is {_shape(incoming)}, but the span needs [b, n, p, d] = {_shape(span.state)}."
         )
+    if incoming is not None:
+        incoming = incoming.to(span.state.dtype)
     return _Output.apply(
         span.own, span.C, span.states, span.since, span.before, incoming, span.chunk, span.dtype
     )
@@ -364,8 +366,10 @@ class _Own(torch.autograd.Function):
         x, dt, B, C, D, log, until, decay, document, states = ctx.saved_tensors
         s, b, n, p = x.shape
         g, d = B.shape[2:]
-        grads = [torch.zeros_like(t) for t in (x, dt, B, C)]
-        grad_log, grad_until, grad_decay = (torch.zeros_like(t) for t in (log, until, decay))
+        grads = [torch.empty_like(t) for t in (x, dt, B, C)]
+        grad_until, grad_decay = torch.empty_like(until), torch.empty_like(decay)
+        # The last chunk may be shorter than its row of the logarithms.
+        grad_log = torch.zeros_like(log)
         grad_D = None if D is None else dt.new_zeros(n)
         if grad_own is None:
             grad_own = torch.zeros_like(dt).unsqueeze(-1).expand(x.shape)
@@ -463,6 +467,6 @@ def _seen(
     k, b, n, d = piece.size, *states.shape[1:3], states.shape[4]
     Cs, state = _heads(piece.of(C).to(states.dtype)), states[piece.chunks]
     if incoming is not None:
-        state = torch.addcmul(state, before[piece.chunks, ..., None, None], incoming.to(states.dtype))
+        state = torch.addcmul(state, before[piece.chunks, ..., None, None], incoming)
     state = state.reshape(len(Cs), -1, d)
     return Cs, state, _ungrouped(_products(Cs, state.transpose(1, 2)), k, b, n)
