@@ -25,6 +25,7 @@ RUNS = (
     ["integration.py"],
     ["lora.py"],
     ["experts.py"],
+    ["recurrent.py", "--chunks", "64", "128", "256"],
     ["pipeline.py"],
     ["checkpoint.py"],
 )

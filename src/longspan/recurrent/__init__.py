@@ -1,0 +1,1 @@
+"""Recurrent layers' computation on one span of tokens, without any communication."""
