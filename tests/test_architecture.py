@@ -23,6 +23,7 @@ LEVELS = {
     "gradients": 3,
     "tensor_parallel": 3,
     "context_parallel": 3,
+    "recurrent": 3,
     "expert_parallel": 4,  # an expert's weights may be tensor parallel
     "models": 5,
     "integrations": 5,

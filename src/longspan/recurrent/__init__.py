@@ -1,0 +1,1 @@
+"""Recurrent layers: what a sequence's state is, and how it is computed in chunks."""
