@@ -26,6 +26,7 @@ RUNS = (
     ["lora.py"],
     ["experts.py"],
     ["recurrent.py", "--chunks", "64", "128", "256"],
+    ["delta_rule.py"],
     ["pipeline.py"],
     ["checkpoint.py"],
 )

@@ -1,1 +1,1 @@
-"""Recurrent layers' computation on one span of tokens, without any communication."""
+"""The computation of recurrent layers, in chunks, on one span of tokens, without any communication."""
