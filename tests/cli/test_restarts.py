@@ -89,7 +89,9 @@ def test_random_kills_change_nothing(folder):
         wait_until_gone(ranks)
     done = process.wait(240 + 10 * KILLS)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("was ended by SIGKILL (out of memory?); restart ") == KILLS
+    # Two kills may fall into one attempt, while its ranks are still being started.
+    restarts_done = done.stderr.count("was ended by SIGKILL (out of memory?); restart ")
+    assert 0.8 * KILLS <= restarts_done <= KILLS
     assert curve(folder / "out") == curve(folder / "undisturbed")
     assert len(curve(folder / "out")) == steps
     assert not list((folder / "out").glob("*.1"))
