@@ -41,7 +41,7 @@ def test_a_run_is_resolved_once(tmp_path, monkeypatch):
     )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
 
-    def start(launch, processes, arguments, device, kept):
+    def start(launch, processes, arguments, device, kept, restarts, wait_s):
         ranks.extend(pool.run(processes, rank, arguments[1:]))
         return max(code for code, _ in ranks)
 

@@ -234,7 +234,7 @@ def asked_in_its_last_step(prefix, folder):
     trainer.signalled = True
     trainer.steps = 1
     loop.train(trainer, Path(folder), told)
-    assert told.lines == ["step 1", "saving step_00000001", "eval 1", "saved step_00000001"]
+    assert told.lines == ["step 1", "saving step_00000001", "saved step_00000001", "eval 1"]
     assert not trainer.stop_asked
     assert [r["kind"] for r in records] == ["train", "eval", "summary"]
 
