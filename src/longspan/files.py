@@ -37,9 +37,9 @@ def name_folder(partial: Path, folder: Path) -> None:
     os.rename(partial, folder)
 
 
-def remove_partial(output: Path) -> None:
-    """Removes what killed processes have left half written in a run's folder; the caller holds its lock."""
-    for folder in (output, output / "checkpoints"):
+def remove_partial(*folders: Path) -> None:
+    """Removes what killed processes have left half written or half removed; the caller holds the run's lock."""
+    for folder in folders:
         for partial in [*folder.glob(".*.partial"), *folder.glob(".step_*.removed")]:
             if partial.is_dir():
                 shutil.rmtree(partial, ignore_errors=True)

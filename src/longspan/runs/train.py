@@ -68,7 +68,7 @@ def start_or_join(checked: Checked, launch: Launch) -> int:
         arguments = ["train", str(path), WORKER]
         code = start(launch, run.sizes.world_size, arguments, run.device, kept, restarts, wait_s)
         if first:
-            remove_partial(output)
+            remove_partial(output, output / "checkpoints")
         return code
 
 

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils._pytree import tree_map
 
-from longspan.files import write_whole
+from longspan.files import remove_partial, write_whole
 from longspan.training.adapters import trained_state
 from longspan.training.checkpoint_files import (
     DESCRIPTION,
@@ -209,9 +209,7 @@ class Checkpointer:
         # the checkpoint that was last given its final name; only on the first rank
         self.named: Path | None = None
         if self.first:
-            # A killed run may have left these folders.
-            for leftover in [*folder.glob(".step_*.partial"), *folder.glob(".step_*.removed")]:
-                shutil.rmtree(leftover, ignore_errors=True)
+            remove_partial(folder)
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, description: dict[str, Any]
