@@ -19,6 +19,14 @@ from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from longspan.config.experts import expert_problems
+from longspan.config.recurrent import (
+    LETTERS,
+    ONLY_WITH,
+    LayerParts,
+    is_recurrent,
+    mixers_of,
+    recurrent_problems,
+)
 from longspan.config.rope import rope_problems
 from longspan.errors import Problem
 
@@ -26,7 +34,7 @@ if TYPE_CHECKING:
     from longspan.config.schema import TrainConfig
 
 #: the names that activation_func accepts
-ACTIVATIONS = ("silu", "gelu", "relu")
+ACTIVATIONS = ("silu", "gelu", "relu", "squared_relu")
 
 #: how a model represents the positions of tokens
 POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
@@ -59,7 +67,8 @@ class Architecture(InitialValues):
     GPTModel's max_sequence_length) and the length beyond which ``dynamic`` scaling of rotary
     embeddings has an effect. ``sliding_window`` is the number of tokens that a query attends to,
     itself included; None means no limit. It is a number for all layers, or a list that is cycled
-    over the layers.
+    over the layers. ``layer_types`` and ``hybrid_override_pattern`` name the layers of a hybrid
+    model (``config.recurrent``); None is a model of attention alone.
 
     An object may break rules: :func:`architecture_problems` finds the broken rules.
     """
@@ -77,6 +86,7 @@ class Architecture(InitialValues):
     add_bias_linear: bool = field(default=True, metadata=SHAPES)
     add_qkv_bias: bool = field(default=False, metadata=SHAPES)
     qk_layernorm: bool = field(default=False, metadata=SHAPES)
+    attention_output_gate: bool = field(default=False, metadata=SHAPES)
     position_embedding_type: str = field(default="rope", metadata=SHAPES)
     share_embeddings_and_output_weights: bool = field(
         default=False, metadata=SHAPES | {"key": "tie_word_embeddings"}
@@ -85,6 +95,7 @@ class Architecture(InitialValues):
     max_position_embeddings: int | None = field(default=None, metadata=SHAPES)
 
     rotary_base: float = field(default=10000.0, metadata=NUMBERS)
+    rotary_percent: float = field(default=1.0, metadata=NUMBERS)
     rope_scaling: Mapping[str, Any] | None = field(default=None, metadata=NUMBERS)
     sliding_window: int | list[int | None] | None = field(default=None, metadata=NUMBERS)
     layernorm_epsilon: float = field(default=1e-5, metadata=NUMBERS)
@@ -110,6 +121,24 @@ class Architecture(InitialValues):
     moe_z_loss_coeff: float | None = field(default=None, metadata=TRAINING)
     moe_router_bias_update_rate: float = field(default=1e-3, metadata=TRAINING)
 
+    layer_types: list[str] | None = field(default=None, metadata=SHAPES)
+    hybrid_override_pattern: str | None = field(default=None, metadata=SHAPES)
+    mamba_num_heads: int = field(default=None, metadata=SHAPES)  # type: ignore[assignment]
+    mamba_head_dim: int = field(default=64, metadata=SHAPES)
+    mamba_num_groups: int = field(default=8, metadata=SHAPES)
+    mamba_state_dim: int = field(default=128, metadata=SHAPES)
+    mamba_conv_kernel_dim: int = field(default=4, metadata=SHAPES)
+    mamba_conv_bias: bool = field(default=True, metadata=SHAPES)
+    mamba_grouped_norm: bool = field(default=True, metadata=NUMBERS)
+    mamba_dt_min: float = field(default=0.0, metadata=NUMBERS)
+    linear_num_key_heads: int = field(default=16, metadata=SHAPES)
+    linear_num_value_heads: int = field(default=32, metadata=SHAPES)
+    linear_key_head_dim: int = field(default=128, metadata=SHAPES)
+    linear_value_head_dim: int = field(default=128, metadata=SHAPES)
+    linear_conv_kernel_dim: int = field(default=4, metadata=SHAPES)
+    linear_allow_neg_eigval: bool = field(default=False, metadata=NUMBERS)
+    linear_norm_epsilon: float | None = field(default=None, metadata=NUMBERS)
+
     attention_dropout: float = field(default=0.0, metadata=TRAINING)
     hidden_dropout: float = field(default=0.0, metadata=TRAINING)
 
@@ -127,6 +156,8 @@ class Architecture(InitialValues):
             object.__setattr__(self, "moe_layer_freq", 1)
         if self.moe_ffn_hidden_size is None and self.num_moe_experts is not None:
             object.__setattr__(self, "moe_ffn_hidden_size", self.ffn_hidden_size)
+        if self.mamba_num_heads is None and self.mamba_head_dim >= 1 and "mamba" in self.mixers:
+            object.__setattr__(self, "mamba_num_heads", max(1, 2 * self.hidden_size // self.mamba_head_dim))
 
     @classmethod
     def of(cls, config: TrainConfig) -> Architecture:
@@ -147,6 +178,9 @@ class Architecture(InitialValues):
             found.pop("max_position_embeddings", None)
         if self.num_moe_experts is None:
             found = {name: value for name, value in found.items() if not name.startswith("moe_")}
+        for kind, names in ONLY_WITH.items():
+            if kind not in self.mixers:
+                found = {name: value for name, value in found.items() if name not in names}
         return found
 
     @property
@@ -165,13 +199,39 @@ class Architecture(InitialValues):
         windows = self.windows
         return windows[(layer_number - 1) % len(windows)]
 
+    def parts_of_layer(self, layer_number: int) -> LayerParts:
+        """The parts of layer ``layer_number`` (from 1)."""
+        index = layer_number - 1
+        if self.hybrid_override_pattern is not None:
+            return LETTERS[self.hybrid_override_pattern[index]]
+        mixer = "attention" if self.layer_types is None else self.layer_types[index]
+        if self.num_moe_experts is None:
+            return LayerParts(mixer, "dense")
+        freq = self.moe_layer_freq
+        sparse = index % freq == 0 if isinstance(freq, int) else bool(freq[index % len(freq)])
+        return LayerParts(mixer, "experts" if sparse else "dense")
+
     def has_experts(self, layer_number: int) -> bool:
         """Whether the MLP of layer ``layer_number`` (from 1) is a mixture of experts."""
-        if self.num_moe_experts is None:
-            return False
-        pattern = self.moe_layer_freq
-        index = layer_number - 1
-        return index % pattern == 0 if isinstance(pattern, int) else bool(pattern[index % len(pattern)])
+        return self.parts_of_layer(layer_number).mlp == "experts"
+
+    @property
+    def mixers(self) -> list[str]:
+        """The mixers of the layers that have one, in order."""
+        mixers = mixers_of(self.layer_types, self.hybrid_override_pattern)
+        return ["attention"] * self.num_layers if mixers is None else mixers
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether a layer hands a state from token to token."""
+        return is_recurrent(self.layer_types, self.hybrid_override_pattern)
+
+    @property
+    def attention_windows(self) -> list[int | None]:
+        """The sliding window of each attention layer; one without a window for a model without attention."""
+        numbers = range(1, self.num_layers + 1)
+        found = [self.window_of_layer(n) for n in numbers if self.parts_of_layer(n).mixer == "attention"]
+        return found or [None]
 
     @property
     def expert_layers(self) -> list[int]:
@@ -224,6 +284,13 @@ def architecture_problems(model: Architecture) -> list[Problem]:
         ("kv_channels",),
         f"kv_channels {model.kv_channels} (head size) is odd: rotary embeddings turn pairs. Use an even size.",
     )
+    turned = model.kv_channels * model.rotary_percent
+    rule(
+        model.rotary_percent == 1.0 or (0 < model.rotary_percent < 1 and turned >= 2 and turned % 2 == 0),
+        ("rotary_percent", "kv_channels"),
+        f"rotary_percent {model.rotary_percent} of kv_channels {model.kv_channels} is {turned:g} features: rotary embeddings turn "
+        "an even number of them, at least 2 and at most all.",
+    )
     rule(
         model.normalization in ("RMSNorm", "LayerNorm"),
         ("normalization",),
@@ -260,7 +327,8 @@ def architecture_problems(model: Architecture) -> list[Problem]:
     )
     if model.position_embedding_type == "rope":
         found += [(("rope_scaling",), message) for message in rope_problems(model)]
-    return found + expert_problems(model)
+    found += recurrent_problems(model)
+    return found if found else expert_problems(model)
 
 
 def divisors(n: int) -> str:

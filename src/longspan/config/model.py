@@ -20,6 +20,7 @@ from longspan.config.architecture import (
     divisors,
 )
 from longspan.config.experts import expert_cut_problems
+from longspan.config.recurrent import recurrent_cut_problems
 from longspan.errors import Problem, did_you_mean
 
 VOCAB_MULTIPLE = 128
@@ -74,9 +75,8 @@ NOT_YET = {
         "qk_pos_emb_head_dim",
         "v_head_dim",
     ),
-    "state-space and linear attention layers": (
-        *("mamba_", "linear_", "is_hybrid_model", "hybrid_override_pattern", "layer_types", "ssm_cp_type"),
-        "experimental_attention_variant",
+    "other options of recurrent layers": (
+        *("mamba_", "linear_", "is_hybrid_model", "experimental_attention_variant"),
     ),
     "8-bit and 4-bit numbers": ("fp8", "fp4"),
     "layers that differ in size": ("heterogeneous_",),
@@ -144,6 +144,8 @@ class TransformerConfig(Architecture, ModelParallelConfig):
     """
 
     cp_comm_type: str | list[str] | None = None
+    attention_cp_layout: str = "auto"
+    ssm_cp_type: str = "auto"
     softmax_type: str = "vanilla"
     attn_logit_softcapping: float | None = None
     multi_latent_attention: bool = False
@@ -164,6 +166,7 @@ class TransformerConfig(Architecture, ModelParallelConfig):
             ep=self.expert_model_parallel_size,
             etp=self.expert_tensor_parallel_size,
             dispatcher=self.moe_token_dispatcher_type,
+            ssm_cp_type=self.ssm_cp_type,
         )
         for _, message in problems:
             raise ValueError(message)
@@ -192,13 +195,14 @@ def cut_problems(
     ep: int = 1,
     etp: int | None = None,
     dispatcher: str = "alltoall",
+    ssm_cp_type: str = "auto",
 ) -> list[Problem]:
     """All rules that the cut of an architecture over ranks breaks, as (config keys involved, message).
 
     Args:
         tp, cp, ep, etp: ranks of these axes; etp None is tp.
         hierarchy: hierarchical_context_parallel_sizes.
-        dispatcher: moe_token_dispatcher_type.
+        dispatcher, ssm_cp_type: moe_token_dispatcher_type, and the key of that name.
     """
     heads, groups, ffn = model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size
     tp_key = "tensor_parallel_size"
@@ -208,14 +212,15 @@ def cut_problems(
         if not holds:
             found.append((keys, message))
 
+    attends = "attention" in model.mixers
     rule(
-        heads % tp == 0,
+        heads % tp == 0 or not attends,
         ("num_attention_heads", tp_key),
         f"num_attention_heads {heads} is not divisible by tensor_parallel_size {tp}: every tensor parallel "
         f"rank holds the same number of heads. Use one of {divisors(heads)}.",
     )
     rule(
-        groups % tp == 0,
+        groups % tp == 0 or not attends,
         ("num_query_groups", tp_key),
         f"num_query_groups {groups} (key/value heads) is not divisible by tensor_parallel_size {tp}. "
         f"Use one of {common_divisors(heads, groups)}, and context_parallel_size for the other ranks.",
@@ -245,8 +250,9 @@ def cut_problems(
     )
     if hierarchy and (problem := hierarchy_problem(hierarchy, cp)):
         found.append((("hierarchical_context_parallel_sizes", "context_parallel_size"), problem))
-    elif cp > 1 and heads % tp == 0:
+    elif cp > 1 and heads % tp == 0 and attends:
         found += _head_move_problems(heads // tp, cp, {normal_comm_type(name) for name in types}, hierarchy)
+    found += recurrent_cut_problems(model, tp, cp, ssm_cp_type)
     return found + expert_cut_problems(model, tp, ep, tp if etp is None else etp, dispatcher)
 
 

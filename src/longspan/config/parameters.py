@@ -6,6 +6,7 @@ import math
 
 from longspan.config.architecture import Architecture
 from longspan.config.model import padded_vocab_size
+from longspan.config.recurrent import mixer_sizes
 
 #: the tables whose dim 0 is the vocabulary
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -38,16 +39,31 @@ def parameter_shapes(model: Architecture, vocab_size: int) -> dict[str, tuple[in
         found[POSITIONS] = (padded_vocab_size(model.max_position_embeddings), h)
     for index in range(model.num_layers):
         layer = f"decoder.layers.{index}"
-        norm(f"{layer}.input_layernorm", h)
-        for letter, size in (("q", q), ("k", kv), ("v", kv)):
+        mixer, mlp = model.parts_of_layer(index + 1)
+        if mixer is not None:
+            norm(f"{layer}.input_layernorm", h)
+        if mixer == "attention":
             bias = model.add_bias_linear or model.add_qkv_bias
-            linear(f"{layer}.self_attention.linear_{letter}", h, size, bias)
-        linear(f"{layer}.self_attention.linear_proj", q, h)
-        for letter in "qk" if model.qk_layernorm else "":
-            norm(f"{layer}.self_attention.{letter}_layernorm", model.kv_channels)
+            gate = [("gate", q)] if model.attention_output_gate else []
+            for part, size in (("q", q), ("k", kv), ("v", kv), *gate):
+                linear(f"{layer}.self_attention.linear_{part}", h, size, bias)
+            linear(f"{layer}.self_attention.linear_proj", q, h)
+            for letter in "qk" if model.qk_layernorm else "":
+                norm(f"{layer}.self_attention.{letter}_layernorm", model.kv_channels)
+        elif mixer is not None:
+            sizes = mixer_sizes(model, mixer)
+            linear(f"{layer}.mixer.in_proj", h, sizes.groups * sizes.inputs)
+            found[f"{layer}.mixer.conv1d.weight"] = (sizes.groups * sizes.channels, sizes.kernel)
+            if sizes.conv_bias:
+                found[f"{layer}.mixer.conv1d.bias"] = (sizes.groups * sizes.channels,)
+            found |= {f"{layer}.mixer.{name}": (sizes.heads,) for name in sizes.of_heads}
+            found[f"{layer}.mixer.norm.weight"] = (sizes.norm,)
+            linear(f"{layer}.mixer.out_proj", sizes.heads * sizes.head_dim, h)
+        if mlp is None:
+            continue
         norm(f"{layer}.pre_mlp_layernorm", h)
         parts = ("gate", "up") if model.gated_linear_unit else ("up",)
-        if model.has_experts(index + 1):
+        if mlp == "experts":
             found |= _expert_shapes(model, f"{layer}.mlp", parts)
             continue
         for part in parts:

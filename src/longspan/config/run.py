@@ -31,13 +31,14 @@ class LayerKind:
 
     Attributes:
         number: from 1, in the whole model.
+        mixer, mlp: as in ``recurrent.LayerParts``.
         window: tokens that a query attends to, itself included; None means no limit.
         comm_type: how keys reach queries, one of ``CP_COMM_TYPES``.
     """
 
     number: int
-    mixer: str = "attention"
-    mlp: str = "dense"
+    mixer: str | None = "attention"
+    mlp: str | None = "dense"
     window: int | None = None
     comm_type: str = "p2p"
 
@@ -151,7 +152,7 @@ class Checked:
             layers=tuple(
                 LayerKind(
                     number,
-                    mlp="moe" if model.has_experts(number) else "dense",
+                    *model.parts_of_layer(number),
                     window=model.window_of_layer(number),
                     comm_type=comm_type_of_layer(config.cp_comm_type, number),
                 )
@@ -186,6 +187,8 @@ class Checked:
             moe_token_dispatcher_type=self.config.moe_token_dispatcher_type,
             sequence_parallel=self.sequence_parallel,
             cp_comm_type=self.config.cp_comm_type,
+            attention_cp_layout=self.config.attention_cp_layout,
+            ssm_cp_type=self.config.ssm_cp_type,
             hierarchical_context_parallel_sizes=self.sizes.hierarchical_cp or None,
             attention_backend=self.config.attention_backend,
             deterministic_mode=self.config.deterministic_mode,
@@ -197,9 +200,14 @@ class Checked:
         return [s for s in self.stages if rank_of_stage(s.index, self.sizes.pp, schedule) == rank]
 
     @property
+    def attention_layers(self) -> list[LayerKind]:
+        """The layers with attention, in order."""
+        return [layer for layer in self.layers if layer.mixer == "attention"]
+
+    @property
     def windows(self) -> list[int | None]:
-        """The sliding window of each layer."""
-        return [layer.window for layer in self.layers]
+        """The sliding window of each attention layer; one without a window for a model without attention."""
+        return self.model.attention_windows
 
     def head_group(self, layer: LayerKind) -> int:
         """Number of context parallel ranks that exchange heads in a layer; 1 if the layer moves only keys."""

@@ -16,8 +16,11 @@ def run_layout(
 
     Args:
         cu_seqlens: boundaries of the documents, integers from 0 to total; None means one document.
-        name: ``auto`` or one of ``LAYOUTS``; None takes the run's ``cp_layout``.
+        name: ``auto`` or one of ``LAYOUTS``; None takes the run's ``cp_layout``. A model with recurrent layers has
+            one layout for all tokens of its stream, ``contiguous``.
     """
+    if run.model.recurrent:
+        name = "contiguous"
     return SequenceLayout.make(
         name or run.config.cp_layout,
         total,
@@ -26,5 +29,5 @@ def run_layout(
         windows=run.windows,
         multiple_of=run.row_multiple,
         # Ranks that exchange heads in every layer get chunks together.
-        together=min(map(run.head_group, run.layers)),
+        together=min(map(run.head_group, run.attention_layers), default=1),
     )

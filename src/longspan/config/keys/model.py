@@ -92,8 +92,11 @@ class ModelKeys(BaseModel):
     gated_linear_unit: bool = key(
         True, "The MLP has a gate: down(act(gate(x)) * up(x)).", megatron_default=False
     )
-    activation_func: Literal["silu", "gelu", "relu"] = key(
-        "silu", "Activation of the MLP.", megatron_default="gelu"
+    activation_func: Literal["silu", "gelu", "relu", "squared_relu"] = key(
+        "silu",
+        "Activation of the MLP.",
+        switches={"--squared-relu": "squared_relu"},
+        megatron_default="gelu",
     )
     add_bias_linear: bool = key(
         False,
@@ -108,6 +111,10 @@ class ModelKeys(BaseModel):
         "How the model knows positions: rotary, a learned table of max_position_embeddings, or not at all.",
         switches={"--use-rotary-position-embeddings": "rope", "--no-position-embedding": "none"},
         megatron_default="learned_absolute",
+    )
+    rotary_percent: float = key(1.0, "Share of each head's features that rotary embeddings turn.", gt=0, le=1)
+    attention_output_gate: bool = key(
+        False, "Each head's output is multiplied by a sigmoid of the layer's input (Qwen3-Next)."
     )
     max_position_embeddings: int | None = key(
         None,
@@ -179,6 +186,49 @@ class ModelKeys(BaseModel):
     )
     moe_shared_expert_gate: bool = key(
         False, "The shared expert's output is multiplied by a sigmoid of the input (Qwen2-MoE)."
+    )
+    layer_types: list[str] | None = key(
+        None,
+        "The mixer of each layer of a hybrid model: attention, mamba (Mamba-2) or gated_delta; default: attention in all. Every "
+        "layer has an MLP too.",
+    )
+    hybrid_override_pattern: str | None = key(
+        None,
+        "The same in Megatron's letters, a part a layer: M Mamba-2, G gated delta rule, * attention, - MLP, E experts.",
+    )
+    mamba_num_heads: int | None = key(
+        None, "Heads of a Mamba-2 layer; default: 2 x hidden_size / mamba_head_dim.", unit="heads", gt=0
+    )
+    mamba_head_dim: int = key(64, "Size of a head of a Mamba-2 layer.", unit="features", gt=0)
+    mamba_num_groups: int = key(
+        8, "Groups of a Mamba-2 layer's heads, each with a B and a C of its own.", unit="heads", gt=0
+    )
+    mamba_state_dim: int = key(
+        128, "Size of the state of each feature of a Mamba-2 layer.", unit="features", gt=0
+    )
+    mamba_conv_kernel_dim: int = key(
+        4, "Tokens that a Mamba-2 layer's convolution reads.", unit="tokens", gt=0, le=64
+    )
+    mamba_conv_bias: bool = key(True, "A Mamba-2 layer's convolution has a bias.")
+    mamba_grouped_norm: bool = key(
+        True, "A Mamba-2 layer normalises the heads of each group together; false: all heads together."
+    )
+    mamba_dt_min: float = key(0.0, "The smallest step size of a Mamba-2 layer.", ge=0)
+    linear_num_key_heads: int = key(16, "Key heads of a gated delta rule.", unit="heads", gt=0)
+    linear_num_value_heads: int = key(32, "Value heads of a gated delta rule.", unit="heads", gt=0)
+    linear_key_head_dim: int = key(128, "Size of a key head of a gated delta rule.", unit="features", gt=0)
+    linear_value_head_dim: int = key(
+        128, "Size of a value head of a gated delta rule.", unit="features", gt=0
+    )
+    linear_conv_kernel_dim: int = key(
+        4, "Tokens that the convolution of a gated delta rule reads.", unit="tokens", gt=0, le=64
+    )
+    linear_allow_neg_eigval: bool = key(
+        False,
+        "A gated delta rule corrects by up to twice the difference (OLMo Hybrid), so that a state may change its sign.",
+    )
+    linear_norm_epsilon: float | None = key(
+        None, "Added to the variance in the norm of a gated delta rule; default: layernorm_epsilon.", gt=0
     )
     attention_dropout: float = key(
         0.0, "Share of attention weights dropped: only 0 is supported.", ge=0, le=1

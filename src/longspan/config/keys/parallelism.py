@@ -115,6 +115,17 @@ class ParallelKeys(BaseModel):
         "Which tokens a rank holds; auto balances packed documents, and cuts one sequence zigzag.",
     )
 
+    attention_cp_layout: Literal["auto", "contiguous", "zigzag", "per_document_zigzag", "balanced"] = key(
+        "auto",
+        "Which tokens a rank holds in the attention layers of a hybrid model, whose other layers are contiguous; auto as for "
+        "cp_layout.",
+    )
+    ssm_cp_type: Literal["auto", "state", "a2a"] = key(
+        "auto",
+        "How recurrent layers work on a cut sequence: state (each rank scans its own tokens, and states travel), a2a (heads "
+        "travel), or what sends fewer bytes.",
+    )
+
     hybrid_context_parallel: bool = key(
         False,
         "Cut all documents of a step over all ranks of dp x cp, each over as many ranks as it needs.",

@@ -59,6 +59,7 @@ def model_problems(config: TrainConfig) -> list[Problem]:
             ep=config.expert_parallel_size,
             etp=config.expert_tensor_parallel_size,
             dispatcher=config.moe_token_dispatcher_type,
+            ssm_cp_type=config.ssm_cp_type,
         )
     if config.export_hf and not found and (problem := export_problem(model)):
         found.append((("export_hf", *SHAPE_KEYS), f"export_hf: {problem} Set export_hf: false."))

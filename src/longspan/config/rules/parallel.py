@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from longspan.config.model import normal_comm_type
+from longspan.config.recurrent import is_recurrent
 from longspan.config.schema import TrainConfig
 from longspan.errors import Problem
 
@@ -12,6 +13,7 @@ def parallel_problems(config: TrainConfig) -> list[Problem]:
     found: list[Problem] = []
     _experts(config, found)
     _hybrid(config, found)
+    _recurrent(config, found)
     sizes = config.hierarchical_context_parallel_sizes
     if sizes and "a2a+p2p" not in _types(config):
         text = (
@@ -70,3 +72,27 @@ def _hybrid(config: TrainConfig, found: list[Problem]) -> None:
     if config.cp_layout != "auto":
         text = f"cp_layout {config.cp_layout!r} with {key}: each step gets layouts of its own. Leave cp_layout out."
         found.append((("cp_layout", key), text))
+
+
+def _recurrent(config: TrainConfig, found: list[Problem]) -> None:
+    layers = "layer_types" if config.layer_types is not None else "hybrid_override_pattern"
+    if not is_recurrent(config.layer_types, config.hybrid_override_pattern):
+        if (name := config.attention_cp_layout) != "auto":
+            text = (
+                f"attention_cp_layout {name!r} has no effect without recurrent layers (layer_types), because all layers then have "
+                "one layout. Use cp_layout, or leave it out."
+            )
+            found.append((("attention_cp_layout", "layer_types"), text))
+        return
+    if config.cp_layout not in ("auto", "contiguous"):
+        text = (
+            f"cp_layout {config.cp_layout!r} with recurrent layers ({layers}): they hand a state from token to token, so a rank "
+            "holds one run of tokens (contiguous). Leave cp_layout out; attention_cp_layout is the layout of attention layers."
+        )
+        found.append((("cp_layout", layers), text))
+    if config.hybrid_context_parallel:
+        text = (
+            f"hybrid_context_parallel with recurrent layers ({layers}): it cuts each document over ranks of its own, and a state "
+            "is handed on from rank to rank of one order. Leave it out: context_parallel_size cuts whole packs."
+        )
+        found.append((("hybrid_context_parallel", layers), text))
