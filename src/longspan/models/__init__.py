@@ -2,5 +2,6 @@
 
 from longspan.models.decoder import TransformerBlock, TransformerLayer
 from longspan.models.gpt import GPTModel
+from longspan.models.vision import VisionEncoder, VisionLanguageModel
 
-__all__ = ["GPTModel", "TransformerBlock", "TransformerLayer"]
+__all__ = ["GPTModel", "TransformerBlock", "TransformerLayer", "VisionEncoder", "VisionLanguageModel"]

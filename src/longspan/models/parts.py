@@ -42,9 +42,19 @@ def projected_heads(
 
 
 class SelfAttention(nn.Module, Compilable):
-    """Projections to heads, norms of heads, rotary embedding, core attention, and the output projection."""
+    """Projections to heads, norms of heads, rotary embedding, core attention, and the output projection.
 
-    def __init__(self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection):
+    Args:
+        attn_mask_type: causal for a decoder; no_mask for an encoder, where every token attends to all.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+    ):
         super().__init__()
         self.head_dim = d = config.kv_channels
         heads, groups, h = config.num_attention_heads, config.num_query_groups, config.hidden_size
@@ -56,7 +66,7 @@ class SelfAttention(nn.Module, Compilable):
         self.q_layernorm = Norm(config, pg_collection, heads=True) if config.qk_layernorm else None
         self.k_layernorm = Norm(config, pg_collection, heads=True) if config.qk_layernorm else None
         self.core_attention = DotProductAttention(
-            config, layer_number, AttnMaskType.causal, pg_collection=pg_collection
+            config, layer_number, attn_mask_type, pg_collection=pg_collection
         )
         self.linear_proj = RowParallelLinear(
             heads * d, h, config, bias=bias, init_std=_residual_std(config), tp_group=tp
