@@ -43,9 +43,19 @@ def projected_heads(
 
 
 class SelfAttention(nn.Module, Compilable):
-    """Projections to heads, norms of heads, rotary embedding, core attention, and the output projection."""
+    """Projections to heads, norms of heads, rotary embedding, core attention, and the output projection.
 
-    def __init__(self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection):
+    Args:
+        attn_mask_type: causal for a decoder; no_mask for an encoder, where every token attends to all.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+    ):
         super().__init__()
         self.config = config
         self.head_dim = d = config.kv_channels
@@ -58,7 +68,7 @@ class SelfAttention(nn.Module, Compilable):
         self.q_layernorm = Norm(config, pg_collection, heads=True) if config.qk_layernorm else None
         self.k_layernorm = Norm(config, pg_collection, heads=True) if config.qk_layernorm else None
         self.core_attention = DotProductAttention(
-            config, layer_number, AttnMaskType.causal, pg_collection=pg_collection
+            config, layer_number, attn_mask_type, pg_collection=pg_collection
         )
         self.linear_proj = RowParallelLinear(
             heads * d, h, config, bias=bias, init_std=_residual_std(config), tp_group=tp
