@@ -208,3 +208,18 @@ def test_a_port_that_is_taken_is_refused():
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--main-process-port {port}: cannot listen there"):
             ranks.serve_store("127.0.0.1", port, 1)
+
+
+@pytest.mark.parametrize(
+    ("failures", "expected"),
+    [
+        ({0: 1, 1: -9}, "rank 1 was ended by SIGKILL (out of memory?)"),
+        # NCCL aborts the ranks that wait for a lost one.
+        ({0: -6, 1: 1, 2: -6}, "rank 1 failed with exit code 1"),
+        ({0: -6, 1: -11}, "rank 1 was ended by SIGSEGV"),
+        ({3: 1, 2: 2}, "rank 3 failed with exit code 1"),
+        ({0: -6}, "rank 0 was ended by SIGABRT"),
+    ],
+)
+def test_the_failure_that_explains_the_others(failures, expected):
+    assert ranks.Ending(failures).describe() == expected

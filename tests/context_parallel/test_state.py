@@ -8,7 +8,16 @@ import torch
 import torch.distributed as dist
 
 import pool
-from longspan.context_parallel.state import Decays, HandOn, StatesOfRanks, Transitions, plan_scan
+from longspan.context_parallel.layout import SequenceLayout
+from longspan.context_parallel.runs_of_tokens import runs_of
+from longspan.context_parallel.state import (
+    Decays,
+    HandOn,
+    StatesOfRanks,
+    Transitions,
+    plan_scan,
+    scan_over_ranks,
+)
 from longspan.recurrent.delta_rule import delta_rule
 from longspan.recurrent.ssd import scan_span, span_output, ssd_scan
 
@@ -137,3 +146,48 @@ def test_spans_of_ranks_compute_what_one_piece_computes(layer, ranks):
         assert all(sent <= most for sent, _ in found)
         # Nothing travels over a border at which a document begins.
         assert any(sent for sent, _ in found) == bool(found[0][1])
+
+
+def by_scan_over_ranks(cu, matrices):
+    """The public function with random states and maps, and every gradient, against a loop over the ranks."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    layout = SequenceLayout.contiguous(cu[-1], ranks, cu_seqlens=cu)
+    torch.manual_seed(3)
+    states = torch.randn(ranks, 2, 3, 4, 5, dtype=F64)
+    maps = torch.randn(ranks, 2, 3, *((4, 4) if matrices else ()), dtype=F64)
+    weights = torch.randn(ranks, 2, 3, 4, 5, dtype=F64)
+    starts = set(cu[:-1])
+    for r, (first, stop) in enumerate(runs_of(layout)):
+        if any(first <= edge < stop for edge in starts):
+            maps[r] = 0
+    own = [x[rank].clone().requires_grad_() for x in (states, maps)]
+    incoming = scan_over_ranks(tuple(own), dist.group.WORLD, layout)
+    (incoming * weights[rank]).sum().backward()
+
+    whole = [x.clone().requires_grad_() for x in (states, maps)]
+    state, expected = whole[0][0] * 0, []
+    for r, (first, stop) in enumerate(runs_of(layout)):
+        continues = first < stop and first not in starts
+        expected.append(state if continues else state * 0)
+        map_ = whole[1][r] if matrices else whole[1][r][..., None, None]
+        state = (map_ @ state if matrices else map_ * state) + whole[0][r]
+    (torch.stack(expected) * weights).sum().backward()
+    # A map of zero cuts the sequence: it has no gradient here, because no state comes into such a run to be multiplied.
+    compare([incoming, own[0].grad], [expected[rank], whole[0].grad[rank]])
+    if maps[rank].any():
+        compare([own[1].grad], [whole[1].grad[rank]])
+
+
+@pytest.mark.parametrize("matrices", [False, True])
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_scan_over_ranks(ranks, matrices):
+    for cu in ((0, 29), (0, 3, 11, 29), (0, 1, 2, 5)):
+        pool.run(ranks, by_scan_over_ranks, cu, matrices)
+
+
+def test_recurrent_layers_need_one_run_a_rank():
+    with pytest.raises(
+        ValueError, match=r"zigzag, where a rank holds several runs.*SequenceLayout.contiguous"
+    ):
+        runs_of(SequenceLayout.zigzag(29, 2))
+    assert runs_of(SequenceLayout.contiguous(5, 4)) == [(0, 2), (2, 4), (4, 5), (5, 5)]

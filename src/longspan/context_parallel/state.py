@@ -151,6 +151,9 @@ class StatesOfRanks:
         maps: how the layer's maps act.
         shape, map_shape: of a state and of a map.
         dtype: of both, at least float32.
+
+    Attributes:
+        continues: whether a state comes into this rank's span.
     """
 
     def __init__(
@@ -170,6 +173,7 @@ class StatesOfRanks:
         self.group, self.maps = group, maps
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.first, self.last = self.rank == 0, self.rank == self.ranks - 1
+        self.continues = borders[self.rank]
         self._forward = plan_scan(resets, borders)[self.rank]
         # In the other direction a rank needs what comes back over the border behind it.
         back = [*borders[1:], False][::-1]
@@ -218,6 +222,9 @@ class StatesOfRanks:
         Args:
             gradient: of this rank's incoming state, as its own outputs cause it.
         """
+        if gradient is not None and not self.continues:
+            # No state came in, so none had this gradient.
+            gradient = torch.zeros_like(gradient)
         map_ = None if self._map is None else self.maps.transpose(self._map)
         return self._scan(self._backward, gradient, map_)
 

@@ -120,13 +120,14 @@ class Ending:
     def describe(self, consequences: Collection[int] = ()) -> str:
         """The failure that explains the others, as the beginning of a sentence: that of a killed rank, if any.
 
+        NCCL ends a rank that waits for a lost one by SIGABRT, so such a rank comes last.
+
         Args:
             consequences: ranks that have failed because another one had.
         """
         causes = {rank: code for rank, code in self.failures.items() if rank not in consequences}
         causes = causes or dict(self.failures)
-        killed = ((rank, code) for rank, code in causes.items() if code < 0)
-        rank, code = next(killed, next(iter(causes.items())))
+        rank, code = min(causes.items(), key=lambda one: (one[1] == -signal.SIGABRT, one[1] > 0))
         if code < 0:
             name = signal.Signals(-code).name
             return f"rank {rank} was ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
@@ -258,9 +259,9 @@ def _report(ending: Ending) -> int:
         text = f"stopped by signal {asked[0].name}"
     elif not ending.failures:
         text = f"{ending.elsewhere}; the ranks of this machine were stopped."
-    elif min(ending.failures.values()) < 0:
-        text = f"{ending.describe()}; the other ranks were stopped."
     else:
-        text = f"{ending.describe()}; its own message is above."
+        text = ending.describe()
+        own = "its own message is above" if "exit code" in text else "the other ranks were stopped"
+        text = f"{text}; {own}."
     print(f"longspan: {text}", file=sys.stderr)
     return 1
