@@ -48,6 +48,8 @@ def checked(reading: Reading, launch: Launch, announce: str = "") -> tuple[Check
         print("\n".join([announce, *notes] if announce else notes), file=sys.stderr)
     if config.attention_backend != "auto":
         check_backend(run)
+    if config.recurrent_backend != "auto":
+        check_recurrent_backend(run)
     return run, launch
 
 
@@ -88,3 +90,14 @@ def check_backend(run: Checked) -> None:
         run.config.attention_backend,
         run.config.deterministic_mode,
     )
+
+
+def check_recurrent_backend(run: Checked) -> None:
+    """Raises a UserError if the backend of recurrent layers cannot serve this run."""
+    import torch
+
+    from longspan.recurrent.kernels.choose import select_kernels
+
+    dtype = getattr(torch, run.precision.compute_dtype)
+    backend, deterministic = run.config.recurrent_backend, run.config.deterministic_mode
+    select_kernels(run.model, torch.device(run.device), dtype, backend, deterministic, run.sizes.tp)
