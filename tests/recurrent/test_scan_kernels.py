@@ -12,6 +12,7 @@ import fake_packages
 import hybrids
 import pool
 import scans
+from longspan.config.load import make_config
 from longspan.config.sizes import MeshSizes
 from longspan.context_parallel import SequenceLayout
 from longspan.context_parallel.runs_of_tokens import marks_of_rank
@@ -20,6 +21,8 @@ from longspan.errors import UserError
 from longspan.recurrent.kernels.choose import kernels_line, select_kernel, select_kernels
 from longspan.recurrent.kernels.packages import CausalConv1d, Fla, MambaSsm
 from longspan.recurrent.kernels.plain import PlainConvolution, PlainDelta, PlainStateSpace
+from longspan.runs.check import checked
+from longspan.runs.start import Launch
 
 #: documents of one token, one that begins at a border of two ranks, and padding at the end
 PACKED, WHOLE = (0, 1, 9, 10, 16, 31), (0, 31)
@@ -198,7 +201,7 @@ def test_auto_takes_an_installed_package_on_cuda(part, installed):
         kernel, reason = select_kernel(part, CUDA, dtype, PARTS[part])
         assert kernel.name == NAMES[part]
         assert kernel.function is getattr(fake_packages, kernel.function.__name__)
-        assert reason == "the fastest for these inputs"
+        assert reason == "it is installed"
     assert select_kernel(part, CPU, torch.bfloat16, PARTS[part]).kernel.name == "torch"
     assert select_kernel(part, CUDA, F64, PARTS[part]).kernel.name == "torch"
     assert (select_kernel(part, CUDA, F32, PARTS[part]).kernel.name == "torch") is (part != "convolution")
@@ -249,13 +252,66 @@ def test_a_package_that_is_named_and_cannot_serve_is_refused(part):
         select_kernel(part, CPU, torch.bfloat16, PARTS[part], NAMES[part])
 
 
-def test_the_line_of_the_banner():
-    config = hybrids.config_of(MeshSizes())
+@pytest.mark.parametrize(
+    ("types", "backend", "words"),
+    [
+        (["attention"], "torch", "recurrent_backend torch has no effect without recurrent layers"),
+        (
+            ["gated_delta"],
+            "mamba-ssm",
+            "recurrent_backend mamba-ssm has no effect without layers of type mamba",
+        ),
+        (["mamba"], "fla", "recurrent_backend fla has no effect without layers of type gated_delta"),
+        (
+            ["mamba"],
+            "mamba_ssm",
+            "recurrent_backend 'mamba_ssm': one of auto, torch, mamba-ssm, fla. .*mamba-ssm",
+        ),
+    ],
+)
+def test_a_backend_that_a_model_cannot_have_is_refused(types, backend, words):
+    with pytest.raises(ValueError, match=words):
+        hybrids.config_of(MeshSizes(), layer_types=types, recurrent_backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("types", "backend", "words"),
+    [
+        (["mamba", "gated_delta"], "fla", "recurrent_backend 'fla' runs on cuda, not on cpu. Use auto."),
+        (
+            ["attention", "mamba"],
+            "fla",
+            "recurrent_backend fla has no effect without layers of type gated_delta",
+        ),
+    ],
+)
+def test_a_run_is_refused_before_its_first_step(types, backend, words):
+    sizes = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+        "sequence_len": 32,
+    }
+    keys = {"mock_data": True, "max_steps": 1, "learning_rate": 0.001, "device": "cpu", "layer_types": types}
+    reading = make_config(sizes | keys | {"mamba_num_groups": 2, "recurrent_backend": backend})
+    with pytest.raises(UserError, match=words):
+        checked(reading, Launch(processes=1))
+
+
+def test_the_line_of_the_banner(installed, monkeypatch):
+    config = hybrids.config_of(MeshSizes(), mamba_state_dim=8, mamba_head_dim=8)
     choices = select_kernels(config, CPU, F32, "auto", False, 1)
     assert set(choices) == {"mamba", "convolution of mamba", "gated_delta", "convolution of gated_delta"}
-    assert kernels_line(choices, CPU, "float32") == (
-        "on cpu, float32: mamba: torch (mamba-ssm runs on cuda, not on cpu); convolution of mamba, convolution of "
-        "gated_delta: torch (causal-conv1d runs on cuda, not on cpu); gated_delta: torch (fla runs on cuda, not on cpu)"
+    line = kernels_line(choices, CPU, "float32")
+    assert line == "torch on cpu, float32 (packages with kernels run on cuda)"
+    monkeypatch.delitem(sys.modules, "fla")
+    choices = select_kernels(config, CUDA, torch.bfloat16, "auto", False, 1)
+    on = "on cuda, bfloat16"
+    assert kernels_line(choices, CUDA, "bfloat16") == (
+        f"mamba: mamba-ssm {on} (it is installed); convolution of mamba, convolution of gated_delta: "
+        f"causal-conv1d {on} (it is installed); gated_delta: torch {on} (fla is not installed (pip install "
+        "flash-linear-attention))"
     )
 
 

@@ -27,7 +27,8 @@ def checked(reading: Reading, launch: Launch, announce: str = "") -> tuple[Check
         The checked config, and ``launch`` unchanged.
 
     Raises:
-        UserError: rules are broken, with all problems at once; or the attention backend cannot serve the run.
+        UserError: rules are broken, with all problems at once; or a backend of attention or of recurrent layers
+            cannot serve the run.
     """
     config, problems, bad = reading.config, reading.problems, reading.bad
     assert config is not None

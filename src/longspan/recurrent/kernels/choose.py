@@ -76,10 +76,11 @@ def select_kernel(
     name = PACKAGES.get(part, _PACKAGES[part].pip)
     why_not = _why_not(part, device, dtype, tuple(sizes), deterministic)
     if not why_not:
-        return Choice(_kernel(part), "asked for" if asked else "the fastest for these inputs")
+        return Choice(_kernel(part), "asked for" if asked else "it is installed")
     if asked:
         raise UserError(f"recurrent_backend {backend!r} {why_not}. Use auto.")
-    return Choice(_PLAIN[part], f"{name} {why_not}")
+    reason = f"{name} {why_not}" if device.type == "cuda" else "packages with kernels run on cuda"
+    return Choice(_PLAIN[part], reason)
 
 
 @functools.lru_cache(maxsize=64)
@@ -128,9 +129,10 @@ def kernels_line(choices: dict[str, Choice], device: torch.device, dtype: str) -
     """What computes recurrent layers and why, for the banner; parts with the same answer together."""
     parts: dict[str, list[str]] = {}
     for name, (kernel, reason) in choices.items():
-        parts.setdefault(f"{kernel.name} ({reason})", []).append(name)
-    texts = [f"{', '.join(names)}: {text}" for text, names in parts.items()]
-    return f"on {device.type}, {dtype}: {'; '.join(texts)}"
+        parts.setdefault(f"{kernel.name} on {device.type}, {dtype} ({reason})", []).append(name)
+    if len(parts) == 1:
+        return next(iter(parts))
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in parts.items())
 
 
 def _why_not(
