@@ -82,7 +82,9 @@ def marks_of_all(layout: SequenceLayout, device: torch.device, batch: int) -> Ma
 
 def _marks(layout: SequenceLayout, ranks: list[int], device: torch.device, batch: int) -> Marks:
     size, runs = layout.local_length, runs_of(layout)
-    rows, begun, padding = len(ranks) * size, [], []
+    rows = len(ranks) * size
+    begun: list[int] = []
+    padding: list[int] = []
     for number, rank in enumerate(ranks):
         start, stop = runs[rank]
         padding += range(number * size + stop - start, (number + 1) * size)
