@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -29,13 +30,25 @@ from longspan.context_parallel import Schedule, SequenceLayout
 from longspan.context_parallel.calls import calls_of
 from longspan.context_parallel.kernels.choose import select_kernel
 from longspan.mesh.mesh import ParallelMesh
-from longspan.models import GPTModel
+from longspan.models import GPTModel, embedding
 
 CUDA = torch.device("cuda", 0)
 # autograd and indexing on CUDA tensors need a build that has CUDA, fake ones too
 HAS_CUDA = torch.version.cuda is not None
 KERNELS_ON = CUDA if HAS_CUDA else torch.device("meta")
 MODELS_ON = CUDA if HAS_CUDA else torch.device("cpu")
+
+
+#: recurrent mixer -> its sizes
+RECURRENT = {
+    "mamba": {"mamba_num_heads": 8, "mamba_head_dim": 32, "mamba_num_groups": 4, "mamba_state_dim": 16},
+    "gated_delta": {
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 32,
+    },
+}
 
 
 @contextlib.contextmanager
@@ -52,13 +65,12 @@ def world(size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def pretend() -> Iterator[None]:
-    """Hopper's abilities for a machine without a GPU: what chooses kernels asks for them."""
-    real = torch.cuda.get_device_capability
-    torch.cuda.get_device_capability = lambda *_: (9, 0)
-    try:
+    """Hopper's abilities for a machine without a GPU, which what chooses kernels reads; ids without values are valid."""
+    with (
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        mock.patch.object(embedding, "check_ids", return_value=None),
+    ):
         yield
-    finally:
-        torch.cuda.get_device_capability = real
 
 
 def alike(name: str, got: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -107,8 +119,9 @@ def model(
     comm: str,
     sequence_parallel: bool,
     recompute: str,
+    **more,
 ) -> None:
-    """Forward and backward of a small Llama in bfloat16, cut over tp x cp."""
+    """Forward and backward of a small Llama in bfloat16, cut over tp x cp; ``more`` are fields of a hybrid model."""
     length = 1024
     with world(tp * cp):
         mesh = ParallelMesh.build(MeshSizes(tp=tp, cp=cp), device.type)
@@ -129,8 +142,10 @@ def model(
             cp_comm_type=comm,
             params_dtype=torch.bfloat16,
             perform_initialization=False,
+            **more,
         )
-        layout = SequenceLayout.zigzag(length, cp, cu_seqlens=[0, 100, 101, 700, length])
+        make = SequenceLayout.contiguous if config.recurrent else SequenceLayout.zigzag
+        layout = make(length, cp, cu_seqlens=[0, 100, 101, 700, length])
         rows = len(layout.positions(0))
         with fake, device:
             gpt = GPTModel(config, 1000, length, pg_collection=mesh.groups)
@@ -163,6 +178,11 @@ def checks(
         for cut in (False, True):
             name = f"model, tp {tp} x cp {cp}, {comm}{', sequence parallel' if cut else ''}"
             yield name, partial(model, fake, device, tp, cp, comm, cut, "none")
+    for kind, fields in RECURRENT.items():
+        for way in ("state", "a2a"):
+            more = {"layer_types": [kind, "attention"], "ssm_cp_type": way, **fields}
+            name = f"model, tp {tp} x cp {cp}, {kind} and attention, {way}"
+            yield name, partial(model, fake, device, tp, cp, "p2p", True, "none", **more)
     for recompute in ("full", "selective"):
         name = f"model, tp {tp} x cp {cp}, recompute {recompute}"
         yield name, partial(model, fake, device, tp, cp, "p2p", True, recompute)

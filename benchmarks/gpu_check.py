@@ -57,6 +57,7 @@ PARTS = (
     Part("attention", "every attention backend against float64, forward and backward", 70, "gpu_attention"),
     Part("step", "one step of a small Llama against the CPU's float32", 80, "gpu_training"),
     Part("cutting", "the price of cutting: tiles with merging against one flash call", 60, "gpu_attention"),
+    Part("recurrent", "the scans of recurrent layers against float64, and their time", 40, "gpu_recurrent"),
     Part("speed", "a 1B-class model at 8K and 32K, with and without each memory key", 110, "gpu_training"),
     Part("peer", "transformers of the same sizes on the same card", 70, "gpu_training"),
     Part("compiled", "torch_compile on and off", 90, "gpu_training"),

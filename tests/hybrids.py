@@ -63,8 +63,12 @@ def loss_and_gradients(model, mesh, cu, columns=1):
     return total.item(), norm.item(), {name: p.grad.full_tensor() for name, p in model.named_parameters()}
 
 
-def gradients(sizes, packs, options, columns=1):
-    """For each pack: loss, gradient norm and every whole gradient at a layout of ranks."""
+def gradients(sizes, packs, options, columns=1, adapt=None):
+    """For each pack: loss, gradient norm and every whole gradient at a layout of ranks.
+
+    Args:
+        adapt: is called with the model before its first step.
+    """
     options = dict(options)
     recompute = options.pop("recompute", "none")
     mesh = ParallelMesh.build(sizes)
@@ -72,6 +76,8 @@ def gradients(sizes, packs, options, columns=1):
     with torch.device("meta"):
         model = GPTModel(config, VOCAB, max(cu[-1] for cu in packs), pg_collection=mesh.groups)
     parallelize(model, mesh, seed=3, device=torch.device("cpu"), recompute=recompute)
+    if adapt is not None:
+        adapt(model)
     found = []
     for cu in packs:
         model.zero_grad()

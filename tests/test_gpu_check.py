@@ -43,6 +43,7 @@ PARTS = {
     "attention": "gpu_attention",
     "cutting": "gpu_attention",
     "step": "gpu_training",
+    "recurrent": "gpu_recurrent",
     "speed": "gpu_training",
     "compiled": "gpu_training",
     "parameters": "gpu_training",
@@ -62,6 +63,9 @@ def test_a_part_runs_through_on_the_cpu(name, tmp_path, gpu_check):
     assert held
     if name in ("attention", "step"):
         assert all(row["ok"] for row in held)
+    elif name == "recurrent":
+        assert all(row["ok"] or row["numbers"]["ms"] > 0 for row in held)
+        assert sum(row["ok"] is True for row in held) == 4
     elif name == "cutting":
         assert all(row["numbers"]["times_one_call"] > 0 for row in held)
     else:

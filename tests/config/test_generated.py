@@ -94,6 +94,7 @@ MEMORY = {
     "tiled_mlp_num_shards": [2],
     "reshard_after_forward": [False],
     "attention_backend": ["math", "cpu-flash", "cpu-blocks", "cudnn", "flash"],
+    "recurrent_backend": ["torch", "fla", "mamba-ssm", "triton"],
     "deterministic_mode": [True],
 }
 OTHERS = {

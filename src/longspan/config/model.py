@@ -20,7 +20,7 @@ from longspan.config.architecture import (
     divisors,
 )
 from longspan.config.experts import expert_cut_problems
-from longspan.config.recurrent import recurrent_cut_problems
+from longspan.config.recurrent import recurrent_backend_problems, recurrent_cut_problems
 from longspan.errors import Problem, did_you_mean
 
 VOCAB_MULTIPLE = 128
@@ -150,6 +150,7 @@ class TransformerConfig(Architecture, ModelParallelConfig):
     attn_logit_softcapping: float | None = None
     multi_latent_attention: bool = False
     attention_backend: str = "auto"
+    recurrent_backend: str = "auto"
     deterministic_mode: bool = False
 
     def __post_init__(self) -> None:
@@ -168,7 +169,7 @@ class TransformerConfig(Architecture, ModelParallelConfig):
             dispatcher=self.moe_token_dispatcher_type,
             ssm_cp_type=self.ssm_cp_type,
         )
-        for _, message in problems:
+        for _, message in problems + recurrent_backend_problems(self, self.recurrent_backend):
             raise ValueError(message)
         for name, off, what in (
             ("softmax_type", "vanilla", "attention sinks are"),

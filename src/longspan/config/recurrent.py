@@ -31,6 +31,10 @@ _OTHER_NAMES = {
 }
 #: how a recurrent layer works on a sequence that is cut over ranks
 SSM_CP_TYPES = ("auto", "state", "a2a")
+#: mixer -> the package with a kernel for its scan
+PACKAGES = {"mamba": "mamba-ssm", "gated_delta": "fla"}
+#: the values of ``recurrent_backend``
+RECURRENT_BACKENDS = ("auto", "torch", *PACKAGES.values())
 
 
 class LayerParts(NamedTuple):
@@ -291,6 +295,23 @@ def recurrent_cut_problems(model: Architecture, tp: int, cp: int, ssm_cp_type: s
         )
         found.append((("mamba_grouped_norm", "tensor_parallel_size"), text))
     return found
+
+
+def recurrent_backend_problems(model: Architecture, backend: str) -> list[Problem]:
+    """Broken rules of ``recurrent_backend`` that depend on the model alone."""
+    if backend not in RECURRENT_BACKENDS:
+        names = ", ".join(RECURRENT_BACKENDS)
+        text = (
+            f"recurrent_backend {backend!r}: one of {names}.{did_you_mean(str(backend), RECURRENT_BACKENDS)}"
+        )
+        return [(("recurrent_backend",), text)]
+    kinds = [kind for kind in RECURRENT if kind in model.mixers]
+    if backend == "auto" or (backend == "torch" and kinds) or backend in (PACKAGES[kind] for kind in kinds):
+        return []
+    wanted = {name: kind for kind, name in PACKAGES.items()}.get(backend)
+    layers = f"layers of type {wanted}" if wanted else "recurrent layers"
+    text = f"recurrent_backend {backend} has no effect without {layers} (layer_types). Leave it out."
+    return [(("recurrent_backend", "layer_types"), text)]
 
 
 def head_groups(model: Architecture) -> Iterator[tuple[str, str, int, str, int]]:

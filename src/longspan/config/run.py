@@ -191,6 +191,7 @@ class Checked:
             ssm_cp_type=self.config.ssm_cp_type,
             hierarchical_context_parallel_sizes=self.sizes.hierarchical_cp or None,
             attention_backend=self.config.attention_backend,
+            recurrent_backend=self.config.recurrent_backend,
             deterministic_mode=self.config.deterministic_mode,
         )
 

@@ -54,41 +54,53 @@ def borders(layout: SequenceLayout) -> tuple[list[bool], list[bool]]:
 
 
 class Marks(NamedTuple):
-    """What a recurrent layer reads of each row.
+    """What a recurrent layer reads of each row of a batch, whose sequences all have the layout's documents.
 
     Attributes:
-        starts: bool [s], True at the first token of each document; None if no state has to begin anew.
-        real: bool [s], False where the row is padding, which hands a state on unchanged; None if there is none.
+        starts: bool [s, b], True at the first token of each document; None if no state has to begin anew.
+        real: bool [s, b], False where the row is padding, which hands a state on unchanged; None if there is none.
+        documents: int64 [b k + 1], the borders of each sequence's k documents, or parts of them, in all sequences one
+            after another, for kernels that take documents so; None where ``starts`` is None. Padding is part of the
+            document before.
     """
 
     starts: Tensor | None
     real: Tensor | None
+    documents: Tensor | None
 
 
-def marks_of_rank(layout: SequenceLayout, rank: int, device: torch.device) -> Marks:
+def marks_of_rank(layout: SequenceLayout, rank: int, device: torch.device, batch: int) -> Marks:
     """The marks of the rows of one rank."""
-    return layout.once(("marks", rank, device), lambda: _on(_marks(layout, [rank]), device))
+    return layout.once(("marks", rank, device, batch), lambda: _marks(layout, [rank], device, batch))
 
 
-def marks_of_all(layout: SequenceLayout, device: torch.device) -> Marks:
+def marks_of_all(layout: SequenceLayout, device: torch.device, batch: int) -> Marks:
     """The marks of all ranks' rows, rank after rank."""
     ranks = list(range(layout.ranks))
-    return layout.once(("marks", None, device), lambda: _on(_marks(layout, ranks), device))
+    return layout.once(("marks", None, device, batch), lambda: _marks(layout, ranks, device, batch))
 
 
-def _marks(layout: SequenceLayout, ranks: list[int]) -> Marks:
+def _marks(layout: SequenceLayout, ranks: list[int], device: torch.device, batch: int) -> Marks:
     size, runs = layout.local_length, runs_of(layout)
-    starts = torch.zeros(len(ranks) * size, dtype=torch.bool)
-    real = torch.zeros(len(ranks) * size, dtype=torch.bool)
+    rows = len(ranks) * size
+    begun: list[int] = []
+    padding: list[int] = []
     for number, rank in enumerate(ranks):
         start, stop = runs[rank]
-        real[number * size : number * size + stop - start] = True
-        for edge in layout.cu_seqlens[:-1]:
-            # Before the first token of all there is no state to begin anew from.
-            if start <= edge < stop and edge > 0:
-                starts[number * size + edge - start] = True
-    return Marks(starts if starts.any() else None, None if real.all() else real)
+        padding += range(number * size + stop - start, (number + 1) * size)
+        # Before the first token of all there is no state to begin anew from.
+        edges = [edge for edge in layout.cu_seqlens[:-1] if start <= edge < stop and edge > 0]
+        begun += [number * size + edge - start for edge in dict.fromkeys(edges)]
 
+    def marked(at: list[int], inside: bool) -> Tensor:
+        marks = torch.full((rows,), not inside, dtype=torch.bool)
+        marks[at] = inside
+        return marks.to(device, non_blocking=True).unsqueeze(1).expand(-1, batch)
 
-def _on(marks: Marks, device: torch.device) -> Marks:
-    return Marks(*(None if one is None else one.to(device, non_blocking=True) for one in marks))
+    borders = [*(row for row in begun if row), rows]
+    borders = [0, *(number * rows + border for number in range(batch) for border in borders)]
+    return Marks(
+        marked(begun, True) if begun else None,
+        marked(padding, False) if padding else None,
+        torch.tensor(borders).to(device, non_blocking=True) if begun else None,
+    )

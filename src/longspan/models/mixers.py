@@ -34,9 +34,8 @@ from longspan.mesh.default_groups import process_groups
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.layer import Rows
 from longspan.recomputed import rms_norm
-from longspan.recurrent.convolution import causal_convolution
-from longspan.recurrent.delta_rule import delta_rule
-from longspan.recurrent.ssd import scan_span, span_output
+from longspan.recurrent.kernels.choose import CONVOLUTION, chosen_kernel, scan_sizes
+from longspan.recurrent.kernels.protocol import ConvolutionKernel, DeltaKernel, StateSpaceKernel
 from longspan.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -57,10 +56,12 @@ class Convolution(TensorParallelModule):
         self.weight = self._parameter("weight", (channels, kernel), 0, spread)
         self.bias = self._parameter("bias", (channels,), 0, spread) if bias else None
 
-    def forward(self, x: Tensor, starts: Tensor | None, tail: Tensor | None) -> Tensor:
-        """[s, b, channels] -> the same shape."""
+    def forward(
+        self, x: Tensor, starts: Tensor | None, tail: Tensor | None, kernel: ConvolutionKernel
+    ) -> Tensor:
+        """[s, b, channels] -> the same shape, after SiLU."""
         bias = None if self.bias is None else local(self.bias)
-        return causal_convolution(x, local(self.weight), bias, starts, tail)
+        return kernel(x, local(self.weight), bias, starts, tail)
 
 
 class HeadNorm(TensorParallelModule):
@@ -105,11 +106,17 @@ class RecurrentMixer(TensorParallelModule):
         layer_number: from 1.
         pg_collection: None takes the installed groups.
 
+    Attributes:
+        scan_kernel, convolution_kernel: kernels of one's own (``recurrent.kernels.protocol``). None takes those of the
+            config's ``recurrent_backend``.
+
     Raises:
         ValueError: the config does not fit the groups.
     """
 
     kind: str
+    scan_kernel: StateSpaceKernel | DeltaKernel | None = None
+    convolution_kernel: ConvolutionKernel | None = None
 
     def __init__(
         self,
@@ -153,11 +160,11 @@ class RecurrentMixer(TensorParallelModule):
         s, b, _ = inputs.shape
         group = group_of_call(rows.packed_seq_params, self.cp_group)
         features, gate, numbers = self.split(inputs.unflatten(-1, (self.groups, -1)))
-        features = F.silu(self._convolved(features.flatten(2), rows, group)).unflatten(-1, (self.groups, -1))
+        features = self._convolved(features.flatten(2), rows, group).unflatten(-1, (self.groups, -1))
         ranks = rows.layout.ranks
         if group is None or ranks == 1:
-            marks = marks_of_rank(rows.layout, rows.rank, inputs.device)
-            y = self.scan(features, numbers, self.each, slice(None), _for(marks, b), None)
+            marks = marks_of_rank(rows.layout, rows.rank, inputs.device, b)
+            y = self.scan(features, numbers, self.each, slice(None), marks, None)
         else:
             way = chosen_way(self.config.ssm_cp_type, self.costs, s, b, ranks, inputs.element_size())
             scanned = self._by_state if way == "state" else self._by_heads
@@ -165,17 +172,28 @@ class RecurrentMixer(TensorParallelModule):
         return y, gate
 
     def _convolved(self, x: Tensor, rows: Rows, group: dist.ProcessGroup | None) -> Tensor:
-        """[s, b, channels] -> the same shape; the tail comes from the ranks before."""
-        marks = marks_of_rank(rows.layout, rows.rank, x.device)
+        """[s, b, channels] -> the same shape, after SiLU; the tail comes from the ranks before."""
+        marks = marks_of_rank(rows.layout, rows.rank, x.device, x.shape[1])
         tail = None
         if group is not None and rows.layout.ranks > 1 and self.sizes.kernel > 1:
             move = tails(rows.layout, self.sizes.kernel - 1, rows.rank, x.device)
             tail = move_rows(x, move, group)
-        return self.conv1d(x, _for(marks, x.shape[1]).starts, tail)
+        sizes = (x.shape[2], self.sizes.kernel)
+        kernel = self.convolution_kernel or self._chosen(CONVOLUTION, x, sizes)
+        return self.conv1d(x, marks.starts, tail, kernel)
+
+    def _chosen(self, part: str, x: Tensor, sizes: tuple[int, ...]):
+        """The kernel of the config's ``recurrent_backend`` for inputs like x."""
+        config = self.config
+        backend, deterministic = config.recurrent_backend, config.deterministic_mode
+        return chosen_kernel(part, x.device, x.dtype, sizes, backend, deterministic)
+
+    def _scan_kernel(self, x: Tensor):
+        return self.scan_kernel or self._chosen(self.kind, x, scan_sizes(self.config, self.kind))
 
     def _by_state(self, features: Tensor, numbers: Tensor, rows: Rows, group: dist.ProcessGroup) -> Tensor:
         """Each rank scans its own tokens, and states travel."""
-        marks = _for(marks_of_rank(rows.layout, rows.rank, features.device), features.shape[1])
+        marks = marks_of_rank(rows.layout, rows.rank, features.device, features.shape[1])
         return self.scan(features, numbers, self.each, slice(None), marks, (group, rows))
 
     def _by_heads(self, features: Tensor, numbers: Tensor, rows: Rows, group: dist.ProcessGroup) -> Tensor:
@@ -193,7 +211,7 @@ class RecurrentMixer(TensorParallelModule):
         count = numbers.shape[-1] // self.each * each
         features, numbers = there.split([there.shape[-1] - count, count], -1)
         held = slice(rank * move.heads, (rank + 1) * move.heads)
-        marks = _for(marks_of_all(rows.layout, features.device), b)
+        marks = marks_of_all(rows.layout, features.device, b)
         y = self.scan(features, numbers, each, held, marks, None)
         return to_tokens(y.flatten(2), group).unflatten(-1, (self.heads, -1))
 
@@ -221,7 +239,7 @@ class RecurrentMixer(TensorParallelModule):
             numbers: [s, b, G, ..], those of each head.
             each: heads of a group.
             heads: which of the rank's heads they are; it selects the parameters of heads.
-            marks: with a batch dim, [s, b].
+            marks: of all rows that are here.
             over: the ranks over which states travel; None if all tokens are here.
         """
         raise NotImplementedError
@@ -259,15 +277,17 @@ class MambaMixer(RecurrentMixer):
             if self.config.mamba_dt_min:
                 dt = dt.clamp(min=self.config.mamba_dt_min)
             A = -local(self.A_log)[heads].to(wide).exp()
-            span = scan_span(x, dt, A, B, C, local(self.D)[heads].to(wide), *marks)
+            kernel: StateSpaceKernel = self._scan_kernel(x)
+            D = local(self.D)[heads].to(wide)
+            span = kernel.first_half(x, dt, A, B, C, D, marks.starts, marks.real)
             if over is None:
-                return span_output(span)
+                return kernel.second_half(span, None)
             group, rows = over
             state, decay = span.state, span.decay
             states = StatesOfRanks.of(
                 group, rows.layout, Decays(), state.shape, decay.shape, state.dtype, state.device
             )
-            return span_output(span, HandOn.apply(state, decay, states))
+            return kernel.second_half(span, HandOn.apply(state, decay, states))
 
     def normalised(self, y: Tensor, gate: Tensor) -> Tensor:
         n = self.groups if self.config.mamba_grouped_norm else 1
@@ -313,19 +333,14 @@ class GatedDeltaMixer(RecurrentMixer):
                 states = StatesOfRanks.of(
                     group, rows.layout, Transitions(), (*shape, d_v), (*shape, d_k), wide, v.device
                 )
-            y, _ = delta_rule(q, k, v, g, beta, marks.starts, normalize=True, exchange=states)
-            return y
+            kernel: DeltaKernel = self._scan_kernel(v)
+            return kernel(q, k, v, g, beta, marks.starts, marks.documents, states)
 
     def normalised(self, y: Tensor, gate: Tensor) -> Tensor:
         epsilon = self.config.linear_norm_epsilon or self.config.layernorm_epsilon
         wide = torch.promote_types(y.dtype, torch.float32)
         normed = rms_norm(y.to(wide), self.norm.operand().to(wide), epsilon)
         return (normed * F.silu(gate.to(wide))).to(y.dtype)
-
-
-def _for(marks: Marks, batch: int) -> Marks:
-    """Marks [s] for all sequences of a batch, [s, b]."""
-    return Marks(*(None if one is None else one.unsqueeze(1).expand(-1, batch) for one in marks))
 
 
 MIXERS: dict[str, type[RecurrentMixer]] = {"mamba": MambaMixer, "gated_delta": GatedDeltaMixer}

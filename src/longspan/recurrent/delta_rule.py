@@ -8,6 +8,7 @@ state, S_span and M; the second computes the outputs from the state that arrives
 
     delta_rule(..., initial)       one span, with autograd for everything; also the second half
     span_state(...)                the first half alone, with autograd for S_span and M
+    incoming_gradient(...)         the gradient that a span hands back alone, for outputs that another kernel computes
     delta_rule(..., exchange=...)  both halves around a user's exchange, with the least work: the exchange gets maps and
                                    states without autograd, and in backward the same maps, transposed, and the
                                    states' gradients, so no gradient of M is computed
@@ -175,6 +176,37 @@ def span_state(
     if not transition:
         return final, None
     return final[..., : sizes.d_v], final[..., sizes.d_v :]
+
+
+@torch.no_grad()
+def incoming_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    d_out: Tensor,
+    starts: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    normalize: bool = False,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """The gradient of a span's incoming state as its own outputs cause it, [b, n_v, d_k, d_v], at least float32.
+
+    It depends on no state. For those who compute outputs and other gradients by another kernel.
+
+    Args: as those of :func:`delta_rule`.
+        d_out: [s, b, n_v, d_v], the gradient of the outputs.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    sizes = _sizes(q, k, v, g, beta, starts, chunk)
+    scale = sizes.d_k**-0.5 if scale is None else scale
+    span = _Span(Inputs(q, k, v, g, beta, starts), sizes, Options(scale, normalize, _wide(q, k, v)))
+    with autocast.off(v):
+        return span.incoming_gradient(d_out, span.state(sizes.d_v)).unflatten(0, (sizes.b, sizes.n_v))
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:

@@ -27,7 +27,8 @@ def checked(reading: Reading, launch: Launch, announce: str = "") -> tuple[Check
         The checked config, and ``launch`` unchanged.
 
     Raises:
-        UserError: rules are broken, with all problems at once; or the attention backend cannot serve the run.
+        UserError: rules are broken, with all problems at once; or a backend of attention or of recurrent layers
+            cannot serve the run.
     """
     config, problems, bad = reading.config, reading.problems, reading.bad
     assert config is not None
@@ -48,6 +49,8 @@ def checked(reading: Reading, launch: Launch, announce: str = "") -> tuple[Check
         print("\n".join([announce, *notes] if announce else notes), file=sys.stderr)
     if config.attention_backend != "auto":
         check_backend(run)
+    if config.recurrent_backend != "auto":
+        check_recurrent_backend(run)
     return run, launch
 
 
@@ -88,3 +91,14 @@ def check_backend(run: Checked) -> None:
         run.config.attention_backend,
         run.config.deterministic_mode,
     )
+
+
+def check_recurrent_backend(run: Checked) -> None:
+    """Raises a UserError if the backend of recurrent layers cannot serve this run."""
+    import torch
+
+    from longspan.recurrent.kernels.choose import select_kernels
+
+    dtype = getattr(torch, run.precision.compute_dtype)
+    backend, deterministic = run.config.recurrent_backend, run.config.deterministic_mode
+    select_kernels(run.model, torch.device(run.device), dtype, backend, deterministic, run.sizes.tp)

@@ -95,6 +95,7 @@ def one_process(run: Run) -> Run:
         sequence_parallel=None,
         gradient_accumulation_steps=run.batch.global_size // run.batch.micro,
         attention_backend="math",
+        recurrent_backend="torch" if run.model.recurrent else "auto",
         cp_comm_type="p2p",
         ssm_cp_type="auto",
         attention_cp_layout="auto",

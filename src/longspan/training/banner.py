@@ -13,6 +13,7 @@ from longspan.config.run import Run
 from longspan.config.stages import pipeline_line
 from longspan.context_parallel.kernels.choose import select_kernel
 from longspan.context_parallel.run_layout import run_layout
+from longspan.recurrent.kernels.choose import kernels_line, select_kernels
 from longspan.training.lock import CONFIG
 from longspan.training.progress import loss_text
 from longspan.training.schedule import learning_rate
@@ -75,6 +76,7 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
         + filling,
         "samples": learned,
         "attention": f"{kernel.name} on {device.type}, {precision.compute_dtype} ({reason})",
+        **({"recurrent": _recurrent_line(run, device)} if model.recurrent else {}),
         "precision": f"compute {precision.compute_dtype}, weights and optimizer {precision.params_dtype}"
         + ("; TensorFloat-32" if precision.tf32 and device.type == "cuda" else "")
         + ("; frozen weights bfloat16" if run.lora is not None and precision.mixed else ""),
@@ -100,6 +102,20 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
         }
     width = max(map(len, rows))
     return "\n".join(["longspan", *(f"  {name:<{width}}  {text}" for name, text in rows.items())])
+
+
+def _recurrent_line(run: Run, device: torch.device) -> str:
+    """What computes the recurrent layers, and why."""
+    c, dtype = run.config, run.precision.compute_dtype
+    choices = select_kernels(
+        run.model,
+        device,
+        getattr(torch, dtype),
+        c.recurrent_backend,
+        c.deterministic_mode,
+        run.sizes.tp,
+    )
+    return kernels_line(choices, device, dtype)
 
 
 def memory_lines(run: Run, device_type: str) -> list[str]:

@@ -61,6 +61,11 @@ class MemoryKeys(BaseModel):
     attention_backend: Literal[
         "auto", "flash-attn-3", "flash-attn-2", "cuda-flash", "cudnn", "cpu-blocks", "cpu-flash", "math"
     ] = key("auto", "Kernel of one tile of attention.")
+    recurrent_backend: Literal["auto", "torch", "mamba-ssm", "fla"] = key(
+        "auto",
+        "Scan of recurrent layers: torch (plain PyTorch), mamba-ssm (that package, Mamba-2), fla (flash-linear-attention, gated "
+        "delta rule), or auto: on CUDA the packages that are installed and support the run, else torch.",
+    )
     deterministic_mode: bool = key(
         False,
         "Two runs give equal bits on CUDA too (on CPU they always do).",

@@ -8,6 +8,7 @@ from longspan.config.architecture import SHAPE_KEYS, Architecture, architecture_
 from longspan.config.data import keeps_documents_apart
 from longspan.config.families.config_json import export_problem
 from longspan.config.model import cut_problems
+from longspan.config.recurrent import recurrent_backend_problems
 from longspan.config.rope import rope_type
 from longspan.config.schema import TrainConfig
 from longspan.errors import Problem
@@ -61,6 +62,7 @@ def model_problems(config: TrainConfig) -> list[Problem]:
             dispatcher=config.moe_token_dispatcher_type,
             ssm_cp_type=config.ssm_cp_type,
         )
+    found += recurrent_backend_problems(model, config.recurrent_backend)
     if config.export_hf and not found and (problem := export_problem(model)):
         found.append((("export_hf", *SHAPE_KEYS), f"export_hf: {problem} Set export_hf: false."))
     return found

@@ -1,0 +1,1 @@
+"""Kernels of recurrent layers: their protocols, PyTorch's own, those of installed packages, and the choice."""
