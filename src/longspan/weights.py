@@ -14,7 +14,7 @@ from longspan.config.families.hub import model_folder
 from longspan.config.run import Run
 from longspan.errors import UserError
 from longspan.models.gpt import GPTModel
-from longspan.models.hf_weights import Names, SafetensorsFolder, read_part
+from longspan.models.hf_weights import Names, SafetensorsFolder, lies_in_files, read_part
 from longspan.models.peft import is_adapter, open_adapters, peft_name, read_adapter
 from longspan.tensor_parallel.initial import init_weights
 from longspan.tensor_parallel.lora import Adapter
@@ -40,9 +40,10 @@ def load_pretrained(model: GPTModel, source: SafetensorsFolder) -> None:
     Raises:
         UserError: on all ranks, with the problems of all: a tensor of another shape, or with NaN or infinity.
     """
-    names = Names(model.config, model.vocab_size)
+    names = Names(model.config, model.vocab_size, source.model_type)
     problems: list[str] = []
-    for name, parameter in model.named_parameters():
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if lies_in_files(name)]
+    for name, parameter in (*model.named_parameters(), *buffers):
         if is_adapter(name):
             continue
         try:

@@ -106,6 +106,9 @@ class ModelKeys(BaseModel):
     )
     add_qkv_bias: bool = key(False, "The projections to query, key and value have biases (Qwen2).")
     qk_layernorm: bool = key(False, "Each head of query and key is normalised before the rotation (Qwen3).")
+    qk_layernorm_over_heads: bool = key(
+        False, "qk_layernorm is over all heads of query, and of key, together (OLMo Hybrid)."
+    )
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = key(
         "rope",
         "How the model knows positions: rotary, a learned table of max_position_embeddings, or not at all.",
@@ -115,6 +118,11 @@ class ModelKeys(BaseModel):
     rotary_percent: float = key(1.0, "Share of each head's features that rotary embeddings turn.", gt=0, le=1)
     attention_output_gate: bool = key(
         False, "Each head's output is multiplied by a sigmoid of the layer's input (Qwen3-Next)."
+    )
+    attention_post_norm: bool = key(
+        False,
+        "A layer with attention normalises what its attention and its MLP add, instead of what they read (OLMo Hybrid). Layers "
+        "without attention are not changed.",
     )
     max_position_embeddings: int | None = key(
         None,
