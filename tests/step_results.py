@@ -1,6 +1,7 @@
 """What tests of training compare with one process: the records, gradients and state of some steps."""
 
 import json
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,8 @@ import pool
 import tiny
 from longspan.mesh.whole import whole_tensors
 from longspan.tensor_parallel.layers import local
+from longspan.training.checkpoint import Checkpointer
+from longspan.training.export import export
 from longspan.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -128,3 +131,22 @@ def alike(prefix, expected, count, cases, tolerance=1e-10, evaluates_first=False
     for world, changes in cases:
         got = pool.run(world, steps, prefix, count, changes, (), evaluates_first)
         compare(together(got), expected, tolerance)
+
+
+def saved(prefix, folder, changes):
+    """Two steps and a checkpoint, the export if there is one, and the losses of two more steps."""
+    trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), **changes), CPU)
+    for step in range(2):
+        trainer.train_step(trainer.micro_batches(step))
+    saver = Checkpointer(Path(folder), background=False)
+    path = saver.save(2, trainer.model, trainer.optimizer, trainer.description())
+    if trainer.run.config.export_hf:
+        export(trainer, Path(folder) / "hf")
+    return str(path), [trainer.train_step(trainer.micro_batches(step))["loss"] for step in range(2, 4)]
+
+
+def continued(prefix, path, changes):
+    """The losses of the two steps after a checkpoint."""
+    trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), **changes), CPU)
+    trainer.resume(Path(path))
+    return [trainer.train_step(trainer.micro_batches(step))["loss"] for step in range(2, 4)]

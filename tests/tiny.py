@@ -1,7 +1,9 @@
 """A tiny model on tiny data, for tests of training."""
 
 import numpy as np
+import torch
 
+from longspan import TransformerConfig
 from longspan.config.load import make_config
 from longspan.config.resolve import resolve
 from longspan.config.run import Run
@@ -31,6 +33,27 @@ def write_numbered(prefix, lengths, first_token):
             writer.add_document(np.arange(first_token, first_token + length))
             first_token += length
     return IndexedDataset(prefix)
+
+
+def transformer_config(sizes, **kwargs):
+    """A small model in fp64 at these sizes."""
+    defaults = dict(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2,
+        ffn_hidden_size=48,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func="silu",
+        add_bias_linear=False,
+        params_dtype=torch.float64,
+        init_method_std=0.2,
+        tensor_model_parallel_size=sizes.tp,
+        context_parallel_size=sizes.cp,
+        hierarchical_context_parallel_sizes=sizes.hierarchical_cp or None,
+    )
+    return TransformerConfig(**(defaults | kwargs))
 
 
 def values(prefix, **changes):

@@ -64,7 +64,7 @@ MISTAKES = {
     "--chat-template jinja": "--chat-template jinja needs --chat-template-jinja",
     "--reinit-weights": "--reinit-weights without --base-model",
     "--sliding-window 0": "",
-    "--rotary-percent 0.5": "--rotary-percent 0.5 is not supported",
+    "--rotary-percent 1.5": "--rotary-percent",
     "--lr 1 --learning-rate 2": "",
     "--seed -1": "--seed -1 must be greater than or equal to 0",
 }

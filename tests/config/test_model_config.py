@@ -153,8 +153,7 @@ def test_a_misspelt_field_is_refused():
         ("account_for_loss_in_pipeline_split", "other options of pipelines"),
         ("mtp_num_layers", r"several predicted tokens \(MTP\)"),
         ("kv_lora_rank", r"compressed keys and values \(MLA\)"),
-        ("mamba_state_dim", "state-space"),
-        ("layer_types", "state-space"),
+        ("mamba_training_chunk", "other options of recurrent layers"),
         ("fp8_recipe", "8-bit"),
     ],
 )

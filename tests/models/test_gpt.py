@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import oracle
 import pool
-from longspan import TransformerConfig, parallel_state
+from longspan import parallel_state
 from longspan.config.sizes import MeshSizes
 from longspan.context_parallel import (
     DotProductAttention,
@@ -21,28 +21,9 @@ from longspan.models.embedding import _out_of_padding
 from longspan.parallelize import parallelize
 from longspan.tensor_parallel import init_weights
 from longspan.training.optimizer import gradient_norm
+from tiny import transformer_config
 
 VOCAB, LENGTH = 300, 53  # the vocabulary is padded to 384, the length divides by nothing
-
-
-def transformer_config(sizes, **kwargs):
-    defaults = dict(
-        num_layers=2,
-        hidden_size=32,
-        num_attention_heads=4,
-        num_query_groups=2,
-        ffn_hidden_size=48,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func="silu",
-        add_bias_linear=False,
-        params_dtype=torch.float64,
-        init_method_std=0.2,
-        tensor_model_parallel_size=sizes.tp,
-        context_parallel_size=sizes.cp,
-        hierarchical_context_parallel_sizes=sizes.hierarchical_cp or None,
-    )
-    return TransformerConfig(**(defaults | kwargs))
 
 
 def batch(kind):

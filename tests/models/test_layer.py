@@ -162,7 +162,7 @@ def public_layer():
     assert public.mlp.tiles == 3
     layout = SequenceLayout.zigzag(8, 1)
     public.plan(layout)
-    assert layout._made
+    assert layout._made.values
     with pytest.raises(ValueError, match="attention_mask is not supported"):
         public(x, torch.ones(8, 8))
 

@@ -12,10 +12,9 @@ import pool
 import tiny
 from llamas import lora_run, make_llama
 from longspan.mesh.whole import whole_tensors
-from longspan.training.checkpoint import Checkpointer
 from longspan.training.export import export
 from longspan.training.trainer import Trainer
-from step_results import References, alike, compare
+from step_results import References, alike, compare, continued, saved
 
 CPU = torch.device("cpu")
 
@@ -180,23 +179,6 @@ def test_steps_equal_one_process(name, prefix, reference):
     model = model | {"eval_max_samples": 2}
     expected = reference(2, model, evaluates_first=True)
     alike(prefix, expected, 2, [(world, layout | model)], evaluates_first=True)
-
-
-def saved(prefix, folder, changes):
-    """Two steps and a checkpoint, the export, and the losses of two more steps."""
-    trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), **changes), CPU)
-    for step in range(2):
-        trainer.train_step(trainer.micro_batches(step))
-    saver = Checkpointer(Path(folder), background=False)
-    path = saver.save(2, trainer.model, trainer.optimizer, trainer.description())
-    export(trainer, Path(folder) / "hf")
-    return str(path), [trainer.train_step(trainer.micro_batches(step))["loss"] for step in range(2, 4)]
-
-
-def continued(prefix, path, changes):
-    trainer = Trainer(tiny.tiny_run(prefix, dist.get_world_size(), **changes), CPU)
-    trainer.resume(Path(path))
-    return [trainer.train_step(trainer.micro_batches(step))["loss"] for step in range(2, 4)]
 
 
 LAYOUTS = {

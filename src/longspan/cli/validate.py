@@ -18,6 +18,7 @@ from longspan.config.experts import experts_line
 from longspan.config.families.hub import architecture_of, is_hub_id, unused_fields
 from longspan.config.load import Reading, make_config
 from longspan.config.options import Overrides, parse_overrides
+from longspan.config.recurrent import is_recurrent, recurrent_line
 from longspan.config.resolve import complete
 from longspan.config.run import batch_of, sizes_of, stages_of
 from longspan.config.schema import DatasetConfig, TrainConfig
@@ -202,6 +203,8 @@ def summary(config: TrainConfig, world: int | None) -> dict[str, Any]:
         lines["model"] = (
             f"{config.num_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads ({groups} key/value)"
         )
+        if is_recurrent(config.layer_types, config.hybrid_override_pattern):
+            lines["mixers"] = recurrent_line(Architecture.of(config))
         if config.pipeline_schedule is not None:
             stages = stages_of(config, Architecture.of(config))
             lines["pipeline"] = pipeline_line(stages, sizes.pp, config.pipeline_schedule, batch.accumulation)

@@ -67,6 +67,10 @@ def quiet(text: str) -> None:
     """Prints nothing."""
 
 
+#: what may differ between the runs of ``--all``, in the order of the table
+VARIED = ("cp_comm_type", "cp_layout", "ssm_cp_type", "attention_cp_layout")
+
+
 def report_all(results: list[dict], as_json: bool) -> int:
     """Prints one line for each run; returns exit code 0 if all runs passed, otherwise 1."""
     from longspan.training.metrics import finite
@@ -80,11 +84,12 @@ def report_all(results: list[dict], as_json: bool) -> int:
 
     first = results[0]
     table = Table(title=f"{first['layout']}  against  {first['reference']}  ({first['dtype']})")
-    for column in ("cp_comm_type", "cp_layout", "loss", "gradient norm", "worst gradient", ""):
-        table.add_column(column, justify="left" if column.startswith("cp") else "right")
+    varied = [name for name in VARIED if name in first]
+    for column in (*varied, "loss", "gradient norm", "worst gradient", ""):
+        table.add_column(column, justify="left" if column in varied else "right")
     for r in results:
         numbers = (f"{r[name]:.1e}" for name in ("loss_error", "grad_norm_error", "max_gradient_error"))
-        table.add_row(r["cp_comm_type"], r["cp_layout"], *numbers, "passed" if r["passed"] else "FAILED")
+        table.add_row(*(r[name] for name in varied), *numbers, "passed" if r["passed"] else "FAILED")
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     word = "passed" if passed else "FAILED"
     print(f"{word}: every relative error must be within {first['tolerance']:.0e}")

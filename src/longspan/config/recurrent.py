@@ -158,10 +158,10 @@ def mixers_of(layer_types: Sequence[str] | None, pattern: str | None) -> list[st
 
     A letter that is none has no mixer: the rules refuse it.
     """
-    if pattern is not None:
+    if isinstance(pattern, str):
         mixers = [LETTERS[letter].mixer for letter in pattern if letter in LETTERS]
         return [mixer for mixer in mixers if mixer is not None]
-    return None if layer_types is None else list(layer_types)
+    return list(layer_types) if isinstance(layer_types, list | tuple) else None
 
 
 def recurrent_problems(model: Architecture) -> list[Problem]:
@@ -189,6 +189,13 @@ def recurrent_problems(model: Architecture) -> list[Problem]:
 def _stack(model: Architecture) -> Iterator[Problem]:
     """Broken rules of the two ways to write a hybrid model."""
     types, pattern, layers = model.layer_types, model.hybrid_override_pattern, model.num_layers
+    for name, value, kind, what in (
+        ("layer_types", types, (list, tuple), "a list of mixers"),
+        ("hybrid_override_pattern", pattern, str, "text of one letter a layer"),
+    ):
+        if value is not None and not isinstance(value, kind):
+            yield (name,), f"{name} {value!r}: it is {what}."
+            return
     for name, value in (("layer_types", types), ("hybrid_override_pattern", pattern)):
         if value is not None and len(value) != layers:
             what = "entries" if name == "layer_types" else "letters"

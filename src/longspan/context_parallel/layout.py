@@ -26,7 +26,7 @@ from torch import Tensor
 
 from longspan.context_parallel.balance import TOLERANCE, balanced_chunks
 from longspan.context_parallel.needed import rows_matrix
-from longspan.context_parallel.once import Once
+from longspan.context_parallel.once import Once, Store
 from longspan.mesh import collectives
 
 Span = tuple[int, int]
@@ -65,7 +65,7 @@ class SequenceLayout(Once):
     cu_seqlens: tuple[int, ...]
     all_spans: tuple[tuple[Span, ...], ...]
     name: str = "custom"
-    _made: dict = field(default_factory=dict, compare=False, repr=False)
+    _made: Store = field(default_factory=Store, compare=False, repr=False)
 
     # --- makers ---------------------------------------------------------------------------
 

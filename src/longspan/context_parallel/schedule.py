@@ -26,7 +26,7 @@ import numpy as np
 
 from longspan.context_parallel.layout import Segment, SequenceLayout
 from longspan.context_parallel.needed import effective_window, needed, rows_matrix
-from longspan.context_parallel.once import Once
+from longspan.context_parallel.once import Once, Store
 from longspan.context_parallel.tiles import Range, Tile, own_tiles, received_tiles, row_ranges
 
 #: The fewest key/value rows that one exchange should send to the rank that receives most.
@@ -59,7 +59,7 @@ class Step(Once):
     receives: tuple[Message, ...]
     order: tuple[Range, ...] | None
     tiles: tuple[Tile, ...]
-    _made: dict = field(default_factory=dict, compare=False, repr=False)
+    _made: Store = field(default_factory=Store, compare=False, repr=False)
 
     @property
     def received_rows(self) -> int:

@@ -24,6 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longspan.context_parallel.layout import SequenceLayout
+from longspan.context_parallel.runs_of_tokens import borders
 from longspan.mesh.collectives import join
 
 
@@ -102,6 +104,9 @@ class Maps(Protocol):
     def transpose(self, map_: Tensor) -> Tensor:
         """The map that gradients take, in the other direction."""
 
+    def gradient(self, later: Tensor, incoming: Tensor) -> Tensor:
+        """The gradient of M in M S, from that of the product (``later``) and S (``incoming``)."""
+
 
 class Decays:
     """Maps that are numbers: Mamba-2's decay [b, n] of a state [b, n, p, d]."""
@@ -115,6 +120,9 @@ class Decays:
     def transpose(self, map_: Tensor) -> Tensor:
         return map_
 
+    def gradient(self, later: Tensor, incoming: Tensor) -> Tensor:
+        return (later * incoming).sum((-1, -2))
+
 
 class Transitions:
     """Maps that are matrices: the delta rule's transition [b, n, d_k, d_k] of a state [b, n, d_k, d_v]."""
@@ -127,6 +135,9 @@ class Transitions:
 
     def transpose(self, map_: Tensor) -> Tensor:
         return map_.mT
+
+    def gradient(self, later: Tensor, incoming: Tensor) -> Tensor:
+        return later @ incoming.mT
 
 
 class StatesOfRanks:
@@ -169,6 +180,24 @@ class StatesOfRanks:
         self._map: Tensor | None = None
         #: states that this rank has sent, for those who count
         self.sent = 0
+
+    @classmethod
+    def of(
+        cls,
+        group: dist.ProcessGroup,
+        layout: SequenceLayout,
+        maps: Maps,
+        shape: Sequence[int],
+        map_shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> StatesOfRanks:
+        """The exchange between the ranks of a contiguous layout.
+
+        Raises:
+            ValueError: as :func:`runs_of`.
+        """
+        return cls(group, *borders(layout), maps, shape, map_shape, dtype, device)
 
     def _mirrored(self, rank: int | None) -> int | None:
         return None if rank is None else self.ranks - 1 - rank
@@ -230,13 +259,13 @@ class StatesOfRanks:
 class HandOn(torch.autograd.Function):
     """The incoming state of a span whose halves are differentiated by autograd, as Mamba-2's are.
 
-    ``HandOn.apply(state, decay, exchange) -> incoming``, where exchange is a :class:`StatesOfRanks` over
-    :class:`Decays`. All ranks have to reach backward.
+    ``HandOn.apply(state, map, exchange) -> incoming``, where exchange is a :class:`StatesOfRanks`. All ranks have to
+    reach backward.
     """
 
     @staticmethod
-    def forward(ctx, state, decay, exchange):
-        incoming = exchange.incoming(state, decay)
+    def forward(ctx, state, map_, exchange):
+        incoming = exchange.incoming(state, map_)
         ctx.exchange = exchange
         ctx.save_for_backward(incoming)
         return incoming
@@ -246,4 +275,26 @@ class HandOn(torch.autograd.Function):
     def backward(ctx, gradient):
         (incoming,) = ctx.saved_tensors
         later = ctx.exchange.outgoing(gradient)
-        return later, (later * incoming).sum((-1, -2)), None
+        return later, ctx.exchange.maps.gradient(later, incoming), None
+
+
+def scan_over_ranks(own: tuple[Tensor, Tensor], group: dist.ProcessGroup, layout: SequenceLayout) -> Tensor:
+    """The state that comes into this rank's run of tokens, composed of what the runs before hand on.
+
+    Args:
+        own: what this rank's run makes of a state: (state [b, n, ..] that it makes of a zero state, its map). The map
+            is a decay [b, n], or a matrix [b, n, d, d] that is multiplied from the left. Both in at least float32.
+            Where a document begins inside the run, the map is zero.
+        layout: contiguous; its documents decide between which ranks a state travels.
+
+    Returns:
+        [b, n, ..], zero where the rank's first token begins a document. Gradients flow to both parts of ``own``, and
+        all ranks have to reach backward.
+
+    Raises:
+        ValueError: a rank holds more than one run of the layout's tokens.
+    """
+    state, map_ = own
+    maps = Decays() if map_.dim() == 2 else Transitions()
+    exchange = StatesOfRanks.of(group, layout, maps, state.shape, map_.shape, state.dtype, state.device)
+    return HandOn.apply(state, map_, exchange)

@@ -2,5 +2,6 @@
 
 from longspan.models.decoder import TransformerBlock, TransformerLayer
 from longspan.models.gpt import GPTModel
+from longspan.models.mixers import GatedDeltaMixer, MambaMixer
 
-__all__ = ["GPTModel", "TransformerBlock", "TransformerLayer"]
+__all__ = ["GPTModel", "GatedDeltaMixer", "MambaMixer", "TransformerBlock", "TransformerLayer"]

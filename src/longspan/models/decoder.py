@@ -1,4 +1,4 @@
-"""A decoder's layer (attention, then an MLP, each after a norm and added to its input), and all layers."""
+"""A decoder's layer (a mixer, then an MLP, each after a norm and added to its input), and all layers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from longspan.expert_parallel.tokens import Sequences
 from longspan.mesh.default_groups import process_groups
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.layer import Layer, Rows, make_rows, refuse_mask
+from longspan.models.mixers import make_mixer
 from longspan.models.norm import Norm
 from longspan.models.parts import SelfAttention, make_mlp
-from longspan.models.rotary import RotaryTable
 from longspan.tensor_parallel.initial import filled_by_name
 
 
 class DecoderLayer(Layer):
-    """``y = x + attention(norm(x))``, then ``y + mlp(norm(y))``; [s, b, h] -> [s, b, h].
+    """``y = x + mixer(norm(x))``, then ``y + mlp(norm(y))``; [s, b, h] -> [s, b, h].
+
+    The mixer is attention (``self_attention``) or recurrent (``mixer``). A layer of a model that is written as
+    ``hybrid_override_pattern`` has only one of the two parts. With ``attention_post_norm`` the norms of a layer with
+    attention come behind: ``y = x + norm(attention(x))``, then ``y + norm(mlp(y))``.
 
     Args:
         number: from 1. A layer made alone gets the initial weights of layer ``number`` of a whole model.
@@ -40,37 +44,60 @@ class DecoderLayer(Layer):
         seed: int | None = None,
     ):
         super().__init__(number)
+        kind, mlp = config.parts_of_layer(number)
+        self.mixing = None if kind is None else "self_attention" if kind == "attention" else "mixer"
+        mixer_norm, mlp_norm = config.norms_of_layer(number)
+        self.norms_behind = config.attention_post_norm and kind == "attention"
         with filled_by_name(self, config, pg_collection.tp.size(), seed, f"decoder.layers.{number - 1}"):
-            self.input_layernorm = Norm(config, pg_collection)
-            self.self_attention = SelfAttention(config, number, pg_collection)
-            self.pre_mlp_layernorm = Norm(config, pg_collection)
+            if kind is not None:
+                setattr(self, mixer_norm, Norm(config, pg_collection))
+            if kind == "attention":
+                self.self_attention = SelfAttention(config, number, pg_collection)
+            elif kind is not None:
+                self.mixer = make_mixer(kind, config, number, pg_collection)
+            if mlp is not None:
+                setattr(self, mlp_norm, Norm(config, pg_collection))
             self.mlp = make_mlp(config, number, pg_collection)
 
     @property
     def tiles(self) -> int | None:
-        """See ``parts.MLP``; without effect on experts."""
-        return self.mlp.tiles
+        """See ``parts.MLP``; without effect on experts, and on a layer without an MLP."""
+        return 1 if self.mlp is None else self.mlp.tiles
 
     @tiles.setter
     def tiles(self, tiles: int | None) -> None:
-        self.mlp.tiles = tiles
+        if self.mlp is not None:
+            self.mlp.tiles = tiles
 
     def plan(self, layout: SequenceLayout) -> None:
-        self.self_attention.core_attention.plan(layout)
+        if self.mixing is not None:
+            getattr(self, self.mixing).plan(layout)
 
     def compute(self, x: Tensor, rows: Rows, run: Callable[..., Any], memory: dict) -> Tensor:
-        q, k, v = run(self._before, x, rows.rotary)
-        context, _ = self.self_attention.core_attention(
-            q, k, v, packed_seq_params=rows.packed_seq_params, layout=rows.layout
-        )
-        return run(self._after, x, context, rows, memory)
+        if self.mixing is None:
+            return run(self._mlp_alone, x, rows, memory)
+        mixer = getattr(self, self.mixing)
+        entered = run(self._before, x, rows)
+        return run(self._after, x, mixer.mix(*entered, rows=rows), rows, memory)
 
-    def _before(self, x: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
-        return self.self_attention.heads(self.input_layernorm(x), rotary)
+    def _before(self, x: Tensor, rows: Rows) -> tuple[Tensor, ...]:
+        assert self.mixing is not None
+        return getattr(self, self.mixing).enter(x if self.norms_behind else self.input_layernorm(x), rows)
 
-    def _after(self, x: Tensor, context: Tensor, rows: Rows, memory: dict) -> Tensor:
-        x, normalised = self.pre_mlp_layernorm.after_adding(x, self.self_attention.output(context))
+    def _after(self, x: Tensor, mixed: tuple[Tensor, ...], rows: Rows, memory: dict) -> Tensor:
+        assert self.mixing is not None
+        y = getattr(self, self.mixing).output(*mixed)
+        if self.norms_behind:
+            x = x + self.post_attention_layernorm(y)
+            return x if self.mlp is None else x + self.post_mlp_layernorm(self.mlp(x, rows, memory))
+        if self.mlp is None:
+            return x + y
+        x, normalised = self.pre_mlp_layernorm.after_adding(x, y)
         return x + self.mlp(normalised, rows, memory)
+
+    def _mlp_alone(self, x: Tensor, rows: Rows, memory: dict) -> Tensor:
+        assert self.mlp is not None
+        return x + self.mlp(self.pre_mlp_layernorm(x), rows, memory)
 
 
 class TransformerLayer(DecoderLayer):

@@ -22,6 +22,8 @@ from longspan.config.model import TransformerConfig
 from longspan.context_parallel import PackedSeqParams, SequenceLayout
 from longspan.context_parallel.attention import default_layout, place_in_call
 from longspan.context_parallel.refusals import check_packed, check_rows
+from longspan.context_parallel.runs_of_tokens import runs_of
+from longspan.context_parallel.two_layouts import attention_layout
 from longspan.expert_parallel.tokens import RoutedTokens, Sequences
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.memory.offload import Offload
@@ -37,6 +39,8 @@ class Rows:
 
     Attributes:
         layout: which tokens each context parallel rank holds.
+        attention_layout: the same for attention alone; another object than ``layout`` if attention has a layout of
+            its own, to which rows are moved.
         rank: this process's number among those ranks.
         rotary: cos and sin of the rows' positions; None without rotary embeddings.
         packed_seq_params: the context parallel group of this call, if it is not the model's group; the
@@ -54,8 +58,10 @@ class Rows:
         packed_seq_params: PackedSeqParams | None = None,
         real: Tensor | None = None,
         routed: RoutedTokens | None = None,
+        attention_layout: SequenceLayout | None = None,
     ):
         self.layout, self.rank = layout, rank
+        self.attention_layout = layout if attention_layout is None else attention_layout
         self.rotary, self.packed_seq_params = rotary, packed_seq_params
         self.real, self.routed = real, routed
 
@@ -78,7 +84,8 @@ def make_rows(
         sequences: which sequence each row belongs to, for a model with experts; None takes each column as one.
 
     Raises:
-        ValueError: the activations do not hold this rank's rows of the layout.
+        ValueError: the activations do not hold this rank's rows of the layout, or the model has recurrent layers
+            and the layout is not contiguous.
     """
     count = sequence_rows(config, groups, hidden_states)
     if layout is None:
@@ -96,7 +103,10 @@ def make_rows(
         sequences = sequences or sequences_of(layout, rank, hidden_states.shape[1])
         held = hidden_states.shape[0]
         routed = sequences.routed(slice(part * held, (part + 1) * held), hidden_states.device)
-    return Rows(layout, rank, rotary, packed_seq_params, real, routed)
+    if config.recurrent:
+        runs_of(layout)
+    of_attention = attention_layout(config, layout)
+    return Rows(layout, rank, rotary, packed_seq_params, real, routed, of_attention)
 
 
 def sequences_of(layout: SequenceLayout, rank: int, batch: int) -> Sequences:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from longspan.compiled import Compilable
 from longspan.config.model import AttnMaskType, TransformerConfig
-from longspan.context_parallel import DotProductAttention
+from longspan.context_parallel import DotProductAttention, SequenceLayout
 from longspan.context_parallel.refusals import group_of_call
+from longspan.context_parallel.two_layouts import attention_layout, to_attention, to_stream
 from longspan.expert_parallel import MoELayer
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.layer import Rows
@@ -63,6 +64,7 @@ class SelfAttention(nn.Module, Compilable):
 
     def __init__(self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection):
         super().__init__()
+        self.config = config
         self.head_dim = d = config.kv_channels
         heads, groups, h = config.num_attention_heads, config.num_query_groups, config.hidden_size
         bias, tp = config.add_bias_linear, pg_collection.tp_mesh
@@ -110,8 +112,30 @@ class SelfAttention(nn.Module, Compilable):
             q, k = self.part(rotated_heads)(q, k, rotary)
         return q, k, *others
 
+    def enter(self, x: Tensor, rows: Rows) -> tuple[Tensor, ...]:
+        """[s, b, h] -> what :meth:`mix` takes: query, key and value, and the gate if the layer has one."""
+        return self.heads(x, rows.rotary)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, *gate: Tensor, rows: Rows) -> tuple[Tensor, ...]:
+        """Core attention -> what :meth:`output` takes: the context [s, b, n, d], and the gate as it is.
+
+        If attention has a layout of its own, rows are moved there and back.
+        """
+        layout, stream = rows.attention_layout, rows.layout
+        group = group_of_call(rows.packed_seq_params, self.core_attention.cp_group)
+        moved = layout is not stream and group is not None
+        if moved:
+            q, k, v = to_attention(q, k, v, stream, layout, rows.rank, group)
+        context, _ = self.core_attention(q, k, v, packed_seq_params=rows.packed_seq_params, layout=layout)
+        context = to_stream(context, stream, layout, rows.rank, group) if moved else context
+        return context, *gate
+
+    def plan(self, layout: SequenceLayout) -> None:
+        """Computes in advance what :meth:`mix` needs of the stream's layout."""
+        self.core_attention.plan(attention_layout(self.config, layout))
+
     def output(self, context: Tensor, gate: Tensor | None = None) -> Tensor:
-        """The output of core attention [s, b, n, d] and the gate of :meth:`heads` -> [s, b, h]."""
+        """The output of core attention [s, b, n, d], and the gate of the same shape -> [s, b, h]."""
         if gate is not None:
             context = self.part(gated_heads)(context, gate)
         return self.linear_proj(context.flatten(2))
@@ -170,6 +194,11 @@ class SparseMLP(MoELayer):
         return self.compute(x, rows.routed, memory, cp_group, balance=self.training)[0]
 
 
-def make_mlp(config: TransformerConfig, number: int, groups: ProcessGroupCollection) -> MLP | SparseMLP:
-    """The MLP of layer ``number``: dense, or experts."""
-    return SparseMLP(config, number, groups) if config.has_experts(number) else MLP(config, groups)
+def make_mlp(
+    config: TransformerConfig, number: int, groups: ProcessGroupCollection
+) -> MLP | SparseMLP | None:
+    """The MLP of layer ``number``: dense, or experts; None if the layer has neither."""
+    kind = config.parts_of_layer(number).mlp
+    if kind is None:
+        return None
+    return SparseMLP(config, number, groups) if kind == "experts" else MLP(config, groups)

@@ -40,6 +40,7 @@ def variants(run: Run, everything: bool) -> list[Run]:
     if not everything:
         return [run]
     from longspan.config.model import CP_COMM_TYPES, hierarchy_proposal
+    from longspan.config.recurrent import recurrent_cut_problems as way_problems
     from longspan.context_parallel.layout import LAYOUTS
 
     whole = {"hybrid_context_parallel": False, "max_seqlen_per_dp_cp_rank": None}
@@ -52,16 +53,20 @@ def variants(run: Run, everything: bool) -> list[Run]:
     heads = run.model.num_attention_heads // run.sizes.tp
     sizes = run.sizes.hierarchical_cp or hierarchy_proposal(cp, heads)
     runs = []
+    if run.model.recurrent:
+        # The stream stays contiguous; attention's layout, and the way of the states, vary instead.
+        ways = [way for way in ("state", "a2a") if not way_problems(run.model, run.sizes.tp, cp, way)]
+        runs = [run.with_keys(ssm_cp_type=way, attention_cp_layout="contiguous") for way in ways]
+        if not run.attention_layers:
+            return runs
     for kind in CP_COMM_TYPES:
         if heads % {"a2a": cp, "a2a+p2p": sizes[0]}.get(kind, 1):
             continue
         for layout in LAYOUTS:
             hierarchy = list(sizes) if kind == "a2a+p2p" else None
-            runs.append(
-                run.with_keys(
-                    cp_comm_type=kind, cp_layout=layout, hierarchical_context_parallel_sizes=hierarchy
-                )
-            )
+            key = "attention_cp_layout" if run.model.recurrent else "cp_layout"
+            keys = {"cp_comm_type": kind, key: layout, "hierarchical_context_parallel_sizes": hierarchy}
+            runs.append(run.with_keys(**keys))
     return runs
 
 
@@ -89,6 +94,8 @@ def one_process(run: Run) -> Run:
         gradient_accumulation_steps=run.batch.global_size // run.batch.micro,
         attention_backend="math",
         cp_comm_type="p2p",
+        ssm_cp_type="auto",
+        attention_cp_layout="auto",
         hierarchical_context_parallel_sizes=None,
         hybrid_context_parallel=False,
         max_seqlen_per_dp_cp_rank=None,
@@ -285,6 +292,11 @@ def errors(run: Run, steps: int, got: dict, expected: dict) -> dict:
         "layout": run.sizes.equation(),
         "cp_comm_type": run.config.cp_comm_type,
         "cp_layout": run.config.cp_layout,
+        **(
+            {"ssm_cp_type": run.config.ssm_cp_type, "attention_cp_layout": run.config.attention_cp_layout}
+            if run.model.recurrent
+            else {}
+        ),
         "reference": "one process, math attention",
         "dtype": dtype,
         "tolerance": TOLERANCES[dtype],

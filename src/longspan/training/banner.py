@@ -8,6 +8,7 @@ import torch
 
 from longspan.config.data import keeps_documents_apart
 from longspan.config.experts import experts_line
+from longspan.config.recurrent import recurrent_line
 from longspan.config.run import Run
 from longspan.config.stages import pipeline_line
 from longspan.context_parallel.kernels.choose import select_kernel
@@ -40,7 +41,11 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
         c.deterministic_mode,
     )
     layout: str = c.cp_layout
-    if layout == "auto":
+    if model.recurrent:
+        layout = "contiguous"
+        if run.attention_layers and sizes.cp > 1:
+            layout += f", attention {c.attention_cp_layout}"
+    elif layout == "auto":
         plain = run_layout(run, batch.sequence_len).name
         layout = "balanced where documents are uneven" if keeps_documents_apart(c) else plain
     moves = c.cp_comm_type if isinstance(c.cp_comm_type, str) else "/".join(c.cp_comm_type)
@@ -49,6 +54,7 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
     rows = {
         "model": f"{parameters / 1e6:,.1f}M parameters: {model.num_layers} layers, hidden {model.hidden_size}, "
         f"{model.num_attention_heads} heads ({model.num_query_groups} key/value), vocabulary {run.vocab_size}",
+        **({"mixers": recurrent_line(model)} if model.recurrent else {}),
         **(
             {
                 "adapters": f"LoRA rank {run.lora.rank}, scale {run.lora.scale:g}, on {', '.join(run.lora.targets)}: "

@@ -41,19 +41,12 @@ def _recompute_layers(value: Any) -> dict[str, Any]:
     return {}
 
 
-def _rope_percent(value: Any) -> dict[str, Any]:
-    if float(value) != 1.0:
-        raise ValueError(value)
-    return {}
-
-
 FLAGS: dict[str, ExternalName] = {
     # model
     "--swiglu": becomes(
         lambda _: {"gated_linear_unit": True, "activation_func": "silu"}, "It takes no value.", values=0
     ),
     "--group-query-attention": no_effect("--num-query-groups alone says it.", values=0),
-    "--rotary-percent": becomes(_rope_percent, "The whole head is rotated: 1.0."),
     "--rotary-interleaved": refused(
         "Halves of a head are paired, as in Hugging Face's checkpoints.", values=0
     ),
@@ -82,7 +75,6 @@ FLAGS: dict[str, ExternalName] = {
     ),
     "--padded-vocab-size": no_effect("The vocabulary is padded to a multiple of 128, at every layout."),
     "--openai-gelu": refused("GELU is the exact one.", values=0),
-    "--squared-relu": refused("Use --activation-func relu, gelu or silu.", values=0),
     "--quick-geglu": refused("Use --swiglu.", values=0),
     "--apply-residual-connection-post-layernorm": refused("Layers are pre-norm.", values=0),
     "--apply-query-key-layer-scaling": no_effect(

@@ -1,0 +1,69 @@
+"""A hybrid model's two layouts: its stream is contiguous, and its attention works on a layout of even work.
+
+A recurrent layer hands a state from run to run, which is cheap where each rank holds one run of tokens. Causal
+attention on such runs is uneven: the last rank has the most keys. So the rows of query, key and value go to another
+layout before attention, and those of its output come back, each in one all-to-all (``move_rows``).
+
+    q [s, b, n, d], k, v [s, b, m, d] of the stream's rows -> the same of the attention layout's rows
+    context [s', b, n, d] -> [s, b, n, d]
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.config.model import TransformerConfig
+from longspan.context_parallel.layout import SequenceLayout
+from longspan.context_parallel.move_rows import change_of_layout, move_rows
+
+
+def attention_layout(config: TransformerConfig, stream: SequenceLayout) -> SequenceLayout:
+    """The layout of attention in a model whose stream has another; ``stream`` itself if one layout serves both.
+
+    The stream's layout keeps it.
+    """
+    if stream.ranks == 1 or not config.recurrent or "attention" not in config.mixers:
+        return stream
+    windows, together = config.attention_windows, heads_together(config)
+    name = config.attention_cp_layout
+
+    def make() -> SequenceLayout:
+        made = SequenceLayout.make(
+            name, stream.total, stream.ranks, cu_seqlens=stream.cu_seqlens, windows=windows, together=together
+        )
+        return stream if made.all_spans == stream.all_spans else made
+
+    return stream.once(("attention_layout", name, tuple(windows), together), make)
+
+
+def heads_together(config: TransformerConfig) -> int:
+    """Number of ranks that exchange heads in every attention layer; 1 if a layer moves only keys."""
+    inner = (config.hierarchical_context_parallel_sizes or (1,))[0]
+    sizes = {"a2a": config.context_parallel_size, "a2a+p2p": inner}
+    layers = range(1, config.num_layers + 1)
+    types = {config.comm_type_of_layer(n) for n in layers if config.parts_of_layer(n).mixer == "attention"}
+    return min(sizes.get(name, 1) for name in types)
+
+
+def to_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stream: SequenceLayout,
+    target: SequenceLayout,
+    rank: int,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, ...]:
+    """Query, key and value in the rows of ``stream`` -> in the rows of ``target``, in one exchange."""
+    move = change_of_layout(stream, target, rank, q.device)
+    heads = [x.shape[2] for x in (q, k, v)]
+    return move_rows(torch.cat([q, k, v], dim=2), move, group).split(heads, dim=2)
+
+
+def to_stream(
+    context: Tensor, stream: SequenceLayout, target: SequenceLayout, rank: int, group: dist.ProcessGroup
+) -> Tensor:
+    """Attention's output in the rows of ``target`` -> in the rows of ``stream``."""
+    return move_rows(context, change_of_layout(target, stream, rank, context.device), group)
