@@ -9,7 +9,6 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import pool
-import tiny
 from llamas import lora_run, make_llama
 from longspan.mesh.whole import whole_tensors
 from longspan.training.export import export

@@ -35,6 +35,11 @@ class DecoderLayer(Layer):
         ValueError: the config is not supported.
     """
 
+    input_layernorm: Norm
+    post_attention_layernorm: Norm
+    pre_mlp_layernorm: Norm
+    post_mlp_layernorm: Norm
+
     def __init__(
         self,
         config: TransformerConfig,
