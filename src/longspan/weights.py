@@ -15,7 +15,7 @@ from longspan.config.run import Run
 from longspan.errors import UserError
 from longspan.models.gpt import GPTModel
 from longspan.models.hf_weights import Names, SafetensorsFolder, lies_in_files, read_part
-from longspan.models.peft import is_adapter, open_adapters, peft_name, read_adapter
+from longspan.models.peft import adapter_places, is_adapter, open_adapters, read_adapter
 from longspan.tensor_parallel.initial import init_weights
 from longspan.tensor_parallel.lora import Adapter
 from longspan.tensor_parallel.random import local_ranges
@@ -65,18 +65,23 @@ def _agree(problems: list[str]) -> None:
 
 
 @torch.no_grad()
-def load_adapters(model: GPTModel, folder: str | Path) -> None:
+def load_adapters(model: GPTModel, folder: str | Path, model_type: str | None) -> None:
     """Fills every adapter from a folder in PEFT's format; collective. Each rank reads only its parts.
+
+    Args:
+        model_type: of the base model's config.json.
 
     Raises:
         UserError: the adapters belong to another model, or hold NaN or infinity; raised on all ranks.
     """
     adapters = {name: p for name, p in model.named_parameters() if is_adapter(name)}
+    names = Names(model.config, model.vocab_size, model_type)
+    places = {name: adapter_places(names, name) for name in adapters}
     problems: list[str] = []
     try:
-        with open_adapters(folder, map(peft_name, adapters)) as source:
+        with open_adapters(folder, [place.name for each in places.values() for place in each]) as source:
             for name, parameter in adapters.items():
-                part = read_adapter(source, name, parameter.shape, local_ranges(parameter))
+                part = read_adapter(source, places[name], parameter.shape, local_ranges(parameter))
                 parameter.to_local().copy_(part)
     except UserError as error:
         problems = error.problems
@@ -86,6 +91,8 @@ def load_adapters(model: GPTModel, folder: str | Path) -> None:
 def fill_adapters(model: GPTModel, run: Run) -> None:
     """Fills adapters from ``lora_model_dir``, or draws them by (seed, name, shape), whatever the layout."""
     if run.config.lora_model_dir is not None:
-        load_adapters(model, run.config.lora_model_dir)
+        assert run.pretrained is not None
+        model_type = SafetensorsFolder(model_folder(run.pretrained)).model_type
+        load_adapters(model, run.config.lora_model_dir, model_type)
     else:
         init_weights(model, run.config.seed, Adapter)

@@ -136,11 +136,16 @@ def test_every_layout_computes_the_same(world, sizes, more):
     ("changes", "words"),
     [
         ({"qk_layernorm_over_heads": True}, "no effect without qk_layernorm"),
-        ({"qk_layernorm": True, "qk_layernorm_over_heads": True, "normalization": "LayerNorm"}, "only RMSNorm"),
+        (
+            {"qk_layernorm": True, "qk_layernorm_over_heads": True, "normalization": "LayerNorm"},
+            "only RMSNorm",
+        ),
         ({"rotary_percent": 0.5, "position_embedding_type": "none"}, "rotary_percent has no effect"),
         ({"rotary_percent": 0.1}, "an even number of them"),
     ],
 )
 def test_rules(changes, words):
     with pytest.raises(ValueError, match=words):
-        TransformerConfig(**dict(num_layers=1, hidden_size=32, num_attention_heads=4, normalization="RMSNorm") | changes)
+        TransformerConfig(
+            **dict(num_layers=1, hidden_size=32, num_attention_heads=4, normalization="RMSNorm") | changes
+        )

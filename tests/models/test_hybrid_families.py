@@ -1,6 +1,5 @@
 """Mamba-2, Qwen3-Next, Qwen3.5, OLMo Hybrid and Nemotron-H in and out, against transformers itself."""
 
-
 import pytest
 import torch
 from safetensors.torch import load_file

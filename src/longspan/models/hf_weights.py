@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -278,6 +278,34 @@ def _read_place(source: SafetensorsFolder, place: Place, whole: list[int], range
         whole: the shape of our parameter without padding; ranges: the part, (start, stop) along each dim of it.
     """
     lazy = source.weights(place.name)
+    expected, index, single, empty = place_in_tensor(place, whole, ranges)
+    if list(lazy.get_shape()) != expected:
+        raise UserError(
+            f"base_model {source.folder}: {place.name} has shape {list(lazy.get_shape())}, the config needs {expected}. "
+            "Leave the architecture to base_model, or set reinit_weights: true."
+        )
+    if single and empty:
+        sizes = [stop - start for start, stop in ranges[1:]]
+        return torch.empty(0, *sizes, dtype=WEIGHT_DTYPES[lazy.get_dtype()])
+    part = lazy[tuple(index)] if len(index) > 1 else lazy[index[0]]
+    if place.transposed:
+        part = part.t()
+    if place.thin:
+        part = part.squeeze(1)
+    if place.shift:
+        part = part.to(torch.promote_types(part.dtype, torch.float32)) - place.shift
+    check_finite(part, f"base_model {source.folder}", place.name, source.files[place.name])
+    return part.unsqueeze(0) if single else part
+
+
+def place_in_tensor(
+    place: Place, whole: Sequence[int], ranges: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[slice], bool, bool]:
+    """(shape of the tensor, index of a part in it, whether it has no dim 0, whether the part has no rows in it).
+
+    Args:
+        whole, ranges: as for :func:`_read_place`.
+    """
     held = range(whole[0])[place.rows]
     single = isinstance(held, int)
     held = range(held, held + 1) if isinstance(held, int) else held
@@ -292,23 +320,7 @@ def _read_place(source: SafetensorsFolder, place: Place, whole: list[int], range
     if place.transposed:
         expected.reverse()
         index.reverse()
-    if list(lazy.get_shape()) != expected:
-        raise UserError(
-            f"base_model {source.folder}: {place.name} has shape {list(lazy.get_shape())}, the config needs {expected}. "
-            "Leave the architecture to base_model, or set reinit_weights: true."
-        )
-    if single and first == last:
-        sizes = [stop - start for start, stop in ranges[1:]]
-        return torch.empty(0, *sizes, dtype=WEIGHT_DTYPES[lazy.get_dtype()])
-    part = lazy[tuple(index)] if len(index) > 1 else lazy[index[0]]
-    if place.transposed:
-        part = part.t()
-    if place.thin:
-        part = part.squeeze(1)
-    if place.shift:
-        part = part.to(torch.promote_types(part.dtype, torch.float32)) - place.shift
-    check_finite(part, f"base_model {source.folder}", place.name, source.files[place.name])
-    return part.unsqueeze(0) if single else part
+    return expected, index, single, first == last
 
 
 def check_finite(part: Tensor, where: str, name: str, file: str) -> None:

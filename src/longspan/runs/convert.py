@@ -73,6 +73,7 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
 
     from longspan.config.architecture import Architecture
     from longspan.config.families.config_json import export_problem
+    from longspan.config.families.hub import model_config
     from longspan.config.lora import Lora
     from longspan.models.hf_weights import FolderWriter, Names
     from longspan.models.peft import is_adapter, write_adapters
@@ -109,7 +110,10 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
         lora = Lora(adapter["rank"], adapter["alpha"], tuple(adapter["targets"]), adapter["rslora"])
         run = at_hand(run.model_copy(update={"base_model": adapter["base_model"]}))
         files = files_of_adapters(run, tokenizer)
-        write_adapters(output, weights, lora.peft_config(adapter["base_model"]), files)
+        base = adapter["base_model"]
+        names = Names(model, said["model"]["vocab_size"], model_config(base)[0].get("model_type"))
+        config = lora.peft_config(base, names.family.adapter_modules)
+        write_adapters(output, names, weights, config, files)
         return
     files = files_of_run(at_hand(run), described, dtype, tokenizer)
     vocab = said["model"]["vocab_size"]

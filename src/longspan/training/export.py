@@ -95,7 +95,9 @@ def export(trainer: Trainer, folder: Path, prepared: tuple[torch.dtype, Files] |
     first = dist.get_rank() == 0
     dtype, files = (prepared or prepare_export(run)) if first else (torch.float32, {})
     if run.lora is not None and run.pretrained is not None:
-        export_adapters(trainer.model, run.lora.peft_config(run.pretrained), folder, dtype, files)
+        names = Names(run.model, run.vocab_size, model_config(run.pretrained)[0].get("model_type"))
+        config = run.lora.peft_config(run.pretrained, names.family.adapter_modules)
+        export_adapters(trainer.model, names, config, folder, dtype, files)
         return
     writer = None
     if first:

@@ -185,6 +185,14 @@ class Family:
         shift = float(model.layernorm_zero_centered_gamma) - float(self.zero_centered)
         return [Place(self.tensor_name(name), shift=shift)]
 
+    def module_name(self, tensor: str) -> str:
+        """The name of a tensor in files -> its name in transformers' model, which PEFT takes."""
+        return tensor
+
+    def adapter_modules(self, target: str) -> tuple[str, ...]:
+        """The modules, by the ends of their names, that a target of adapters consists of."""
+        return (target,)
+
     def ways(self, name: str, model: Architecture) -> list[list[Place]]:
         """As :meth:`places`, in all ways that files have; the first way is the one that is written."""
         return [self.places(name, model)]

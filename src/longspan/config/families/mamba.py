@@ -292,10 +292,13 @@ class NemotronH(WithExperts, _Mamba):
     def tensor_name(self, name: str) -> str:
         return super().tensor_name(name).replace(".gate.expert_bias", ".gate.e_score_correction_bias")
 
+    def module_name(self, tensor: str) -> str:
+        return tensor.replace("backbone.", "model.", 1)
+
     def ways(self, name: str, model: Architecture) -> list[list[Place]]:
         """transformers writes ``backbone``, as the published files have it, and names its own modules ``model``."""
         written = self.places(name, model)
-        others = [place._replace(name=place.name.replace("backbone.", "model.", 1)) for place in written]
+        others = [place._replace(name=self.module_name(place.name)) for place in written]
         return [written, others]
 
 

@@ -101,6 +101,19 @@ class OlmoHybrid(WithGatedDelta, RotaryDecoder):
             found |= {"rope_parameters": rope, "rope_theta": None, "rope_scaling": None}
         return found | {"attention_bias": False, "linear_allow_neg_eigval": model.linear_allow_neg_eigval}
 
+    def adapter_modules(self, target: str) -> tuple[str, ...]:
+        # The projections of both mixers have the same names.
+        if target == "out_proj":
+            return ("linear_attn.o_proj",)
+        attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+        if target in attention:
+            return (f"self_attn.{target}",)
+        return (
+            tuple(f"linear_attn.{name}" for name in super().adapter_modules(target))
+            if target == "in_proj"
+            else (target,)
+        )
+
     def places(self, name: str, model: Architecture) -> list[Place]:
         places = super().places(name, model)
         if ".mixer.conv1d." not in name:

@@ -134,6 +134,9 @@ class Qwen35(_QwenHybrid):
         **{letter: f"in_proj_{letter}" for letter in "zba"},
     }
 
+    def module_name(self, tensor: str) -> str:
+        return tensor.replace("model.language_model.", "model.", 1)
+
     def ways(self, name: str, model: Architecture) -> list[list[Place]]:
         """The text model of a whole Qwen3.5 has a prefix of its own."""
         written = self.places(name, model)

@@ -90,6 +90,9 @@ class WithMixers(Family):
         """(the parts of a group of the input projection, number of groups)."""
         raise NotImplementedError
 
+    def adapter_modules(self, target: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.projections.values())) if target == "in_proj" else (target,)
+
     def places(self, name: str, model: Architecture) -> list[Place]:
         module, _, kind = name.rpartition(".")
         if not module.endswith((".mixer.in_proj", ".mixer.conv1d")):

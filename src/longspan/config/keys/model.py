@@ -34,7 +34,7 @@ class ModelKeys(BaseModel):
     base_model: str | None = key(
         None,
         "Hugging Face model to start from: a local folder, or a hub id when the hub can be reached (Llama, Mistral, Mixtral, "
-        "Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, GPT-2; docs/models.md).",
+        "Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, Qwen3.5, OLMo Hybrid, Nemotron-H, Mamba-2, GPT-2; docs/models.md).",
         flag="--base-model",
     )
     reinit_weights: bool = key(
@@ -253,9 +253,12 @@ class ModelKeys(BaseModel):
     lora_dropout: float = key(0.0, "Share of adapter inputs dropped: only 0 is supported.", ge=0, le=1)
     lora_target_modules: list[str] | None = key(
         None,
-        "Linear layers that get adapters, by Hugging Face's names (q_proj, v_proj, down_proj, ...).",
+        "Linear layers that get adapters, by Hugging Face's names (q_proj, v_proj, down_proj, ...); in_proj and out_proj are those "
+        "of recurrent layers.",
     )
-    lora_target_linear: bool = key(False, "All linear layers of attention and MLP get adapters.")
+    lora_target_linear: bool = key(
+        False, "All linear layers of attention, recurrent layers and MLP get adapters."
+    )
     lora_model_dir: str | None = key(None, "Folder of adapters in PEFT's format to start from.")
     peft_use_rslora: bool = key(False, "Scale adapters by lora_alpha / sqrt(lora_r) (rsLoRA).")
 
