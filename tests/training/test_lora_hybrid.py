@@ -50,7 +50,7 @@ def test_peft_reads_what_is_written_and_so_does_longspan(prefix, tmp_path, name)
     from transformers import AutoModelForCausalLM
 
     base, _ = hybrid_families.save(tmp_path / "base", name)
-    keys = {"sequence_len": 50, "learning_rate": 0.05}
+    keys = {"sequence_len": 50, "learning_rate": 0.01}
     if name == "qwen3_next":
         # PEFT takes adapters on up_proj of this type for adapters on its experts, also those of the shared expert.
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj"]
@@ -66,7 +66,7 @@ def test_peft_reads_what_is_written_and_so_does_longspan(prefix, tmp_path, name)
         # PEFT makes adapters for exactly the modules in the file.
         assert {n.replace(".default.", ".") for n in held} == written.keys()
         close(logits, model(row_of_tokens()).logits)
-    assert (logits - before).abs().max() > 1e-2
+    assert (logits - before).abs().max() > 1e-3
     lora, _ = read_peft_config(tmp_path / "hf")
     assert "in_proj" in lora.targets
     assert ("out_proj" in lora.targets) == (not name.startswith("nemotron"))
