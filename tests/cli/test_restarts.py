@@ -15,7 +15,7 @@ import yaml
 
 import command
 import tiny
-from longspan.runs import restarts
+from longspan.runs import machines, restarts
 from longspan.runs.notes import Failure, Notes
 from longspan.runs.ranks import Ending
 from longspan.training.stopping import Heard
@@ -276,6 +276,49 @@ def test_a_launcher_heeds_signals_where_machine_0_does_not_answer(folder):
     assert done.returncode == 1
     assert "stopped at once by a second signal, SIGINT" in done.stderr
     os.kill(first.pid, signal.SIGKILL)
+
+
+def test_the_end_of_machine_0_ends_the_run(folder):
+    """Its launcher has the store of the run: the others end with one message, and nothing is left."""
+    port, output = free_port(), folder / "model-out"
+    first, second = (machine(folder, number, port) for number in (0, 1))
+    wait_for(lambda: curve(output), first)
+    ranks = [*children(first.pid), *children(second.pid)]
+    os.kill(first.pid, signal.SIGKILL)
+    done = second.wait(90)
+    assert done.returncode == 1
+    assert "machine 0 has ended the run, or cannot be reached any more" in done.stderr
+    assert "Traceback" not in done.stderr
+    wait_until_gone(ranks)
+
+
+@pytest.mark.slow
+def test_machine_0_may_answer_again(folder):
+    """Its ranks go on, but nobody could start them again: after 30 s the others end theirs and wait for it."""
+    port, output = free_port(), folder / "model-out"
+    first, second = (machine(folder, number, port, "--max-steps", "100000") for number in (0, 1))
+    wait_for(lambda: (output / "checkpoints" / "latest").exists(), first)
+    os.kill(first.pid, signal.SIGSTOP)
+    wait_for(lambda: "waiting for all 2 machines" in second.output, second)
+    assert "the launcher of machine 0 does not answer; restart 1 of 3, from step_" in second.output
+    os.kill(first.pid, signal.SIGCONT)
+    wait_for(lambda: "resume     model-out/checkpoints/step_" in first.output, first)
+    done = last_step(output)
+    wait_for(lambda: last_step(output) > done, first)
+    ranks = [*children(first.pid), *children(second.pid)]
+    for process in (first, second):
+        os.kill(process.pid, signal.SIGKILL)
+    wait_until_gone(ranks)
+
+
+def test_a_meeting_has_an_end():
+    """A store that does not answer blocks whoever asks it, for longer than the limit of the meeting."""
+    with pytest.raises(TimeoutError):
+        machines._while_nobody_asks(lambda: time.sleep(60), Heard(), 0.3)
+
+
+def last_step(output):
+    return curve(output)[-1][0]
 
 
 def test_a_number_that_is_taken_is_refused_and_disturbs_nobody(folder):

@@ -118,7 +118,7 @@ class SeveralMachines:
             text = f"waiting for all {self.machines} machines, at most {self.wait_s:g} s"
             print(f"longspan: {text}", file=sys.stderr, flush=True)
         try:
-            attempt = _while_nobody_asks(self._join, asked)
+            attempt = _while_nobody_asks(self._join, asked, self.wait_s + SILENT_S)
         except RendezvousClosedError:
             self.why = "the launcher of another machine has ended the run"
             return None
@@ -127,6 +127,9 @@ class SeveralMachines:
                 f"machine {self.number} did not find all {self.machines} machines within {self.wait_s:g} s. Start the same command on "
                 "every machine, each with its own --machine-rank."
             ) from None
+        except TimeoutError:
+            text = f"machine 0 has not answered for {self.wait_s:g} s. Look at its launcher, and start the run again."
+            raise NotReached(text) from None
         except (RendezvousError, DistNetworkError) as error:
             why = str(error).partition("\n")[0]
             raise NotReached(f"machine 0 has ended the run, or cannot be reached any more ({why}).") from None
@@ -194,11 +197,16 @@ class SeveralMachines:
             within(ANSWER_S, self.handler.set_closed)
 
 
-def _while_nobody_asks(call: Callable[[], int], asked: Heard) -> int | None:
+def _while_nobody_asks(call: Callable[[], int], asked: Heard, limit_s: float) -> int | None:
     """The result of a call that waits for others, or None once a signal has asked to stop.
 
     The call runs in a thread, because Python would handle the signal only after it.
+
+    Raises:
+        TimeoutError: it has not ended after ``limit_s`` seconds. The store's own calls have no limit where its
+            process is stopped.
     """
+    until = time.monotonic() + limit_s
     results: list[int] = []
     errors: list[Exception] = []
 
@@ -212,6 +220,8 @@ def _while_nobody_asks(call: Callable[[], int], asked: Heard) -> int | None:
     thread.start()
     while thread.is_alive() and not asked:
         thread.join(0.1)
+        if time.monotonic() > until:
+            raise TimeoutError
     if errors:
         raise errors[0]
     return results[0] if results else None

@@ -43,7 +43,9 @@ def variants(run: Run, everything: bool) -> list[Run]:
     from longspan.config.recurrent import recurrent_cut_problems as way_problems
     from longspan.context_parallel.layout import LAYOUTS
 
-    whole = {"hybrid_context_parallel": False, "max_seqlen_per_dp_cp_rank": None}
+    whole: dict = {"hybrid_context_parallel": False, "max_seqlen_per_dp_cp_rank": None}
+    if run.model.recurrent:
+        whole["cp_layout"] = "contiguous"
     run, cp = run.with_keys(**whole), run.sizes.cp
     if cp == 1:
         raise UserError(
