@@ -118,11 +118,17 @@ def attach(model: GPTModel, lora: Lora, frozen_dtype: torch.dtype | None = None)
         )
 
 
+#: parameters of recurrent layers that no product reads: exponentials are computed from them in float32
+_WIDE = ("A_log", "dt_bias", "D")
+
+
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts frozen parameters to another dtype; tied parameters stay tied."""
+    """Casts frozen parameters to another dtype, except those in ``_WIDE``; tied parameters stay tied."""
     cast: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
+            if name in _WIDE:
+                continue
             if id(parameter) not in cast:
                 cast[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
             setattr(module, name, cast[id(parameter)])
