@@ -48,6 +48,7 @@ SCRIPTS = (
     Script("attention_loop.py"),
     Script("gpt_loop.py", options=("--tp", "2")),
     Script("gpt_loop.py"),
+    Script("vision_language.py"),
     Script(
         "megatron_scripts/launch_custom_cp_training.sh",
         options=("--train-iters", "10", "--timing-log-level", "2"),

@@ -29,9 +29,19 @@ print("RESULT", json.dumps(about))
 """,
     """
 import json
+import signal
+import threading
 import longspan
 
-print("RESULT", json.dumps({"alone": longspan.train(longspan.load("config.yaml", lr=1e-3, output_dir="alone"))}))
+# Python sets handlers of signals in the main thread only, and a program keeps its own.
+handlers = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
+run, results = longspan.load("config.yaml", lr=1e-3, output_dir="alone"), []
+thread = threading.Thread(target=lambda: results.append(longspan.train(run)))
+thread.start()
+thread.join()
+longspan.train(longspan.load("config.yaml", lr=1e-3, output_dir="main", max_steps=1))
+assert handlers == [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
+print("RESULT", json.dumps({"alone": results[0]}))
 """,
     """
 import json

@@ -8,6 +8,11 @@ receive, which tiles to compute) -> calls, kernels (one call of attention) -> mo
 from longspan.context_parallel import hybrid
 from longspan.context_parallel.attention import DotProductAttention, context_parallel_attention
 from longspan.context_parallel.layout import SequenceLayout
+from longspan.context_parallel.multimodal import (
+    expand_image_tokens,
+    get_image_index,
+    get_shifted_labels,
+)
 from longspan.context_parallel.packed import (
     PackedSeqParams,
     check_sequence_alignment,
@@ -24,8 +29,11 @@ __all__ = [
     "SequenceLayout",
     "check_sequence_alignment",
     "context_parallel_attention",
+    "expand_image_tokens",
     "get_batch_on_this_cp_rank",
+    "get_image_index",
     "get_packed_seq_params",
     "get_padding",
+    "get_shifted_labels",
     "hybrid",
 ]

@@ -95,7 +95,7 @@ def get_packed_seq_params(
 
     Args:
         tokens: [b, s], the text tokens, padding included.
-        img_seq_len: image tokens of each row.
+        img_seq_len: image tokens of each row, beside those in ``tokens``; 0 if ``tokens`` hold them already.
         padding_needed: number of tokens at the end of each row that are padding.
         use_packed_sequence: rows are packed even without padding.
 
@@ -103,8 +103,12 @@ def get_packed_seq_params(
         ``thd`` with padded boundaries if cp_size > 1 and there is padding or packing, else ``sbhd``.
 
     Raises:
-        ValueError: padding_needed is negative or leaves no token of a row.
+        ValueError: img_seq_len is negative, or padding_needed is negative or leaves no token of a row.
     """
+    if img_seq_len < 0:
+        raise ValueError(
+            f"img_seq_len={img_seq_len}: the number of image tokens beside the text of each row, so 0 or more."
+        )
     rows, padded = tokens.shape[0], tokens.shape[1] + img_seq_len
     real = padded - padding_needed
     if real < 1 or padding_needed < 0:

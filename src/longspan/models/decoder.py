@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longspan.config.model import TransformerConfig
+from longspan.config.model import AttnMaskType, TransformerConfig
 from longspan.config.stages import Stage
 from longspan.context_parallel import PackedSeqParams, SequenceLayout
 from longspan.expert_parallel.tokens import Sequences
@@ -30,6 +30,7 @@ class DecoderLayer(Layer):
     Args:
         number: from 1. A layer made alone gets the initial weights of layer ``number`` of a whole model.
         seed: seed of the initial weights, as for :class:`GPTModel`.
+        attn_mask_type: no_mask for a layer of an encoder.
 
     Raises:
         ValueError: the config is not supported.
@@ -47,6 +48,7 @@ class DecoderLayer(Layer):
         pg_collection: ProcessGroupCollection,
         *,
         seed: int | None = None,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
     ):
         super().__init__(number)
         kind, mlp = config.parts_of_layer(number)
@@ -57,7 +59,7 @@ class DecoderLayer(Layer):
             if kind is not None:
                 setattr(self, mixer_norm, Norm(config, pg_collection))
             if kind == "attention":
-                self.self_attention = SelfAttention(config, number, pg_collection)
+                self.self_attention = SelfAttention(config, number, pg_collection, attn_mask_type)
             elif kind is not None:
                 self.mixer = make_mixer(kind, config, number, pg_collection)
             if mlp is not None:
@@ -149,6 +151,7 @@ class TransformerBlock(nn.Module):
         seed: seed of the initial weights, as for :class:`GPTModel`; the weights are those of a whole model.
         numbers: of the layers in the whole model, from 1. None takes all layers, or in a pipeline this rank's
             equal share of them, as :func:`even_share` computes it.
+        attn_mask_type: no_mask for an encoder, in which every token attends to all tokens of its document.
 
     Attributes:
         layers: ModuleDict; a key is the layer's index in the whole model, from 0, as a string.
@@ -166,6 +169,7 @@ class TransformerBlock(nn.Module):
         *,
         seed: int | None = None,
         numbers: Iterable[int] | None = None,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
     ):
         super().__init__()
         self.groups = groups = process_groups(pg_collection)
@@ -173,7 +177,7 @@ class TransformerBlock(nn.Module):
         if numbers is None:
             numbers = even_share(config, groups.pp.rank(), groups.pp.size(), pre_process, post_process)
         with filled_by_name(self, config, groups.tp.size(), seed, "decoder"):
-            layers = [DecoderLayer(config, number, groups) for number in numbers]
+            layers = [DecoderLayer(config, n, groups, attn_mask_type=attn_mask_type) for n in numbers]
             self.layers = nn.ModuleDict({str(layer.number - 1): layer for layer in layers})
             self.final_layernorm = Norm(config, groups) if post_process else None
 

@@ -120,7 +120,7 @@ class GPTModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
@@ -129,6 +129,7 @@ class GPTModel(nn.Module):
         layout: SequenceLayout | None = None,
         sequences: Sequences | None = None,
         stage: Stage | None = None,
+        decoder_input: Tensor | None = None,
     ) -> Tensor:
         """Logits, or with labels the loss of each token.
 
@@ -142,6 +143,9 @@ class GPTModel(nn.Module):
             sequences: which sequence of the data each row belongs to, for a model with experts; None takes each row
                 of the batch as one.
             stage: computes only this stage of a pipeline; ``input_ids`` are hidden states unless it is the first.
+            decoder_input: [s, b, h] (with sequence parallelism [s/tp, b, h]), this rank's rows, embedded
+                already and with learned positions if the model has these. ``input_ids`` is then not embedded
+                and may be None.
 
         Returns:
             Logits [b, s, v/tp] (whole vocabulary with parallel_output=False), loss [b, s] in
@@ -155,16 +159,18 @@ class GPTModel(nn.Module):
         if loss_mask is not None and labels is None:
             raise ValueError("loss_mask without labels has no effect. Give labels too, or leave it out.")
         given = layout is not None
-        embedding = self.embedding if stage is None or stage.first else None
+        hidden = self._first_input(input_ids, decoder_input, stage)
+        embedding = self.embedding if hidden is input_ids and (stage is None or stage.first) else None
         output_layer = self.output_layer if stage is None or stage.last else None
         if embedding is not None:
-            batch, rows = input_ids.shape
+            batch, rows = hidden.shape
         else:
-            batch, rows = input_ids.shape[1], sequence_rows(self.config, self.groups, input_ids)
+            batch, rows = hidden.shape[1], sequence_rows(self.config, self.groups, hidden)
         if layout is None:
             layout, packed_seq_params = layout_of_call(self.groups.cp, rows, batch, packed_seq_params)
         rank, ranks = place_in_call(self.groups.cp, packed_seq_params)
-        check_rows("input_ids", rows, layout, ranks)
+        check_rows("input_ids" if hidden is input_ids else "decoder_input", rows, layout, ranks)
+        _check_beside("input_ids", None if hidden is input_ids else input_ids, batch, rows)
         _check_beside("position_ids", position_ids, batch, rows, broadcast=True)
         _check_beside("labels", labels, batch, rows)
         _check_beside("loss_mask", loss_mask, batch, rows, broadcast=True)
@@ -180,13 +186,12 @@ class GPTModel(nn.Module):
                 f"a document of {layout.longest_document} tokens: the model is made for max_sequence_length "
                 f"{self.max_sequence_length}. Make it with a larger one, or cut the document."
             )
-        hidden = input_ids
         if embedding is not None:
             places = position_ids
             if self.positions is not None and places is None:
                 self._check_positions(layout)
                 places = layout.document_positions(rank)
-            hidden = embedding(input_ids, places)
+            hidden = embedding(hidden, places)
         hidden, _ = self.decoder(
             hidden, attention_mask, packed_seq_params, layout, position_ids, sequences, stage
         )
@@ -195,6 +200,30 @@ class GPTModel(nn.Module):
             return hidden if stage is None or stage.layers else hidden.clone()
         out = output_layer(hidden, labels, self.parallel_output)
         return out if loss_mask is None else out * loss_mask.to(out.dtype)
+
+    def _first_input(
+        self, input_ids: Tensor | None, decoder_input: Tensor | None, stage: Stage | None
+    ) -> Tensor:
+        """What the first layer of this call is made of: token ids, or rows that are embedded already.
+
+        Raises:
+            ValueError: neither is given, or the embedded rows have no place or another shape.
+        """
+        if decoder_input is None:
+            if input_ids is None:
+                raise ValueError("neither input_ids nor decoder_input is given. Give one of them.")
+            return input_ids
+        if self.embedding is None or self.copies_embedding or not (stage is None or stage.first):
+            raise ValueError(
+                "decoder_input for a part of the model that does not begin with the embedding: its input is the hidden states "
+                "of the part before it. Give them as input_ids, and decoder_input to the first part."
+            )
+        if decoder_input.dim() != 3 or decoder_input.shape[2] != self.config.hidden_size:
+            raise ValueError(
+                f"decoder_input has shape {tuple(decoder_input.shape)}: it is [s, b, {self.config.hidden_size}], rows that "
+                "are embedded already."
+            )
+        return decoder_input
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The parameters without a last stage's copy of the table of tokens, which the first stage has."""

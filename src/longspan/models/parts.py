@@ -60,9 +60,18 @@ class SelfAttention(nn.Module, Compilable):
     """Projections to heads, norms of heads, rotary embedding, core attention, and the output projection.
 
     With ``attention_output_gate`` the output of core attention is multiplied by sigmoid(x G^T), feature by feature.
+
+    Args:
+        attn_mask_type: causal for a decoder; no_mask for an encoder, where every token attends to all.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+    ):
         super().__init__()
         self.config = config
         self.head_dim = d = config.kv_channels
@@ -87,7 +96,7 @@ class SelfAttention(nn.Module, Compilable):
 
         self.q_layernorm, self.k_layernorm = norm(heads), norm(groups)
         self.core_attention = DotProductAttention(
-            config, layer_number, AttnMaskType.causal, pg_collection=pg_collection
+            config, layer_number, attn_mask_type, pg_collection=pg_collection
         )
         self.linear_proj = RowParallelLinear(
             heads * d, h, config, bias=bias, init_std=_residual_std(config), tp_group=tp

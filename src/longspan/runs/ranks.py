@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from longspan.errors import NotReached, UserError
-from longspan.training.stopping import SAVES, Heard, heeded, outliving_reader
+from longspan.training.stopping import SAVES, Heard, handling, heeded, outliving_reader
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
@@ -137,12 +137,8 @@ class Ending:
 def listening() -> Iterator[Heard]:
     """Inside this context the launcher's signals are collected instead of ending it, and passed on to the ranks."""
     asked = Heard()
-    before = {number: signal.signal(number, lambda n, _: asked.hear(n)) for number in (*heeded(), SAVES)}
-    try:
+    with handling((*heeded(), SAVES), lambda number, _: asked.hear(number)):
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run_together(
@@ -167,12 +163,9 @@ def run_together(
     ranks: dict[int, subprocess.Popen] = {}
     try:
         # The signal would end a rank that has not begun to handle it, so the ranks start with it ignored.
-        handler = signal.signal(SAVES, signal.SIG_IGN)
-        try:
+        with handling([SAVES], signal.SIG_IGN):
             for rank, environment in environments.items():
                 ranks[rank] = start_rank(command, environment, kept)
-        finally:
-            signal.signal(SAVES, handler)
         with outliving_reader():
             return _watch(ranks, asked, elsewhere)
     finally:

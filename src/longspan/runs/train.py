@@ -32,7 +32,7 @@ from longspan.runs.start import (
     under_torchrun,
 )
 from longspan.training.lock import CONFIG, hold, launch_of, unwritable
-from longspan.training.stopping import SAVES
+from longspan.training.stopping import SAVES, handling
 
 WRITTEN_BY = "# written by longspan"
 
@@ -44,7 +44,11 @@ def start_or_join(checked: Checked, launch: Launch) -> int:
         The exit code.
     """
     # The signal that saves a run has nothing to save before that, and would end a process that does not handle it.
-    signal.signal(SAVES, signal.SIG_IGN)
+    with handling([SAVES], signal.SIG_IGN):
+        return _start_or_join(checked, launch)
+
+
+def _start_or_join(checked: Checked, launch: Launch) -> int:
     config = checked.config
     alone = checked.sizes.world_size == 1 and launch.machines == 1 and not launch.torchrun_arguments
     if under_torchrun() or (alone and not config.max_restarts):

@@ -11,7 +11,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO, cast
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -109,13 +109,31 @@ def outliving_reader() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+@contextlib.contextmanager
+def handling(numbers: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
+    """Inside this context ``handler`` handles the signals; afterwards the handlers before do.
+
+    Python sets handlers in the main thread only. In another thread this context does nothing: a program that trains
+    in a thread of its own keeps its handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
 class Stopping:
     """A context that handles the signals.
 
     Before :meth:`saves` is called, a first signal ends the process at once, because there is nothing to save.
     After that it requests a save and a stop, and a second signal ends the process at once. SIGUSR1 requests a
     save, after which the run goes on. A thread receives the signals, because Python runs handlers only after
-    the present call, and a backward may take minutes.
+    the present call, and a backward may take minutes. Outside the main thread no signal is handled (:func:`handling`).
 
     Args:
         speaks: print the effect of a signal to stderr; True in one process of a run.
@@ -133,29 +151,37 @@ class Stopping:
 
     def __enter__(self) -> Stopping:
         self.heeded = heeded()
-        self.pipe = os.pipe()
-        os.set_blocking(self.pipe[1], False)
-        # Python writes a signal's number to the pipe only if the signal has a Python handler.
-        self.before: dict[signal.Signals, Any] = {
-            number: signal.signal(number, lambda *_: None) for number in (*self.heeded, SAVES)
-        }
-        self.pipe_before = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
-        self.thread = threading.Thread(target=self._hear, name="signals", daemon=True)
-        self.thread.start()
-        self.output = outliving_reader()
-        self.output.__enter__()
+        self.context = contextlib.ExitStack()
+        self.context.enter_context(self._hearing())
+        self.context.enter_context(outliving_reader())
         return self
 
     def __exit__(self, *_: object) -> None:
         self.saved()
-        self.output.__exit__(None, None, None)
-        signal.set_wakeup_fd(self.pipe_before)
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        os.write(self.pipe[1], b"\0")
-        self.thread.join()
-        for end in self.pipe:
-            os.close(end)
+        self.context.close()
+
+    @contextlib.contextmanager
+    def _hearing(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        pipe = os.pipe()
+        os.set_blocking(pipe[1], False)
+        thread = threading.Thread(target=self._hear, args=(pipe[0],), name="signals", daemon=True)
+        thread.start()
+        try:
+            # Python writes a signal's number to the pipe only if the signal has a Python handler.
+            with handling((*self.heeded, SAVES), lambda *_: None):
+                before = signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
+                try:
+                    yield
+                finally:
+                    signal.set_wakeup_fd(before)
+        finally:
+            os.write(pipe[1], b"\0")
+            thread.join()
+            for end in pipe:
+                os.close(end)
 
     def saves(self, ask: Callable[[], str], ask_save: Callable[[], str], stops: Callable[[], bool]) -> None:
         """From now on a first signal calls ``ask`` in the signals' thread and prints the returned text.
@@ -171,9 +197,9 @@ class Stopping:
         if self.timer is not None:
             self.timer.cancel()
 
-    def _hear(self) -> None:
+    def _hear(self, pipe: int) -> None:
         while True:
-            for number in os.read(self.pipe[0], 64):
+            for number in os.read(pipe, 64):
                 if number == 0:
                     return
                 if number in self.heeded:
