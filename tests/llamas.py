@@ -96,7 +96,8 @@ def row_of_tokens(length=ROWS):
 def whole_logits(trainer, tokens):
     """The logits [1, s, v] of tokens [1, s], computed by all ranks of the run and whole on each. Collective."""
     sizes = trainer.run.sizes
-    layout = SequenceLayout.zigzag(tokens.shape[1], sizes.cp, multiple_of=sizes.tp)
+    cut = SequenceLayout.contiguous if trainer.model.config.recurrent else SequenceLayout.zigzag
+    layout = cut(tokens.shape[1], sizes.cp, multiple_of=sizes.tp)
     trainer.model.parallel_output = False
     with torch.no_grad():
         local = trainer.model(layout.shard(tokens, trainer.shard.cp_rank, dim=1), layout=layout)

@@ -14,8 +14,8 @@ from longspan.config.families.hub import model_folder
 from longspan.config.run import Run
 from longspan.errors import UserError
 from longspan.models.gpt import GPTModel
-from longspan.models.hf_weights import Names, SafetensorsFolder, read_part
-from longspan.models.peft import is_adapter, open_adapters, peft_name, read_adapter
+from longspan.models.hf_weights import Names, SafetensorsFolder, lies_in_files, read_part
+from longspan.models.peft import adapter_places, is_adapter, open_adapters, read_adapter
 from longspan.tensor_parallel.initial import init_weights
 from longspan.tensor_parallel.lora import Adapter
 from longspan.tensor_parallel.random import local_ranges
@@ -40,9 +40,10 @@ def load_pretrained(model: GPTModel, source: SafetensorsFolder) -> None:
     Raises:
         UserError: on all ranks, with the problems of all: a tensor of another shape, or with NaN or infinity.
     """
-    names = Names(model.config, model.vocab_size)
+    names = Names(model.config, model.vocab_size, source.model_type)
     problems: list[str] = []
-    for name, parameter in model.named_parameters():
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if lies_in_files(name)]
+    for name, parameter in (*model.named_parameters(), *buffers):
         if is_adapter(name):
             continue
         try:
@@ -64,18 +65,23 @@ def _agree(problems: list[str]) -> None:
 
 
 @torch.no_grad()
-def load_adapters(model: GPTModel, folder: str | Path) -> None:
+def load_adapters(model: GPTModel, folder: str | Path, model_type: str | None) -> None:
     """Fills every adapter from a folder in PEFT's format; collective. Each rank reads only its parts.
+
+    Args:
+        model_type: of the base model's config.json.
 
     Raises:
         UserError: the adapters belong to another model, or hold NaN or infinity; raised on all ranks.
     """
     adapters = {name: p for name, p in model.named_parameters() if is_adapter(name)}
+    names = Names(model.config, model.vocab_size, model_type)
+    places = {name: adapter_places(names, name) for name in adapters}
     problems: list[str] = []
     try:
-        with open_adapters(folder, map(peft_name, adapters)) as source:
+        with open_adapters(folder, [place.name for each in places.values() for place in each]) as source:
             for name, parameter in adapters.items():
-                part = read_adapter(source, name, parameter.shape, local_ranges(parameter))
+                part = read_adapter(source, places[name], parameter.shape, local_ranges(parameter))
                 parameter.to_local().copy_(part)
     except UserError as error:
         problems = error.problems
@@ -85,6 +91,8 @@ def load_adapters(model: GPTModel, folder: str | Path) -> None:
 def fill_adapters(model: GPTModel, run: Run) -> None:
     """Fills adapters from ``lora_model_dir``, or draws them by (seed, name, shape), whatever the layout."""
     if run.config.lora_model_dir is not None:
-        load_adapters(model, run.config.lora_model_dir)
+        assert run.pretrained is not None
+        model_type = SafetensorsFolder(model_folder(run.pretrained)).model_type
+        load_adapters(model, run.config.lora_model_dir, model_type)
     else:
         init_weights(model, run.config.seed, Adapter)

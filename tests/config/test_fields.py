@@ -57,7 +57,8 @@ def test_a_checkpoint_records_the_model_by_these_names(changes):
         *("ffn_hidden_size", "normalization", "layernorm_zero_centered_gamma", "gated_linear_unit"),
         *("activation_func", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "position_embedding_type"),
         *("vocab_size", "tie_word_embeddings", "num_moe_experts"),
-        *("attention_output_gate", "layer_types", "hybrid_override_pattern"),
+        *("qk_layernorm_over_heads", "attention_output_gate", "attention_post_norm"),
+        *("layer_types", "hybrid_override_pattern"),
         *(("max_position_embeddings",) if changes else ()),
     }
     assert list(found["settings"]) == [

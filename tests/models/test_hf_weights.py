@@ -316,7 +316,7 @@ def test_whole_numbers_are_no_weights(tmp_path):
 class OfExperts:
     """The table of names of one stacked parameter [3, 2, 4] whose rows are files of their own, the other way round."""
 
-    def places(self, name):
+    def places(self, name, source=None):
         return [hf_weights.Place(f"experts.{i}.w", i, transposed=True) for i in range(3)]
 
     def rows(self, name):

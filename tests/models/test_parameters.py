@@ -36,6 +36,12 @@ FAMILIES = {
         "num_query_groups": 4,
         "kv_channels": 8,
     },
+    "gate, norms over heads and behind": {
+        "attention_output_gate": True,
+        "qk_layernorm": True,
+        "qk_layernorm_over_heads": True,
+        "attention_post_norm": True,
+    },
     "layernorm and normalised heads": {"normalization": "LayerNorm", "qk_layernorm": True},
 }
 VOCAB = 97

@@ -11,7 +11,8 @@ from llamas import lora_run, make_adapters, make_llama
 from longspan.config.lora import TARGETS
 from longspan.errors import UserError
 from longspan.models import GPTModel
-from longspan.models.peft import attach, is_adapter, peft_name
+from longspan.models.hf_weights import Names
+from longspan.models.peft import adapter_places, attach, is_adapter
 from longspan.parallelize import parallelize
 from longspan.training import checkpoint
 from longspan.training.adapters import parameter_counts
@@ -34,11 +35,12 @@ def gradients(prefix, base, more):
     trainer = Trainer(lora_run(prefix, base, **more), CPU)
     batches = trainer.micro_batches(0)
     loss, count = trainer.compute_gradients(batches)
+    names = Names(trainer.run.model, trainer.run.vocab_size)
     found = {}
     for name, parameter in trainer.model.named_parameters():
         assert parameter.requires_grad == is_adapter(name)
         if is_adapter(name):
-            found[peft_name(name)] = parameter.grad.full_tensor().clone()
+            found[adapter_places(names, name)[0].name] = parameter.grad.full_tensor().clone()
         else:
             assert parameter.grad is None, name
     total = math.sqrt(sum(g.double().square().sum().item() for g in found.values()))

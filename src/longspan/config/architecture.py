@@ -86,7 +86,9 @@ class Architecture(InitialValues):
     add_bias_linear: bool = field(default=True, metadata=SHAPES)
     add_qkv_bias: bool = field(default=False, metadata=SHAPES)
     qk_layernorm: bool = field(default=False, metadata=SHAPES)
+    qk_layernorm_over_heads: bool = field(default=False, metadata=SHAPES)
     attention_output_gate: bool = field(default=False, metadata=SHAPES)
+    attention_post_norm: bool = field(default=False, metadata=SHAPES)
     position_embedding_type: str = field(default="rope", metadata=SHAPES)
     share_embeddings_and_output_weights: bool = field(
         default=False, metadata=SHAPES | {"key": "tie_word_embeddings"}
@@ -189,6 +191,11 @@ class Architecture(InitialValues):
         return self.position_embedding_type == "learned_absolute"
 
     @property
+    def rotary_channels(self) -> int:
+        """Features of each head that rotary embeddings rotate: the first ones."""
+        return round(self.kv_channels * self.rotary_percent)
+
+    @property
     def windows(self) -> list[int | None]:
         """The sliding windows that are cycled over the layers."""
         given = self.sliding_window
@@ -210,6 +217,12 @@ class Architecture(InitialValues):
         freq = self.moe_layer_freq
         sparse = index % freq == 0 if isinstance(freq, int) else bool(freq[index % len(freq)])
         return LayerParts(mixer, "experts" if sparse else "dense")
+
+    def norms_of_layer(self, layer_number: int) -> tuple[str, str]:
+        """The names of the norms of a layer's mixer and of its MLP, if the layer has these parts."""
+        if self.attention_post_norm and self.parts_of_layer(layer_number).mixer == "attention":
+            return "post_attention_layernorm", "post_mlp_layernorm"
+        return "input_layernorm", "pre_mlp_layernorm"
 
     def has_experts(self, layer_number: int) -> bool:
         """Whether the MLP of layer ``layer_number`` (from 1) is a mixture of experts."""
@@ -290,6 +303,23 @@ def architecture_problems(model: Architecture) -> list[Problem]:
         ("rotary_percent", "kv_channels"),
         f"rotary_percent {model.rotary_percent} of kv_channels {model.kv_channels} is {turned:g} features: rotary embeddings turn "
         "an even number of them, at least 2 and at most all.",
+    )
+    rule(
+        model.rotary_percent == 1.0 or model.position_embedding_type == "rope",
+        ("rotary_percent", "position_embedding_type"),
+        f"rotary_percent has no effect with position_embedding_type {model.position_embedding_type}. Leave it out.",
+    )
+    over_heads = model.qk_layernorm_over_heads
+    rule(
+        model.qk_layernorm or not over_heads,
+        ("qk_layernorm_over_heads", "qk_layernorm"),
+        "qk_layernorm_over_heads has no effect without qk_layernorm. Set qk_layernorm: true, or leave it out.",
+    )
+    rule(
+        model.normalization == "RMSNorm" or not over_heads,
+        ("qk_layernorm_over_heads", "normalization"),
+        f"qk_layernorm_over_heads with normalization {model.normalization}: only RMSNorm is computed over all heads together. Use "
+        "RMSNorm, or normalise each head.",
     )
     rule(
         model.normalization in ("RMSNorm", "LayerNorm"),

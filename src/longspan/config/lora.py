@@ -8,16 +8,29 @@ Needs no torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from longspan.config.json_text import parse_json
+from longspan.config.recurrent import LETTERS, is_recurrent, mixers_of
 from longspan.config.schema import TrainConfig
 from longspan.errors import UserError
 
 #: the linear layers of attention and MLP, by Hugging Face's names
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+#: the projections of a recurrent layer
+RECURRENT_TARGETS = ("in_proj", "out_proj")
+ALL_TARGETS = (*TARGETS, *RECURRENT_TARGETS)
+#: Hugging Face's names of parts of a target, where the name alone does not give the target
+_PARTS = {
+    **{name: name for name in ALL_TARGETS},
+    **{f"self_attn.{name}": name for name in TARGETS},
+    **{f"in_proj_{part}": "in_proj" for part in ("qkvz", "ba", "qkv", "z", "b", "a")},
+    **{f"linear_attn.{part}_proj": "in_proj" for part in "qkvgba"},
+    "linear_attn.o_proj": "out_proj",
+}
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -54,7 +67,7 @@ class Lora:
     Attributes:
         rank: r, the inner size.
         alpha: the scale's numerator.
-        targets: the layers that get an adapter, by Hugging Face's names, in the order of ``TARGETS``.
+        targets: the layers that get an adapter, in the order of ``ALL_TARGETS``.
         rslora: the scale is alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r.
     """
 
@@ -71,8 +84,14 @@ class Lora:
         """The adapters as plain JSON, for a checkpoint's description."""
         return asdict(self) | {"targets": list(self.targets)}
 
-    def peft_config(self, base_model: str) -> dict[str, Any]:
-        """PEFT's ``adapter_config.json``; a base model in a local folder is named by its absolute path."""
+    def peft_config(
+        self, base_model: str, modules: Callable[[str], Sequence[str]] = lambda target: [target]
+    ) -> dict[str, Any]:
+        """PEFT's ``adapter_config.json``; a base model in a local folder is named by its absolute path.
+
+        Args:
+            modules: target -> Hugging Face's modules of it (``Family.adapter_modules``).
+        """
         folder = Path(base_model)
         return {
             "peft_type": "LORA",
@@ -81,7 +100,7 @@ class Lora:
             "r": self.rank,
             "lora_alpha": int(self.alpha) if self.alpha == int(self.alpha) else self.alpha,
             "use_rslora": self.rslora,
-            "target_modules": list(self.targets),
+            "target_modules": [module for target in self.targets for module in modules(target)],
             "lora_dropout": 0.0,
             "bias": "none",
             "fan_in_fan_out": False,
@@ -95,9 +114,23 @@ def lora_of(config: TrainConfig) -> Lora | None:
     if config.adapter is None:
         return None
     assert config.lora_r is not None
-    asked = TARGETS if config.lora_target_linear else config.lora_target_modules or ()
-    targets = tuple(name for name in TARGETS if name in asked)
+    asked = linear_targets(config) if config.lora_target_linear else config.lora_target_modules or ()
+    targets = tuple(name for name in ALL_TARGETS if name in asked)
     return Lora(config.lora_r, config.lora_alpha or config.lora_r, targets, config.peft_use_rslora)
+
+
+def linear_targets(config: TrainConfig) -> list[str]:
+    """All targets that a model has and that PEFT accepts for it."""
+    pattern = config.hybrid_override_pattern
+    mixers = mixers_of(config.layer_types, pattern)
+    mlp = pattern is None or any(LETTERS[letter].mlp for letter in pattern if letter in LETTERS)
+    found = [*TARGETS[:4]] if mixers is None or "attention" in mixers else []
+    if mlp:
+        found += [name for name in TARGETS[4:] if name != "gate_proj" or config.gated_linear_unit]
+    if not is_recurrent(config.layer_types, pattern):
+        return found
+    # PEFT refuses adapters on the output projection of Mamba-2, whose kernels read its weight alone.
+    return [*found, "in_proj"] if "mamba" in (mixers or ()) else [*found, *RECURRENT_TARGETS]
 
 
 def read_peft_config(folder: str | Path) -> tuple[Lora, str | None]:
@@ -144,9 +177,13 @@ def read_peft_config(folder: str | Path) -> tuple[Lora, str | None]:
     if targets == "all-linear":
         targets = TARGETS
     strange = (
-        [targets] if isinstance(targets, str) else [str(t) for t in targets or ["none"] if t not in TARGETS]
+        [targets] if isinstance(targets, str) else [str(t) for t in targets or ["none"] if t not in _PARTS]
     )
     if strange:
-        raise UserError(f"{path} has target_modules {', '.join(strange)}; supported: {', '.join(TARGETS)}.")
-    ordered = tuple(name for name in TARGETS if name in targets)
+        raise UserError(
+            f"{path} has target_modules {', '.join(strange)}; supported: {', '.join(ALL_TARGETS)}, and the parts of the last two "
+            "that a model's modules have."
+        )
+    asked = {_PARTS[name] for name in targets}
+    ordered = tuple(name for name in ALL_TARGETS if name in asked)
     return Lora(rank, alpha, ordered, bool(data.get("use_rslora"))), base

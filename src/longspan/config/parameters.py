@@ -40,16 +40,19 @@ def parameter_shapes(model: Architecture, vocab_size: int) -> dict[str, tuple[in
     for index in range(model.num_layers):
         layer = f"decoder.layers.{index}"
         mixer, mlp = model.parts_of_layer(index + 1)
+        mixer_norm, mlp_norm = model.norms_of_layer(index + 1)
         if mixer is not None:
-            norm(f"{layer}.input_layernorm", h)
+            norm(f"{layer}.{mixer_norm}", h)
         if mixer == "attention":
             bias = model.add_bias_linear or model.add_qkv_bias
             gate = [("gate", q)] if model.attention_output_gate else []
             for part, size in (("q", q), ("k", kv), ("v", kv), *gate):
                 linear(f"{layer}.self_attention.linear_{part}", h, size, bias)
             linear(f"{layer}.self_attention.linear_proj", q, h)
-            for letter in "qk" if model.qk_layernorm else "":
-                norm(f"{layer}.self_attention.{letter}_layernorm", model.kv_channels)
+            of_heads = {"q": q, "k": kv} if model.qk_layernorm else {}
+            for letter, size in of_heads.items():
+                size = size if model.qk_layernorm_over_heads else model.kv_channels
+                norm(f"{layer}.self_attention.{letter}_layernorm", size)
         elif mixer is not None:
             sizes = mixer_sizes(model, mixer)
             linear(f"{layer}.mixer.in_proj", h, sizes.groups * sizes.inputs)
@@ -61,7 +64,7 @@ def parameter_shapes(model: Architecture, vocab_size: int) -> dict[str, tuple[in
             linear(f"{layer}.mixer.out_proj", sizes.heads * sizes.head_dim, h)
         if mlp is None:
             continue
-        norm(f"{layer}.pre_mlp_layernorm", h)
+        norm(f"{layer}.{mlp_norm}", h)
         parts = ("gate", "up") if model.gated_linear_unit else ("up",)
         if mlp == "experts":
             found |= _expert_shapes(model, f"{layer}.mlp", parts)

@@ -37,7 +37,7 @@ def rope_problems(c: Any) -> list[str]:
     """A message for each rule that ``rope_scaling`` breaks.
 
     Args:
-        c: an object with rope_scaling, rotary_base, kv_channels and max_position_embeddings.
+        c: an object with rope_scaling, rotary_base, rotary_channels and max_position_embeddings.
     """
     scaling = c.rope_scaling
     if not scaling:
@@ -98,9 +98,9 @@ def _between(kind: str, numbers: Mapping[str, float], c: Any) -> list[str]:
             found.append(
                 "rope_scaling of type dynamic needs max_position_embeddings, the length beyond which it begins. Give it."
             )
-        if c.kv_channels <= 2:
+        if c.rotary_channels <= 2:
             found.append(
-                f"rope_scaling of type dynamic needs heads larger than 2; kv_channels is {c.kv_channels}."
+                f"rope_scaling of type dynamic needs heads with more than 2 rotated features; they have {c.rotary_channels} (kv_channels x rotary_percent)."
             )
     return found
 

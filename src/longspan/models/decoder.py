@@ -24,7 +24,8 @@ class DecoderLayer(Layer):
     """``y = x + mixer(norm(x))``, then ``y + mlp(norm(y))``; [s, b, h] -> [s, b, h].
 
     The mixer is attention (``self_attention``) or recurrent (``mixer``). A layer of a model that is written as
-    ``hybrid_override_pattern`` has only one of the two parts.
+    ``hybrid_override_pattern`` has only one of the two parts. With ``attention_post_norm`` the norms of a layer with
+    attention come behind: ``y = x + norm(attention(x))``, then ``y + norm(mlp(y))``.
 
     Args:
         number: from 1. A layer made alone gets the initial weights of layer ``number`` of a whole model.
@@ -34,6 +35,11 @@ class DecoderLayer(Layer):
     Raises:
         ValueError: the config is not supported.
     """
+
+    input_layernorm: Norm
+    post_attention_layernorm: Norm
+    pre_mlp_layernorm: Norm
+    post_mlp_layernorm: Norm
 
     def __init__(
         self,
@@ -47,15 +53,17 @@ class DecoderLayer(Layer):
         super().__init__(number)
         kind, mlp = config.parts_of_layer(number)
         self.mixing = None if kind is None else "self_attention" if kind == "attention" else "mixer"
+        mixer_norm, mlp_norm = config.norms_of_layer(number)
+        self.norms_behind = config.attention_post_norm and kind == "attention"
         with filled_by_name(self, config, pg_collection.tp.size(), seed, f"decoder.layers.{number - 1}"):
             if kind is not None:
-                self.input_layernorm = Norm(config, pg_collection)
+                setattr(self, mixer_norm, Norm(config, pg_collection))
             if kind == "attention":
                 self.self_attention = SelfAttention(config, number, pg_collection, attn_mask_type)
             elif kind is not None:
                 self.mixer = make_mixer(kind, config, number, pg_collection)
             if mlp is not None:
-                self.pre_mlp_layernorm = Norm(config, pg_collection)
+                setattr(self, mlp_norm, Norm(config, pg_collection))
             self.mlp = make_mlp(config, number, pg_collection)
 
     @property
@@ -81,11 +89,14 @@ class DecoderLayer(Layer):
 
     def _before(self, x: Tensor, rows: Rows) -> tuple[Tensor, ...]:
         assert self.mixing is not None
-        return getattr(self, self.mixing).enter(self.input_layernorm(x), rows)
+        return getattr(self, self.mixing).enter(x if self.norms_behind else self.input_layernorm(x), rows)
 
     def _after(self, x: Tensor, mixed: tuple[Tensor, ...], rows: Rows, memory: dict) -> Tensor:
         assert self.mixing is not None
         y = getattr(self, self.mixing).output(*mixed)
+        if self.norms_behind:
+            x = x + self.post_attention_layernorm(y)
+            return x if self.mlp is None else x + self.post_mlp_layernorm(self.mlp(x, rows, memory))
         if self.mlp is None:
             return x + y
         x, normalised = self.pre_mlp_layernorm.after_adding(x, y)

@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from longspan.config.architecture import Architecture
 from longspan.config.families.config_json import family_of_tensors
 from longspan.config.families.family import Family, Place
-from longspan.config.parameters import POSITIONS, VOCABULARY, parameter_shapes
+from longspan.config.json_text import read_object
+from longspan.config.parameters import POSITIONS, VOCABULARY, buffer_shapes, parameter_shapes
 from longspan.errors import UserError
 from longspan.files import begin_folder, name_folder
 from longspan.mesh.whole import whole_tensors
@@ -39,28 +41,48 @@ class Names:
     Args:
         model: its architecture.
         vocab_size: real tokens; tables of ours are padded.
+        model_type: of the config.json that stands or will stand beside these files; None if there is none.
     """
 
     model: Architecture
     vocab_size: int
+    model_type: str | None = None
 
-    @property
+    @cached_property
     def family(self) -> Family:
-        return family_of_tensors(self.model)
+        return family_of_tensors(self.model, self.model_type)
 
-    def places(self, name: str) -> list[Place]:
+    def places(self, name: str, source: SafetensorsFolder | None = None) -> list[Place]:
         """Our parameter name -> where its rows lie, in their order.
+
+        Args:
+            source: files that there are. Some types have several ways to write them; the way of these files is taken,
+                or else that of an export.
 
         Raises:
             ValueError: it has none.
         """
-        return self.family.places(name, self.model)
+        ways = self.family.ways(name, self.model)
+        if source is None or len(ways) == 1:
+            return ways[0]
+        return next((way for way in ways if all(map(source.holds, way))), ways[0])
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> whole shape of all that lies in files: the parameters, and biases of experts, which are buffers."""
+        buffers = buffer_shapes(self.model).items()
+        biases = {name: shape for name, shape in buffers if lies_in_files(name)}
+        return parameter_shapes(self.model, self.vocab_size) | biases
 
     def rows(self, name: str) -> int | None:
         """Real rows of a table of ours that is padded; None for any other parameter."""
         if name in VOCABULARY:
             return self.vocab_size
         return self.model.max_position_embeddings if name == POSITIONS else None
+
+
+def lies_in_files(name: str) -> bool:
+    """Whether a buffer of ours is one of Hugging Face's tensors."""
+    return name.endswith(".router.expert_bias")
 
 
 # --- in -------------------------------------------------------------------------------------
@@ -111,6 +133,18 @@ class SafetensorsFolder:
                     f"base_model {self.folder}: {index.name} places {name} in {file!r}, which is no file of this folder. Only "
                     "files beside the index are read. Download the model again, or put its index right."
                 )
+
+    @property
+    def model_type(self) -> str | None:
+        """As in the config.json beside the weights; None without one."""
+        kind = read_object(self.folder / "config.json").get("model_type")
+        return kind if isinstance(kind, str) else None
+
+    def holds(self, place: Place) -> bool:
+        """Whether there is a tensor of this name, and of this number of rows if the place gives it."""
+        if place.name not in self.files:
+            return False
+        return place.total is None or self.slice(place.name).get_shape()[0] == place.total
 
     def slice(self, name: str):
         """A lazily read tensor: ``get_shape()`` and ``[rows, columns]``."""
@@ -176,14 +210,16 @@ def check_tensors(source: SafetensorsFolder, names: Names) -> None:
     Raises:
         UserError: fused or quantised weights, missing tensors, or some that the model has no place for.
     """
-    ours = parameter_shapes(names.model, names.vocab_size)
-    expected = {place.name for name in ours for place in names.places(name)}
-    head, table = (names.places(name)[0].name for name in reversed(VOCABULARY))
+    expected = {place.name for name in names.shapes() for place in names.places(name, source)}
+    head, table = (names.places(name, source)[0].name for name in reversed(VOCABULARY))
     tied = names.model.share_embeddings_and_output_weights
     others = [
         name
         for name in source.files
-        if name not in expected and not name.endswith(_COMPUTED) and not (tied and name == head)
+        if name not in expected
+        and not name.endswith(_COMPUTED)
+        and not name.startswith(names.family.left_out)
+        and not (tied and name == head)
     ]
     where = f"base_model {source.folder}"
     for words, what in ((_FUSED, "fused"), (_QUANTISED, "quantised")):
@@ -228,7 +264,7 @@ def read_part(source: SafetensorsFolder, names: Names, name: str, shape, ranges)
     real = names.rows(name) or shape[0]
     start, stop = (min(edge, real) for edge in ranges[0])
     whole, part = [real, *shape[1:]], [(start, stop), *ranges[1:]]
-    parts = [_read_place(source, place, whole, part) for place in names.places(name)]
+    parts = [_read_place(source, place, whole, part) for place in names.places(name, source)]
     missing = (ranges[0][1] - ranges[0][0]) - (stop - start)
     if missing:
         parts.append(parts[0].new_zeros(missing, *parts[0].shape[1:]))
@@ -242,33 +278,49 @@ def _read_place(source: SafetensorsFolder, place: Place, whole: list[int], range
         whole: the shape of our parameter without padding; ranges: the part, (start, stop) along each dim of it.
     """
     lazy = source.weights(place.name)
-    held = range(whole[0])[place.rows]
-    single = isinstance(held, int)
-    held = range(held, held + 1) if isinstance(held, int) else held
-    before = place.part * len(held)
-    first, last = (min(max(edge, held.start), held.stop) - held.start for edge in ranges[0])
-    expected = [len(held) * place.parts, *whole[1:]]
-    index = [slice(before + first, before + last), *(slice(*edges) for edges in ranges[1:])]
-    if single:
-        expected, index = expected[1:], index[1:]
-    if place.transposed:
-        expected.reverse()
-        index.reverse()
+    expected, index, single, empty = place_in_tensor(place, whole, ranges)
     if list(lazy.get_shape()) != expected:
         raise UserError(
             f"base_model {source.folder}: {place.name} has shape {list(lazy.get_shape())}, the config needs {expected}. "
             "Leave the architecture to base_model, or set reinit_weights: true."
         )
-    if single and first == last:
+    if single and empty:
         sizes = [stop - start for start, stop in ranges[1:]]
         return torch.empty(0, *sizes, dtype=WEIGHT_DTYPES[lazy.get_dtype()])
     part = lazy[tuple(index)] if len(index) > 1 else lazy[index[0]]
     if place.transposed:
         part = part.t()
+    if place.thin:
+        part = part.squeeze(1)
     if place.shift:
         part = part.to(torch.promote_types(part.dtype, torch.float32)) - place.shift
     check_finite(part, f"base_model {source.folder}", place.name, source.files[place.name])
     return part.unsqueeze(0) if single else part
+
+
+def place_in_tensor(
+    place: Place, whole: Sequence[int], ranges: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[slice], bool, bool]:
+    """(shape of the tensor, index of a part in it, whether it has no dim 0, whether the part has no rows in it).
+
+    Args:
+        whole, ranges: as for :func:`_read_place`.
+    """
+    held = range(whole[0])[place.rows]
+    single = isinstance(held, int)
+    held = range(held, held + 1) if isinstance(held, int) else held
+    first, last = (min(max(edge, held.start), held.stop) - held.start for edge in ranges[0])
+    expected = [len(held) if place.total is None else place.total, *whole[1:]]
+    index = [slice(place.first + first, place.first + last), *(slice(*edges) for edges in ranges[1:])]
+    if place.thin:
+        expected.insert(1, 1)
+        index.insert(1, slice(0, 1))
+    if single:
+        expected, index = expected[1:], index[1:]
+    if place.transposed:
+        expected.reverse()
+        index.reverse()
+    return expected, index, single, first == last
 
 
 def check_finite(part: Tensor, where: str, name: str, file: str) -> None:
@@ -289,9 +341,12 @@ def whole_parameters(
 ) -> Iterator[tuple[str, Tensor]]:
     """Each parameter whole (of those ``only`` picks by name), by our name; collective. Tied ones come once.
 
+    Buffers that lie in files follow.
+
     In a pipeline the first stage's ranks get all of them, in the order of the whole model, and others their own.
     """
-    named = {name: parameter for name, parameter in model.named_parameters() if only(name)}
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if lies_in_files(name))
+    named = {name: tensor for name, tensor in (*model.named_parameters(), *buffers) if only(name)}
     groups = getattr(model, "groups", None)
     yield from whole_tensors(named, groups and groups.pp, _place_in_model)
 
@@ -316,7 +371,8 @@ class FolderWriter:
         self.folder, self.names, self.dtype = folder, names, dtype
         self.partial = begin_folder(folder)
         self.held: dict[str, Tensor] = {}
-        self.stacks: dict[str, dict[int, Tensor]] = {}  # tensors whose parts have not all come yet
+        # Tensors whose rows have not all come yet: name -> first row -> rows.
+        self.pieces: dict[str, dict[int, Tensor]] = {}
         self.bytes = 0
         self.shards: list[list[str]] = []
 
@@ -330,14 +386,16 @@ class FolderWriter:
     def _add(self, place: Place, whole: Tensor) -> None:
         if place.shift:
             whole = whole + place.shift
-        if place.parts > 1:
-            parts = self.stacks.setdefault(place.name, {})
-            parts[place.part] = whole
-            if len(parts) < place.parts:
+        if place.total is not None:
+            pieces = self.pieces.setdefault(place.name, {})
+            pieces[place.first] = whole
+            if sum(map(len, pieces.values())) < place.total:
                 return
-            whole = torch.cat([part for _, part in sorted(self.stacks.pop(place.name).items())])
+            whole = torch.cat([rows for _, rows in sorted(self.pieces.pop(place.name).items())])
         if place.transposed:
             whole = whole.t()
+        if place.thin:
+            whole = whole.unsqueeze(1)
         self.keep(place.name, whole)
 
     def keep(self, name: str, whole: Tensor) -> None:
@@ -361,7 +419,7 @@ class FolderWriter:
 
     def finish(self, files: Mapping[str, bytes]) -> Path:
         """Writes config, tokenizer and the like (name -> content) beside the weights and gives the folder its name."""
-        assert not self.stacks, f"parts of {', '.join(self.stacks)} are missing"
+        assert not self.pieces, f"rows of {', '.join(self.pieces)} are missing"
         self._flush()
         count = len(self.shards)
         weight_map: dict[str, str] = {}

@@ -149,7 +149,7 @@ def layout_of_call(
 def _rotary(config: TransformerConfig, positions: Tensor, like: Tensor) -> RotaryTable | None:
     if config.position_embedding_type != "rope":
         return None
-    freqs = frequencies(config.kv_channels, config.rotary_base, config.rope_scaling)
+    freqs = frequencies(config.rotary_channels, config.rotary_base, config.rope_scaling)
     scale = attention_factor(config.rope_scaling)
     return rotary_table(positions, freqs.to(like.device), like.dtype, scale)
 

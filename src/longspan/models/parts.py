@@ -7,7 +7,6 @@ layers and in core attention.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.compiled import Compilable
@@ -19,10 +18,10 @@ from longspan.expert_parallel import MoELayer
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.layer import Rows
 from longspan.models.memory.tiled import tiled
-from longspan.models.norm import Norm, normalised
+from longspan.models.norm import Norm, NormOverHeads, normalised
 from longspan.models.rotary import RotaryTable, apply_rotary
 from longspan.tensor_parallel.layers import ColumnParallelLinear, Operands, RowParallelLinear, projected
-from longspan.tensor_parallel.mlp import mlp_product
+from longspan.tensor_parallel.mlp import activation_of, mlp_product
 
 
 def _residual_std(config: TransformerConfig) -> float:
@@ -33,17 +32,34 @@ def _residual_std(config: TransformerConfig) -> float:
 def projected_heads(
     x: Tensor, linears: tuple[Operands, ...], norms: tuple | None, rotary: RotaryTable | None, head_dim: int
 ) -> list[Tensor]:
-    """[s, b, h] -> query [s, b, n, d], key and value [s, b, m, d]; ``norms`` of query and key, or None."""
-    q, k, v = (projected(x, linear).unflatten(-1, (-1, head_dim)) for linear in linears)
+    """[s, b, h] -> query [s, b, n, d], key and value [s, b, m, d], and the gate [s, b, n, d] if there is one.
+
+    Args:
+        linears: of query, key, value and, in a layer with a gate, the gate.
+        norms: of the heads of query and key, or None.
+    """
+    q, k, *others = (projected(x, linear).unflatten(-1, (-1, head_dim)) for linear in linears)
     if norms is not None:
         q, k = normalised(q, *norms[0]), normalised(k, *norms[1])
     if rotary is not None:
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-    return [q, k, v]
+    return [q, k, *others]
+
+
+def rotated_heads(q: Tensor, k: Tensor, rotary: RotaryTable) -> list[Tensor]:
+    """Query [s, b, n, d] and key [s, b, m, d], rotated."""
+    return [apply_rotary(q, rotary), apply_rotary(k, rotary)]
+
+
+def gated_heads(context: Tensor, gate: Tensor) -> Tensor:
+    """The output of attention [s, b, n, d], times a sigmoid of the gate."""
+    return context * gate.sigmoid()
 
 
 class SelfAttention(nn.Module, Compilable):
     """Projections to heads, norms of heads, rotary embedding, core attention, and the output projection.
+
+    With ``attention_output_gate`` the output of core attention is multiplied by sigmoid(x G^T), feature by feature.
 
     Args:
         attn_mask_type: causal for a decoder; no_mask for an encoder, where every token attends to all.
@@ -65,8 +81,20 @@ class SelfAttention(nn.Module, Compilable):
         self.linear_q = ColumnParallelLinear(h, heads * d, config, **kwargs)
         self.linear_k = ColumnParallelLinear(h, groups * d, config, **kwargs)
         self.linear_v = ColumnParallelLinear(h, groups * d, config, **kwargs)
-        self.q_layernorm = Norm(config, pg_collection, heads=True) if config.qk_layernorm else None
-        self.k_layernorm = Norm(config, pg_collection, heads=True) if config.qk_layernorm else None
+        gated = config.attention_output_gate
+        self.linear_gate = ColumnParallelLinear(h, heads * d, config, **kwargs) if gated else None
+
+        def norm(heads: int) -> Norm | NormOverHeads | None:
+            if not config.qk_layernorm:
+                return None
+            over = config.qk_layernorm_over_heads
+            return (
+                NormOverHeads(config, pg_collection, heads)
+                if over
+                else Norm(config, pg_collection, heads=True)
+            )
+
+        self.q_layernorm, self.k_layernorm = norm(heads), norm(groups)
         self.core_attention = DotProductAttention(
             config, layer_number, attn_mask_type, pg_collection=pg_collection
         )
@@ -74,25 +102,31 @@ class SelfAttention(nn.Module, Compilable):
             heads * d, h, config, bias=bias, init_std=_residual_std(config), tp_group=tp
         )
 
-    def heads(self, x: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, b, h] -> query [s, b, n, d], key and value [s, b, m, d] of this rank's heads.
+    def heads(self, x: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, ...]:
+        """[s, b, h] -> query [s, b, n, d], key and value [s, b, m, d] of this rank's heads; and the gate if it has one.
 
-        With sequence parallelism the input is gathered once for all three.
+        With sequence parallelism the input is gathered once for all of them.
         """
         entered = self.linear_q.enter(x)
-        linears = tuple(layer.operands() for layer in (self.linear_q, self.linear_k, self.linear_v))
-        norms = None
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            norms = self.q_layernorm.operands(), self.k_layernorm.operands()
-        q, k, v = self.part(projected_heads)(entered, linears, norms, rotary, self.head_dim)
-        return q, k, v
+        layers = (self.linear_q, self.linear_k, self.linear_v, self.linear_gate)
+        linears = tuple(layer.operands() for layer in layers if layer is not None)
+        q_norm, k_norm, norms = self.q_layernorm, self.k_layernorm, None
+        if isinstance(q_norm, Norm) and isinstance(k_norm, Norm):
+            norms = q_norm.operands(), k_norm.operands()
+        if not isinstance(q_norm, NormOverHeads) or not isinstance(k_norm, NormOverHeads):
+            return tuple(self.part(projected_heads)(entered, linears, norms, rotary, self.head_dim))
+        q, k, *others = self.part(projected_heads)(entered, linears, None, None, self.head_dim)
+        q, k = q_norm(q), k_norm(k)
+        if rotary is not None:
+            q, k = self.part(rotated_heads)(q, k, rotary)
+        return q, k, *others
 
     def enter(self, x: Tensor, rows: Rows) -> tuple[Tensor, ...]:
-        """[s, b, h] -> what :meth:`mix` takes: query, key and value."""
+        """[s, b, h] -> what :meth:`mix` takes: query, key and value, and the gate if the layer has one."""
         return self.heads(x, rows.rotary)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, *, rows: Rows) -> tuple[Tensor, ...]:
-        """Core attention -> what :meth:`output` takes: the context [s, b, n, d].
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, *gate: Tensor, rows: Rows) -> tuple[Tensor, ...]:
+        """Core attention -> what :meth:`output` takes: the context [s, b, n, d], and the gate as it is.
 
         If attention has a layout of its own, rows are moved there and back.
         """
@@ -102,14 +136,17 @@ class SelfAttention(nn.Module, Compilable):
         if moved:
             q, k, v = to_attention(q, k, v, stream, layout, rows.rank, group)
         context, _ = self.core_attention(q, k, v, packed_seq_params=rows.packed_seq_params, layout=layout)
-        return (to_stream(context, stream, layout, rows.rank, group) if moved else context,)
+        context = to_stream(context, stream, layout, rows.rank, group) if moved else context
+        return context, *gate
 
     def plan(self, layout: SequenceLayout) -> None:
         """Computes in advance what :meth:`mix` needs of the stream's layout."""
         self.core_attention.plan(attention_layout(self.config, layout))
 
-    def output(self, context: Tensor) -> Tensor:
-        """[s, b, n, d] -> [s, b, h]"""
+    def output(self, context: Tensor, gate: Tensor | None = None) -> Tensor:
+        """The output of core attention [s, b, n, d], and the gate of the same shape -> [s, b, h]."""
+        if gate is not None:
+            context = self.part(gated_heads)(context, gate)
         return self.linear_proj(context.flatten(2))
 
 
@@ -127,8 +164,7 @@ class MLP(nn.Module, Compilable):
         super().__init__()
         h, ffn = config.hidden_size, config.ffn_hidden_size
         kwargs = {"bias": config.add_bias_linear, "tp_group": pg_collection.tp_mesh}
-        func = config.activation_func
-        self.activation = getattr(F, func) if isinstance(func, str) else func
+        self.activation = activation_of(config.activation_func)
         self.linear_gate = (
             ColumnParallelLinear(h, ffn, config, **kwargs) if config.gated_linear_unit else None
         )

@@ -5,14 +5,16 @@
     self_attention.linear_q.lora.A    self_attn.q_proj.lora_A.weight                        [r, input]
     self_attention.linear_q.lora.B    self_attn.q_proj.lora_B.weight                        [output, r]
 
-The other targets follow the same pattern; ``models.hf_weights`` has the layers' names.
+The other targets follow the same pattern; ``models.hf_weights`` has the layers' names. Where Hugging Face has a layer
+of ours as several modules, each of them gets the same A and its rows of B; they are one layer here, so only such
+adapters can be read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from longspan.config.families.qwen import Qwen2Moe
+from longspan.config.families.config_json import FAMILIES, TEXT_MODELS
+from longspan.config.families.family import Family, Place
 from longspan.config.lora import CONFIG_FILE, WEIGHTS_FILE, Lora, read_peft_config
 from longspan.errors import UserError
 from longspan.files import begin_folder, name_folder
@@ -30,8 +33,10 @@ from longspan.models.gpt import GPTModel
 from longspan.models.hf_weights import (
     WEIGHT_DTYPES,
     FolderWriter,
+    Names,
     SafetensorsFolder,
     check_finite,
+    place_in_tensor,
     write_files,
 )
 from longspan.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -39,8 +44,18 @@ from longspan.tensor_parallel.lora import Adapter
 
 _MARK = ".lora."
 _PREFIX = "base_model.model."
-#: adapters are on linear layers of attention and MLP, which all families that have adapters name as a Llama does
-_NAMES = Qwen2Moe()
+#: our layer -> the target that it belongs to
+_TARGET_OF = {
+    "linear_q": "q_proj",
+    "linear_k": "k_proj",
+    "linear_v": "v_proj",
+    "linear_proj": "o_proj",
+    "linear_gate": "gate_proj",
+    "linear_up": "up_proj",
+    "linear_down": "down_proj",
+    "in_proj": "in_proj",
+    "out_proj": "out_proj",
+}
 
 
 def is_adapter(name: str) -> bool:
@@ -48,10 +63,19 @@ def is_adapter(name: str) -> bool:
     return _MARK in name
 
 
-def peft_name(name: str) -> str:
-    """longspan's name of an adapter's parameter -> PEFT's name."""
+def adapter_places(names: Names, name: str) -> list[Place]:
+    """longspan's name of an adapter's parameter -> PEFT's tensors: each holds A as it is, or rows of B."""
     layer, _, part = name.partition(_MARK)
-    return f"{_PREFIX}{_NAMES.tensor_name(layer + '.weight').removesuffix('weight')}lora_{part}.weight"
+    places = [
+        Place(_adapter_name(names.family, place.name, part), place.rows, place.first, place.total)
+        for place in names.places(f"{layer}.weight")
+    ]
+    return places if part == "B" else [Place(tensor) for tensor in dict.fromkeys(p.name for p in places)]
+
+
+def _adapter_name(family: Family, weight: str, part: str) -> str:
+    """PEFT's name of A or B beside a weight in Hugging Face's files."""
+    return f"{_PREFIX}{family.module_name(weight).removesuffix('weight')}lora_{part}.weight"
 
 
 # --- on a model -----------------------------------------------------------------------------
@@ -75,11 +99,17 @@ def attach(model: GPTModel, lora: Lora, frozen_dtype: torch.dtype | None = None)
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, ColumnParallelLinear | RowParallelLinear) or isinstance(layer, OutputLayer):
             continue
-        target = _NAMES.tensor_name(f"{name}.weight").split(".")[-2]
+        *path, last = name.split(".")
+        target, beside = _TARGET_OF[last], None
+        if target == "gate_proj" and path[-1] == "self_attention":
+            # Hugging Face has the query and its gate in one layer.
+            target, query = "q_proj", model.get_submodule(".".join([*path, "linear_q"]))
+            assert isinstance(query, ColumnParallelLinear)
+            beside = query
         if target in lora.targets:
             # The adapter is made on meta like the model; its weights are drawn later.
             with torch.device("meta"):
-                layer.lora = Adapter(layer, lora.rank, lora.scale, model.config)
+                layer.lora = Adapter(layer, lora.rank, lora.scale, model.config, beside)
             missing.discard(target)
     if missing:
         raise UserError(
@@ -88,11 +118,17 @@ def attach(model: GPTModel, lora: Lora, frozen_dtype: torch.dtype | None = None)
         )
 
 
+#: parameters of recurrent layers that no product reads: exponentials are computed from them in float32
+_WIDE = ("A_log", "dt_bias", "D")
+
+
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts frozen parameters to another dtype; tied parameters stay tied."""
+    """Casts frozen parameters to another dtype, except those in ``_WIDE``; tied parameters stay tied."""
     cast: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
+            if name in _WIDE:
+                continue
             if id(parameter) not in cast:
                 cast[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
             setattr(module, name, cast[id(parameter)])
@@ -138,31 +174,47 @@ def open_adapters(folder: str | Path, names: Iterable[str]) -> Iterator[Any]:
         yield source
 
 
-def read_adapter(source: Any, name: str, shape: Iterable[int], ranges: list[tuple[int, int]]) -> Tensor:
+def read_adapter(
+    source: Any, places: list[Place], shape: Sequence[int], ranges: list[tuple[int, int]]
+) -> Tensor:
     """This rank's part of an adapter's parameter.
 
     Args:
-        name: longspan's name of the parameter.
+        places: of :func:`adapter_places`.
         shape: shape of the whole parameter.
         ranges: (start, stop) of this rank's part along each dim.
 
     Raises:
-        UserError: the file's tensor has another shape, a dtype that weights do not have, or values that are
-            not finite.
+        UserError: the file's tensors have other shapes, a dtype that weights do not have, or values that are
+            not finite; or several modules that are one layer here have different A.
     """
-    lazy = source.get_slice(peft_name(name))
-    if list(lazy.get_shape()) != list(shape):
+    parts = [_read_place(source, place, shape, ranges) for place in places]
+    if places[0].rows != slice(None):
+        return torch.cat(parts)
+    for place, part in zip(places, parts):
+        if not torch.equal(part, parts[0]):
+            raise UserError(
+                f"{WEIGHTS_FILE}: {places[0].name} and {place.name} differ, and here the two modules are one layer with one A. Such "
+                "adapters cannot be trained on; merge them with PEFT (merge_and_unload)."
+            )
+    return parts[0]
+
+
+def _read_place(source: Any, place: Place, whole: Sequence[int], ranges: list[tuple[int, int]]) -> Tensor:
+    """What one of PEFT's tensors holds of a part of an adapter's parameter."""
+    lazy = source.get_slice(place.name)
+    expected, index, _, _ = place_in_tensor(place, whole, ranges)
+    if list(lazy.get_shape()) != expected:
         raise UserError(
-            f"{WEIGHTS_FILE}: {peft_name(name)} has shape {list(lazy.get_shape())}, this model needs {list(shape)}. "
+            f"{WEIGHTS_FILE}: {place.name} has shape {list(lazy.get_shape())}, this model needs {expected}. "
             "The adapters are of another base model."
         )
     if (kind := lazy.get_dtype()) not in WEIGHT_DTYPES:
         raise UserError(
-            f"{WEIGHTS_FILE}: {peft_name(name)} is of type {kind}; adapters are F32, BF16, F16 or F64."
+            f"{WEIGHTS_FILE}: {place.name} is of type {kind}; adapters are F32, BF16, F16 or F64."
         )
-    rows, columns = (slice(*edges) for edges in ranges)
-    part = lazy[rows, columns]
-    check_finite(part, "the adapters", peft_name(name), WEIGHTS_FILE)
+    part = lazy[tuple(index)]
+    check_finite(part, "the adapters", place.name, WEIGHTS_FILE)
     return part
 
 
@@ -170,17 +222,30 @@ def read_adapter(source: Any, name: str, shape: Iterable[int], ranges: list[tupl
 
 
 def write_adapters(
-    folder: Path, weights: Mapping[str, Tensor], config: dict[str, Any], files: Mapping[str, bytes]
+    folder: Path,
+    names: Names,
+    weights: Mapping[str, Tensor],
+    config: dict[str, Any],
+    files: Mapping[str, bytes],
 ) -> None:
     """Writes a folder in PEFT's format; if that fails, the earlier folder stays.
 
     Args:
+        names: of the base model.
         weights: whole tensors by longspan's names.
         config: content of PEFT's config file; see ``Lora.peft_config``.
         files: further files of the folder: name -> content.
     """
     partial = begin_folder(folder)
-    named = {peft_name(name): tensor.contiguous() for name, tensor in weights.items()}
+    named: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        for place in adapter_places(names, name):
+            rows = tensor[place.rows]
+            if place.total is None:
+                named[place.name] = rows.clone()
+                continue
+            whole = named.setdefault(place.name, tensor.new_zeros(place.total, tensor.shape[1]))
+            whole[place.first : place.first + len(rows)] = rows
     save_file(named, partial / WEIGHTS_FILE, metadata={"format": "pt"})
     (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_files(files, partial)
@@ -188,7 +253,7 @@ def write_adapters(
 
 
 #: parts of the names of experts' tensors, which get no adapters though their last parts are those of dense layers
-_EXPERTS = (".mlp.experts.", ".block_sparse_moe.experts.")
+_EXPERTS = (".mlp.experts.", ".block_sparse_moe.experts.", ".mixer.experts.")
 
 
 @torch.no_grad()
@@ -201,11 +266,15 @@ def merge(base: SafetensorsFolder, adapters: Path, writer: FolderWriter) -> None
         UserError: the adapters do not fit the base model, or a weight is not finite.
     """
     lora, _ = read_peft_config(adapters)
-    ends = tuple(f".{target}.weight" for target in lora.targets)
+    kind = base.model_type or ""
+    family = FAMILIES.get(TEXT_MODELS.get(kind, kind), FAMILIES["llama"])
+    ends = tuple(f".{module}.weight" for target in lora.targets for module in family.adapter_modules(target))
     parts = {
-        name: [f"{_PREFIX}{name.removesuffix('weight')}lora_{part}.weight" for part in "AB"]
+        name: [_adapter_name(family, name, part) for part in "AB"]
         for name in base.files
-        if name.endswith(ends) and not any(part in name for part in _EXPERTS)
+        if name.endswith(ends)
+        and not any(part in name for part in _EXPERTS)
+        and not name.startswith(family.left_out)
     }
     with open_adapters(adapters, [part for pair in parts.values() for part in pair]) as source:
         for name in base.files:

@@ -2,6 +2,7 @@
 
 Feature i is paired with i + d/2, as in Llama checkpoints on Hugging Face. Angles are
 computed in float64, because at a million tokens a float32 angle is wrong in the second digit.
+With ``rotary_percent`` below 1, d is that share of a head: its first features are rotated and the others stay.
 
 For contexts longer than those that a model was first trained with, ``rope_scaling`` lowers the
 frequencies in one of Hugging Face's ways (``config.rope`` lists their fields):
@@ -34,16 +35,17 @@ from longspan.config.rope import rope_type
 RotaryTable = tuple[Tensor, Tensor]
 
 
-def frequencies(head_dim: int, base: float, scaling: Mapping[str, Any] | None = None) -> Tensor:
+def frequencies(size: int, base: float, scaling: Mapping[str, Any] | None = None) -> Tensor:
     """The frequency of each pair in radians per token, float64 [d/2].
 
     Args:
+        size: d, the number of rotated features of a head (``Architecture.rotary_channels``).
         scaling: Hugging Face's ``rope_scaling``. :func:`at_length` replaces the type ``dynamic`` beforehand.
 
     Raises:
         ValueError: the scaling is ``dynamic``.
     """
-    freqs = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    freqs = base ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     kind = rope_type(scaling)
     if scaling is None or kind == "default":
         return freqs
@@ -63,7 +65,7 @@ def frequencies(head_dim: int, base: float, scaling: Mapping[str, Any] | None = 
         turns = context * freqs / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
     else:
-        kept = 1 - _yarn_ramp(head_dim, base, context, scaling)
+        kept = 1 - _yarn_ramp(size, base, context, scaling)
     return freqs / factor * (1 - kept) + freqs * kept
 
 
@@ -108,7 +110,7 @@ def at_length(config: TransformerConfig, length: int) -> TransformerConfig:
         return config
     assert config.rope_scaling is not None
     assert config.max_position_embeddings is not None
-    factor, limit, d = config.rope_scaling["factor"], config.max_position_embeddings, config.kv_channels
+    factor, limit, d = config.rope_scaling["factor"], config.max_position_embeddings, config.rotary_channels
     stretch = factor * max(length, limit) / limit - (factor - 1)
     return dataclasses.replace(
         config, rotary_base=config.rotary_base * stretch ** (d / (d - 2)), rope_scaling=None
@@ -125,7 +127,12 @@ def rotary_table(positions: Tensor, freqs: Tensor, dtype: torch.dtype, scale: fl
 
 
 def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
-    """Rotates x [s, b, n, d] by the table of its rows' positions; computed in the table's precision."""
+    """Rotates x [s, b, n, d] by the table of its rows' positions; computed in the table's precision.
+
+    A table of fewer features than d rotates the first ones.
+    """
     cos, sin = table
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    turned = 2 * cos.shape[-1]
+    first, second = x[..., :turned].to(cos.dtype).chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return rotated if turned == x.shape[-1] else torch.cat((rotated, x[..., turned:]), dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,8 +73,8 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
 
     from longspan.config.architecture import Architecture
     from longspan.config.families.config_json import export_problem
+    from longspan.config.families.hub import model_config
     from longspan.config.lora import Lora
-    from longspan.config.parameters import parameter_shapes
     from longspan.models.hf_weights import FolderWriter, Names
     from longspan.models.peft import is_adapter, write_adapters
     from longspan.training import checkpoint
@@ -103,19 +104,22 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
         return state["model"][name]
 
     if (adapter := said.get("adapter")) is not None:
-        names = [name.removeprefix("model.") for name in entries if name.startswith("model.")]
+        held = [name.removeprefix("model.") for name in entries if name.startswith("model.")]
         # Buffers, such as the counters of a router, are no adapters.
-        names = [name for name in names if is_adapter(name)]
-        weights = {name: whole(name).to(getattr(torch, dtype)) for name in names}
+        weights = {name: whole(name).to(getattr(torch, dtype)) for name in held if is_adapter(name)}
         lora = Lora(adapter["rank"], adapter["alpha"], tuple(adapter["targets"]), adapter["rslora"])
         run = at_hand(run.model_copy(update={"base_model": adapter["base_model"]}))
         files = files_of_adapters(run, tokenizer)
-        write_adapters(output, weights, lora.peft_config(adapter["base_model"]), files)
+        base = adapter["base_model"]
+        names = Names(model, said["model"]["vocab_size"], model_config(base)[0].get("model_type"))
+        config = lora.peft_config(base, names.family.adapter_modules)
+        write_adapters(output, names, weights, config, files)
         return
     files = files_of_run(at_hand(run), described, dtype, tokenizer)
     vocab = said["model"]["vocab_size"]
-    writer = FolderWriter(output, Names(model, vocab), getattr(torch, dtype))
-    for name in parameter_shapes(model, vocab):
+    names = Names(model, vocab, json.loads(files["config.json"])["model_type"])
+    writer = FolderWriter(output, names, getattr(torch, dtype))
+    for name in names.shapes():
         writer.add(name, whole(name))
     writer.finish(files)
 
@@ -191,7 +195,7 @@ def to_checkpoint(model: str, output: Path) -> None:
     from longspan.config.architecture import Architecture
     from longspan.config.families.hub import architecture_of, model_folder, unused_fields, vocabulary_of
     from longspan.config.load import architecture_config
-    from longspan.config.parameters import buffer_shapes, parameter_shapes
+    from longspan.config.parameters import buffer_shapes
     from longspan.config.resolve import resolve
     from longspan.models.hf_weights import Names, SafetensorsFolder, check_tensors, read_part
     from longspan.training.checkpoint import to_text
@@ -205,13 +209,14 @@ def to_checkpoint(model: str, output: Path) -> None:
     architecture = Architecture.of(config)
     vocab = vocabulary_of(values, model)
     source = SafetensorsFolder(model_folder(model))
-    names = Names(architecture, vocab)
+    names = Names(architecture, vocab, source.model_type)
     check_tensors(source, names)
     weights = {}
-    for name, shape in parameter_shapes(architecture, vocab).items():
+    for name, shape in names.shapes().items():
         part = read_part(source, names, name, shape, [(0, size) for size in shape])
         weights[name] = part.to(torch.float32).contiguous()
-    for name, shape in buffer_shapes(architecture).items():
+    others = {name: shape for name, shape in buffer_shapes(architecture).items() if name not in weights}
+    for name, shape in others.items():
         kind = torch.int64 if name.endswith("last_counts") else torch.float32
         weights[name] = torch.zeros(shape, dtype=kind)
     if config.tie_word_embeddings:

@@ -135,9 +135,10 @@ def generate(
         if lora is not None:
             attach(model, lora)
         model.to_empty(device="cpu")
-        load_pretrained(model, SafetensorsFolder(path))
+        source = SafetensorsFolder(path)
+        load_pretrained(model, source)
         if adapters is not None:
-            load_adapters(model, adapters)
+            load_adapters(model, adapters, source.model_type)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for _ in range(count):

@@ -102,7 +102,8 @@ def check_weights(run: Run) -> None:
         return
     from longspan.models.hf_weights import Names, SafetensorsFolder, check_tensors
 
-    check_tensors(SafetensorsFolder(model_folder(run.pretrained)), Names(run.model, run.vocab_size))
+    source = SafetensorsFolder(model_folder(run.pretrained))
+    check_tensors(source, Names(run.model, run.vocab_size, source.model_type))
 
 
 def prepare_data(checked: Checked, show: bool) -> Run:

@@ -35,6 +35,8 @@ class Adapter(TensorParallelModule):
     Args:
         layer: the frozen layer; the adapter is added to it by ``layer.lora = Adapter(...)``.
         scale: factor of the product.
+        beside: a column parallel layer with the same input, whose adapter's A serves this adapter too, so that the two
+            are one adapter of the two layers together.
     """
 
     def __init__(
@@ -43,17 +45,23 @@ class Adapter(TensorParallelModule):
         rank: int,
         scale: float,
         config: ModelParallelConfig,
+        beside: ColumnParallelLinear | None = None,
     ):
         super().__init__(config, layer.tp_mesh)
         self.scale, self.column = scale, isinstance(layer, ColumnParallelLinear)
-        initial = Uniform((3 * layer.input_size) ** -0.5)
-        self.A = self._parameter("A", (rank, layer.input_size), None if self.column else 1, initial)
+        # In a tuple, the other layer is no part of this module.
+        self.beside = (beside,)
+        if beside is None:
+            initial = Uniform((3 * layer.input_size) ** -0.5)
+            self.A = self._parameter("A", (rank, layer.input_size), None if self.column else 1, initial)
         self.B = self._parameter("B", (layer.output_size, rank), 0 if self.column else None, Constant(0.0))
 
     def operands(self) -> LowRank:
         """The factors A and B, and the scale."""
         if self.column:
-            return LowRank(self.summed(self.A), local(self.B), self.scale)
+            (beside,) = self.beside
+            a = self.A if beside is None else beside.lora.A
+            return LowRank(self.summed(a), local(self.B), self.scale)
         return LowRank(local(self.A), self.summed(self.B), self.scale)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.recomputed import gated_linear
 from longspan.tensor_parallel.layers import Operands, projected
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2, of each element."""
+    return F.relu(x).square()
+
+
+def activation_of(func: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``activation_func`` of a config -> the function: a name of ``ACTIVATIONS``, or a callable as it is."""
+    if not isinstance(func, str):
+        return func
+    return squared_relu if func == "squared_relu" else getattr(F, func)
 
 
 def mlp_product(

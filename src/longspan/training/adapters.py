@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from longspan.config.families.hub import model_folder
 from longspan.config.run import Run
 from longspan.models import GPTModel
-from longspan.models.hf_weights import SafetensorsFolder, whole_parameters
+from longspan.models.hf_weights import Names, SafetensorsFolder, whole_parameters
 from longspan.models.peft import is_adapter, write_adapters
 
 
@@ -99,11 +99,17 @@ def trained_state(model: nn.Module) -> dict[str, Any]:
 
 
 def export_adapters(
-    model: GPTModel, config: dict[str, Any], folder: Path, dtype: torch.dtype, files: Mapping[str, bytes]
+    model: GPTModel,
+    names: Names,
+    config: dict[str, Any],
+    folder: Path,
+    dtype: torch.dtype,
+    files: Mapping[str, bytes],
 ) -> None:
     """Writes the adapters in PEFT's format, with the files beside them; collective.
 
     Args:
+        names: of the base model.
         config: PEFT's, see ``Lora.peft_config``.
         dtype: dtype of the written weights; only the first rank's value counts.
         files: further files of the folder; only the first rank's value counts.
@@ -114,5 +120,5 @@ def export_adapters(
         if dist.get_rank() == 0
     }
     if dist.get_rank() == 0:
-        write_adapters(folder, weights, config, files)
+        write_adapters(folder, names, weights, config, files)
     dist.barrier()

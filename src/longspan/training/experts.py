@@ -80,7 +80,8 @@ class Experts:
             sums = self.sums[index]
             counts = sums[: layer.router.num_experts]
             local(layer.router.last_counts).copy_(counts)
-            if layer.router.expert_bias is not None:
+            # A frozen router keeps its bias: adapters are saved without it.
+            if layer.router.expert_bias is not None and layer.router.weight.requires_grad:
                 bias = local(layer.router.expert_bias)
                 bias.copy_(updated_bias(bias, counts, layer.config.moe_router_bias_update_rate))
 

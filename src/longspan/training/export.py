@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,14 @@ def export(trainer: Trainer, folder: Path, prepared: tuple[torch.dtype, Files] |
     first = dist.get_rank() == 0
     dtype, files = (prepared or prepare_export(run)) if first else (torch.float32, {})
     if run.lora is not None and run.pretrained is not None:
-        export_adapters(trainer.model, run.lora.peft_config(run.pretrained), folder, dtype, files)
+        names = Names(run.model, run.vocab_size, model_config(run.pretrained)[0].get("model_type"))
+        config = run.lora.peft_config(run.pretrained, names.family.adapter_modules)
+        export_adapters(trainer.model, names, config, folder, dtype, files)
         return
-    names = Names(run.model, run.vocab_size)
-    writer = FolderWriter(folder, names, dtype) if first else None
+    writer = None
+    if first:
+        names = Names(run.model, run.vocab_size, json.loads(files["config.json"])["model_type"])
+        writer = FolderWriter(folder, names, dtype)
     for name, whole in whole_parameters(trainer.model):
         if writer is not None:
             writer.add(name, whole)

@@ -28,12 +28,13 @@ class WithExperts(Family):
     Attributes:
         count: the field with the number of experts.
         prefix: of an expert's tensors, after the layer's.
-        parts: our tensor of experts -> theirs.
+        matrices: our tensor of experts -> theirs.
     """
 
     count: ClassVar[str] = "num_experts"
     prefix: ClassVar[str] = "mlp.experts"
-    parts: ClassVar[Mapping[str, str]] = _PARTS
+    matrices: ClassVar[Mapping[str, str]] = _PARTS
+    sparse: ClassVar[tuple[bool, ...]] = (True,)
     required = (
         "num_experts_per_tok",
         "decoder_sparse_step",
@@ -47,11 +48,6 @@ class WithExperts(Family):
         "moe_router_topk_scaling_factor": None,
         "moe_expert_capacity_factor": None,
     }
-
-    def missing(self, model: Architecture) -> list[str]:
-        if model.num_moe_experts is None:
-            return ["num_moe_experts null"]
-        return self.differences(model, {"softmax_scale": None, **self.needs, **self.expert_needs})
 
     def read_experts(self, data: Mapping[str, Any], layers: list[int]) -> dict[str, Any]:
         """Keys of the router; ``layers`` are the indices of those with experts."""
@@ -80,7 +76,7 @@ class WithExperts(Family):
         index = module.split(".")[2]
         assert model.num_moe_experts is not None
         stem = f"{self.layers}.{index}.{self.prefix}"
-        return [Place(f"{stem}.{j}.{self.parts[part]}.weight", j) for j in range(model.num_moe_experts)]
+        return [Place(f"{stem}.{j}.{self.matrices[part]}.weight", j) for j in range(model.num_moe_experts)]
 
 
 def layer_pattern(indices: set[int], layers: int) -> int | list[int]:

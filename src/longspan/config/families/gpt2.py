@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from longspan.config.architecture import Architecture
-from longspan.config.families.family import Family, Place
+from longspan.config.families.family import Family, Place, activation_name
 from longspan.errors import UserError
 
 
@@ -91,7 +91,7 @@ class GPT2(Family):
             "n_positions": positions,
             "n_ctx": positions,
             "layer_norm_epsilon": model.layernorm_epsilon,
-            "activation_function": model.activation_func,
+            "activation_function": activation_name(model.activation_func),
             "resid_pdrop": 0.0,
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
@@ -105,5 +105,8 @@ class GPT2(Family):
         if ".linear_" not in module:
             return super().places(name, model)
         which = module.rsplit(".linear_", 1)[1]
-        part, parts = ("qkv".index(which), 3) if which in ("q", "k", "v") else (0, 1)
-        return [Place(self.tensor_name(name), part=part, parts=parts, transposed=kind == "weight")]
+        place = Place(self.tensor_name(name), transposed=kind == "weight")
+        if which in ("q", "k", "v"):
+            size = model.num_attention_heads * model.kv_channels
+            place = place._replace(first="qkv".index(which) * size, total=3 * size)
+        return [place]

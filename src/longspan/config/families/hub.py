@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from longspan.config.families.config_json import keys_of
+from longspan.config.families.config_json import FAMILIES, keys_of, text_model
 from longspan.config.families.known import known_model
 from longspan.config.families.rotary_decoder import ignored_fields
 from longspan.config.json_text import parse_json
@@ -115,14 +115,19 @@ def architecture_of(base_model: str, network: bool = True) -> dict[str, Any]:
 
 
 def unused_fields(base_model: str) -> list[str]:
-    """A line that lists the fields of a model's ``config.json`` that are ignored, if any; nothing is fetched.
+    """A line that lists the fields of a model's ``config.json`` that are ignored, if any, and of what is left out; nothing is fetched.
 
     Args:
         base_model: a model whose architecture was read already.
     """
     data, where = model_config(base_model, network=False)
-    named = ", ".join(ignored_fields(data))
-    return [f"rope_scaling of {where}: {named} (transformers ignores it too)"] if named else []
+    text, where_text = text_model(data, where)
+    family = FAMILIES[text["model_type"]]
+    named = ", ".join(ignored_fields(text, family.rope_fields))
+    found = [f"rope_scaling of {where_text}: {named} (transformers ignores it too)"] if named else []
+    if text is not data:
+        found.append(f"vision_config of {where}: the text model alone is taken")
+    return found
 
 
 def vocabulary_of(values: dict[str, Any], base_model: str) -> int:

@@ -44,7 +44,7 @@ class Ministral(Mistral):
 class Mixtral(WithExperts, Mistral):
     model_type, architecture = "mixtral", "MixtralForCausalLM"
     count, prefix = "num_local_experts", "block_sparse_moe.experts"
-    parts = {"gate_weight": "w1", "up_weight": "w3", "down_weight": "w2"}
+    matrices = {"gate_weight": "w1", "up_weight": "w3", "down_weight": "w2"}
     keys = Mistral.keys | {"num_local_experts": "num_moe_experts", "num_experts_per_tok": "moe_router_topk"}
     defaults = {
         "rms_norm_eps": 1e-5,

@@ -77,6 +77,13 @@ class QwenWithExperts(WithExperts):
             "moe_router_pre_softmax": not data.get("norm_topk_prob"),
         }
 
+    def read_shared(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """As :meth:`read_sparse`, for a type whose experts stand beside a shared one."""
+        found = self.read_sparse(data)
+        if found["num_moe_experts"] is None:
+            return found | {"moe_shared_expert_intermediate_size": None}
+        return found | {"moe_shared_expert_gate": True}
+
     def sparse_fields(self, model: Architecture) -> dict[str, Any]:
         sparse = {number - 1 for number in model.expert_layers}
         return {
@@ -89,16 +96,26 @@ class QwenWithExperts(WithExperts):
 
 
 _DEFAULTS = {"decoder_sparse_step": 1, "norm_topk_prob": False, "router_aux_loss_coef": 0.001}
-_KEYS = {
+EXPERT_KEYS = {
     "num_experts": "num_moe_experts",
     "num_experts_per_tok": "moe_router_topk",
     "moe_intermediate_size": "moe_ffn_hidden_size",
+}
+#: the router and the shared expert of a layer with experts
+SHARED_EXPERT = {
+    "mlp.router": "mlp.gate",
+    "mlp.shared_experts.linear_gate": "mlp.shared_expert.gate_proj",
+    "mlp.shared_experts.linear_up": "mlp.shared_expert.up_proj",
+    "mlp.shared_experts.linear_down": "mlp.shared_expert.down_proj",
+    "mlp.shared_experts.gate": "mlp.shared_expert_gate",
 }
 
 
 class Qwen2Moe(QwenWithExperts, Qwen2):
     model_type, architecture = "qwen2_moe", "Qwen2MoeForCausalLM"
-    keys = Qwen2.keys | _KEYS | {"shared_expert_intermediate_size": "moe_shared_expert_intermediate_size"}
+    keys = (
+        Qwen2.keys | EXPERT_KEYS | {"shared_expert_intermediate_size": "moe_shared_expert_intermediate_size"}
+    )
     defaults = (
         Qwen2.defaults
         | _DEFAULTS
@@ -111,20 +128,11 @@ class Qwen2Moe(QwenWithExperts, Qwen2):
         }
     )
     nothing = {"sliding_window": 0}
-    inside = Qwen2.inside | {
-        "mlp.router": "mlp.gate",
-        "mlp.shared_experts.linear_gate": "mlp.shared_expert.gate_proj",
-        "mlp.shared_experts.linear_up": "mlp.shared_expert.up_proj",
-        "mlp.shared_experts.linear_down": "mlp.shared_expert.down_proj",
-        "mlp.shared_experts.gate": "mlp.shared_expert_gate",
-    }
+    inside = Qwen2.inside | SHARED_EXPERT
     expert_needs = WithExperts.expert_needs | {"moe_shared_expert_gate": True, "sliding_window": None}
 
     def read_pieces(self, data: Mapping[str, Any], where: str) -> dict[str, Any]:
-        found = super().read_pieces(data, where) | self.read_sparse(data)
-        if found["num_moe_experts"] is None:
-            return found | {"moe_shared_expert_intermediate_size": None}
-        return found | {"moe_shared_expert_gate": True}
+        return super().read_pieces(data, where) | self.read_shared(data)
 
     def read_window(self, data: Mapping[str, Any], where: str) -> int | list[int | None] | None:
         _refuse_window(data, where)
@@ -137,7 +145,7 @@ class Qwen2Moe(QwenWithExperts, Qwen2):
 
 class Qwen3Moe(QwenWithExperts, Qwen3):
     model_type, architecture = "qwen3_moe", "Qwen3MoeForCausalLM"
-    keys = Qwen3.keys | _KEYS
+    keys = Qwen3.keys | EXPERT_KEYS
     defaults = (
         Qwen3.defaults
         | _DEFAULTS

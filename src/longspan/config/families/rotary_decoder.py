@@ -17,10 +17,10 @@ each with .weight and, if the model has it, .bias.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from longspan.config.architecture import Architecture
-from longspan.config.families.family import Family
+from longspan.config.families.family import Family, activation_name
 from longspan.config.rope import ROPE_TYPES, rope_type
 from longspan.errors import UserError
 
@@ -45,6 +45,8 @@ class RotaryDecoder(Family):
         "max_position_embeddings": "max_position_embeddings",
     }
     needs = {"position_embedding_type": "rope", "normalization": "RMSNorm", "gated_linear_unit": True}
+    #: transformers' default of partial_rotary_factor; None for a type that rotates whole heads only
+    rotary_percent: ClassVar[float | None] = None
     layers = "model.layers"
     outside = {
         "embedding.word_embeddings": "model.embed_tokens",
@@ -69,7 +71,7 @@ class RotaryDecoder(Family):
         found = self.read_pieces(data, where)
         if window := self.read_window(data, where):
             found["sliding_window"] = window
-        return found | read_rotary(data, where)
+        return found | read_rotary(data, where, self.rotary_percent, self.rope_fields)
 
     def read_pieces(self, data: Mapping[str, Any], where: str) -> dict[str, Any]:
         """The keys of biases and norms."""
@@ -84,6 +86,7 @@ class RotaryDecoder(Family):
         # transformers 5 reads rope_parameters, 4 reads rope_theta and rope_scaling, so all three are written.
         scaling = {k: v for k, v in (model.rope_scaling or {}).items() if k != "type"} if scaled else {}
         scaling = {"rope_type": rope_type(model.rope_scaling), **scaling}
+        part = {} if self.rotary_percent is None else {"partial_rotary_factor": model.rotary_percent}
         return {
             "num_hidden_layers": model.num_layers,
             "hidden_size": model.hidden_size,
@@ -94,16 +97,23 @@ class RotaryDecoder(Family):
             "rms_norm_eps": model.layernorm_epsilon,
             "rope_theta": model.rotary_base,
             "rope_scaling": scaling if scaled else None,
-            "rope_parameters": {"rope_theta": model.rotary_base, **scaling},
+            "rope_parameters": {"rope_theta": model.rotary_base, **scaling, **part},
+            **part,
             "max_position_embeddings": positions,
-            "hidden_act": model.activation_func,
+            "hidden_act": activation_name(model.activation_func),
         }
 
 
-def read_rotary(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The keys rotary_base and rope_scaling.
+def read_rotary(
+    data: Mapping[str, Any], where: str, percent: float | None = None, without_effect: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The keys rotary_base and rope_scaling, and rotary_percent for a type that has it.
 
     transformers 4 has the fields rope_theta and rope_scaling; 5 has both in rope_parameters.
+
+    Args:
+        percent: the type's default of partial_rotary_factor; None for a type that rotates whole heads only.
+        without_effect: fields that have no effect on a text.
 
     Raises:
         UserError: the fields are not for all layers, or request something that is not supported.
@@ -113,8 +123,8 @@ def read_rotary(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(
             f"base_model: {where} sets rope_parameters {rope!r}, not an object of fields that hold for all layers."
         )
-    part = rope.get("partial_rotary_factor", data.get("partial_rotary_factor", 1.0))
-    if part not in (None, 1.0):
+    part = rope.get("partial_rotary_factor", data.get("partial_rotary_factor", percent or 1.0))
+    if percent is None and part not in (None, 1.0):
         raise UserError(
             f"base_model: {where} sets partial_rotary_factor {part}; only whole heads are rotated (1.0)."
         )
@@ -122,21 +132,31 @@ def read_rotary(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     if theta is not None and (isinstance(theta, bool) or not isinstance(theta, int | float)):
         raise UserError(f"base_model: {where} sets rope_theta {theta!r}: a number above 0.")
     found: dict[str, Any] = {"rotary_base": theta or data.get("rope_theta") or 10000.0}
+    if percent is not None:
+        if isinstance(part, bool) or not isinstance(part, int | float) or not 0 < part <= 1:
+            raise UserError(
+                f"base_model: {where} sets partial_rotary_factor {part!r}: a number above 0, at most 1."
+            )
+        found["rotary_percent"] = float(part)
     if rope_type(rope) != "default":
-        out = ("rope_theta", "partial_rotary_factor", *ignored_fields(data))
+        out = ("rope_theta", "partial_rotary_factor", *without_effect, *ignored_fields(data))
         found["rope_scaling"] = {k: v for k, v in rope.items() if k not in out and v is not None}
     return found
 
 
-def ignored_fields(data: Mapping[str, Any]) -> list[str]:
-    """Fields of a config.json's rope_scaling that its type does not have; transformers ignores them too."""
+def ignored_fields(data: Mapping[str, Any], without_effect: tuple[str, ...] = ()) -> list[str]:
+    """Fields of a config.json's rope_scaling that its type does not have; transformers ignores them too.
+
+    Args:
+        without_effect: as in :func:`read_rotary`; these are not listed.
+    """
     rope = data.get("rope_scaling") or data.get("rope_parameters") or {}
     known = (
         ROPE_TYPES.get(kind) if isinstance(rope, dict) and isinstance(kind := rope_type(rope), str) else None
     )
     if known is None:
         return []
-    names = [*known[0], *known[1], *_OF_ALL_TYPES]
+    names = [*known[0], *known[1], *_OF_ALL_TYPES, *without_effect]
     return [name for name, value in rope.items() if name not in names and value is not None]
 
 

@@ -34,7 +34,7 @@ class ModelKeys(BaseModel):
     base_model: str | None = key(
         None,
         "Hugging Face model to start from: a local folder, or a hub id when the hub can be reached (Llama, Mistral, Mixtral, "
-        "Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, GPT-2; docs/models.md).",
+        "Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, Qwen3.5, OLMo Hybrid, Nemotron-H, Mamba-2, GPT-2; docs/models.md).",
         flag="--base-model",
     )
     reinit_weights: bool = key(
@@ -106,6 +106,9 @@ class ModelKeys(BaseModel):
     )
     add_qkv_bias: bool = key(False, "The projections to query, key and value have biases (Qwen2).")
     qk_layernorm: bool = key(False, "Each head of query and key is normalised before the rotation (Qwen3).")
+    qk_layernorm_over_heads: bool = key(
+        False, "qk_layernorm is over all heads of query, and of key, together (OLMo Hybrid)."
+    )
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = key(
         "rope",
         "How the model knows positions: rotary, a learned table of max_position_embeddings, or not at all.",
@@ -115,6 +118,11 @@ class ModelKeys(BaseModel):
     rotary_percent: float = key(1.0, "Share of each head's features that rotary embeddings turn.", gt=0, le=1)
     attention_output_gate: bool = key(
         False, "Each head's output is multiplied by a sigmoid of the layer's input (Qwen3-Next)."
+    )
+    attention_post_norm: bool = key(
+        False,
+        "A layer with attention normalises what its attention and its MLP add, instead of what they read (OLMo Hybrid). Layers "
+        "without attention are not changed.",
     )
     max_position_embeddings: int | None = key(
         None,
@@ -245,9 +253,12 @@ class ModelKeys(BaseModel):
     lora_dropout: float = key(0.0, "Share of adapter inputs dropped: only 0 is supported.", ge=0, le=1)
     lora_target_modules: list[str] | None = key(
         None,
-        "Linear layers that get adapters, by Hugging Face's names (q_proj, v_proj, down_proj, ...).",
+        "Linear layers that get adapters, by Hugging Face's names (q_proj, v_proj, down_proj, ...); in_proj and out_proj are those "
+        "of recurrent layers.",
     )
-    lora_target_linear: bool = key(False, "All linear layers of attention and MLP get adapters.")
+    lora_target_linear: bool = key(
+        False, "All linear layers of attention, recurrent layers and MLP get adapters."
+    )
     lora_model_dir: str | None = key(None, "Folder of adapters in PEFT's format to start from.")
     peft_use_rslora: bool = key(False, "Scale adapters by lora_alpha / sqrt(lora_r) (rsLoRA).")
 

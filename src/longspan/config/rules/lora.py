@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from longspan.config.lora import TARGETS, lora_of, read_peft_config
+from longspan.config.lora import ALL_TARGETS, linear_targets, lora_of, read_peft_config
+from longspan.config.recurrent import mixers_of
 from longspan.config.schema import TrainConfig
 from longspan.errors import Problem, UserError, did_you_mean
 
@@ -51,6 +52,13 @@ def lora_problems(config: TrainConfig) -> list[Problem]:
         found.append((("lora_dropout",), text))
     found += _target_problems(config)
     found += _expert_problems(config)
+    mixers = mixers_of(config.layer_types, config.hybrid_override_pattern) or ()
+    if "mamba" in mixers and "out_proj" in (config.lora_target_modules or ()):
+        text = (
+            "lora_target_modules: out_proj of a model with Mamba-2 layers: PEFT refuses such adapters, because kernels of these layers "
+            "read the weight alone. Leave out_proj out; in_proj can have adapters."
+        )
+        found.append((("lora_target_modules",), text))
     if config.lora_model_dir is not None and not found:
         found += _start_problems(config)
     return found
@@ -68,15 +76,15 @@ def _target_problems(config: TrainConfig) -> list[Problem]:
         )
         return [(keys, text)]
     return [
-        (keys[:1], f"lora_target_modules: {name!r} is none of {', '.join(TARGETS)}.{did_you_mean(name, TARGETS)}")
+        (keys[:1], f"lora_target_modules: {name!r} is none of {', '.join(ALL_TARGETS)}.{did_you_mean(name, ALL_TARGETS)}")
         for name in given or ()
-        if name not in TARGETS
+        if name not in ALL_TARGETS
     ]  # fmt: skip
 
 
 def _expert_problems(config: TrainConfig) -> list[Problem]:
     """Targets that only experts have: adapters belong to linear layers, and experts have none."""
-    asked = set(TARGETS if config.lora_target_linear else config.lora_target_modules or ())
+    asked = set(linear_targets(config) if config.lora_target_linear else config.lora_target_modules or ())
     has_experts = config.num_moe_experts is not None
     of_mlp = [name for name in ("gate_proj", "up_proj", "down_proj") if name in asked]
     if not has_experts or config.moe_shared_expert_intermediate_size is not None or not of_mlp:
