@@ -19,21 +19,29 @@ from longspan.context_parallel.layout import SequenceLayout
 from longspan.context_parallel.move_rows import change_of_layout, move_rows
 
 
-def attention_layout(config: TransformerConfig, stream: SequenceLayout) -> SequenceLayout:
+def attention_layout(
+    config: TransformerConfig, stream: SequenceLayout, name: str | None = None
+) -> SequenceLayout:
     """The layout of attention in a model whose stream has another; ``stream`` itself if one layout serves both.
 
     The stream's layout keeps it.
+
+    Args:
+        name: ``auto`` or one of ``LAYOUTS``; None takes the config's ``attention_cp_layout``. ``contiguous`` is the
+            stream's own layout.
     """
-    if stream.ranks == 1 or not config.recurrent or "attention" not in config.mixers:
+    name = name or config.attention_cp_layout
+    if stream.ranks == 1 or not config.recurrent or "attention" not in config.mixers or name == "contiguous":
         return stream
     windows, together = config.attention_windows, heads_together(config)
-    name = config.attention_cp_layout
 
     def make() -> SequenceLayout:
         made = SequenceLayout.make(
             name, stream.total, stream.ranks, cu_seqlens=stream.cu_seqlens, windows=windows, together=together
         )
-        return stream if made.all_spans == stream.all_spans else made
+        # The stream may have more padding, which is no reason to move rows.
+        same = all(made.segments(rank) == stream.segments(rank) for rank in range(stream.ranks))
+        return stream if same else made
 
     return stream.once(("attention_layout", name, tuple(windows), together), make)
 
