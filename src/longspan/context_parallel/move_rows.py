@@ -114,17 +114,27 @@ def change_of_layout(
 
 def rows_between(source: SequenceLayout, target: SequenceLayout) -> np.ndarray:
     """[senders, receivers] rows that a change of layout sends, those that stay on their rank included."""
-    both = []
-    for one in (source, target):
-        # Rows are numbered through, rank after rank, so that one sweep serves all pairs of ranks.
-        numbered = enumerate(_held(one))
-        both.append(
-            [p._replace(row=p.row + rank * one.local_length) for rank, held in numbered for p in held]
-        )
+    firsts, holders = zip(*(_holders(one) for one in (source, target)))
+    # Between two neighbouring edges, all tokens are on one rank of each layout.
+    edges = np.union1d(*firsts)
+    held, wanted = (
+        of_rank[np.searchsorted(first, edges, "right") - 1] for first, of_rank in zip(firsts, holders)
+    )
     counts = np.zeros((source.ranks, target.ranks), dtype=np.int64)
-    for row, place, count in _overlaps(*both):
-        counts[row // source.local_length, place // target.local_length] += count
+    np.add.at(counts, (held, wanted), np.diff(edges, append=source.total))
     return counts
+
+
+def _holders(layout: SequenceLayout) -> tuple[np.ndarray, np.ndarray]:
+    """(the first token of each span in the order of tokens, the rank that holds it); no padding."""
+    spans = sorted(
+        (start, rank)
+        for rank, held in enumerate(layout.all_spans)
+        for start, _ in held
+        if start < layout.total
+    )
+    first, rank = np.array(spans).T
+    return first, rank
 
 
 def _held(layout: SequenceLayout) -> list[list[Piece]]:

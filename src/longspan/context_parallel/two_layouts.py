@@ -10,13 +10,16 @@ layout before attention, and those of its output come back, each in one all-to-a
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from longspan.config.model import TransformerConfig
 from longspan.context_parallel.layout import SequenceLayout
-from longspan.context_parallel.move_rows import change_of_layout, move_rows
+from longspan.context_parallel.move_rows import change_of_layout, move_rows, rows_between
 
 
 def attention_layout(
@@ -39,11 +42,33 @@ def attention_layout(
         made = SequenceLayout.make(
             name, stream.total, stream.ranks, cu_seqlens=stream.cu_seqlens, windows=windows, together=together
         )
+        # Ranks that exchange heads are neighbours, so the ranks of several groups keep their numbers.
+        if together in (1, stream.ranks):
+            made = renumbered(made, stream)
         # The stream may have more padding, which is no reason to move rows.
         same = all(made.segments(rank) == stream.segments(rank) for rank in range(stream.ranks))
         return stream if same else made
 
     return stream.once(("attention_layout", name, tuple(windows), together), make)
+
+
+def renumbered(layout: SequenceLayout, stream: SequenceLayout) -> SequenceLayout:
+    """The layout with its ranks in another order, so that more of the tokens stay on their rank of ``stream``.
+
+    Balance and the number of rows that attention sends do not depend on the order.
+    """
+    counts = rows_between(stream, layout)
+    order = np.zeros(layout.ranks, dtype=np.int64)
+    for _ in range(layout.ranks):
+        # The pair with the most tokens in common comes first.
+        rank, part = np.unravel_index(counts.argmax(), counts.shape)
+        order[rank] = part
+        counts[rank], counts[:, part] = -1, -1
+    # The greedy order may be worse than the layout's own.
+    counts = rows_between(stream, layout)
+    if counts[np.arange(len(order)), order].sum() <= counts.trace():
+        return layout
+    return dataclasses.replace(layout, all_spans=tuple(layout.all_spans[part] for part in order), _made={})
 
 
 def heads_together(config: TransformerConfig) -> int:
