@@ -12,6 +12,7 @@ turns. Bytes are the most that a rank sends in a layer's forward pass, by the fo
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import common
 import torch
@@ -68,8 +69,7 @@ def bench(args: argparse.Namespace) -> None:
             x = torch.randn(rows, 1, args.hidden, requires_grad=True)
             up = torch.randn(rows, 1, args.hidden)
             contestants = {
-                way: (lambda layer=layer: step(layer, x, up, layout), 1, True)
-                for way, layer in layers.items()
+                way: (partial(step, layer, x, up, layout), 1, True) for way, layer in layers.items()
             }
             times = common.compare_clocks(contestants, args.pairs, warmup=1)
             common.report_clocks(f"{kind}, {tokens:,} tokens, {ranks} ranks x 1 thread", times, "state")
