@@ -173,6 +173,13 @@ def test_groups_that_exchange_heads_stay_together():
     assert found.all_spans == plain.all_spans
 
 
+def test_a_group_of_a_call_may_be_smaller_than_the_models():
+    """Megatron's packed_seq_params.cp_group: heads move in the group of the call."""
+    stream = stream_of([40], 2)
+    found = attention_layout(hybrid_config(4, cp_comm_type="a2a", attention_cp_layout="balanced"), stream)
+    assert found is stream
+
+
 @given(st.data())
 def test_each_rank_gets_the_features_of_its_heads(data):
     groups, each = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))

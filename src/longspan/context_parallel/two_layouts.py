@@ -36,7 +36,7 @@ def attention_layout(
     name = name or config.attention_cp_layout
     if stream.ranks == 1 or not config.recurrent or "attention" not in config.mixers or name == "contiguous":
         return stream
-    windows, together = config.attention_windows, heads_together(config)
+    windows, together = config.attention_windows, heads_together(config, stream.ranks)
 
     def make() -> SequenceLayout:
         made = SequenceLayout.make(
@@ -71,10 +71,14 @@ def renumbered(layout: SequenceLayout, stream: SequenceLayout) -> SequenceLayout
     return dataclasses.replace(layout, all_spans=tuple(layout.all_spans[part] for part in order), _made={})
 
 
-def heads_together(config: TransformerConfig) -> int:
-    """Number of ranks that exchange heads in every attention layer; 1 if a layer moves only keys."""
+def heads_together(config: TransformerConfig, ranks: int) -> int:
+    """Number of ranks that exchange heads in every attention layer; 1 if a layer moves only keys.
+
+    Args:
+        ranks: context parallel ranks of the call, which may be fewer than the model's.
+    """
     inner = (config.hierarchical_context_parallel_sizes or (1,))[0]
-    sizes = {"a2a": config.context_parallel_size, "a2a+p2p": inner}
+    sizes = {"a2a": ranks, "a2a+p2p": inner if ranks % inner == 0 else 1}
     layers = range(1, config.num_layers + 1)
     types = {config.comm_type_of_layer(n) for n in layers if config.parts_of_layer(n).mixer == "attention"}
     return min(sizes.get(name, 1) for name in types)
