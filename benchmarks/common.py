@@ -37,20 +37,24 @@ def run_ranks(world: int, function: Callable, *args) -> None:
         mp.spawn(_rank, (world, str(Path(folder) / "store"), function, args), nprocs=world, join=True)
 
 
-def timed(function: Callable, threads: int, everyone: bool) -> float:
-    """Seconds of one call. ``everyone``: all ranks take part; else rank 0 alone with ``threads``, others wait."""
+def timed(function: Callable, threads: int, everyone: bool) -> tuple[float, float]:
+    """(elapsed seconds, processor seconds) of one call, each of the rank that took most.
+
+    Args:
+        everyone: all ranks take part; else rank 0 alone with ``threads``, others wait.
+    """
     dist.barrier()
-    seconds = 0.0
+    seconds = (0.0, 0.0)
     if everyone or dist.get_rank() == 0:
         torch.set_num_threads(threads)
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         function()
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start[0], time.process_time() - start[1]
         torch.set_num_threads(1)
     if everyone:
         slowest = torch.tensor(seconds, dtype=torch.float64)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        return slowest.item()
+        return tuple(slowest.tolist())
     dist.barrier()
     return seconds
 
@@ -58,18 +62,38 @@ def timed(function: Callable, threads: int, everyone: bool) -> float:
 def compare(
     contestants: dict[str, tuple[Callable, int, bool]], pairs: int, warmup: int = 2
 ) -> dict[str, list[float]]:
+    """The elapsed times of :func:`compare_clocks`."""
+    return compare_clocks(contestants, pairs, warmup)[0]
+
+
+def compare_clocks(
+    contestants: dict[str, tuple[Callable, int, bool]], pairs: int, warmup: int = 2
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Times each contestant in turn, ``pairs`` times after ``warmup`` rounds.
+
+    Other work on the machine changes processor time less than elapsed time.
 
     Args:
         contestants: name -> (function, threads, whether all ranks take part).
+
+    Returns:
+        Elapsed seconds and processor seconds of each contestant.
     """
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    elapsed: dict[str, list[float]] = {name: [] for name in contestants}
+    processor: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(warmup + pairs):
         for name, (function, threads, everyone) in contestants.items():
             seconds = timed(function, threads, everyone)
             if turn >= warmup:
-                times[name].append(seconds)
-    return times
+                elapsed[name].append(seconds[0])
+                processor[name].append(seconds[1])
+    return elapsed, processor
+
+
+def report_clocks(title: str, times: tuple[dict[str, list[float]], ...], ours: str) -> None:
+    """:func:`report` of what :func:`compare_clocks` returns."""
+    for clock, measured in zip(("elapsed", "processor time of the busiest rank"), times):
+        report(f"{title}, {clock}", measured, ours)
 
 
 def report(title: str, times: dict[str, list[float]], ours: str) -> None:
@@ -97,6 +121,28 @@ def device_ms(function: Callable, device: torch.device) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def make_trainer(folder: str, values: dict):
+    """A trainer on the CPU with these keys. Its data are a few tokens, because benchmarks make batches of their own.
+
+    Collective.
+    """
+    import numpy as np
+
+    from longspan.config.load import make_config
+    from longspan.config.resolve import resolve
+    from longspan.config.run import Run
+    from longspan.data import IndexedDatasetWriter
+    from longspan.training.trainer import Trainer
+
+    if dist.get_rank() == 0:
+        with IndexedDatasetWriter(Path(folder) / "data", np.uint16) as writer:
+            writer.add_document(np.arange(100))
+    dist.barrier()
+    reading = make_config(values | {"datasets": [{"path": f"{folder}/data"}]})
+    assert reading.config is not None, reading.problems
+    return Trainer(Run.of(resolve(reading.config, dist.get_world_size()).config), torch.device("cpu"))
 
 
 class Rows:

@@ -24,9 +24,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from longspan.config.load import make_config
-from longspan.config.resolve import resolve
-from longspan.config.run import Run
 from longspan.context_parallel import SequenceLayout, hybrid
 from longspan.context_parallel.needed import rows_matrix
 from longspan.training.sharding import LocalBatch
@@ -60,32 +57,11 @@ MODEL = {
 }  # fmt: skip
 
 
-def make_trainer(folder: str, ranks: int):
-    from longspan.data import IndexedDatasetWriter
-    from longspan.training.trainer import Trainer
-
-    if dist.get_rank() == 0:
-        with IndexedDatasetWriter(Path(folder) / "data", np.uint16) as writer:
-            writer.add_document(np.arange(100))
-    dist.barrier()
-    reading = make_config(
-        MODEL
-        | {
-            "datasets": [{"path": f"{folder}/data"}],
-            "sequence_len": LONGEST,
-            "context_parallel_size": ranks,
-            "hybrid_context_parallel": True,
-            "max_seqlen_per_dp_cp_rank": ROOM,
-        }
-    )
-    assert reading.config is not None, reading.problems
-    return Trainer(Run.of(resolve(reading.config, ranks).config), torch.device("cpu"))
-
-
 def bench(args: argparse.Namespace, folder: str) -> None:
     ranks = dist.get_world_size()
     lengths = [n for pack in LENGTHS["packs"]["16384"][: args.packs] for n in pack]
-    trainer = make_trainer(folder, ranks)
+    keys = {"sequence_len": LONGEST, "context_parallel_size": ranks, "hybrid_context_parallel": True}
+    trainer = common.make_trainer(folder, MODEL | keys | {"max_seqlen_per_dp_cp_rank": ROOM})
     g = torch.Generator().manual_seed(dist.get_rank())
 
     def run(way: str):

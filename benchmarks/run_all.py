@@ -27,6 +27,10 @@ RUNS = (
     ["experts.py"],
     ["recurrent.py", "--chunks", "64", "128", "256"],
     ["delta_rule.py"],
+    ["recurrent_ways.py"],
+    ["two_layouts.py"],
+    ["two_layouts.py", "--ranks", "4"],
+    ["two_layouts.py", "--whole"],
     ["pipeline.py"],
     ["checkpoint.py"],
 )

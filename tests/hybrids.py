@@ -63,19 +63,23 @@ def loss_and_gradients(model, mesh, cu, columns=1):
     return total.item(), norm.item(), {name: p.grad.full_tensor() for name, p in model.named_parameters()}
 
 
+def model_of(sizes, packs, recompute="none", **options):
+    """A model with the initial weights of a seed, and its mesh. Collective."""
+    mesh = ParallelMesh.build(sizes)
+    config = config_of(sizes, **options)
+    with torch.device("meta"):
+        model = GPTModel(config, VOCAB, max(cu[-1] for cu in packs), pg_collection=mesh.groups)
+    parallelize(model, mesh, seed=3, device=torch.device("cpu"), recompute=recompute)
+    return model, mesh
+
+
 def gradients(sizes, packs, options, columns=1, adapt=None):
     """For each pack: loss, gradient norm and every whole gradient at a layout of ranks.
 
     Args:
         adapt: is called with the model before its first step.
     """
-    options = dict(options)
-    recompute = options.pop("recompute", "none")
-    mesh = ParallelMesh.build(sizes)
-    config = config_of(sizes, **options)
-    with torch.device("meta"):
-        model = GPTModel(config, VOCAB, max(cu[-1] for cu in packs), pg_collection=mesh.groups)
-    parallelize(model, mesh, seed=3, device=torch.device("cpu"), recompute=recompute)
+    model, mesh = model_of(sizes, packs, **options)
     if adapt is not None:
         adapt(model)
     found = []
@@ -198,11 +202,8 @@ def against_plain(cu, options):
     """The largest relative error of loss and gradients of one process against the plain reference, and where."""
     from longspan.config.sizes import MeshSizes
 
-    mesh = ParallelMesh.build(MeshSizes())
-    config = config_of(mesh.sizes, **options)
-    with torch.device("meta"):
-        model = GPTModel(config, VOCAB, cu[-1], pg_collection=mesh.groups)
-    parallelize(model, mesh, seed=3, device=torch.device("cpu"))
+    model, mesh = model_of(MeshSizes(), [cu], **options)
+    config = model.config
     weights = {n: p.full_tensor().detach().clone().requires_grad_() for n, p in model.named_parameters()}
     loss = plain_loss(weights, cu, config)
     loss.backward()

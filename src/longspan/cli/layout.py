@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longspan.cli import layout_recurrent
 from longspan.cli.options import key_help, number, read_config, read_picture, take_options
 from longspan.config.data import keeps_documents_apart
 from longspan.config.resolve import resolve
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from longspan.context_parallel.costs import AlikeLayers, Costs
     from longspan.context_parallel.layout import SequenceLayout
 
-USAGE = """\
+USAGE = f"""\
 usage: longspan layout CONFIG [--any-key value] [--lengths N,N,...] [--step N] [--window W] [--png FILE] [--json]
 
 Shows for one pack of documents which tokens each rank of the context parallel group holds, what it
@@ -45,19 +46,20 @@ GPU, no weights and, with --lengths, no data.
   --num-processes N  processes to check the parallel sizes against
   --png FILE         draw it (pip install 'longspan[plot]')
   --json             print one JSON object:
-      layout, asked, why        the layout, what cp_layout says, and why auto takes it
+      layout, asked, why        the layout, what the config asks for, and why auto takes it
+      key                       the config's key for it: cp_layout, or attention_cp_layout
       tokens, padding, documents, sequence_len, ranks, rows (of a rank, padding included)
-      layers                    [{comm_type, window, together, count}]: layers that are alike; together: ranks that
-                                move heads among themselves. All figures are summed over the layers listed here;
+      layers                    [{{comm_type, window, together, count}}]: attention layers that are alike; together: ranks
+                                that move heads among themselves. All figures are summed over the layers listed here;
                                 where all are alike it is one layer
       imbalance, of_ring        busiest rank's work / mean; what travels / what a plain ring would move
       received_rows, ring_rows  key/value rows, summed over the ranks
       head_rows                 rows of q, k, v and out each that every rank sends (and receives) to move heads
-      per_rank                  [{rank, spans, padding, pairs, share, received_rows, sent_rows, of_ring, hears_from,
-                                steps}]: spans are [start, stop), from tokens on padding; share: pairs / mean
-      layouts                   [{layout, padding, imbalance, received_rows, most_received_rows, of_ring}] of all
+      per_rank                  [{{rank, spans, padding, pairs, share, received_rows, sent_rows, of_ring, hears_from,
+                                steps}}]: spans are [start, stop), from tokens on padding; share: pairs / mean
+      layouts                   [{{layout, padding, imbalance, received_rows, most_received_rows, of_ring}}] of all
       notes                     remarks; png: the picture's path
-"""
+{layout_recurrent.USAGE}"""
 
 OPTIONS = {
     "--lengths": True,
@@ -77,6 +79,7 @@ WHY = {
     "zigzag": "one document: each rank takes an early chunk, with little work, and a late one with much",
     "contiguous": "runs of equal length are even already, and only neighbours talk",
 }
+WHY_RECURRENT = "recurrent layers hand a state from token to token, so a rank holds one run"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -90,8 +93,10 @@ def run(arguments: Sequence[str]) -> int:
 
     layers, model = alike_layers(resolved, max(lengths)), resolved.model
     n, m = (count // resolved.sizes.tp for count in (model.num_attention_heads, model.num_query_groups))
-    costs = {name: Costs.of(make_layout(resolved, lengths, name), layers, n, m) for name in LAYOUTS}
-    result = describe(resolved, lengths, layers, costs)
+    names = LAYOUTS if layers else ("contiguous",)
+    stream = make_stream(resolved, lengths) if model.recurrent else None
+    costs = {name: Costs.of(make_layout(resolved, lengths, name, stream), layers, n, m) for name in names}
+    result = describe(resolved, lengths, layers, costs, stream)
     if picture is not None:
         from longspan.cli.layout_picture import draw
 
@@ -173,20 +178,37 @@ def lengths_of_step(run: Checked, step: int) -> list[int]:
     return pack.cu_seqlens.diff().tolist()
 
 
-def make_layout(run: Checked, lengths: Sequence[int], name: str) -> SequenceLayout:
-    """The layout that training makes for a pack of documents with these lengths.
+def make_stream(run: Checked, lengths: Sequence[int], name: str | None = None) -> SequenceLayout:
+    """The layout that training makes for a pack of documents.
 
     Args:
         lengths: tokens of each document.
-        name: ``auto`` or one of ``LAYOUTS``.
+        name: as for ``run_layout``.
     """
     from longspan.context_parallel.run_layout import run_layout
 
     return run_layout(run, sum(lengths), [0, *itertools.accumulate(lengths)], name)
 
 
+def make_layout(
+    run: Checked, lengths: Sequence[int], name: str, stream: SequenceLayout | None
+) -> SequenceLayout:
+    """The layout on which attention works.
+
+    Args:
+        lengths: tokens of each document.
+        name: ``auto`` or one of ``LAYOUTS``.
+        stream: the layout of a model with recurrent layers; None if attention's layout is that of all layers.
+    """
+    from longspan.context_parallel.two_layouts import attention_layout
+
+    if stream is None:
+        return make_stream(run, lengths, name)
+    return attention_layout(run.transformer_config(), stream, name)
+
+
 def alike_layers(run: Checked, longest: int) -> list[AlikeLayers]:
-    """The layers, grouped by their costs; if all layers are alike, one layer with the count 1.
+    """The attention layers, grouped by their costs; if all are alike, one layer with the count 1.
 
     Args:
         longest: tokens of the longest document; a window that is not shorter has no effect and is left out.
@@ -194,7 +216,7 @@ def alike_layers(run: Checked, longest: int) -> list[AlikeLayers]:
     from longspan.context_parallel.costs import AlikeLayers
 
     found: Counter[tuple] = Counter()
-    for layer in run.layers:
+    for layer in run.attention_layers:
         window = layer.window if layer.window is not None and layer.window < longest else None
         found[layer.comm_type, window, run.head_group(layer)] += 1
     return [
@@ -206,15 +228,29 @@ def alike_layers(run: Checked, longest: int) -> list[AlikeLayers]:
 # --- the result ---------------------------------------------------------------------------------
 
 
-def describe(run: Checked, lengths: list[int], layers: list[AlikeLayers], costs: dict[str, Costs]) -> dict:
-    """The content of ``--json``."""
-    asked, total, ranks = run.config.cp_layout, sum(lengths), run.sizes.cp
-    name = make_layout(run, lengths, asked).name
+def describe(
+    run: Checked,
+    lengths: list[int],
+    layers: list[AlikeLayers],
+    costs: dict[str, Costs],
+    stream: SequenceLayout | None,
+) -> dict:
+    """The content of ``--json``.
+
+    Args:
+        stream: as for :func:`make_layout`.
+    """
+    key = "cp_layout" if stream is None or not layers else "attention_cp_layout"
+    asked, total, ranks = getattr(run.config, key), sum(lengths), run.sizes.cp
+    name = make_layout(run, lengths, asked, stream).name
     mine = costs[name]
     layout, mean = mine.layout, mine.pairs.mean()
-    why = "one rank holds everything" if ranks == 1 else WHY.get(name, "")
+    why = WHY.get(name, "") if layers else WHY_RECURRENT
+    if ranks == 1:
+        why = "one rank holds everything"
     return {
         "layout": name,
+        "key": key,
         "asked": asked,
         "why": why if asked == "auto" else "",
         "tokens": total,
@@ -224,8 +260,8 @@ def describe(run: Checked, lengths: list[int], layers: list[AlikeLayers], costs:
         "ranks": ranks,
         "rows": layout.local_length,
         "layers": [dataclasses.asdict(layer) for layer in layers],
-        "imbalance": round(mine.imbalance, 4),
-        "of_ring": round(mine.of_ring, 4),
+        "imbalance": round(mine.imbalance, 4) if layers else None,
+        "of_ring": round(mine.of_ring, 4) if layers else None,
         "received_rows": exact(mine.keys.sum()),
         "ring_rows": mine.ring,
         "head_rows": exact(mine.head_rows),
@@ -235,7 +271,7 @@ def describe(run: Checked, lengths: list[int], layers: list[AlikeLayers], costs:
                 "spans": layout.spans(r),
                 "padding": mine.padding(r),
                 "pairs": exact(mine.pairs[r]),
-                "share": round(float(mine.pairs[r] / mean), 4),
+                "share": round(float(mine.pairs[r] / mean), 4) if layers else None,
                 "received_rows": exact(mine.keys[r].sum()),
                 "sent_rows": exact(mine.keys[:, r].sum()),
                 "of_ring": round(float(mine.rank_of_ring[r]), 4),
@@ -253,9 +289,12 @@ def describe(run: Checked, lengths: list[int], layers: list[AlikeLayers], costs:
                 "most_received_rows": exact(c.keys.sum(1).max()),
                 "of_ring": round(c.of_ring, 4),
             }
-            for other, c in costs.items()
+            for other, c in (costs.items() if layers else ())
         ],
-        "notes": [*notes(run, lengths, layers, mine), *better(name, costs)],
+        "notes": [*notes(run, lengths, layers, mine), *(better(name, key, costs) if layers else ())],
+        "stream": None if stream is None else layout_recurrent.stream_of(stream),
+        "moved_rows": None if stream is None else layout_recurrent.moved_rows(stream, layout),
+        "recurrent": [] if stream is None else layout_recurrent.recurrent_kinds(run, stream),
     }
 
 
@@ -291,14 +330,14 @@ def notes(run: Checked, lengths: list[int], layers: list[AlikeLayers], costs: Co
     return found
 
 
-def better(name: str, costs: dict[str, Costs]) -> list[str]:
+def better(name: str, key: str, costs: dict[str, Costs]) -> list[str]:
     """A remark for each layout that is not worse in balance and communication, and better by 0.02 in one."""
     mine, found = costs[name], []
     for other, c in costs.items():
         even, less = mine.imbalance - c.imbalance, mine.of_ring - c.of_ring
         if min(even, less) >= 0 and max(even, less) > 0.02:
             figures = f"busiest / mean {c.imbalance:.2f}, {c.of_ring:.0%} of a ring"
-            found.append(f"{other} would be better for this pack ({figures}): set cp_layout: {other}")
+            found.append(f"{other} would be better for this pack ({figures}): set {key}: {other}")
     return found
 
 
@@ -317,27 +356,35 @@ def report(result: dict, layers: list[AlikeLayers]) -> None:
         if len(lengths) == 1
         else f"{len(lengths):,} documents of {shortest_to_longest(lengths)}"
     )
+    head = f"{result['tokens']:,} tokens{f' and {padding:,} of padding' if padding else ''}, {pack}, "
+    head += f"{ranks} rank{'s'[: ranks - 1]}"
     print(
-        f"{result['layout']} layout: {result['tokens']:,} tokens{f' and {padding:,} of padding' if padding else ''}, {pack}, "
-        f"{ranks} rank{'s'[: ranks - 1]}, {' and '.join(kind_text(layer) for layer in layers)}"
+        f"{result['layout']} layout: {', '.join([head, *filter(None, [' and '.join(map(kind_text, layers))])])}"
     )
-    print(f"cp_layout {result['asked']}{': ' + result['why'] if result['why'] else ''}")
+    print(f"{result['key']} {result['asked']}{': ' + result['why'] if result['why'] else ''}")
+    stream = result["stream"]
+    for line in layout_recurrent.lines(result) if stream else ():
+        print(line)
     for note in result["notes"]:
         print(f"note: {note}")
     print()
 
-    keys = result["received_rows"] > 0 or not result["head_rows"]
-    by_rank = {
+    keys = bool(layers) and (result["received_rows"] > 0 or not result["head_rows"])
+    total = result["tokens"]
+    by_rank: dict[str, Callable[[dict], str] | None] = {
         "rank": lambda r: str(r["rank"]),
-        "tokens": lambda r: span_text(r["spans"], result["tokens"]),
+        "stream": (lambda r: span_text(stream["per_rank"][r["rank"]]["spans"], total))
+        if stream and layers
+        else None,
+        "tokens": lambda r: span_text(r["spans"], total),
         "rows": lambda r: f"{result['rows'] - r['padding']:,}",
-        "work": lambda r: f"{r['share']:.2f} x",
+        "work": (lambda r: f"{r['share']:.2f} x") if layers else None,
         "rows in": (lambda r: f"{r['received_rows']:,}") if keys else None,
         "rows out": (lambda r: f"{r['sent_rows']:,}") if keys else None,
         "head rows": (lambda r: f"{result['head_rows']:,}") if result["head_rows"] else None,
-        "of ring": lambda r: f"{r['of_ring']:.0%}",
-        "from": lambda r: rank_text(r["hears_from"]),
-        "steps": lambda r: str(r["steps"]),
+        "of ring": (lambda r: f"{r['of_ring']:.0%}") if layers else None,
+        "from": (lambda r: rank_text(r["hears_from"])) if layers else None,
+        "steps": (lambda r: str(r["steps"])) if layers else None,
     }
     by_layout = {
         "layout": lambda o: o["layout"] + (" *" if o["layout"] == result["layout"] else ""),
@@ -348,18 +395,21 @@ def report(result: dict, layers: list[AlikeLayers]) -> None:
         "padding": lambda o: f"{o['padding']:,}",
     }
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    console.print(
-        table(
-            "a forward pass, rank by rank (work: of the mean; rows: keys and values)",
-            by_rank,
-            result["per_rank"],
+    title = "a forward pass, rank by rank (work: of the mean; rows: keys and values)"
+    if not layers:
+        title = "rank by rank"
+    elif stream:
+        title = "a forward pass of attention, rank by rank (work: of the mean; rows in, out: keys and values)"
+    console.print(table(title, by_rank, result["per_rank"]))
+    if layers:
+        print(
+            f"the busiest rank computes {result['imbalance']:.2f} x the mean; what travels is {result['of_ring']:.0%} of a plain "
+            f"ring's {result['ring_rows']:,} key/value rows{' by size' if result['head_rows'] else ''}\n"
         )
-    )
-    print(
-        f"the busiest rank computes {result['imbalance']:.2f} x the mean; what travels is {result['of_ring']:.0%} of a plain "
-        f"ring's {result['ring_rows']:,} key/value rows{' by size' if result['head_rows'] else ''}\n"
-    )
-    console.print(table("the layouts side by side (* is this one)", by_layout, result["layouts"]))
+        console.print(table("the layouts side by side (* is this one)", by_layout, result["layouts"]))
+    if stream:
+        title = "recurrent layers (bytes that a rank sends at most in a layer's forward pass)"
+        console.print(table(title, layout_recurrent.columns(), result["recurrent"]))
     if "png" in result:
         print(f"picture: {result['png']}")
 
@@ -373,8 +423,10 @@ def table(title: str, columns: dict[str, Callable[[dict], str] | None], lines: l
     shown = {name: text for name, text in columns.items() if text}
     for name in shown:
         # On a narrow terminal these columns are wrapped.
-        gives_way = name in ("tokens", "from")
-        justify: JustifyMethod = "left" if gives_way or name == "layout" else "right"
+        gives_way = name in ("stream", "tokens", "from")
+        justify: JustifyMethod = (
+            "left" if gives_way or name in ("layout", "layers", "way", "why") else "right"
+        )
         made.add_column(name, justify=justify, no_wrap=not gives_way, min_width=9 if gives_way else None)
     for line in lines:
         made.add_row(*(text(line) for text in shown.values()))

@@ -52,24 +52,30 @@ def draw(costs: Costs, layers: Sequence[AlikeLayers], result: dict, path: Path) 
     """Writes the picture, whole or not at all.
 
     Args:
+        layers: attention layers; without any, the picture shows only which rank holds which tokens.
         result: the content of ``longspan layout --json`` for the same layout.
     """
     with style.context(["default", LOOK]):
-        figure = Figure(figsize=(12.5, 9))
-        ribbon(figure.add_axes((0.075, 0.755, 0.905, 0.11)), costs.layout)
-        causal_area(figure.add_axes((0.075, 0.065, 0.43, 0.6)), costs, layers)
-        traffic(figure.add_axes((0.575, 0.065, 0.415, 0.6), anchor="NW"), costs, layers)
+        figure = Figure(figsize=(12.5, 9 if layers else 2.6))
         documents, ranks = len(result["documents"]), result["ranks"]
         heading = (
             f"{result['layout']} layout: {result['tokens']:,} tokens in {documents:,} document{'s'[: documents - 1]} on "
             f"{ranks} rank{'s'[: ranks - 1]}"
         )
-        types = " and ".join(dict.fromkeys(layer.comm_type for layer in layers))
-        figures = f"the busiest rank computes {result['imbalance']:.2f} x the mean"
-        if ranks > 1:
-            figures += f",  {result['of_ring']:.0%} of a plain ring's rows travel,  {types}"
+        if layers:
+            ribbon(figure.add_axes((0.075, 0.755, 0.905, 0.11)), costs.layout)
+            causal_area(figure.add_axes((0.075, 0.065, 0.43, 0.6)), costs, layers)
+            traffic(figure.add_axes((0.575, 0.065, 0.415, 0.6), anchor="NW"), costs, layers)
+            types = " and ".join(dict.fromkeys(layer.comm_type for layer in layers))
+            figures = f"the busiest rank computes {result['imbalance']:.2f} x the mean"
+            if ranks > 1:
+                figures += f",  {result['of_ring']:.0%} of a plain ring's rows travel,  {types}"
+            figure.text(0.012, 0.936, figures, fontsize=11, va="top")
+        else:
+            ribbon(figure.add_axes((0.075, 0.16, 0.905, 0.42)), costs.layout)
+        if result["stream"] and layers:
+            heading = f"attention's {heading}; the other layers' is {result['stream']['layout']}"
         figure.text(0.012, 0.975, heading, fontsize=15, fontweight="bold", va="top")
-        figure.text(0.012, 0.936, figures, fontsize=11, va="top")
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=100)
     write_whole(path, picture.getvalue())

@@ -11,14 +11,17 @@ Two plans use it, both made from a layout's integers, the same on every rank:
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from longspan.context_parallel.layout import SequenceLayout
+from longspan.context_parallel.runs_of_tokens import runs_of
 from longspan.mesh import collectives
 
 
@@ -104,13 +107,39 @@ def change_of_layout(
     """Rows in the order of ``source`` -> rows in the order of ``target``, another layout of the same tokens."""
 
     def make() -> RowMove:
-        held, wanted = (
-            [[Piece(s.start, s.stop, s.row) for s in one.segments(r)] for r in range(one.ranks)]
-            for one in (source, target)
-        )
-        return _on(plan_rows(held, wanted, rank, target.local_length), device)
+        return _on(plan_rows(_held(source), _held(target), rank, target.local_length), device)
 
     return source.once(("change_of_layout", target.all_spans, rank, device), make)
+
+
+def rows_between(source: SequenceLayout, target: SequenceLayout) -> np.ndarray:
+    """[senders, receivers] rows that a change of layout sends, those that stay on their rank included."""
+    firsts, holders = zip(*(_holders(one) for one in (source, target)))
+    # Between two neighbouring edges, all tokens are on one rank of each layout.
+    edges = np.union1d(*firsts)
+    held, wanted = (
+        of_rank[np.searchsorted(first, edges, "right") - 1] for first, of_rank in zip(firsts, holders)
+    )
+    counts = np.zeros((source.ranks, target.ranks), dtype=np.int64)
+    np.add.at(counts, (held, wanted), np.diff(edges, append=source.total))
+    return counts
+
+
+def _holders(layout: SequenceLayout) -> tuple[np.ndarray, np.ndarray]:
+    """(the first token of each span in the order of tokens, the rank that holds it); no padding."""
+    spans = sorted(
+        (start, rank)
+        for rank, held in enumerate(layout.all_spans)
+        for start, _ in held
+        if start < layout.total
+    )
+    first, rank = np.array(spans).T
+    return first, rank
+
+
+def _held(layout: SequenceLayout) -> list[list[Piece]]:
+    """The tokens that each rank holds."""
+    return [[Piece(s.start, s.stop, s.row) for s in layout.segments(rank)] for rank in range(layout.ranks)]
 
 
 def tails(layout: SequenceLayout, width: int, rank: int, device: torch.device) -> RowMove:
@@ -119,23 +148,40 @@ def tails(layout: SequenceLayout, width: int, rank: int, device: torch.device) -
     The rows may come from several ranks, where runs are shorter than ``width``.
 
     Args:
-        layout: contiguous (``state.runs_of``).
+        layout: contiguous (``runs_of_tokens.runs_of``).
     """
 
     def make() -> RowMove:
-        held = [[Piece(s.start, s.stop, s.row) for s in layout.segments(r)] for r in range(layout.ranks)]
-        wanted: list[list[Piece]] = []
-        for pieces in held:
-            wanted.append([])
-            if pieces and width:
-                first = pieces[0].start
-                begins = max(edge for edge in layout.cu_seqlens if edge <= first)
-                start = max(begins, first - width)
-                if start < first:
-                    wanted[-1].append(Piece(start, first, width - (first - start)))
-        return _on(plan_rows(held, wanted, rank, width), device)
+        wanted = [
+            [Piece(start, stop, width - (stop - start))] if start < stop else []
+            for start, stop in _tails(layout, width)
+        ]
+        return _on(plan_rows(_held(layout), wanted, rank, width), device)
 
     return layout.once(("tails", width, rank, device), make)
+
+
+def tail_rows(layout: SequenceLayout, width: int) -> np.ndarray:
+    """[senders] rows that each rank sends for the tails of all ranks.
+
+    Args:
+        layout, width: as for :func:`tails`.
+    """
+    runs, sent = np.array(runs_of(layout)), np.zeros(layout.ranks, dtype=np.int64)
+    for start, stop in _tails(layout, width):
+        sent += np.maximum(0, np.minimum(runs[:, 1], stop) - np.maximum(runs[:, 0], start))
+    return sent
+
+
+def _tails(layout: SequenceLayout, width: int) -> list[tuple[int, int]]:
+    """The tokens (start, stop) that each rank wants before its run; empty where its run begins a document."""
+    found = []
+    for start, stop in runs_of(layout):
+        # A rank of padding alone wants nothing.
+        number = bisect.bisect_right(layout.cu_seqlens, start) - 1
+        begins = layout.cu_seqlens[number] if start < stop else start
+        found.append((max(begins, start - width), start))
+    return found
 
 
 def _on(move: RowMove, device: torch.device) -> RowMove:

@@ -1,4 +1,4 @@
-"""What a recurrent layer sends over context parallel ranks: from sizes alone, without tensors.
+"""What a recurrent layer sends over context parallel ranks: from integers alone, without tensors.
 
     state    the most that a rank sends in a forward pass: ceil(log2 P) + 1 states, and a map with all but the last
     a2a      (P - 1) / P of the features of its rows, and of the outputs
@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 from longspan.config.architecture import Architecture
 from longspan.config.recurrent import heads_problem, mixer_sizes
+from longspan.context_parallel.layout import SequenceLayout
+from longspan.context_parallel.runs_of_tokens import borders
+from longspan.context_parallel.state import plan_scan
 
 
 class RecurrentSizes(NamedTuple):
@@ -71,6 +74,21 @@ def state_bytes(sizes: RecurrentSizes, batch: int, ranks: int, wide: int = 4) ->
         return 0
     rounds = math.ceil(math.log2(ranks - 1)) if ranks > 2 else 0
     return wide * batch * (rounds * (sizes.state + sizes.map) + sizes.state)
+
+
+def planned_state_bytes(
+    sizes: RecurrentSizes, batch: int, layout: SequenceLayout, wide: int = 4
+) -> list[int]:
+    """The bytes that each rank sends in a forward pass to hand states on, for the documents of a layout.
+
+    Args:
+        layout: contiguous.
+        wide: bytes of an element of a state.
+    """
+    return [
+        wide * batch * sum(sizes.state + sizes.map * hop.with_map for hop in hops if hop.to is not None)
+        for hops in plan_scan(*borders(layout))
+    ]
 
 
 def a2a_bytes(sizes: RecurrentSizes, rows: int, batch: int, ranks: int, element: int) -> int:
