@@ -139,6 +139,7 @@ def test_ranks_are_renumbered_so_that_fewer_rows_move(lengths, ranks, name):
     assert rows_between(stream, found).trace() >= rows_between(stream, layout).trace()
     assert sorted(found.all_spans) == sorted(layout.all_spans)
     assert (found.local_length, found.cu_seqlens) == (layout.local_length, layout.cu_seqlens)
+    assert all(found.segments(rank) for rank in range(ranks) if found.spans(rank)[0][0] < found.total)
 
 
 def test_half_of_a_sequence_that_is_cut_zigzag_stays():
