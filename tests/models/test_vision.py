@@ -1,5 +1,7 @@
 """Images and text in one cut sequence: each layout against one process, that against plain PyTorch. fp64."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -118,20 +120,25 @@ def loss_and_gradients(model, mesh, kind, layout_kind):
     return loss.item(), {name: p.grad.full_tensor() for name, p in model.named_parameters()}
 
 
+def shard(model, mesh):
+    """FSDP2, as docs/multimodal.md has it."""
+    axis = mesh.device_mesh["fsdp"]
+    blocks = (model.vision_model.encoder, model.language_model.decoder)
+    for layer in (layer for block in blocks for layer in block.layers.values()):
+        fully_shard(layer, mesh=axis)
+    fully_shard(model, mesh=axis)
+    for module in (module for module in model.modules() if isinstance(module, FSDPModule)):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
 def gradients(sizes, cases, options):
     """For each case (kind of batch, layout): loss and every whole gradient at these sizes."""
     mesh = ParallelMesh.build(sizes)
     fsdp = options.pop("fsdp", False)
     model = vision_language_model(mesh, **options)
     if fsdp:
-        axis = mesh.device_mesh["fsdp"]
-        blocks = (model.vision_model.encoder, model.language_model.decoder)
-        for layer in (layer for block in blocks for layer in block.layers.values()):
-            fully_shard(layer, mesh=axis)
-        fully_shard(model, mesh=axis)
-        for module in (module for module in model.modules() if isinstance(module, FSDPModule)):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        shard(model, mesh)
     found = []
     for kind, layout_kind in cases:
         model.zero_grad()
@@ -189,6 +196,26 @@ def test_every_layout_computes_the_loss_and_gradients_of_one_process(sizes, opti
     found = pool.run(sizes.world_size, gradients, sizes, CASES, dict(options))[0]
     for (kind, _), got in zip(CASES, found):
         compare(got, reference(kind))
+
+
+def images_on_the_first_rank(sizes):
+    """Gradients where one batch of two has images: that of the first data parallel rank."""
+    mesh = ParallelMesh.build(sizes)
+    model = vision_language_model(mesh)
+    if sizes.dp > 1:
+        shard(model, mesh)
+    images, tokens, labels, _ = batch("rows")
+    text = torch.randint(VOCAB - 1, (1, 9), generator=torch.Generator().manual_seed(2))
+    rows = [(images, tokens, labels), (None, text, get_shifted_labels(text, IMAGE))]
+    count = sum((labels != -100).sum() for *_, labels in rows)
+    for images, tokens, labels in rows if sizes.dp == 1 else [rows[dist.get_rank()]]:
+        (model(images, tokens, labels=labels).sum() / count).backward()
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+
+
+def test_a_rank_with_text_alone_takes_part_in_fsdp():
+    found, expected = (pool.run(n, images_on_the_first_rank, MeshSizes(dp_shard=n))[0] for n in (2, 1))
+    compare((0.0, found), (0.0, expected))
 
 
 # --- Megatron's way: padded rows of text and image tokens, as thd --------------------------------
@@ -431,6 +458,10 @@ def wrong_configs():
         ("sequence_parallel=True of the vision", lambda: encoder(sequence_parallel=True)),
         ("num_moe_experts=2 of the vision", lambda: encoder(num_moe_experts=2)),
         ("pipeline_model_parallel_size=2 of the", lambda: encoder(pipeline_model_parallel_size=2)),
+        (
+            "hybrid_override_pattern='G' of the vision",
+            lambda: encoder(hybrid_override_pattern="G", linear_num_value_heads=16),
+        ),
         ("window=3 with full attention", lambda: encoder(sliding_window=3)),
         ("image rows would have no position", lambda: model(position_embedding_type="learned_absolute")),
         ("over a pipeline is not supported", lambda: model(pipeline_model_parallel_size=2)),
@@ -439,6 +470,11 @@ def wrong_configs():
         with pytest.raises(ValueError, match=message):
             call()
     encoder()
+    squared = dataclasses.replace(vision, activation_func="squared_relu")
+    seeing = VisionLanguageModel(
+        language, squared, VOCAB, LENGTH, SIZE, PATCH, IMAGE, pg_collection=mesh.groups, seed=1
+    )
+    assert seeing.embed_images(torch.ones(1, 3, *SIZE, dtype=torch.float64)).shape == (TOKENS, 32)
 
 
 def test_configs_that_are_not_supported_are_refused():

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from longspan.config.model import IGNORE_INDEX, AttnMaskType, TransformerConfig
 from longspan.context_parallel import PackedSeqParams, SequenceLayout
@@ -41,7 +42,7 @@ from longspan.tensor_parallel.layers import (
     local,
 )
 from longspan.tensor_parallel.mappings import scatter_to_sequence_parallel_region
-from longspan.tensor_parallel.mlp import mlp_product
+from longspan.tensor_parallel.mlp import activation_of, mlp_product
 from longspan.tensor_parallel.random import Constant, Normal
 
 Size = int | tuple[int, int]
@@ -152,7 +153,13 @@ class VisionEncoder(nn.Module):
 
 
 def _check_encoder(config: TransformerConfig) -> None:
+    layers = "layer_types" if config.layer_types is not None else "hybrid_override_pattern"
     for name, wrong, remedy in (
+        (
+            layers,
+            config.recurrent,
+            "a recurrent layer shows a patch those before it alone, and patches attend to all. Leave it out",
+        ),
         (
             "position_embedding_type",
             config.position_embedding_type == "rope",
@@ -188,8 +195,8 @@ class VisionProjector(nn.Module):
 
     def __init__(self, config: TransformerConfig, output_size: int, pg_collection: ProcessGroupCollection):
         super().__init__()
-        ffn, tp, func = config.ffn_hidden_size, pg_collection.tp_mesh, config.activation_func
-        self.activation = getattr(nn.functional, func) if isinstance(func, str) else func
+        ffn, tp = config.ffn_hidden_size, pg_collection.tp_mesh
+        self.activation = activation_of(config.activation_func)
         self.linear_up = ColumnParallelLinear(config.hidden_size, ffn, config, tp_group=tp)
         self.linear_down = RowParallelLinear(ffn, output_size, config, tp_group=tp)
 
@@ -278,7 +285,7 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             images: [n, c, H, W], all images of the whole sequences, the same on every context parallel rank;
-                None for text alone.
+                None for text alone. Under FSDP2 the encoder then computes one blank image.
             input_ids: [b, s], this rank's rows of the joined sequences, placeholders included.
             labels: [b, s], this rank's rows, already shifted; -100 where the target is an image token.
             image_index: [b, s], this rank's rows of ``context_parallel.get_image_index``. None computes it
@@ -299,6 +306,10 @@ class VisionLanguageModel(nn.Module):
         hidden = embedding(input_ids.masked_fill(placeholder, 0))
         if images is not None and count:
             hidden = self._joined(hidden, self.embed_images(images), image_index)
+        elif any(isinstance(part, FSDPModule) for part in self.vision_model.modules()):
+            # Ranks with images gather the encoder's weights from this one too. No row takes this image.
+            blank = torch.zeros(1, *self.vision_model.image_shape, dtype=hidden.dtype, device=hidden.device)
+            hidden = self._joined(hidden, self.embed_images(blank), image_index)
         return self.language_model(
             None,
             position_ids,
