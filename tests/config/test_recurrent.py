@@ -29,6 +29,7 @@ TYPES = {
     "mamba_num_groups": 1,
     "mamba_head_dim": 8,
 }
+MAMBA = {"layer_types": ["mamba"] * 4, "mamba_num_groups": 2, "mamba_head_dim": 8}
 
 
 def problems(world=8, **values):
@@ -71,6 +72,10 @@ def problems(world=8, **values):
         ),
         ({"ssm_cp_type": "a2a"}, "ssm_cp_type a2a has no effect without recurrent layers"),
         ({"attention_cp_layout": "zigzag"}, "attention_cp_layout 'zigzag' has no effect without recurrent layers"),
+        (MAMBA | {"sliding_window": 8}, "sliding_window 8 has no effect without layers of type attention"),
+        (MAMBA | {"attention_output_gate": True}, "attention_output_gate True has no effect without layers of type attention"),
+        (MAMBA | {"attention_cp_layout": "zigzag"}, "attention_cp_layout 'zigzag' has no effect without layers of attention (layer_types)"),
+        (MAMBA | {"cp_comm_type": "a2a"}, "cp_comm_type 'a2a' has no effect without layers of attention (layer_types). Leave it out; ssm_cp_type"),
         (
             {"layer_types": ["mamba"] * 4, "mamba_num_groups": 2, "mamba_head_dim": 8, "mamba_grouped_norm": False, "tensor_parallel_size": 2},
             "mamba_grouped_norm false with tensor_parallel_size 2",

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from longspan.errors import UserError
-from longspan.training.description import describe
+from longspan.training.description import check_fits, describe
 
 GOOD = {
     "model": {
@@ -110,3 +110,27 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "longspan.json").unlink()
     with pytest.raises(UserError, match="cannot be read .No such file"):
         describe(tmp_path)
+
+
+def misfits(folder, more):
+    """The problems of a model's checkpoint for a run with another value of ffn_hidden_size."""
+    model = GOOD["model"] | more
+    path = written(folder, model=model | {"ffn_hidden_size": 64})
+    wanted = GOOD | {"model": model | {"ffn_hidden_size": 48}}
+    try:
+        check_fits(path, wanted, weights_only=True)
+    except UserError as error:
+        return error.problems
+    return []
+
+
+def test_the_size_of_a_dense_mlp_matters_where_a_layer_has_one(tmp_path):
+    experts = {"num_moe_experts": 4, "moe_layer_freq": 1}
+    for model, matters in (
+        (experts, False),
+        (experts | {"hybrid_override_pattern": "ME-*"}, True),
+        ({"hybrid_override_pattern": "MM"}, False),
+        ({}, True),
+    ):
+        found = misfits(tmp_path, model)
+        assert ["ffn_hidden_size was 64" in problem for problem in found] == [True] * matters, model

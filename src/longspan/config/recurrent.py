@@ -80,6 +80,17 @@ ONLY_WITH: dict[str, dict[str, Any]] = {
         "linear_norm_epsilon": None,
     },
 }
+#: the same fields of attention; a model without it does not read its sizes and rotary_base, which others always have
+_ONLY_WITH_ATTENTION: dict[str, Any] = {
+    "sliding_window": None,
+    "softmax_scale": None,
+    "rope_scaling": None,
+    "rotary_percent": 1.0,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "attention_output_gate": False,
+    "attention_post_norm": False,
+}
 #: the fields of ``ONLY_WITH`` that are sizes
 _SIZES = ("_heads", "_dim", "_groups")
 
@@ -174,7 +185,7 @@ def recurrent_problems(model: Architecture) -> list[Problem]:
     if found:
         return found
     mixers = set(model.mixers)
-    for kind, fields in ONLY_WITH.items():
+    for kind, fields in (ONLY_WITH | {"attention": _ONLY_WITH_ATTENTION}).items():
         for name, off in fields.items():
             value = getattr(model, name)
             if kind not in mixers and value != off:

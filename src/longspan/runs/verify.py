@@ -58,7 +58,8 @@ def variants(run: Run, everything: bool) -> list[Run]:
     if run.model.recurrent:
         # The stream stays contiguous; attention's layout, and the way of the states, vary instead.
         ways = [way for way in ("state", "a2a") if not way_problems(run.model, run.sizes.tp, cp, way)]
-        runs = [run.with_keys(ssm_cp_type=way, attention_cp_layout="contiguous") for way in ways]
+        layout = {"attention_cp_layout": "contiguous"} if run.attention_layers else {}
+        runs = [run.with_keys(ssm_cp_type=way, **layout) for way in ways]
         if not run.attention_layers:
             return runs
     for kind in CP_COMM_TYPES:

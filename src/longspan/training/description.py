@@ -209,7 +209,9 @@ def check_fits(path: Path, now: dict[str, Any], weights_only: bool, option: str 
 
 
 def _sizes_of_no_layer(model: dict[str, Any]) -> tuple[str, ...]:
-    """Keys of a model's description that no layer uses: the size of a dense MLP where all layers have experts."""
+    """Keys of a model's description that no layer uses: the size of a dense MLP where no layer has one."""
+    if (letters := model.get("hybrid_override_pattern")) is not None:
+        return () if "-" in letters else ("ffn_hidden_size",)
     pattern = model.get("moe_layer_freq", 1)
     everywhere = pattern == 1 if isinstance(pattern, int) else all(pattern)
     return ("ffn_hidden_size",) if model.get("num_moe_experts") and everywhere else ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from longspan.config.model import normal_comm_type
-from longspan.config.recurrent import is_recurrent
+from longspan.config.recurrent import is_recurrent, mixers_of
 from longspan.config.schema import TrainConfig
 from longspan.errors import Problem
 
@@ -84,6 +84,14 @@ def _recurrent(config: TrainConfig, found: list[Problem]) -> None:
             )
             found.append((("attention_cp_layout", "layer_types"), text))
         return
+    if "attention" not in (mixers_of(config.layer_types, config.hybrid_override_pattern) or ()):
+        for name, off, remedy in (
+            ("attention_cp_layout", "auto", "Leave it out"),
+            ("cp_comm_type", "p2p", "Leave it out; ssm_cp_type is the key of recurrent layers"),
+        ):
+            if (value := getattr(config, name)) != off:
+                text = f"{name} {value!r} has no effect without layers of attention ({layers}). {remedy}."
+                found.append(((name, layers), text))
     if config.cp_layout not in ("auto", "contiguous"):
         text = (
             f"cp_layout {config.cp_layout!r} with recurrent layers ({layers}): they hand a state from token to token, so a rank "
