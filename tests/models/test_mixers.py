@@ -1,10 +1,13 @@
 """Recurrent mixers and hybrid models: against a sequential recurrence, and every layout against one process. fp64."""
 
+from unittest import mock
+
 import pytest
 
 import hybrids
 import pool
 from longspan.config.sizes import MeshSizes
+from longspan.context_parallel.move_features import FeatureMove
 
 #: documents of one token, one that begins in the middle of spans, lengths that divide by nothing
 PACKED = (0, 1, 9, 30, 31, 32, 53)
@@ -103,3 +106,17 @@ def test_options(sizes, options):
     for pack, one, expected in zip(PACKS, found, reference(alone)):
         worst, name = hybrids.difference(one, expected)
         assert worst < 1e-10, (pack, name)
+
+
+def plans_of_features():
+    """The number of plans that two equal layers make for one pack."""
+    model, mesh = hybrids.model_of(
+        MeshSizes(cp=2), [WHOLE], layer_types=["mamba", "mamba"], recompute="full", ssm_cp_type="a2a"
+    )
+    with mock.patch.object(FeatureMove, "of", wraps=FeatureMove.of) as planned:
+        hybrids.loss_and_gradients(model, mesh, WHOLE)
+    return planned.call_count
+
+
+def test_equal_layers_plan_a_move_of_features_once():
+    assert pool.run(2, plans_of_features) == [1, 1]

@@ -11,6 +11,7 @@ contiguous layout, rows that arrive rank after rank are in the order of the sequ
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,12 +71,18 @@ class FeatureMove:
             columns.append(torch.cat(numbers))
         return cls(tuple(columns), whole, groups * each // ranks, share > 1)
 
+    def on(self, device: torch.device) -> FeatureMove:
+        """The same move with its columns on a device."""
+        return dataclasses.replace(
+            self, columns=tuple(one.to(device, non_blocking=True) for one in self.columns)
+        )
+
 
 def to_heads(x: Tensor, move: FeatureMove, group: dist.ProcessGroup) -> Tensor:
     """[s, b, G w] -> [P s, b, f]: all tokens of the features that this rank gets."""
     # Where a column goes to several ranks, its gradients are added up in at least float32.
     wide = x.to(torch.promote_types(x.dtype, torch.float32)) if move.repeated else x
-    parts = [wide.index_select(-1, columns.to(x.device)).to(x.dtype) for columns in move.columns]
+    parts = [wide.index_select(-1, columns).to(x.dtype) for columns in move.columns]
     return collectives.all_to_all(torch.cat(parts), group)
 
 

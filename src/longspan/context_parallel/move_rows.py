@@ -185,4 +185,5 @@ def _tails(layout: SequenceLayout, width: int) -> list[tuple[int, int]]:
 
 
 def _on(move: RowMove, device: torch.device) -> RowMove:
-    return move._replace(send=move.send.to(device), place=move.place.to(device))
+    send, place = (rows.to(device, non_blocking=True) for rows in (move.send, move.place))
+    return move._replace(send=send, place=place)

@@ -204,7 +204,11 @@ class RecurrentMixer(TensorParallelModule):
         if numbers.shape[-1] > self.each:
             # beta and the decay are two numbers of each head, one run after the other.
             parts[-1:] = [(self.each, False)] * (numbers.shape[-1] // self.each)
-        move = FeatureMove.of(self.groups, parts, self.each, ranks)
+        key = ("features", self.groups, tuple(parts), self.each, features.device)
+        # The layout keeps it: copies from the CPU in every layer would make the GPU wait.
+        move = rows.layout.once(
+            key, lambda: FeatureMove.of(self.groups, parts, self.each, ranks).on(features.device)
+        )
         there = to_heads(torch.cat([features, numbers], -1).flatten(2), move, group)
         there = there.unflatten(-1, (move.groups, -1))
         each = move.heads // move.groups
