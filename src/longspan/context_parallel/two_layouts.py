@@ -20,6 +20,7 @@ from torch import Tensor
 from longspan.config.model import TransformerConfig
 from longspan.context_parallel.layout import SequenceLayout
 from longspan.context_parallel.move_rows import change_of_layout, move_rows, rows_between
+from longspan.context_parallel.once import Store
 
 
 def attention_layout(
@@ -68,7 +69,7 @@ def renumbered(layout: SequenceLayout, stream: SequenceLayout) -> SequenceLayout
     counts = rows_between(stream, layout)
     if counts[np.arange(len(order)), order].sum() <= counts.trace():
         return layout
-    return dataclasses.replace(layout, all_spans=tuple(layout.all_spans[part] for part in order), _made={})
+    return dataclasses.replace(layout, all_spans=tuple(layout.all_spans[part] for part in order), _made=Store())
 
 
 def heads_together(config: TransformerConfig, ranks: int) -> int:
