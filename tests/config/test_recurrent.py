@@ -71,10 +71,6 @@ def problems(world=8, **values):
         ),
         ({"ssm_cp_type": "a2a"}, "ssm_cp_type a2a has no effect without recurrent layers"),
         ({"attention_cp_layout": "zigzag"}, "attention_cp_layout 'zigzag' has no effect without recurrent layers"),
-        (
-            {"layer_types": ["mamba"] * 4, "mamba_num_groups": 2, "mamba_head_dim": 8, "mamba_grouped_norm": False, "tensor_parallel_size": 2},
-            "mamba_grouped_norm false with tensor_parallel_size 2",
-        ),
     ],
 )  # fmt: skip
 def test_one_clear_message(values, message):
