@@ -18,6 +18,7 @@ from longspan.context_parallel.two_layouts import attention_layout
 
 DOCUMENTS = [188, 8, 81, 409, 72, 1, 311, 75, 409, 23, 279]
 HYBRID = {
+    "export_hf": False,
     "num_layers": 5,
     "layer_types": ["gated_delta", "mamba", "gated_delta", "attention", "attention"],
     "mamba_num_heads": 8, "mamba_head_dim": 4, "mamba_num_groups": 4, "mamba_state_dim": 6,

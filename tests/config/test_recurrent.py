@@ -76,10 +76,6 @@ def problems(world=8, **values):
         (MAMBA | {"attention_output_gate": True}, "attention_output_gate True has no effect without layers of type attention"),
         (MAMBA | {"attention_cp_layout": "zigzag"}, "attention_cp_layout 'zigzag' has no effect without layers of attention (layer_types)"),
         (MAMBA | {"cp_comm_type": "a2a"}, "cp_comm_type 'a2a' has no effect without layers of attention (layer_types). Leave it out; ssm_cp_type"),
-        (
-            {"layer_types": ["mamba"] * 4, "mamba_num_groups": 2, "mamba_head_dim": 8, "mamba_grouped_norm": False, "tensor_parallel_size": 2},
-            "mamba_grouped_norm false with tensor_parallel_size 2",
-        ),
     ],
 )  # fmt: skip
 def test_one_clear_message(values, message):

@@ -89,6 +89,7 @@ def test_every_layout_computes_what_one_process_computes(layout, way):
         (MeshSizes(cp=2), {"recompute": "selective", "ssm_cp_type": "a2a"}),
         (MeshSizes(tp=2, cp=2), {"sequence_parallel": True}),
         (MeshSizes(tp=2), {"sequence_parallel": True, "add_bias_linear": True}),
+        (MeshSizes(tp=2), {"mamba_grouped_norm": False}),
         (MeshSizes(dp_shard=2, cp=2), {}),
         (MeshSizes(cp=2), {"cp_comm_type": "a2a", "attention_cp_layout": "zigzag"}),
         (MeshSizes(cp=2), {"attention_cp_layout": "contiguous"}),

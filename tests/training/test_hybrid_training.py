@@ -1,8 +1,18 @@
 """Hybrid models in training: every mix of axes, recomputation and pipelines against one process. fp64."""
 
+from pathlib import Path
+
 import pytest
+import torch
 
 import pool
+import tiny
+from chats import write_tokenizer
+from longspan.context_parallel import SequenceLayout
+from longspan.data import load_tokenizer
+from longspan.runs.generate import generate, of_checkpoint, prompt_ids
+from longspan.training.checkpoint import Checkpointer
+from longspan.training.trainer import Trainer
 from step_results import References, alike, continued, saved
 
 
@@ -79,3 +89,25 @@ def test_a_checkpoint_goes_on_at_every_layout(prefix, tmp_path):
         assert pool.run(world, continued, prefix, path, TYPES | layout)[0] == pytest.approx(
             expected, rel=1e-9
         )
+
+
+def next_token(prefix, folder, changes, ids):
+    """A checkpoint after a step, and the token that its model finds likeliest after some."""
+    trainer = Trainer(tiny.tiny_run(prefix, 1, **changes), torch.device("cpu"))
+    trainer.train_step(trainer.micro_batches(0))
+    path = Checkpointer(Path(folder), background=False).save(
+        1, trainer.model, trainer.optimizer, trainer.description()
+    )
+    with torch.no_grad():
+        logits = trainer.model(torch.tensor([ids]), layout=SequenceLayout.contiguous(len(ids), 1))
+    return str(path), int(logits[0, -1].argmax())
+
+
+def test_a_model_without_a_family_writes_from_its_checkpoint(prefix, tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    ids = prompt_ids(load_tokenizer(tokenizer), tokenizer, "the")
+    changes = TYPES | {"vocab_size": 420, "params_dtype": "float32"}
+    path, expected = pool.run(1, next_token, prefix, str(tmp_path / "run"), changes, ids)[0]
+    source = of_checkpoint(Path(path), tmp_path, str(tokenizer))
+    text = generate(source, "the", 1, 0, 0, special=True)
+    assert text == load_tokenizer(tokenizer).decode([*ids, expected], skip_special_tokens=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from longspan.cli.options import number, positionals, take_options
 from longspan.errors import UserError
-from longspan.runs.generate import exported, generate, is_checkpoint
+from longspan.runs.generate import generate, is_checkpoint, of_checkpoint, of_folder
 
 USAGE = """\
 usage: longspan generate MODEL [--prompt TEXT] [--max-new-tokens N] [--temperature T] [--seed S] [--special-tokens]
@@ -56,11 +56,12 @@ def run(arguments: Sequence[str]) -> int:
     if problems:
         raise UserError(problems)
     with tempfile.TemporaryDirectory() as folder:
-        model = models[0]
-        if is_checkpoint(Path(model)):
-            model = exported(Path(model), Path(folder), taken.get("--tokenizer"))
+        if is_checkpoint(Path(models[0])):
+            source = of_checkpoint(Path(models[0]), Path(folder), taken.get("--tokenizer"))
         elif "--tokenizer" in taken:
             raise UserError("--tokenizer goes with a checkpoint; a model folder holds its own. Leave it out.")
+        else:
+            source = of_folder(models[0])
         special = "--special-tokens" in taken
-        print(generate(model, taken.get("--prompt", ""), count, temperature, seed, special))
+        print(generate(source, taken.get("--prompt", ""), count, temperature, seed, special))
     return 0

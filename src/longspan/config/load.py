@@ -221,7 +221,7 @@ def architecture_config(values: Mapping[str, Any], sequence_len: int | None = No
         values["rope_scaling"] = with_original_length(scaling, most)
     if most and values.get("position_embedding_type", "rope") == "rope" and rope_type(scaling) != "dynamic":
         values["max_position_embeddings"] = max(most, length)
-    none = {"learning_rate": 0, "datasets": [{"path": "none"}], "sample_packing": False}
+    none = {"learning_rate": 0, "datasets": [{"path": "none"}], "sample_packing": False, "export_hf": False}
     reading = make_config({**values, "sequence_len": length, **none})
     if reading.config is None or reading.problems:
         raise UserError(reading.problems)

@@ -299,12 +299,6 @@ def recurrent_cut_problems(model: Architecture, tp: int, cp: int, ssm_cp_type: s
         elif ssm_cp_type == "a2a" and (problem := heads_problem(groups // tp, heads // tp, cp)):
             text = f"ssm_cp_type a2a: {heads_key} {heads} and {groups_key} {groups} {problem}"
             found.append((("ssm_cp_type", groups_key, "context_parallel_size"), text))
-    if "mamba" in model.mixers and tp > 1 and not model.mamba_grouped_norm:
-        text = (
-            f"mamba_grouped_norm false with tensor_parallel_size {tp}: the norm is over all heads together, and a tensor parallel "
-            "rank has only its own. Use tensor_parallel_size 1, and context_parallel_size for the other ranks."
-        )
-        found.append((("mamba_grouped_norm", "tensor_parallel_size"), text))
     return found
 
 

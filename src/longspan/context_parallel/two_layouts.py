@@ -69,7 +69,9 @@ def renumbered(layout: SequenceLayout, stream: SequenceLayout) -> SequenceLayout
     counts = rows_between(stream, layout)
     if counts[np.arange(len(order)), order].sum() <= counts.trace():
         return layout
-    return dataclasses.replace(layout, all_spans=tuple(layout.all_spans[part] for part in order), _made=Store())
+    return dataclasses.replace(
+        layout, all_spans=tuple(layout.all_spans[part] for part in order), _made=Store()
+    )
 
 
 def heads_together(config: TransformerConfig, ranks: int) -> int:

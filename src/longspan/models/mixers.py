@@ -43,6 +43,7 @@ from longspan.tensor_parallel.layers import (
     local,
     projected,
 )
+from longspan.tensor_parallel.norm import rms_norm_over_ranks
 from longspan.tensor_parallel.random import Constant, Initial, Range, Uniform
 
 
@@ -294,11 +295,14 @@ class MambaMixer(RecurrentMixer):
             return kernel.second_half(span, HandOn.apply(state, decay, states))
 
     def normalised(self, y: Tensor, gate: Tensor) -> Tensor:
-        n = self.groups if self.config.mamba_grouped_norm else 1
         wide = torch.promote_types(y.dtype, torch.float32)
-        gated = (y.to(wide) * F.silu(gate.to(wide))).flatten(2).unflatten(-1, (n, -1))
-        ones = torch.ones(gated.shape[-1], dtype=wide, device=y.device)
-        normed = rms_norm(gated, ones, self.config.layernorm_epsilon).flatten(2)
+        gated = (y.to(wide) * F.silu(gate.to(wide))).flatten(2)
+        epsilon, inner = self.config.layernorm_epsilon, gated.shape[-1]
+        if self.config.mamba_grouped_norm:
+            gated = gated.unflatten(-1, (self.groups, -1))
+            normed = rms_norm(gated, _ones(gated), epsilon).flatten(2)
+        else:
+            normed = rms_norm_over_ranks(gated, _ones(gated), inner * self.tp_size, epsilon, self.tp_group)
         return (normed.to(y.dtype) * self.norm.operand()).unflatten(-1, (self.heads, -1))
 
 
@@ -345,6 +349,11 @@ class GatedDeltaMixer(RecurrentMixer):
         wide = torch.promote_types(y.dtype, torch.float32)
         normed = rms_norm(y.to(wide), self.norm.operand().to(wide), epsilon)
         return (normed * F.silu(gate.to(wide))).to(y.dtype)
+
+
+def _ones(x: Tensor) -> Tensor:
+    """A weight of ones for the last dim."""
+    return torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
 
 
 MIXERS: dict[str, type[RecurrentMixer]] = {"mamba": MambaMixer, "gated_delta": GatedDeltaMixer}

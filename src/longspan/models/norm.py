@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.compiled import Compilable
 from longspan.config.model import TransformerConfig
-from longspan.mesh import collectives
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.recomputed import rms_norm
-from longspan.tensor_parallel.layers import TensorParallelModule, local
+from longspan.tensor_parallel.layers import TensorParallelModule
 from longspan.tensor_parallel.random import Constant
 
 
@@ -67,32 +65,3 @@ class Norm(TensorParallelModule, Compilable):
             x = x + y
             return x, self(x)
         return self.part(added_and_normalised)(x, y, *self.operands())
-
-
-class NormOverHeads(TensorParallelModule):
-    """RMSNorm of all heads of query or key together: [s, b, n, d], this rank's heads -> the same shape.
-
-    The ranks of a tensor parallel group have different heads, so their sums of squares are added up.
-
-    Args:
-        heads: the number of heads of the whole layer.
-    """
-
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, heads: int):
-        super().__init__(config, pg_collection.tp_mesh)
-        self.size, self.epsilon = heads * config.kv_channels, config.layernorm_epsilon
-        self.zero_centered = config.layernorm_zero_centered_gamma
-        self.weight = self._parameter("weight", (self.size,), 0, Constant(0.0 if self.zero_centered else 1.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = local(self.weight)
-        if self.zero_centered:
-            weight = weight + 1
-        flat = x.flatten(2)
-        if self.tp_size == 1:
-            return normalised(flat, weight, None, self.epsilon).view_as(x)
-        wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        squares = collectives.reduce(wide.square().sum(-1, keepdim=True), self.tp_group)
-        # Every rank scales its own heads by the sum, so the sum's gradient is added up too.
-        mean = collectives.copy(squares, self.tp_group) / self.size
-        return (wide * (mean + self.epsilon).rsqrt() * weight).to(x.dtype).view_as(x)

@@ -18,10 +18,11 @@ from longspan.expert_parallel import MoELayer
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.layer import Rows
 from longspan.models.memory.tiled import tiled
-from longspan.models.norm import Norm, NormOverHeads, normalised
+from longspan.models.norm import Norm, normalised
 from longspan.models.rotary import RotaryTable, apply_rotary
 from longspan.tensor_parallel.layers import ColumnParallelLinear, Operands, RowParallelLinear, projected
 from longspan.tensor_parallel.mlp import activation_of, mlp_product
+from longspan.tensor_parallel.norm import NormOverHeads
 
 
 def _residual_std(config: TransformerConfig) -> float:

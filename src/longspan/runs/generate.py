@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longspan.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from longspan.config.lora import Lora
+    from longspan.models import GPTModel
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -20,28 +23,100 @@ def is_checkpoint(path: Path) -> bool:
     return any(any(path.glob(f"{folder}step_*/.metadata")) for folder in ("", "checkpoints/"))
 
 
-def exported(path: Path, folder: Path, tokenizer: str | None) -> str:
-    """Exports a checkpoint as a model folder in ``folder``. Returns the model folder.
+class Source(NamedTuple):
+    """A model to generate with.
+
+    Attributes:
+        values: the keys of its architecture.
+        vocabulary: number of its tokens.
+        tokenizer: the folder of its tokenizer.
+        beside: folders whose generation_config.json may name further end tokens; the first one counts.
+        lora: its adapters; None without.
+        fill: gives a model on the CPU its weights.
+    """
+
+    values: dict[str, Any]
+    vocabulary: int
+    tokenizer: Path
+    beside: list[Path]
+    lora: Lora | None
+    fill: Callable[[GPTModel], None]
+
+
+def of_folder(folder: str) -> Source:
+    """A model folder, a model's name, or a folder of adapters in PEFT's format.
+
+    Raises:
+        UserError: it is none, or adapters name no base model.
+    """
+    from longspan.config.families.hub import architecture_of, model_folder, unused_fields, vocabulary_of
+    from longspan.config.lora import CONFIG_FILE, read_peft_config
+    from longspan.models.hf_weights import SafetensorsFolder
+    from longspan.weights import load_adapters, load_pretrained
+
+    adapters = Path(folder) if (Path(folder) / CONFIG_FILE).is_file() else None
+    lora, base = read_peft_config(adapters) if adapters is not None else (None, folder)
+    if base is None:
+        raise UserError(f"{folder} does not name its base model. Merge them first: longspan convert --lora.")
+    values = architecture_of(base)
+    vocabulary = vocabulary_of(values, base)
+    for line in unused_fields(base):
+        print(f"without effect here: {line}", file=sys.stderr)
+    path = model_folder(base)
+    own = adapters if adapters is not None and (adapters / "tokenizer.json").is_file() else path
+
+    def fill(model: GPTModel) -> None:
+        source = SafetensorsFolder(path)
+        load_pretrained(model, source)
+        if adapters is not None:
+            load_adapters(model, adapters, source.model_type)
+
+    return Source(values, vocabulary, own, [own, path], lora, fill)
+
+
+def of_checkpoint(path: Path, folder: Path, tokenizer: str | None) -> Source:
+    """A run's checkpoint.
+
+    A model of a family of Hugging Face is exported first, with the end tokens of the model that the run began with.
 
     Args:
+        folder: an empty folder for the export.
         tokenizer: a tokenizer.json or a folder with one; None takes the tokenizer of the checkpoint's run.
 
     Raises:
         UserError: the checkpoint is absent or incomplete, or there is no tokenizer.
     """
+    from longspan.config.architecture import Architecture
+    from longspan.config.families.config_json import export_problem
     from longspan.runs.convert import holds_tokenizer, to_hugging_face, tokenizer_of
     from longspan.runs.start import quiet_logs
-    from longspan.training.checkpoint import find
+    from longspan.training import checkpoint
+    from longspan.training.checkpoint_files import read_tensors
+    from longspan.training.description import config_of_model
 
-    path = find(path, "generate")
+    path = checkpoint.find(path, "generate")
     found = tokenizer_of(path) if tokenizer is None else Path(tokenizer)
     if found is None:
         raise UserError(f"{path}: its run names no tokenizer that is here. Give --tokenizer FOLDER.")
     if not holds_tokenizer(found):
         raise UserError(f"--tokenizer {found}: there is no tokenizer.json. Give it, or its folder.")
     quiet_logs()
-    to_hugging_face(path, folder / "hf", found, "float32")
-    return str(folder / "hf")
+    described = checkpoint.describe(path, "--checkpoint")
+    model = Architecture.of(config_of_model(described))
+    if described.get("adapter") is not None or not export_problem(model):
+        to_hugging_face(path, folder / "hf", found, "float32")
+        return of_folder(str(folder / "hf"))
+    metadata = checkpoint.verify(path, option="--checkpoint")
+
+    def fill(model: GPTModel) -> None:
+        from longspan.tensor_parallel.layers import local
+
+        tensors = {name: local(tensor) for name, tensor in model.state_dict().items()}
+        read_tensors(path, {"model": tensors}, metadata, "--checkpoint", no_dist=True)
+
+    values = {name: value for kind in ("shapes", "numbers") for name, value in model.keys(kind).items()}
+    where = found if found.is_dir() else found.parent
+    return Source(values, described["model"]["vocab_size"], where, [where], None, fill)
 
 
 def prompt_ids(tokenizer: Tokenizer, folder: Path, prompt: str) -> list[int]:
@@ -77,46 +152,32 @@ def end_ids(tokenizer: Tokenizer, folders: Iterable[Path]) -> set[int]:
 
 
 def generate(
-    folder: str, prompt: str, count: int, temperature: float, seed: int, special: bool = False
+    source: Source, prompt: str, count: int, temperature: float, seed: int, special: bool = False
 ) -> str:
     """Returns the prompt and the text that the model generates after it.
 
     Args:
-        folder: a model folder, a model's name, or a folder of adapters in PEFT's format.
         count: the largest number of new tokens.
         temperature: 0 takes the most probable token.
         special: keep special tokens in the text.
 
     Raises:
-        UserError: the adapters name no base model, or the tokens are more than the learned positions.
+        UserError: the tokens are more than the learned positions.
     """
     import torch
 
-    from longspan.config.families.hub import architecture_of, model_folder, unused_fields, vocabulary_of
     from longspan.config.load import architecture_config
-    from longspan.config.lora import CONFIG_FILE, read_peft_config
     from longspan.config.resolve import resolve
     from longspan.context_parallel import SequenceLayout
     from longspan.data import load_tokenizer
     from longspan.mesh.mesh import ParallelMesh, close_distributed, init_distributed
     from longspan.models import GPTModel
-    from longspan.models.hf_weights import SafetensorsFolder
     from longspan.models.peft import attach
-    from longspan.weights import load_adapters, load_pretrained
 
-    adapters = Path(folder) if (Path(folder) / CONFIG_FILE).is_file() else None
-    lora, base = read_peft_config(adapters) if adapters is not None else (None, folder)
-    if base is None:
-        raise UserError(f"{folder} does not name its base model. Merge them first: longspan convert --lora.")
-    values = architecture_of(base)
-    vocabulary = vocabulary_of(values, base)
-    for line in unused_fields(base):
-        print(f"without effect here: {line}", file=sys.stderr)
-    path = model_folder(base)
-    own = adapters if adapters is not None and (adapters / "tokenizer.json").is_file() else path
-    tokenizer = load_tokenizer(own)
-    ends = end_ids(tokenizer, [own, path])
-    ids = prompt_ids(tokenizer, own, prompt)
+    values = source.values
+    tokenizer = load_tokenizer(source.tokenizer)
+    ends = end_ids(tokenizer, source.beside)
+    ids = prompt_ids(tokenizer, source.tokenizer, prompt)
     most = values.get("max_position_embeddings")
     if values.get("position_embedding_type") == "learned_absolute" and most and len(ids) + count > most:
         raise UserError(
@@ -130,15 +191,15 @@ def generate(
         mesh = ParallelMesh.build(run.sizes, "cpu")
         with torch.device("meta"):
             model = GPTModel(
-                run.transformer_config(), vocabulary, run.batch.sequence_len, pg_collection=mesh.groups
+                run.transformer_config(),
+                source.vocabulary,
+                run.batch.sequence_len,
+                pg_collection=mesh.groups,
             )
-        if lora is not None:
-            attach(model, lora)
+        if source.lora is not None:
+            attach(model, source.lora)
         model.to_empty(device="cpu")
-        source = SafetensorsFolder(path)
-        load_pretrained(model, source)
-        if adapters is not None:
-            load_adapters(model, adapters, source.model_type)
+        source.fill(model)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for _ in range(count):
