@@ -15,6 +15,7 @@ from longspan.config.lora import read_peft_config
 from longspan.errors import UserError
 from longspan.models.hf_weights import FolderWriter, SafetensorsFolder
 from longspan.models.peft import merge
+from longspan.training.checkpoint import Checkpointer
 from longspan.training.export import export
 from longspan.training.trainer import Trainer
 
@@ -98,3 +99,28 @@ def refused(prefix, base, folder, keys):
     with pytest.raises(UserError) as caught:
         read_again(prefix, base, folder, keys)
     return str(caught.value)
+
+
+def trained_and_continued(prefix, base, folder, more):
+    """Losses and gradient norms of three steps, the last one by a run that goes on from a checkpoint."""
+    run = llamas.lora_run(prefix, base, params_dtype="float64", **more)
+    trainer = Trainer(run, CPU)
+    records = [trainer.train_step(trainer.micro_batches(step)) for step in range(2)]
+    saver = Checkpointer(Path(folder), background=False)
+    path = saver.save(2, trainer.model, trainer.optimizer, trainer.description())
+    trainer = Trainer(run, CPU)
+    trainer.resume(path)
+    records.append(trainer.train_step(trainer.micro_batches(2)))
+    return [(record["loss"], record["grad_norm"]) for record in records]
+
+
+def test_a_stage_without_a_target_trains_nothing(prefix, tmp_path):
+    types = ["linear_attention", "linear_attention", "full_attention", "full_attention"]
+    base, _ = hybrid_families.save(tmp_path / "base", "qwen3_5_text", layer_types=types)
+    keys = {"sequence_len": 50, "lora_target_linear": False, "lora_target_modules": ["q_proj"]}
+    expected = pool.run(1, trained_and_continued, prefix, base, str(tmp_path / "1"), keys)[0]
+    for schedule in ("1f1b", "zbv"):
+        cut = keys | {"pipeline_parallel_size": 2, "pipeline_schedule": schedule}
+        found = pool.run(2, trained_and_continued, prefix, base, str(tmp_path / schedule), cut)[0]
+        for got, wanted in zip(found, expected):
+            assert got == pytest.approx(wanted, rel=1e-9)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from longspan.config.families.config_json import FAMILIES, TEXT_MODELS
 from longspan.config.families.family import Family, Place
 from longspan.config.lora import CONFIG_FILE, WEIGHTS_FILE, Lora, read_peft_config
+from longspan.config.parameters import parameter_shapes
 from longspan.errors import UserError
 from longspan.files import begin_folder, name_folder
 from longspan.models.embedding import OutputLayer
@@ -56,6 +57,7 @@ _TARGET_OF = {
     "in_proj": "in_proj",
     "out_proj": "out_proj",
 }
+_ATTENTION_GATE = ".self_attention.linear_gate"
 
 
 def is_adapter(name: str) -> bool:
@@ -95,27 +97,31 @@ def attach(model: GPTModel, lora: Lora, frozen_dtype: torch.dtype | None = None)
         parameter.requires_grad_(False)
     if frozen_dtype is not None:
         _cast(model, frozen_dtype)
-    missing = set(lora.targets)
-    for name, layer in list(model.named_modules()):
-        if not isinstance(layer, ColumnParallelLinear | RowParallelLinear) or isinstance(layer, OutputLayer):
-            continue
-        *path, last = name.split(".")
-        target, beside = _TARGET_OF[last], None
-        if target == "gate_proj" and path[-1] == "self_attention":
-            # Hugging Face has the query and its gate in one layer.
-            target, query = "q_proj", model.get_submodule(".".join([*path, "linear_q"]))
-            assert isinstance(query, ColumnParallelLinear)
-            beside = query
-        if target in lora.targets:
-            # The adapter is made on meta like the model; its weights are drawn later.
-            with torch.device("meta"):
-                layer.lora = Adapter(layer, lora.rank, lora.scale, model.config, beside)
-            missing.discard(target)
-    if missing:
+    # In a pipeline, this rank may have no layer of a target that others have.
+    modules = (name.rpartition(".")[0] for name in parameter_shapes(model.config, model.vocab_size))
+    if missing := set(lora.targets) - set(map(_target, modules)):
         raise UserError(
             f"lora_target_modules: the model has no {', '.join(sorted(missing))}. Leave them out (and lora_target_linear "
             "with them)."
         )
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, ColumnParallelLinear | RowParallelLinear) or isinstance(layer, OutputLayer):
+            continue
+        beside = None
+        if name.endswith(_ATTENTION_GATE):
+            query = model.get_submodule(name.replace(_ATTENTION_GATE, ".self_attention.linear_q"))
+            assert isinstance(query, ColumnParallelLinear)
+            beside = query
+        if _target(name) in lora.targets:
+            # The adapter is made on meta like the model; its weights are drawn later.
+            with torch.device("meta"):
+                layer.lora = Adapter(layer, lora.rank, lora.scale, model.config, beside)
+
+
+def _target(module: str) -> str | None:
+    """longspan's name of a module -> the target that it belongs to, if any."""
+    # Hugging Face has the query and its gate in one layer.
+    return "q_proj" if module.endswith(_ATTENTION_GATE) else _TARGET_OF.get(module.rpartition(".")[2])
 
 
 #: parameters of recurrent layers that no product reads: exponentials are computed from them in float32

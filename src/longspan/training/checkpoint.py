@@ -153,7 +153,7 @@ def load(
     read_tensors(path, state, metadata, option)
     # The load is not strict, because frozen weights are not in the checkpoint.
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
-    if optimizer is not None:
+    if optimizer is not None and own_optimizer:
         # The moments come from the checkpoint; learning rate, weight decay, betas and so on from the config.
         set_optimizer_state_dict(model, optimizer, own_optimizer | state["optimizer"], options=FLAT)
     if own in state:
@@ -169,6 +169,9 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
     An optimizer without a step still counts no step afterwards.
     """
+    if not any(group["params"] for group in optimizer.param_groups):
+        # A stage of a pipeline without an adapter: torch takes an empty state for a mistake.
+        return {}
     if not optimizer.state:
         # torch makes missing state by a step with learning rate and gradients of zero. Adam counts this step,
         # so the count is set back.

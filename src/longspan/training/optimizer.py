@@ -38,7 +38,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": others, "weight_decay": 0.0},
     ]
     return LocalAdamW(
-        [group for group in groups if group["params"]],
+        # A stage of a pipeline may have no adapter.
+        [group for group in groups if group["params"]] or groups[:1],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,

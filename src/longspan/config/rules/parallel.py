@@ -85,13 +85,13 @@ def _recurrent(config: TrainConfig, found: list[Problem]) -> None:
             found.append((("attention_cp_layout", "layer_types"), text))
         return
     if "attention" not in (mixers_of(config.layer_types, config.hybrid_override_pattern) or ()):
-        for name, off, remedy in (
+        for key, off, remedy in (
             ("attention_cp_layout", "auto", "Leave it out"),
             ("cp_comm_type", "p2p", "Leave it out; ssm_cp_type is the key of recurrent layers"),
         ):
-            if (value := getattr(config, name)) != off:
-                text = f"{name} {value!r} has no effect without layers of attention ({layers}). {remedy}."
-                found.append(((name, layers), text))
+            if (value := getattr(config, key)) != off:
+                text = f"{key} {value!r} has no effect without layers of attention ({layers}). {remedy}."
+                found.append(((key, layers), text))
     if config.cp_layout not in ("auto", "contiguous"):
         text = (
             f"cp_layout {config.cp_layout!r} with recurrent layers ({layers}): they hand a state from token to token, so a rank "
