@@ -1,13 +1,19 @@
 """Recurrent mixers and hybrid models: against a sequential recurrence, and every layout against one process. fp64."""
 
+import dataclasses
 from unittest import mock
 
 import pytest
+import torch
 
 import hybrids
 import pool
+from longspan import TransformerConfig, parallel_state
 from longspan.config.sizes import MeshSizes
 from longspan.context_parallel.move_features import FeatureMove
+from longspan.mesh.default_groups import process_groups
+from longspan.models import GatedDeltaMixer, MambaMixer
+from longspan.models.layer import make_rows
 
 #: documents of one token, one that begins in the middle of spans, lengths that divide by nothing
 PACKED = (0, 1, 9, 30, 31, 32, 53)
@@ -121,3 +127,23 @@ def plans_of_features():
 
 def test_equal_layers_plan_a_move_of_features_once():
     assert pool.run(2, plans_of_features) == [1, 1]
+
+
+def a_mixer_alone():
+    """The loss of each mixer made by itself, and the message for sizes that do not fit."""
+    found = []
+    parallel_state.initialize_model_parallel()
+    for mixer, options in ((MambaMixer, {"mamba_num_groups": 2, "mamba_head_dim": 8}), (GatedDeltaMixer, {})):
+        config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=2, **options)
+        alone = mixer(config)
+        x = torch.randn(5, 2, 16)
+        rows = make_rows(config, process_groups(), x)
+        found.append(tuple(alone(x, rows).shape))
+    with pytest.raises(ValueError, match="mamba_num_heads 3 is not divisible by mamba_num_groups 2"):
+        MambaMixer(dataclasses.replace(config, mamba_num_heads=3, mamba_num_groups=2))
+    parallel_state.destroy_model_parallel()
+    return found
+
+
+def test_a_mixer_can_be_used_alone():
+    assert pool.run(1, a_mixer_alone)[0] == [(5, 2, 16)] * 2

@@ -158,7 +158,7 @@ class Architecture(InitialValues):
             object.__setattr__(self, "moe_layer_freq", 1)
         if self.moe_ffn_hidden_size is None and self.num_moe_experts is not None:
             object.__setattr__(self, "moe_ffn_hidden_size", self.ffn_hidden_size)
-        if self.mamba_num_heads is None and self.mamba_head_dim >= 1 and "mamba" in self.mixers:
+        if self.mamba_num_heads is None and self.mamba_head_dim >= 1:
             object.__setattr__(self, "mamba_num_heads", max(1, 2 * self.hidden_size // self.mamba_head_dim))
 
     @classmethod

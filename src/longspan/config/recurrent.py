@@ -17,6 +17,7 @@ from longspan.errors import Problem, did_you_mean
 
 if TYPE_CHECKING:
     from longspan.config.architecture import Architecture
+    from longspan.config.schema import TrainConfig
 
 #: the mixers of ``layer_types``
 MIXERS = ("attention", "mamba", "gated_delta")
@@ -184,21 +185,34 @@ def recurrent_problems(model: Architecture) -> list[Problem]:
     found = list(_stack(model))
     if found:
         return found
-    mixers = set(model.mixers)
+    for kind in RECURRENT:
+        if kind in model.mixers:
+            found += mixer_problems(model, kind)
+    return found
+
+
+def mixer_problems(model: Architecture, kind: str) -> list[Problem]:
+    """All broken rules of the sizes of a recurrent mixer, as (fields involved, message)."""
+    found: list[Problem] = []
+    for name in ONLY_WITH[kind]:
+        value = getattr(model, name)
+        if name.endswith(_SIZES) and value is not None and value < 1:
+            found.append(((name,), f"{name} {value}: a size is at least 1."))
+    return found or list((_mamba if kind == "mamba" else _gated_delta)(model))
+
+
+def idle_fields(config: TrainConfig) -> Iterator[Problem]:
+    """Keys of a mixer in a model that has no such layer, as (keys involved, message)."""
+    mixers = mixers_of(config.layer_types, config.hybrid_override_pattern)
+    mixers = ["attention"] if mixers is None else mixers
     for kind, fields in (ONLY_WITH | {"attention": _ONLY_WITH_ATTENTION}).items():
         for name, off in fields.items():
-            value = getattr(model, name)
-            if kind not in mixers and value != off:
+            if kind not in mixers and (value := getattr(config, name)) != off:
                 text = (
                     f"{name} {value} has no effect without layers of type {kind}. Name some in layer_types or "
                     f"hybrid_override_pattern, or leave {name} out."
                 )
-                found.append(((name, "layer_types"), text))
-            elif name.endswith(_SIZES) and value is not None and value < 1:
-                found.append(((name,), f"{name} {value}: a size is at least 1."))
-    if not found:
-        found = [*(_mamba(model) if "mamba" in mixers else ()), *(_gated_delta(model) if "gated_delta" in mixers else ())]  # fmt: skip
-    return found
+                yield (name, "layer_types"), text
 
 
 def _stack(model: Architecture) -> Iterator[Problem]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from longspan import autocast
 from longspan.config.model import TransformerConfig
-from longspan.config.recurrent import mixer_sizes
+from longspan.config.recurrent import mixer_problems, mixer_sizes
 from longspan.context_parallel.move_features import FeatureMove, to_heads, to_tokens
 from longspan.context_parallel.move_rows import move_rows, tails
 from longspan.context_parallel.recurrent_costs import chosen_way, recurrent_sizes
@@ -127,6 +127,8 @@ class RecurrentMixer(TensorParallelModule):
     ):
         groups = process_groups(pg_collection)
         mesh = groups.tp_mesh
+        for _, message in mixer_problems(config, self.kind):
+            raise ValueError(message)
         super().__init__(config, mesh)
         self.config, self.number, self.cp_group = config, layer_number, groups.cp
         self.sizes = sizes = mixer_sizes(config, self.kind)

@@ -58,8 +58,8 @@ def variants(run: Run, everything: bool) -> list[Run]:
     if run.model.recurrent:
         # The stream stays contiguous; attention's layout, and the way of the states, vary instead.
         ways = [way for way in ("state", "a2a") if not way_problems(run.model, run.sizes.tp, cp, way)]
-        layout = {"attention_cp_layout": "contiguous"} if run.attention_layers else {}
-        runs = [run.with_keys(ssm_cp_type=way, **layout) for way in ways]
+        keys = {"attention_cp_layout": "contiguous"} if run.attention_layers else {}
+        runs = [run.with_keys(ssm_cp_type=way, **keys) for way in ways]
         if not run.attention_layers:
             return runs
     for kind in CP_COMM_TYPES:
@@ -68,8 +68,11 @@ def variants(run: Run, everything: bool) -> list[Run]:
         for layout in LAYOUTS:
             hierarchy = list(sizes) if kind == "a2a+p2p" else None
             key = "attention_cp_layout" if run.model.recurrent else "cp_layout"
-            keys = {"cp_comm_type": kind, key: layout, "hierarchical_context_parallel_sizes": hierarchy}
-            runs.append(run.with_keys(**keys))
+            runs.append(
+                run.with_keys(
+                    **{"cp_comm_type": kind, key: layout, "hierarchical_context_parallel_sizes": hierarchy}
+                )
+            )
     return runs
 
 

@@ -8,7 +8,7 @@ from longspan.config.architecture import SHAPE_KEYS, Architecture, architecture_
 from longspan.config.data import keeps_documents_apart
 from longspan.config.families.config_json import export_problem
 from longspan.config.model import cut_problems
-from longspan.config.recurrent import recurrent_backend_problems
+from longspan.config.recurrent import idle_fields, recurrent_backend_problems
 from longspan.config.rope import rope_type
 from longspan.config.schema import TrainConfig
 from longspan.errors import Problem
@@ -42,7 +42,7 @@ def model_problems(config: TrainConfig) -> list[Problem]:
     if None in (config.num_layers, config.hidden_size, config.num_attention_heads):
         return []
     model = Architecture.of(config)
-    found = architecture_problems(model)
+    found = [*architecture_problems(model), *idle_fields(config)]
     streams = not keeps_documents_apart(config) and not any(s.type != "completion" for s in config.datasets)
     if "seq_aux_loss" in model.balancing and streams and not config.hybrid_context_parallel:
         text = (
