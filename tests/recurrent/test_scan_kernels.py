@@ -293,7 +293,14 @@ def test_a_run_is_refused_before_its_first_step(types, backend, words):
         "vocab_size": 64,
         "sequence_len": 32,
     }
-    keys = {"mock_data": True, "max_steps": 1, "learning_rate": 0.001, "device": "cpu", "layer_types": types}
+    keys = {
+        "mock_data": True,
+        "max_steps": 1,
+        "learning_rate": 0.001,
+        "device": "cpu",
+        "layer_types": types,
+        "export_hf": False,
+    }
     reading = make_config(sizes | keys | {"mamba_num_groups": 2, "recurrent_backend": backend})
     with pytest.raises(UserError, match=words):
         checked(reading, Launch(processes=1))
