@@ -1,4 +1,4 @@
-"""Trains a small vision-language model to name shapes: "a red circle". About two minutes on two CPU cores.
+"""Trains a small vision-language model to name shapes: "a red circle". Three to four minutes on two CPU cores.
 
     python -m torch.distributed.run --nproc-per-node 2 examples/vision_language.py [--tp 2]
 
