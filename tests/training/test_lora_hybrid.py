@@ -124,3 +124,16 @@ def test_a_stage_without_a_target_trains_nothing(prefix, tmp_path):
         found = pool.run(2, trained_and_continued, prefix, base, str(tmp_path / schedule), cut)[0]
         for got, wanted in zip(found, expected):
             assert got == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("targets", [["in_proj", "out_proj"], ["q_proj"]])
+def test_context_parallel_ranks_follow_one_process(prefix, tmp_path, targets):
+    """What is frozen has no gradient on any rank, so all ranks take part in the same exchanges."""
+    base, _ = hybrid_families.save(tmp_path / "base", "qwen3_5_text")
+    keys = {"sequence_len": 50, "lora_target_linear": False, "lora_target_modules": targets}
+    expected = pool.run(1, trained_and_continued, prefix, base, str(tmp_path / "1"), keys)[0]
+    for way in ("state", "a2a"):
+        cut = keys | {"context_parallel_size": 2, "ssm_cp_type": way}
+        found = pool.run(2, trained_and_continued, prefix, base, str(tmp_path / way), cut)[0]
+        for got, wanted in zip(found, expected):
+            assert got == pytest.approx(wanted, rel=1e-9)
