@@ -28,11 +28,12 @@ from longspan.context_parallel.move_features import FeatureMove, to_heads, to_to
 from longspan.context_parallel.move_rows import move_rows, tails
 from longspan.context_parallel.recurrent_costs import chosen_way, recurrent_sizes
 from longspan.context_parallel.refusals import group_of_call
-from longspan.context_parallel.runs_of_tokens import Marks, borders, marks_of_all, marks_of_rank, runs_of
+from longspan.context_parallel.runs_of_tokens import Marks, borders, marks_of_all, marks_of_rank
 from longspan.context_parallel.state import Decays, HandOn, StatesOfRanks, Transitions
 from longspan.mesh.default_groups import process_groups
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.models.layer import Rows
+from longspan.models.parts import residual_std
 from longspan.recomputed import rms_norm
 from longspan.recurrent.kernels.choose import CONVOLUTION, chosen_kernel, scan_sizes
 from longspan.recurrent.kernels.protocol import ConvolutionKernel, DeltaKernel, StateSpaceKernel
@@ -142,8 +143,7 @@ class RecurrentMixer(TensorParallelModule):
         for name in sizes.of_heads:
             setattr(self, name, self._parameter(name, (sizes.heads,), 0, _OF_HEADS[name]))
         self.norm = HeadNorm(sizes.norm, self.kind == "mamba", config, mesh)
-        std = config.init_method_std / (2 * config.num_layers) ** 0.5
-        inner = sizes.heads * sizes.head_dim
+        inner, std = sizes.heads * sizes.head_dim, residual_std(config)
         self.out_proj = RowParallelLinear(inner, h, config, bias=bias, init_std=std, tp_group=mesh)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
@@ -202,11 +202,8 @@ class RecurrentMixer(TensorParallelModule):
     def _by_heads(self, features: Tensor, numbers: Tensor, rows: Rows, group: dist.ProcessGroup) -> Tensor:
         """Features travel: this rank scans all tokens of some heads."""
         b, rank, ranks = features.shape[1], rows.rank, rows.layout.ranks
-        runs_of(rows.layout)
-        parts = [*self.feature_parts(), (numbers.shape[-1], False)]
-        if numbers.shape[-1] > self.each:
-            # beta and the decay are two numbers of each head, one run after the other.
-            parts[-1:] = [(self.each, False)] * (numbers.shape[-1] // self.each)
+        # Each number of the heads is a run of its own: of the delta rule beta, and then the decay.
+        parts = [*self.feature_parts(), *[(self.each, False)] * (numbers.shape[-1] // self.each)]
         key = ("features", self.groups, tuple(parts), self.each, features.device)
         # The layout keeps it: copies from the CPU in every layer would make the GPU wait.
         move = rows.layout.once(

@@ -25,7 +25,7 @@ from longspan.tensor_parallel.mlp import activation_of, mlp_product
 from longspan.tensor_parallel.norm import NormOverHeads
 
 
-def _residual_std(config: TransformerConfig) -> float:
+def residual_std(config: TransformerConfig) -> float:
     """Initial std of layers that add to the residual stream: divided by the root of their number (GPT-2)."""
     return config.init_method_std / (2 * config.num_layers) ** 0.5
 
@@ -100,7 +100,7 @@ class SelfAttention(nn.Module, Compilable):
             config, layer_number, attn_mask_type, pg_collection=pg_collection
         )
         self.linear_proj = RowParallelLinear(
-            heads * d, h, config, bias=bias, init_std=_residual_std(config), tp_group=tp
+            heads * d, h, config, bias=bias, init_std=residual_std(config), tp_group=tp
         )
 
     def heads(self, x: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, ...]:
@@ -170,7 +170,7 @@ class MLP(nn.Module, Compilable):
             ColumnParallelLinear(h, ffn, config, **kwargs) if config.gated_linear_unit else None
         )
         self.linear_up = ColumnParallelLinear(h, ffn, config, **kwargs)
-        self.linear_down = RowParallelLinear(ffn, h, config, init_std=_residual_std(config), **kwargs)
+        self.linear_down = RowParallelLinear(ffn, h, config, init_std=residual_std(config), **kwargs)
         self.tiles: int | None = 1
 
     def forward(self, x: Tensor, rows: Rows | None = None, memory: dict | None = None) -> Tensor:
