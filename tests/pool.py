@@ -8,6 +8,9 @@ that they travel by name. The results come back as a list by rank.
 
 A rank that fails shows its own traceback. A rank that hangs fails the test within a
 minute, by rank, with the stack it hangs in; the pool then starts anew.
+
+On a busy machine gloo may wait without end for a connection of a new world, before any code of a test runs:
+about one world of 150 did beside two other pools. Such a world is started again, with new workers.
 """
 
 from __future__ import annotations
@@ -35,8 +38,15 @@ from unittest import mock
 #: a machine that does other work needs longer: LONGSPAN_TEST_TIMEOUT gives seconds
 TIMEOUT_S = float(os.environ.get("LONGSPAN_TEST_TIMEOUT", "60"))
 GRACE_S = 3.0
+#: within so many seconds the process group of a world is made; then new workers try again, at most so many times
+START_S = TIMEOUT_S / 3
+STARTS = 3
 #: what a process has imported of which workers are forked
 PRELOADED = ["torch", "torch.distributed.tensor", "torch._dynamo", "longspan.training.trainer"]
+
+
+#: what a worker sends when its process group is made
+STARTED = "started"
 
 
 class WorkerError(AssertionError):
@@ -83,7 +93,8 @@ def _serve(connection, paths: list[str], stacks: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115
+    # not SIGUSR1: a training in this process sets and resets its handler
+    faulthandler.register(signal.SIGUSR2, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115
     from longspan import parallel_state
 
     clear = torch_caches()
@@ -104,6 +115,7 @@ def _serve(connection, paths: list[str], stacks: str) -> None:
                 world_size=world,
                 timeout=datetime.timedelta(seconds=TIMEOUT_S),
             )
+            connection.send(STARTED)
             result = getattr(importlib.import_module(module), name)(*args)
             dist.barrier()
         except BaseException:
@@ -155,11 +167,10 @@ class Pool:
         Raises:
             WorkerError: a rank raised, died or did not finish in ``timeout`` seconds.
         """
-        self._ensure(world)
-        self.runs += 1
-        store = os.path.join(self.folder.name, f"store-{self.runs}")
-        for rank in range(world):
-            self.workers[rank][1].send((rank, world, store, function.__module__, function.__name__, args))
+        job = (function.__module__, function.__name__, args)
+        store = next((path for _ in range(STARTS) if (path := self._start(world, job))), None)
+        if store is None:
+            raise WorkerError(f"no world of {world} ranks was started, {STARTS} times of {START_S:.0f} s")
         results: dict[int, object] = {}
         failures: list[str] = []
         deadline = time.monotonic() + timeout
@@ -189,11 +200,29 @@ class Pool:
             os.unlink(store)
         return [results[rank] for rank in range(world)]
 
+    def _start(self, world: int, job: tuple) -> str | None:
+        """Starts a world; returns the path of its store, or None if not every rank has its process group in time."""
+        self._ensure(world)
+        self.runs += 1
+        store = os.path.join(self.folder.name, f"store-{self.runs}")
+        for rank in range(world):
+            self.workers[rank][1].send((rank, world, store, *job))
+        deadline = time.monotonic() + START_S
+        waiting = [connection for _, connection, _ in self.workers[:world]]
+        for connection in waiting:
+            # A worker that has died is readable too, and run() reports it.
+            with contextlib.suppress(EOFError):
+                left = max(0.0, deadline - time.monotonic())
+                if not connection.poll(left) or connection.recv() != STARTED:
+                    self.close()
+                    return None
+        return store
+
     def _stack(self, rank: int) -> str:
         process, _, stacks = self.workers[rank]
         if not os.path.exists(stacks):
             return "(the process was still starting)"
-        os.kill(process.pid, signal.SIGUSR1)
+        os.kill(process.pid, signal.SIGUSR2)
         time.sleep(0.3)
         return Path(stacks).read_text()
 

@@ -1,6 +1,7 @@
 """The worker pool itself: a failing rank shows its traceback, a hanging one its stack, and the pool goes on."""
 
 import os
+import signal
 import time
 
 import pytest
@@ -53,6 +54,22 @@ def test_trouble_is_named_and_the_pool_goes_on():
             with pytest.raises(pool.WorkerError, match=message):
                 own.run(2, function, timeout=timeout)
         assert own.run(2, total) == [1.0, 1.0]
+    finally:
+        own.close()
+
+
+def test_a_world_that_does_not_start_is_started_again(monkeypatch):
+    own = pool.Pool()
+    try:
+        assert own.run(2, total) == [1.0, 1.0]
+        os.kill(own.workers[1][0].pid, signal.SIGSTOP)
+        with monkeypatch.context() as patch:
+            patch.setattr(pool, "START_S", 1.0)
+            assert own._start(2, (total.__module__, total.__name__, ())) is None
+        assert own.run(2, total) == [1.0, 1.0]
+        monkeypatch.setattr(pool, "START_S", 0.0)
+        with pytest.raises(pool.WorkerError, match="no world of 2 ranks was started, 3 times of 0 s"):
+            own.run(2, total)
     finally:
         own.close()
 
