@@ -29,6 +29,7 @@ COMMANDS = {
     "convert": ("longspan.cli.convert", "between a checkpoint and a Hugging Face folder"),
     "verify": ("longspan.cli.verify", "compare the config's layout with one process: loss, gradients"),
     "layout": ("longspan.cli.layout", "show who holds and computes what, and what travels, for a pack"),
+    "plan": ("longspan.cli.plan", "the memory of a run before it runs: does it fit?"),
     "experts": ("longspan.cli.experts", "show how evenly a run has used its experts"),
     "env": ("longspan.cli.env", "print versions, devices and variables; --check: are these machines sound?"),
     "completion": ("longspan.cli.completion", "print a completion script for bash, zsh or fish"),
