@@ -10,15 +10,21 @@ second step; the prediction comes from processes without data. Prints a line a r
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import multiprocessing
 import os
 import random
+import shutil
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._profiler import _EventType
 
 from longspan.config.load import make_config
 from longspan.config.resolve import resolve
@@ -99,67 +105,28 @@ def run_of(world: int, keys: dict[str, Any]) -> Run:
     return Run.of(resolve(reading.config, world).config)
 
 
-def peak_of_events(events: list[tuple[int, int, int, str]], start: int) -> int:
-    """The most live bytes from time ``start`` on.
-
-    Args:
-        events: (time, bytes, address, path of operations) of each allocation (bytes > 0) and release, by time.
-            Buffers that gloo's threads release have no release among them: they end with their collective.
-    """
-    held: dict[int, int] = {}
-    released = set()
-    for number, (_, size, address, _) in enumerate(events):
-        if size > 0:
-            held[address] = number
-        elif address in held:
-            released.add(held.pop(address))
-    live: dict[int, int] = {}
-    ending: list[int] = []
-    peak = total = 0
-    for number, (time, size, address, path) in enumerate(events):
-        collective = "c10d" in path or "gloo" in path
-        if not collective:
-            total -= sum(live.pop(other, 0) for other in ending)
-            ending = []
-        total -= live.pop(address, 0)
-        if size > 0:
-            live[address] = size
-            total += size
-            if collective and number not in released:
-                ending.append(address)
-        if time >= start:
-            peak = max(peak, total)
-    return peak
-
-
 def _train(rank: int, run: Run, port: int, results: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    most_bytes = ctypes.CDLL(None).longspan_most_bytes
+    most_bytes.restype = ctypes.c_size_t
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=run.sizes.world_size)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        trainer = Trainer(run, torch.device("cpu"))
-        for step in range(2):
-            batches = trainer.micro_batches(step)
-            with torch.profiler.record_function(f"step {step}"):
-                trainer.train_step(batches)
-    events, start = [], 0
-    waiting = [(node, "") for node in profile.profiler.kineto_results.experimental_event_tree()]
-    while waiting:
-        node, path = waiting.pop()
-        if node.tag == _EventType.Allocation:
-            events.append((node.start_time_ns, node.extra_fields.alloc_size, node.extra_fields.ptr, path))
-        elif node.name == "step 1":
-            start = node.start_time_ns
-        waiting += [(child, f"{path}>{node.name}") for child in node.children]
-    results.put((rank, peak_of_events(sorted(events), start)))
+    before = most_bytes()
+    trainer = Trainer(run, torch.device("cpu"))
+    for step in range(2):
+        batches = trainer.micro_batches(step)
+        most_bytes()
+        trainer.train_step(batches)
+        del batches
+    results.put((rank, most_bytes() - before))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def measured(run: Run) -> list[int]:
-    """The peak of each rank of real processes, in bytes."""
-    context = multiprocessing.get_context("fork")
+    """The peak of each rank of real processes in the second step, in bytes, without what it held before the run."""
+    # A new program each, because the counting library is loaded at a program's start.
+    context = multiprocessing.get_context("spawn")
     results, port = context.Queue(), random.randint(20000, 40000)
     processes = [
         context.Process(target=_train, args=(rank, run, port, results))
@@ -172,6 +139,24 @@ def measured(run: Run) -> list[int]:
     finally:
         for process in processes:
             process.join(10)
+            process.kill()
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[None]:
+    """A context in which new programs count their allocations (``allocations.c``)."""
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        sys.exit("this benchmark counts allocations by a small library in C: install a C compiler (gcc).")
+    with tempfile.TemporaryDirectory() as folder:
+        library = os.path.join(folder, "allocations.so")
+        source = Path(__file__).with_name("allocations.c")
+        subprocess.run([compiler, "-O2", "-shared", "-fPIC", source, "-o", library, "-ldl", "-lpthread"], check=True)
+        os.environ["LD_PRELOAD"] = library
+        try:
+            yield
+        finally:
+            del os.environ["LD_PRELOAD"]
 
 
 def main() -> int:
@@ -186,7 +171,8 @@ def main() -> int:
     configs = draw(24, args.small)[args.first : args.first + args.count]
     for name, world, keys in configs:
         run = run_of(world, keys)
-        real = measured(run)
+        with counting():
+            real = measured(run)
         for memory, peak in zip(memory_of_ranks(run, range(world)), real):
             error = memory.peak / peak - 1
             errors.append(abs(error))
