@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from types import CodeType
 
+#: the buffers in which activations and gradients arrive from other stages
+MESSAGES = "pipeline micro-batches"
+
 #: (part of a file's path, beginning of a function's qualified name) -> component; the first match counts
 PLACES = (
     ("longspan/context_parallel/move_keys", "_Keys", "context parallel buffers"),
@@ -31,8 +34,8 @@ PLACES = (
     ("longspan/training/optimizer", "", "optimizer"),
     ("torch/optim/", "", "optimizer"),
     ("torch/distributed/fsdp/", "", "FSDP gathers"),
-    ("longspan/pipeline", "", "pipeline micro-batches"),
-    ("torch/distributed/pipelining/", "", "pipeline micro-batches"),
+    ("longspan/pipeline", "", MESSAGES),
+    ("torch/distributed/pipelining/", "", MESSAGES),
     ("longspan/training/sharding", "", "batches"),
     ("longspan/data/", "", "batches"),
     ("torch/autograd/graph", "_engine_run_backward", "gradients of activations"),

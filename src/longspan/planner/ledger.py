@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -40,11 +41,13 @@ class Ledger:
 
     Attributes:
         events: pairs of a block and +1 for its allocation or -1 for its release.
+        marks: pairs of the number of the next event and the name of the part of the step that begins with it.
     """
 
     def __init__(self, device_type: str, unit: int = 1):
         self.device_type, self.unit = device_type, unit
         self.events: list[tuple[Block, int]] = []
+        self.marks: list[tuple[int, Hashable]] = []
         self._blocks: dict[int, Block] = {}
         #: a result that takes the memory of an argument, if the argument is released before the next operation
         self._waiting: Block | None = None
@@ -115,6 +118,31 @@ class Ledger:
             self._waiting = None
         else:
             self.events.append((block, -1))
+
+    def mark(self, part: Hashable) -> None:
+        """From now on events belong to this part of the step."""
+        self.settle()
+        self.marks.append((len(self.events), part))
+
+    def peaks(self, begin: int) -> dict[Hashable, dict[str, int]]:
+        """The bytes of each component at the peak of each part of the step, from event number ``begin`` on.
+
+        A part that comes several times, as for several micro-batches, has its highest peak.
+        """
+        marks = iter([*self.marks, (len(self.events) + 1, None)])
+        following, name = next(marks)
+        part: Hashable = None
+        live: dict[str, int] = defaultdict(int)
+        total, most, found = 0, defaultdict(int), {}
+        for number, (block, sign) in enumerate(self.events):
+            while number >= following:
+                part = name
+                following, name = next(marks)
+            live[block.component] += sign * block.size
+            total += sign * block.size
+            if number >= begin and total > most[part]:
+                most[part], found[part] = total, dict(live)
+        return found
 
     def peak(self, begin: int = 0) -> tuple[int, dict[str, int], int]:
         """The most live bytes from event number ``begin`` on.

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from longspan.planner.components import component_of_caller
 from longspan.planner.ledger import Ledger
 from longspan.planner.scratch import scratch_bytes
+from longspan.planner.work import Work
 
 aten = torch.ops.aten
 
@@ -32,9 +33,9 @@ aten = torch.ops.aten
 class _Recording(TorchDispatchMode):
     """Sees every operation first: integers are computed, everything else is faked, and all results are recorded."""
 
-    def __init__(self, ledger: Ledger, fake: FakeTensorMode):
+    def __init__(self, ledger: Ledger, fake: FakeTensorMode, work: Work | None):
         super().__init__()
-        self.ledger, self.fake = ledger, fake
+        self.ledger, self.fake, self.work = ledger, fake, work
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -56,6 +57,8 @@ class _Recording(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.ledger.add(tensor, component, str(func), later)
+        if self.work is not None:
+            self.work.record(func, args, kwargs, result, component)
         scratch = scratch_bytes(func, args, self.ledger.device_type)
         self.ledger.passing(scratch, "scratch of kernels", str(func))
         return result
@@ -122,8 +125,8 @@ def _called_by_autograd() -> bool:
 
 
 @contextlib.contextmanager
-def tracing(ledger: Ledger) -> Iterator[None]:
-    """A context in which floating-point tensors have no data, and the ledger records every tensor."""
+def tracing(ledger: Ledger, work: Work | None = None) -> Iterator[None]:
+    """A context in which floating-point tensors have no data. The ledger records every tensor, ``work`` every operation."""
     resize = torch.UntypedStorage.resize_
 
     def resized(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
@@ -136,7 +139,7 @@ def tracing(ledger: Ledger) -> Iterator[None]:
     # FSDP frees and refills the storages of gathered weights by a method, which no dispatch mode sees.
     torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
     try:
-        with _Recording(ledger, FakeTensorMode(allow_non_fake_inputs=True)):
+        with _Recording(ledger, FakeTensorMode(allow_non_fake_inputs=True), work):
             yield
     finally:
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]

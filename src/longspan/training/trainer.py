@@ -58,6 +58,7 @@ class Trainer:
         metrics: takes the records; only rank 0 has sinks.
         mesh: a mesh of the run's sizes; None makes one.
         filled: whether the weights get their first values; a plan reads none.
+        train_data: training samples in the place of those of the config.
 
     Attributes:
         step: optimizer steps done, including those without a target.
@@ -82,10 +83,13 @@ class Trainer:
         metrics: Metrics | None = None,
         mesh: ParallelMesh | None = None,
         filled: bool = True,
+        train_data: TokenDataset | None = None,
     ):
         config = run.config
         self.run, self.device, self.metrics = run, device, metrics or Metrics([])
-        self.train_data, self.valid_data, self.test_data = open_datasets(run)
+        self.train_data, self.valid_data, self.test_data = (
+            open_datasets(run) if train_data is None else (train_data, None, None)
+        )
         self.steps = training_steps(run, len(self.train_data))
         self.warmup = warmup_steps(config, self.steps)
         self.step = self.tokens = 0
