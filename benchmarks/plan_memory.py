@@ -151,7 +151,9 @@ def counting() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         library = os.path.join(folder, "allocations.so")
         source = Path(__file__).with_name("allocations.c")
-        subprocess.run([compiler, "-O2", "-shared", "-fPIC", source, "-o", library, "-ldl", "-lpthread"], check=True)
+        subprocess.run(
+            [compiler, "-O2", "-shared", "-fPIC", source, "-o", library, "-ldl", "-lpthread"], check=True
+        )
         os.environ["LD_PRELOAD"] = library
         try:
             yield

@@ -69,16 +69,44 @@ def _gpu(
 #: by the name that ``--gpu`` takes
 GPUS = {
     "a100-40": _gpu(
-        "A100 40 GB", 40, _rates(312, 156, 19.5), 1555, 300, 25, _AMPERE, "NVIDIA A100 and DGX A100 datasheets"
+        "A100 40 GB",
+        40,
+        _rates(312, 156, 19.5),
+        1555,
+        300,
+        25,
+        _AMPERE,
+        "NVIDIA A100 and DGX A100 datasheets",
     ),
     "a100": _gpu(
-        "A100 80 GB", 80, _rates(312, 156, 19.5), 2039, 300, 25, _AMPERE, "NVIDIA A100 and DGX A100 datasheets"
+        "A100 80 GB",
+        80,
+        _rates(312, 156, 19.5),
+        2039,
+        300,
+        25,
+        _AMPERE,
+        "NVIDIA A100 and DGX A100 datasheets",
     ),
     "h100": _gpu(
-        "H100 SXM 80 GB", 80, _rates(989, 495, 67), 3350, 450, 50, _HOPPER, "NVIDIA H100 and DGX H100 datasheets"
+        "H100 SXM 80 GB",
+        80,
+        _rates(989, 495, 67),
+        3350,
+        450,
+        50,
+        _HOPPER,
+        "NVIDIA H100 and DGX H100 datasheets",
     ),
     "h200": _gpu(
-        "H200 SXM 141 GB", 141, _rates(989, 495, 67), 4800, 450, 50, _HOPPER, "NVIDIA H200 and DGX H200 datasheets"
+        "H200 SXM 141 GB",
+        141,
+        _rates(989, 495, 67),
+        4800,
+        450,
+        50,
+        _HOPPER,
+        "NVIDIA H200 and DGX H200 datasheets",
     ),
     "b200": _gpu(
         "B200 180 GB", 180, _rates(2250, 1100, 75), 8000, 900, 50, _HOPPER, "NVIDIA DGX B200 datasheet"

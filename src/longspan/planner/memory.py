@@ -59,7 +59,9 @@ class Traced:
     groups: dict[str, list[int]]
 
 
-def trace_rank(run: Run, rank: int, make: MakeTrainer, unit: int = 1, from_bottom: int | None = None) -> Traced:
+def trace_rank(
+    run: Run, rank: int, make: MakeTrainer, unit: int = 1, from_bottom: int | None = None
+) -> Traced:
     """Runs two training steps of one rank without data; the second step counts, in which all state exists.
 
     Args:
@@ -122,14 +124,15 @@ def groups_of_axes(groups: ProcessGroupCollection, mesh: ParallelMesh) -> dict[s
 def _mark_layers(ledger: Ledger, layers: list[nn.Module], from_bottom: int) -> None:
     """Marks where the passes of each layer begin, and where those of the last one end."""
 
-    def before(name: Hashable) -> Callable:
+    def before(name: Hashable, first: bool) -> Callable:
         def mark(module: nn.Module, args: tuple) -> None:
             # A layer whose forward pass autograd runs again stays a part of the backward pass.
             if torch._C._current_graph_task_id() != -1:
                 return
             ledger.mark(("forward", name))
-            if args[0].requires_grad:
-                args[0].register_hook(lambda gradient: ledger.mark(("before", name)))
+            # Between two layers the output of the one, which is the input of the other, has the mark.
+            if first and args[0].requires_grad:
+                args[0].register_hook(lambda gradient: ledger.mark("before the layers"))
 
         return mark
 
@@ -151,7 +154,7 @@ def _mark_layers(ledger: Ledger, layers: list[nn.Module], from_bottom: int) -> N
             else f"layer {len(layers) - number} from the top"
         )
         last = number == len(layers) - 1
-        layer.register_forward_pre_hook(before(name), prepend=True)
+        layer.register_forward_pre_hook(before(name, number == 0), prepend=True)
         layer.register_forward_hook(after(name, last))
 
 

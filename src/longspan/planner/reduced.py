@@ -107,7 +107,9 @@ class Reduced:
 def rank_of(run: Run, stage: int) -> int:
     """The first rank of a pipeline rank."""
     sizes = run.sizes
-    return list(RankGenerator(sizes.tp, 1, sizes.dp, sizes.pp, sizes.cp, sizes.order).get_ranks("pp")[0])[stage]
+    return list(RankGenerator(sizes.tp, 1, sizes.dp, sizes.pp, sizes.cp, sizes.order).get_ranks("pp")[0])[
+        stage
+    ]
 
 
 def reduced(run: Run) -> list[Reduced]:
@@ -131,7 +133,9 @@ def reduced(run: Run) -> list[Reduced]:
         flights = 1 if pp == 1 else count if schedule == "gpipe" else min(count, pp - stage)
         direct = flights if flights <= 3 else 0
         families.setdefault((own.first, own.last, pattern, same, direct, count > flights), []).append(stage)
-    return [_family(run, stages, pattern, count, schedule) for (_, _, pattern, *_), stages in families.items()]
+    return [
+        _family(run, stages, pattern, count, schedule) for (_, _, pattern, *_), stages in families.items()
+    ]
 
 
 def _family(run: Run, stages: list[int], pattern: Pattern | None, count: int, schedule: str) -> Reduced:

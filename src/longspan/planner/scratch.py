@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.planner.work import name_of
+
 aten = torch.ops.aten
 
 
@@ -46,8 +48,8 @@ _GLOO = {"c10d._allgather_base_.default": 0, "c10d._reduce_scatter_base_.default
 
 def scratch_bytes(func: Any, args: Sequence[Any], device_type: str) -> int:
     """Bytes that an operation holds beside its arguments and results."""
-    if device_type == "cpu" and str(func) in _GLOO:
-        return args[_GLOO[str(func)]].nbytes
+    if device_type == "cpu" and name_of(func) in _GLOO:
+        return args[_GLOO[name_of(func)]].nbytes
     found = SCRATCH.get(func)
     if found is None or not isinstance(args[0], Tensor) or not math.prod(args[0].shape):
         return 0

@@ -79,7 +79,13 @@ def communication_time(collective: str, calls: float, size: float, group: Group,
 
 
 def step_time(
-    work: Work, gpu: Gpu, groups: dict[str, Group], precision: str, pp: int, micro_batches: int, virtual: int = 1
+    work: Work,
+    gpu: Gpu,
+    groups: dict[str, Group],
+    precision: str,
+    pp: int,
+    micro_batches: int,
+    virtual: int = 1,
 ) -> StepTime:
     """The time of a step.
 

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from longspan.planner.components import component_of_caller
 from longspan.planner.ledger import Ledger
 from longspan.planner.scratch import scratch_bytes
-from longspan.planner.work import Work
+from longspan.planner.work import Work, name_of
 
 aten = torch.ops.aten
 
@@ -39,6 +39,9 @@ class _Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            # FakeTensor asks for its device as an operation.
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
         self.ledger.settle()
@@ -54,13 +57,14 @@ class _Recording(TorchDispatchMode):
                 result = _grouped(*args) if func is aten._grouped_mm.default else func(*args, **kwargs)
         component = component_of_caller(2)
         later = func is aten.add.Tensor and len(given) == 2 and _called_by_autograd()
+        name = name_of(func)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self.ledger.add(tensor, component, str(func), later)
+                self.ledger.add(tensor, component, name, later)
         if self.work is not None:
             self.work.record(func, args, kwargs, result, component)
         scratch = scratch_bytes(func, args, self.ledger.device_type)
-        self.ledger.passing(scratch, "scratch of kernels", str(func))
+        self.ledger.passing(scratch, "scratch of kernels", name)
         return result
 
 
@@ -92,7 +96,7 @@ def _is_real(func: Any, given: list[Tensor], kwargs: dict) -> bool:
 
 def _arrive(func: Any, args: tuple) -> None:
     """Fills the integers that a collective would have received."""
-    name = str(func)
+    name = name_of(func)
     if name == "c10d.recv_.default":
         # The stages of a pipeline agree by a message of one number, 1, that all of them have given shapes.
         for tensor in args[0]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,12 +32,19 @@ COLLECTIVES = {
 
 #: operations that write nothing into what they give
 _WITHOUT_TRAFFIC = {
+    aten._unsafe_view.default,
     aten.empty.memory_format,
     aten.empty_strided.default,
     aten.empty_like.default,
     aten.new_empty.default,
     aten.new_empty_strided.default,
 }
+
+
+@lru_cache(maxsize=None)
+def name_of(func: Any) -> str:
+    """The name of an operator, such as ``aten.mm.default``."""
+    return str(func)
 
 
 @dataclass
@@ -66,7 +74,7 @@ class Work:
 
     def record(self, func: Any, args: tuple, kwargs: dict, result: Any, component: str) -> None:
         """Adds one operation."""
-        name = str(func)
+        name = name_of(func)
         if name in COLLECTIVES:
             self._send(COLLECTIVES[name], args, kwargs)
             return
@@ -133,6 +141,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, passes: float) -> 
     return passes * 2.0 * b * h * pairs * (d + v.shape[3])
 
 
+@lru_cache(maxsize=None)
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return any(one.alias_info is not None and not one.alias_info.is_write for one in returns)

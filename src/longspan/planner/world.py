@@ -31,7 +31,7 @@ def world_of(sizes: MeshSizes, rank: int, device_type: str = "cpu") -> Iterator[
         raise UserError("a plan needs a process of its own: this process has a process group already.")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=sizes.world_size)
     try:
-        yield ParallelMesh.build(sizes, device_type)
+        yield ParallelMesh.build(sizes, device_type, only_own=True)
     except ValueError as error:
         raise UserError(str(error)) from None
     finally:

@@ -96,7 +96,9 @@ def plan_stages(
             if gpu is not None and run.precision.compute_dtype != "float64":
                 work = work_at(found, repeats, micro_batches)
                 groups = {axis: _group(ranks) for axis, ranks in found[0][0].groups.items()}
-                time = step_time(work, gpu, groups, _precision(run), run.sizes.pp, run.batch.accumulation, _virtual(run))
+                time = step_time(
+                    work, gpu, groups, _precision(run), run.sizes.pp, run.batch.accumulation, _virtual(run)
+                )
             plans[stage] = StagePlan(memory, time)
     return [plans[stage] for stage in range(run.sizes.pp)]
 
@@ -126,9 +128,7 @@ def _traced(
     """A traced step of each corner, each in a process of its own."""
     results: list[Traced] = []
     with ThreadPoolExecutor(at_once or len(os.sched_getaffinity(0))) as threads:
-        waiting = [
-            threads.submit(_in_process, _trace, corner, unit, document_len) for corner in corners
-        ]
+        waiting = [threads.submit(_in_process, _trace, corner, unit, document_len) for corner in corners]
         for one in waiting:
             results.append(one.result())
             progress(len(results), len(corners))
@@ -173,7 +173,11 @@ def _work(connection: Any, function: Callable, args: tuple) -> None:
 
 def _trace(corner: Corner, unit: int, document_len: int | None) -> Traced:
     from longspan.planner.documents import even_samples
+    from longspan.tensor_parallel import cross_entropy
     from longspan.training.trainer import Trainer
+
+    # This process computes for a GPU alone, whose chunks of logits are larger.
+    cross_entropy.CHUNK_NUMEL_CPU = cross_entropy.CHUNK_NUMEL
 
     def make(run: Run, device: Any, mesh: Any) -> Trainer:
         return Trainer(run, device, mesh=mesh, filled=False, train_data=even_samples(run, document_len))
