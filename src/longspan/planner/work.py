@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ _WITHOUT_TRAFFIC = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def name_of(func: Any) -> str:
     """The name of an operator, such as ``aten.mm.default``."""
     return str(func)
@@ -141,7 +141,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, passes: float) -> 
     return passes * 2.0 * b * h * pairs * (d + v.shape[3])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return any(one.alias_info is not None and not one.alias_info.is_write for one in returns)
