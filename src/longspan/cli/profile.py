@@ -168,12 +168,12 @@ def attention_rows(result: dict[str, Any]) -> list[list[str]]:
     of, which = result["attention"], ("min", "mean", "max")
     product = [
         "matrix product, TFLOP/s a rank",
-        *(f"{result['matmul_tflop_per_s'][w]:.3f}" for w in which),
+        *(f"{result['matmul_tflop_per_s'][w]:.3g}" for w in which),
     ]
     if of is None:
         return [product]
     return [
-        [f"tiles ({result['attention_kernel']}), TFLOP/s a rank", *(f"{of['tflop_per_s'][w]:.3f}" for w in which)],
+        [f"tiles ({result['attention_kernel']}), TFLOP/s a rank", *(f"{of['tflop_per_s'][w]:.3g}" for w in which)],
         product,
         ["tiles / matrix product", *(f"{of['share_of_matmul'][w]:.1%}" for w in which)],
         ["time inside tiles", *(milliseconds(of["seconds"][w]) for w in which)],

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from longspan.runs.profiling.intervals import Interval, clip, union
+from longspan.runs.profiling.intervals import Interval, union
 from longspan.runs.profiling.trace import Event, interval
 
 #: beginning of an event's name -> the component of what is allocated in it
@@ -65,13 +65,13 @@ POINTS = 400
 
 @dataclass
 class Allocation:
-    """Bytes at an address, from ``start`` to ``stop`` (None: not freed in the trace)."""
+    """Bytes at an address, from ``start`` to ``stop`` (None: not freed in the trace); component "" is not known yet."""
 
     size: int
     start: float
     thread: Any
     stop: float | None = None
-    component: str = field(default=OTHER)
+    component: str = ""
 
 
 def timeline(
@@ -94,14 +94,13 @@ def timeline(
         each component a list of bytes.
     """
     found, unseen = allocations(events, step, before, device_type)
-    marks, backward = _marks(events, step)
+    marks, backward = _marks(events, step[1])
     kept = set(gradients)
     for address, allocation in found:
-        if allocation.start >= step[0]:
-            left = allocation.stop is None or allocation.stop > step[1]
-            allocation.component = (
-                "gradients" if left and address in kept else _component(allocation, marks, backward)
-            )
+        left = allocation.stop is None or allocation.stop > step[1]
+        if not allocation.component:
+            new = "gradients" if left and address in kept else _component(allocation, marks, backward)
+            allocation.component = new
     changes: list[tuple[float, int, str]] = []
     held: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
     for _, allocation in found:
@@ -121,7 +120,7 @@ def allocations(
 ) -> tuple[list[tuple[int, Allocation]], int]:
     """What is held in a step: [(address, Allocation)], and bytes held before the trace began that have no name.
 
-    An allocation from before the step has a start before it; its component is that of ``before``.
+    An allocation of ``before`` has its component.
     """
     changes = [
         e["args"] | {"ts": float(e["ts"]), "tid": e.get("tid")}
@@ -129,7 +128,6 @@ def allocations(
         if e.get("name") == "[memory]" and e["args"].get("Device Type") == device_type
     ]
     changes.sort(key=lambda change: change["ts"])
-    early = step[0] - 1.0
     alive: dict[int, Allocation] = {}
     found: list[tuple[int, Allocation]] = []
     started = False
@@ -137,7 +135,7 @@ def allocations(
 
     def start() -> None:
         for address, (size, component) in before.items():
-            alive[address] = Allocation(size, early, None, component=component)
+            alive[address] = Allocation(size, step[0] - 1.0, None, component=component)
         found.extend(alive.items())
 
     for change in changes:
@@ -152,7 +150,7 @@ def allocations(
                 unseen = max(0, unseen - sum(allocation.size for allocation in alive.values()))
         address, size = int(change["Addr"]), int(change["Bytes"])
         if size >= 0:
-            alive[address] = Allocation(size, min(change["ts"], early) if not started else change["ts"], change["tid"])
+            alive[address] = Allocation(size, change["ts"], change["tid"])
             if started:
                 found.append((address, alive[address]))
         elif address in alive:
@@ -165,8 +163,8 @@ def allocations(
 _Marks = dict[Any, tuple[list[float], list[tuple[float, float, str]]]]
 
 
-def _marks(events: Sequence[Event], step: Interval) -> tuple[_Marks, list[Interval]]:
-    """(thread -> (starts, marks of that thread by start), times of the backward pass)."""
+def _marks(events: Sequence[Event], end: float) -> tuple[_Marks, list[Interval]]:
+    """(thread -> (starts, marks of that thread by start), times of backward passes), up to the end of a step."""
     by_thread: dict[Any, list[tuple[float, float, str]]] = {}
     backward: list[Interval] = []
     for e in events:
@@ -174,7 +172,7 @@ def _marks(events: Sequence[Event], step: Interval) -> tuple[_Marks, list[Interv
         if e.get("ph") != "X" or e.get("cat") not in ("cpu_op", "user_annotation"):
             continue
         start, stop = interval(e)
-        if start >= step[1] or stop <= step[0]:
+        if start >= end:
             continue
         if name.startswith("autograd::engine::evaluate_function"):
             backward.append((start, stop))
@@ -186,7 +184,7 @@ def _marks(events: Sequence[Event], step: Interval) -> tuple[_Marks, list[Interv
         found.sort(key=lambda mark: (mark[0], -mark[1]))
         marks[thread] = [start for start, _, _ in found], found
     # Between two functions of a backward pass there is nothing else.
-    return marks, union(clip(backward, step), gap=200.0)
+    return marks, union(backward, gap=200.0)
 
 
 def _inside(times: list[Interval], at: float) -> bool:

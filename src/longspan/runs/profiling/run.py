@@ -35,6 +35,8 @@ QUIET: dict[str, Any] = {
     "export_hf": False,
     "straggler_interval": 0,
 }
+#: variables that hide what the profiler logs for its own developers, on every rank
+SILENT = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def profile_run(run: Run, launch: Launch, warmup: int, steps: int, folder: Path) -> dict[str, Any]:
@@ -63,7 +65,8 @@ def profile_run(run: Run, launch: Launch, warmup: int, steps: int, folder: Path)
         path = Path(place) / "config.yaml"
         path.write_text(to_yaml(run.config), encoding="utf-8")
         options = ["--warmup", str(warmup), "--steps", str(steps), WORKER, str(folder.resolve())]
-        if code := start(launch, run.sizes.world_size, ["profile", str(path), *options], run.device):
+        arguments = ["profile", str(path), *options]
+        if code := start(launch, run.sizes.world_size, arguments, run.device, variables=SILENT):
             raise ProcessesFailed(code)
     if launch.machine_rank:
         return {}
@@ -81,7 +84,9 @@ def work(run: Run, warmup: int, steps: int, folder: Path) -> int:
         if ranks is not None:
             from longspan.runs.profiling.summary import summarise
 
-            result = {**described(run, warmup, steps, ranks[0]), **summarise(ranks), "ranks": ranks}
+            documents = [own.pop("documents") for own in ranks][0]
+            result = described(run, warmup, steps, ranks[0]) | {"documents": documents}
+            result |= {**summarise(ranks), "ranks": ranks}
             write_whole(folder / RESULT, json.dumps(result, indent=1))
     return 0
 
@@ -142,6 +147,9 @@ def measure(run: Run, device: torch.device, warmup: int, steps: int, folder: Pat
     mean = mean_of_steps(counted)
     tflop_per_s, share = efficiency(mean, rate)
     last = times.steps[-1]
+    # The first micro-batch of the last step.
+    bounds = trainer.micro_batches(trainer.step - 1)[0].layout.cu_seqlens
+    documents = [int(stop - start) for start, stop in zip(bounds, bounds[1:])]
     device_type = 1 if device.type == "cuda" else 0
     return {
         "rank": rank,
@@ -154,6 +162,7 @@ def measure(run: Run, device: torch.device, warmup: int, steps: int, folder: Pat
         "matmul_tflop_per_s": rate,
         "memory": timeline(events, last, recorder.before, recorder.gradients, device_type),
         "lanes": lanes_of_step(times, last),
+        "documents": documents,
     }
 
 

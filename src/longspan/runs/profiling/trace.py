@@ -12,9 +12,9 @@ Fields of CUDA events are those of Kineto: an NCCL kernel carries ``Process Grou
 
 from __future__ import annotations
 
-import bisect
 import gzip
 import json
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,12 +124,13 @@ def _of_gpu(events: Iterable[Event], axes: Mapping[str, str]) -> tuple[list[Inte
 def _of_cpu(events: Iterable[Event], main: Any) -> tuple[list[Interval], Found]:
     """The same of the CPU: operators of the main thread, and gloo's exchanges.
 
-    An event of gloo begins inside the label of the exchange to which it belongs, and ends in another thread.
+    gloo works in threads of its own, so that its event begins with the label of its exchange or soon after. Events
+    belong to labels in order; an exchange is under way from its label's beginning to its event's end.
     """
     from longspan.runs.profiling.labels import EXCHANGE
 
     compute: list[Interval] = []
-    labels: list[tuple[float, float, str]] = []
+    labels: list[Event] = []
     gloo: list[Event] = []
     for e in events:
         category, name = e.get("cat"), e["name"]
@@ -142,17 +143,23 @@ def _of_cpu(events: Iterable[Event], main: Any) -> tuple[list[Interval], Found]:
         elif category == "cpu_op" and "::" in name and not name.startswith(_NOT_COMPUTE):
             compute.append(interval(e))
         elif category == "user_annotation" and name.startswith(EXCHANGE):
-            labels.append((*interval(e), name.removeprefix(EXCHANGE)))
-    labels.sort()
-    starts = [start for start, _, _ in labels]
+            labels.append(e)
+    waiting: dict[str, deque[tuple[float, str, str]]] = {}
+    for e in sorted(labels, key=interval):
+        axis, _, operation = e["name"].removeprefix(EXCHANGE).partition("/")
+        # gloo makes a reduce-scatter of an all-reduce.
+        kind = "all_reduce" if operation == "reduce_scatter" else operation
+        waiting.setdefault(kind, deque()).append((interval(e)[0], axis, operation))
     found: Found = []
-    for e in gloo:
-        when = interval(e)
-        at = bisect.bisect_right(starts, when[0]) - 1
-        inside = at >= 0 and when[0] <= labels[at][1]
-        name = labels[at][2] if inside else f"{OTHER}/{e['name'].removeprefix('gloo:')}"
-        axis, _, operation = name.partition("/")
-        found.append(((axis, operation), when))
+    for e in sorted(gloo, key=interval):
+        start, stop = interval(e)
+        kind = e["name"].removeprefix("gloo:")
+        queue = waiting.get("all_reduce" if kind == "reduce_scatter" else kind)
+        if queue and queue[0][0] <= start:
+            begun, axis, operation = queue.popleft()
+            found.append(((axis, operation), (begun, stop)))
+        else:
+            found.append(((OTHER, kind), (start, stop)))
     return compute, found
 
 
