@@ -108,7 +108,9 @@ def check_folder(folder: Path, problems: list[str]) -> None:
     if not there.is_dir():
         problems.append(f"--out {folder}: {there} is not a folder. Choose another.")
     elif not os.access(there, os.W_OK):
-        problems.append(f"--out {folder}: {there} cannot be written. Check its permissions, or choose another.")
+        problems.append(
+            f"--out {folder}: {there} cannot be written. Check its permissions, or choose another."
+        )
 
 
 # --- what is shown, as text and as a page ------------------------------------------------------
@@ -166,18 +168,19 @@ WORDS = {
 def attention_rows(result: dict[str, Any]) -> list[list[str]]:
     """The rows about attention's tiles beside a product of matrices."""
     of, which = result["attention"], ("min", "mean", "max")
-    product = [
-        "matrix product, TFLOP/s a rank",
-        *(f"{result['matmul_tflop_per_s'][w]:.3g}" for w in which),
-    ]
+    product = ["matrix product, a rank", *(rate(result["matmul_tflop_per_s"][w]) for w in which)]
     if of is None:
         return [product]
     return [
-        [f"tiles ({result['attention_kernel']}), TFLOP/s a rank", *(f"{of['tflop_per_s'][w]:.3g}" for w in which)],
+        [f"tiles ({result['attention_kernel']}), a rank", *(rate(of["tflop_per_s"][w]) for w in which)],
         product,
         ["tiles / matrix product", *(f"{of['share_of_matmul'][w]:.1%}" for w in which)],
         ["time inside tiles", *(milliseconds(of["seconds"][w]) for w in which)],
     ]
+
+
+def rate(tflop_per_s: float) -> str:
+    return f"{tflop_per_s:.1f} TFLOP/s" if tflop_per_s >= 1 else f"{1e3 * tflop_per_s:.2f} GFLOP/s"
 
 
 def milliseconds(seconds: float) -> str:

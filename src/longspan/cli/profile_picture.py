@@ -72,9 +72,8 @@ def memory(axes: Axes, result: dict[str, Any]) -> None:
     components = found["points"]["components"]
     colours = colours_of(list(components))
     sizes = [[size / 2**20 for size in part] for part in components.values()]
-    axes.stackplot(
-        found["points"]["ms"], sizes, labels=list(components), colors=list(colours.values()), linewidth=0
-    )
+    look: dict[str, Any] = dict(labels=list(components), colors=list(colours.values()), linewidth=0)
+    axes.stackplot(found["points"]["ms"], sizes, step="post", **look)
     axes.axvline(found["peak_ms"], color=INK, linewidth=0.8, linestyle="--")
     axes.set(xlim=(0, found["points"]["ms"][-1]), xlabel="ms since the step began", ylabel="MiB")
     axes.set_title(f"memory of rank {rank['rank']}: at most {found['peak_bytes'] / 2**20:,.2f} MiB")
