@@ -25,7 +25,18 @@ Prints a script that completes commands, options and values:
   fish   longspan completion fish > ~/.config/fish/completions/longspan.fish
 """
 #: TAKE_KEYS: the commands that accept any key as an option; LAUNCH: the commands that start processes
-TAKE_KEYS = ("validate", "config", "train", "pretrain", "eval", "verify", "profile", "layout", "prepare")
+TAKE_KEYS = (
+    "validate",
+    "config",
+    "train",
+    "pretrain",
+    "eval",
+    "verify",
+    "profile",
+    "layout",
+    "prepare",
+    "env",
+)
 LAUNCH = ("train", "pretrain", "eval", "verify", "profile")
 SHELLS = ("bash", "zsh", "fish")
 

@@ -84,9 +84,9 @@ def work(run: Run, warmup: int, steps: int, folder: Path) -> int:
         if ranks is not None:
             from longspan.runs.profiling.summary import summarise
 
-            documents = [own.pop("documents") for own in ranks][0]
-            result = described(run, warmup, steps, ranks[0]) | {"documents": documents}
-            result |= {**summarise(ranks), "ranks": ranks}
+            # The pack of the first rank is shown.
+            result = described(run, warmup, steps, own) | summarise(ranks)
+            result["ranks"] = [{k: v for k, v in rank.items() if k != "documents"} for rank in ranks]
             write_whole(folder / RESULT, json.dumps(result, indent=1))
     return 0
 
@@ -102,6 +102,7 @@ def described(run: Run, warmup: int, steps: int, first: dict[str, Any]) -> dict[
         "warmup": warmup,
         "steps": steps,
         "tokens_of_step": tokens,
+        "documents": first["documents"],
         "traces": "trace-rank-N.json.gz",
     }
 

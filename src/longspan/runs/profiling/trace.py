@@ -35,9 +35,8 @@ _COMPILED = ("Torch-Compiled Region", "CompiledFunction")
 
 def read_events(path: Path) -> list[Event]:
     """The events of a Chrome trace, which may be compressed (.gz)."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as file:
-        return json.load(file)["traceEvents"]
+    content = path.read_bytes()
+    return json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)["traceEvents"]
 
 
 def interval(event: Event) -> Interval:
@@ -138,9 +137,7 @@ def _of_cpu(events: Iterable[Event], main: Any) -> tuple[list[Interval], Found]:
             gloo.append(e)
         elif e.get("tid") != main:
             continue
-        elif name.startswith(_COMPILED):
-            compute.append(interval(e))
-        elif category == "cpu_op" and "::" in name and not name.startswith(_NOT_COMPUTE):
+        elif category == "cpu_op" and _computes(name):
             compute.append(interval(e))
         elif category == "user_annotation" and name.startswith(EXCHANGE):
             labels.append(e)
@@ -161,6 +158,11 @@ def _of_cpu(events: Iterable[Event], main: Any) -> tuple[list[Interval], Found]:
         else:
             found.append(((OTHER, kind), (start, stop)))
     return compute, found
+
+
+def _computes(operator: str) -> bool:
+    """Whether an operator of the CPU is computation; functions of Python and of autograd only contain operators."""
+    return operator.startswith(_COMPILED) or ("::" in operator and not operator.startswith(_NOT_COMPUTE))
 
 
 def figures_of_step(times: Times, step: Interval) -> dict[str, Any]:
