@@ -192,14 +192,20 @@ def test_a_trace_has_the_steps_and_the_axes(two):
     assert "attention tile backward" in names
 
 
-def test_one_process_and_another_folder_and_tables(tmp_path):
-    write(tmp_path, sample_packing=True)
-    done = command.run(
-        "profile", "config.yaml", "--steps", "1", "--warmup", "1", "--out", "mine", cwd=tmp_path
-    )
+def test_a_run_that_is_there_is_profiled_from_its_checkpoint_and_stays_as_it_is(tmp_path):
+    write(tmp_path, sample_packing=True, max_steps=2, export_hf=False)
+    assert command.run("train", "config.yaml", cwd=tmp_path).returncode == 0
+
+    def contents():
+        return {p: p.read_bytes() for p in (tmp_path / "model-out").rglob("*") if p.is_file()}
+
+    before = contents()
+    arguments = ["--steps", "1", "--warmup", "1", "--out", "mine", "--resume", "auto"]
+    done = command.run("profile", "config.yaml", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert contents() == before
     assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["profile.json", "trace-rank-0.json.gz"]
-    assert not (tmp_path / "model-out").exists()
+    assert json.loads((tmp_path / "mine/profile.json").read_text())["first_step"] == 5
     for text in (
         "time of a step",
         "exchanges, exposed",

@@ -7,7 +7,7 @@ from typing import Any
 
 from longspan import __version__
 from longspan.cli.colours import colours_of
-from longspan.cli.profile import heading, mebibytes, milliseconds, tables
+from longspan.cli.profile_tables import heading, mebibytes, milliseconds, tables
 
 #: width of a picture and height of a lane, in pixels
 WIDTH, LANE = 1000, 14

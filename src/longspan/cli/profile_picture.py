@@ -83,7 +83,4 @@ def memory(axes: Axes, result: dict[str, Any]) -> None:
 def _finish(axes: Axes, columns: int) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(
-        ncols=min(columns, 6), loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.3 / axes.figure.get_figheight()),
-        frameon=False,
-    )  # fmt: skip
+    axes.figure.legend(ncols=min(columns, 6), loc="outside lower center", frameon=False)

@@ -17,13 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
+from longspan.context_parallel.attention import DotProductAttention
 from longspan.context_parallel.calls import VarlenCall
 from longspan.context_parallel.kernels.protocol import Kernel
 from longspan.context_parallel.tiles import Mask
 from longspan.mesh.mesh import ParallelMesh, ProcessGroupCollection
-
-#: what the labels begin with
-EXCHANGE, TILE, STEP = "exchange ", "attention tile ", "longspan step "
+from longspan.runs.profiling.trace import EXCHANGE, TILE
 
 #: method of a process group -> the exchange's usual name; versions of torch have one of the names each
 METHODS = {
@@ -207,8 +206,6 @@ def pairs(tile: VarlenCall | tuple[int, int, bool]) -> int:
 
 def label_tiles(model: torch.nn.Module, kernel: Kernel) -> LabelledKernel:
     """Makes all attention modules of a model compute with a labelled kernel, which is returned."""
-    from longspan.context_parallel.attention import DotProductAttention
-
     labelled = LabelledKernel(kernel)
     for module in model.modules():
         if isinstance(module, DotProductAttention):

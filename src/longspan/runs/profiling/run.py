@@ -86,7 +86,8 @@ def work(run: Run, warmup: int, steps: int, folder: Path) -> int:
 
             # The pack of the first rank is shown.
             result = described(run, warmup, steps, own) | summarise(ranks)
-            result["ranks"] = [{k: v for k, v in rank.items() if k != "documents"} for rank in ranks]
+            of_all = ("documents", "first_step", "attention_kernel")
+            result["ranks"] = [{k: v for k, v in rank.items() if k not in of_all} for rank in ranks]
             write_whole(folder / RESULT, json.dumps(result, indent=1))
     return 0
 
@@ -102,6 +103,7 @@ def described(run: Run, warmup: int, steps: int, first: dict[str, Any]) -> dict[
         "warmup": warmup,
         "steps": steps,
         "tokens_of_step": tokens,
+        "first_step": first["first_step"],
         "documents": first["documents"],
         "traces": "trace-rank-N.json.gz",
     }
@@ -163,6 +165,8 @@ def measure(run: Run, device: torch.device, warmup: int, steps: int, folder: Pat
         "matmul_tflop_per_s": rate,
         "memory": timeline(events, last, recorder.before, recorder.gradients, device_type),
         "lanes": lanes_of_step(times, last),
+        # The first step that is counted, from 1.
+        "first_step": begun + warmup + 2,
         "documents": documents,
     }
 

@@ -23,6 +23,8 @@ from typing import Any
 from longspan.runs.profiling.intervals import Interval, clip, difference, length, union
 
 Event = Mapping[str, Any]
+#: what the labels of an exchange, of a tile of attention and of a step begin with (``labels``)
+EXCHANGE, TILE, STEP = "exchange ", "attention tile ", "longspan step "
 #: the axis of an exchange that is in no known group, and the name of copies between the host and the device
 OTHER, COPIES = "other", "host copies"
 #: intervals of a picture's lane that are nearer than this share of a step are joined
@@ -68,8 +70,6 @@ def times_of(events: Sequence[Event], axes: Mapping[str, str]) -> Times:
     Args:
         axes: name of each process group -> axis.
     """
-    from longspan.runs.profiling.labels import STEP, TILE
-
     whole = [e for e in events if e.get("ph") == "X" and e.get("dur") is not None]
     marks = [e for e in whole if e["name"].startswith(STEP) and e.get("cat") == "user_annotation"]
     steps = sorted(map(interval, marks))
@@ -88,14 +88,14 @@ def times_of(events: Sequence[Event], axes: Mapping[str, str]) -> Times:
         if e.get("cat") == category and e["name"].startswith(TILE):
             tiles.setdefault(e["name"].removeprefix(TILE), []).append(interval(e))
     by_axis: dict[str, list[Interval]] = {}
-    for (axis, _), when in operations.items():
-        by_axis.setdefault(axis, []).extend(when)
+    for (axis, _), parts in operations.items():
+        by_axis.setdefault(axis, []).extend(parts)
     return Times(
         steps,
         union(compute),
-        {axis: union(when) for axis, when in by_axis.items()},
-        {key: union(when) for key, when in operations.items()},
-        {direction: union(when) for direction, when in tiles.items()},
+        {axis: union(parts) for axis, parts in by_axis.items()},
+        {key: union(parts) for key, parts in operations.items()},
+        {direction: union(parts) for direction, parts in tiles.items()},
     )
 
 
@@ -126,8 +126,6 @@ def _of_cpu(events: Iterable[Event], main: Any) -> tuple[list[Interval], Found]:
     gloo works in threads of its own, so that its event begins with the label of its exchange or soon after. Events
     belong to labels in order; an exchange is under way from its label's beginning to its event's end.
     """
-    from longspan.runs.profiling.labels import EXCHANGE
-
     compute: list[Interval] = []
     labels: list[Event] = []
     gloo: list[Event] = []
