@@ -57,7 +57,8 @@ def timeline(axes: Axes, result: dict[str, Any]) -> None:
             axes.broken_barh(spans, (place - 0.4, 0.8), color=colours[name], linewidth=0)
             place += 1
         place += 0.6
-    axes.set(ylim=(place, -1), xlim=(0, None), xlabel="ms since the step began")
+    longest = 1e3 * max(rank["steps"][-1]["step"] for rank in ranks)
+    axes.set(ylim=(place, -1), xlim=(0, longest), xlabel="ms since the step began")
     axes.set_yticks(ticks, [f"rank {rank['rank']}" for rank in ranks])
     axes.set_title(f"the last step: {result['layout']} processes on {result['device']}")
     for name in names:
