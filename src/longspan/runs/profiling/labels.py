@@ -52,7 +52,8 @@ METHODS = {
 def axes_of_groups(mesh: ParallelMesh, groups: ProcessGroupCollection) -> dict[str, str]:
     """The name of each process group -> the axis that it belongs to.
 
-    Where a group serves several axes, it has the name of the first one in this list.
+    Where a group serves several axes, it has the name of the first one in this list. Groups of this rank alone
+    are called ``alone``.
 
     Args:
         groups: those of the run's model, which differ from the mesh's in a hybrid run.
@@ -80,7 +81,7 @@ def axes_of_groups(mesh: ParallelMesh, groups: ProcessGroupCollection) -> dict[s
     axes: dict[str, str] = {}
     for axis, group in named:
         if group is not None:
-            axes.setdefault(group.group_name, axis)
+            axes.setdefault(group.group_name, axis if dist.get_world_size(group) > 1 else "alone")
     return axes
 
 
