@@ -116,6 +116,7 @@ def test_a_step_is_computation_exposed_exchanges_and_idle_time(two):
             for axis in step["axes"].values():
                 assert axis["exposed"] + axis["hidden"] == pytest.approx(axis["seconds"])
                 assert axis["exposed"] <= step["exposed"] * (1 + 1e-9)
+    assert result["step_without_profiler"] > 0
     balance = result["balance"]["compute"]
     means = [rank["mean"]["compute"] for rank in result["ranks"]]
     assert (balance["min"], balance["max"]) == (min(means), max(means))
@@ -200,13 +201,18 @@ def test_a_run_that_is_there_is_profiled_from_its_checkpoint_and_stays_as_it_is(
         return {p: p.read_bytes() for p in (tmp_path / "model-out").rglob("*") if p.is_file()}
 
     before = contents()
+    (tmp_path / "mine").mkdir()
+    for name in ("trace-rank-7.json.gz", "report.html", "notes.txt"):
+        (tmp_path / "mine" / name).write_text("an earlier one")
     arguments = ["--steps", "1", "--warmup", "1", "--out", "mine", "--resume", "auto"]
     done = command.run("profile", "config.yaml", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert contents() == before
-    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["profile.json", "trace-rank-0.json.gz"]
+    names = sorted(p.name for p in (tmp_path / "mine").iterdir())
+    assert names == ["notes.txt", "profile.json", "trace-rank-0.json.gz"]
     result = json.loads((tmp_path / "mine/profile.json").read_text())
     assert result["first_step"] == 5
+    assert result["step_without_profiler"] is None  # the one before is the first one
     assert result["axes"].keys() <= {"alone"}
     for text in (
         "time of a step",

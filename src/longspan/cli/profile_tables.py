@@ -81,7 +81,9 @@ def mebibytes(size: float) -> str:
 
 
 def heading(result: dict[str, Any]) -> str:
+    plain = result["step_without_profiler"]
+    more = "" if plain is None else f"; a step without the profiler took {milliseconds(plain)}"
     return (
         f"{result['layout']} processes on {result['device']}, {result['dtype']}: {result['steps']} steps after "
-        f"{result['warmup']} of warm-up, {result['tokens_of_step']:,} tokens a step"
+        f"{result['warmup']} of warm-up, {result['tokens_of_step']:,} tokens a step{more}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Recorder:
         flops: the floating-point operations of attention's tiles in each recorded step.
         before: memory that was held when the last step began: address -> (bytes, component).
         gradients: addresses of the gradients after the last step.
+        plain: seconds of the last step before the profiler starts; None if that is the first step, which is slow.
     """
 
     def __init__(self, trainer: Trainer, warmup: int, steps: int):
@@ -40,6 +42,8 @@ class Recorder:
         self.flops: list[int] = []
         self.before: dict[int, tuple[int, str]] = {}
         self.gradients: set[int] = set()
+        self.plain: float | None = None
+        self._before_plain: float | None = None
         choice = select_kernel(
             trainer.device,
             getattr(torch, run.precision.compute_dtype),
@@ -66,8 +70,11 @@ class Recorder:
         """Starts the profiler, marks the steps in the trace, and stops the profiler."""
         self._done += 1
         if self._done < self.warmup:
+            self._before_plain = time.perf_counter()
             return
         if self._done == self.warmup:
+            if self._before_plain is not None:
+                self.plain = time.perf_counter() - self._before_plain
             self._start()
         else:
             self._end_step()

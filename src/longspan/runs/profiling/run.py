@@ -17,8 +17,9 @@ from longspan.runs.start import WORKER, Launch, ProcessesFailed, joined, start
 if TYPE_CHECKING:
     import torch
 
-#: the file of a profile's figures, in its folder
+#: the file of a profile's figures, in its folder, and what else a profile may leave there
 RESULT = "profile.json"
+FILES = (RESULT, "trace-rank-*.json.gz", "report.html", "timeline.png", "memory.png", "attention.png")
 #: times that the product of matrices is measured, of which the median counts, and its size by device
 TIMES, PRODUCT = 5, {"cpu": 1024, "cuda": 8192}
 #: what a profile does not write, and what would end it before its last step
@@ -59,8 +60,9 @@ def profile_run(run: Run, launch: Launch, warmup: int, steps: int, folder: Path)
     check_weights(run)
     run = run.with_keys(resume=resume_point(run))
     folder.mkdir(parents=True, exist_ok=True)
-    for old in [*folder.glob("trace-rank-*.json.gz"), folder / RESULT]:
-        old.unlink(missing_ok=True)
+    # An earlier profile's files would be taken for this one's.
+    for old in [path for name in FILES for path in folder.glob(name)]:
+        old.unlink()
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "config.yaml"
         path.write_text(to_yaml(run.config), encoding="utf-8")
@@ -86,7 +88,7 @@ def work(run: Run, warmup: int, steps: int, folder: Path) -> int:
 
             # The pack of the first rank is shown.
             result = described(run, warmup, steps, own) | summarise(ranks)
-            of_all = ("documents", "first_step", "attention_kernel")
+            of_all = ("documents", "first_step", "step_without_profiler", "attention_kernel")
             result["ranks"] = [{k: v for k, v in rank.items() if k not in of_all} for rank in ranks]
             write_whole(folder / RESULT, json.dumps(result, indent=1))
     return 0
@@ -104,6 +106,7 @@ def described(run: Run, warmup: int, steps: int, first: dict[str, Any]) -> dict[
         "steps": steps,
         "tokens_of_step": tokens,
         "first_step": first["first_step"],
+        "step_without_profiler": first["step_without_profiler"],
         "documents": first["documents"],
         "traces": "trace-rank-N.json.gz",
     }
@@ -167,6 +170,7 @@ def measure(run: Run, device: torch.device, warmup: int, steps: int, folder: Pat
         "lanes": lanes_of_step(times, last),
         # The first step that is counted, from 1.
         "first_step": begun + warmup + 2,
+        "step_without_profiler": recorder.plain,
         "documents": documents,
     }
 
