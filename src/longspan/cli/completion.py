@@ -25,8 +25,20 @@ Prints a script that completes commands, options and values:
   fish   longspan completion fish > ~/.config/fish/completions/longspan.fish
 """
 #: TAKE_KEYS: the commands that accept any key as an option; LAUNCH: the commands that start processes
-TAKE_KEYS = ("validate", "config", "train", "pretrain", "eval", "verify", "layout", "plan", "prepare")
-LAUNCH = ("train", "pretrain", "eval", "verify")
+TAKE_KEYS = (
+    "validate",
+    "config",
+    "train",
+    "pretrain",
+    "eval",
+    "verify",
+    "profile",
+    "layout",
+    "plan",
+    "prepare",
+    "env",
+)
+LAUNCH = ("train", "pretrain", "eval", "verify", "profile")
 SHELLS = ("bash", "zsh", "fish")
 
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from longspan.cli.launch import OPTIONS as LAUNCH_OPTIONS
 from longspan.cli.launch import read_launch, split_at_dashes
-from longspan.cli.options import number, take_options
+from longspan.cli.options import number, read_config, take_options
+from longspan.config.resolve import resolve
+from longspan.config.run import Checked
 from longspan.errors import UserError, did_you_mean
 from longspan.runs.environment import VARIABLES, found
 from longspan.runs.start import WORKER, Launch, ProcessesFailed, under_torchrun
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 #: options that need --check
 CHECK_OPTIONS = {"--device": True, "--timeout": True, WORKER: True, **LAUNCH_OPTIONS}
 OPTIONS = {"--json": False, "--check": False, **CHECK_OPTIONS}
+#: the inputs for which the attention backend is shown without a config
+USUAL_DTYPE, USUAL_HEAD = "bfloat16", 128
 DEVICES = ("auto", "cpu", "cuda")
 PACKAGES = (
     "longspan",
@@ -34,6 +38,7 @@ PACKAGES = (
     "safetensors",
     "transformers",
     "flash-attn",
+    "flash-attn-3",
 )
 CHECK_HELP = """\
 --check starts processes, and prints in under five minutes what is broken, wrong or slow on these machines. It
@@ -53,10 +58,12 @@ WORDS = {"wrong": "WRONG", "broken": "BROKEN"}
 
 def usage() -> str:
     lines = [
-        "usage: longspan env [--json]",
+        "usage: longspan env [CONFIG [--any-key value] [--num-processes N]] [--json]",
         "       longspan env --check [--json] [--device D] [--timeout S] [launcher options]",
         "",
-        "Prints versions, devices, and which of these environment variables are set and what each does here:",
+        "Prints versions, devices, the links between GPUs, which attention backend is chosen and why, and with a",
+        "config, whether its context parallel groups would exchange over slow links. Also which of these",
+        "environment variables are set and what each does here:",
     ]
     width = max(map(len, VARIABLES))
     return "\n".join(
@@ -70,18 +77,39 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     given, torchrun_arguments = split_at_dashes(arguments)
     taken, rest, problems = take_options(given, OPTIONS)
-    problems += [f"{a!r}: longspan env takes options alone.{did_you_mean(a, OPTIONS)}" for a in rest]
+    with_config = bool(rest) and "--check" not in taken and not rest[0].startswith("-")
+    if not with_config:
+        problems += [f"{a!r}: longspan env takes no such option.{did_you_mean(a, OPTIONS)}" for a in rest]
     if "--check" in taken:
         return check(taken, torchrun_arguments, problems)
-    problems += [f"{option} is for longspan env --check." for option in taken if option in CHECK_OPTIONS]
+    allowed = {"--num-processes"} if with_config else set()
+    problems += [
+        f"{option} is for longspan env --check."
+        for option in taken
+        if option in CHECK_OPTIONS.keys() - allowed
+    ]
+    run = read_run(rest, number(taken, "--num-processes", problems), problems) if with_config else None
     if problems:
         raise UserError(problems)
-    print_versions("--json" in taken)
+    show("--json" in taken, run)
     return 0
 
 
-def print_versions(as_json: bool) -> None:
+def read_run(rest: list[str], world: int | None, problems: list[str]) -> Checked:
+    """The run of ``CONFIG [--any-key value]``; its datasets may be missing.
+
+    Raises:
+        UserError: with all problems at once.
+    """
+    reading = read_config("env", rest, list(OPTIONS), problems)
+    assert reading.config is not None
+    return resolve(reading.config, world, bad_keys=reading.bad | {"datasets"}, earlier=reading.problems)
+
+
+def show(as_json: bool, run: Checked | None) -> None:
+    """Prints everything; ``run`` is checked against the links."""
     rows, variables = versions_and_devices(), found(os.environ)
+    rows |= attention_and_links(run)
     if as_json:
         print(json.dumps({**rows, "environment": variables}, indent=2))
         return
@@ -105,7 +133,48 @@ def versions_and_devices() -> dict:
             rows[package] = "not installed"
     rows["cores"] = os.cpu_count()
     rows["cuda"] = torch.version.cuda or "none"
+    rows["nccl"] = "none"
+    if torch.version.cuda and torch.distributed.is_nccl_available():
+        rows["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     rows["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return rows
+
+
+def attention_and_links(run: Checked | None) -> dict:
+    """attention: which backend is chosen and why; links: a line each; slow links: what is slow, with the remedy."""
+    import torch
+
+    from longspan.context_parallel.kernels.choose import select_kernel
+    from longspan.runs.machine.links import (
+        context_parallel_groups,
+        read_links,
+        remedy,
+        slow_groups,
+        visible_gpus,
+    )
+
+    dtype, head, backend, deterministic = USUAL_DTYPE, USUAL_HEAD, "auto", False
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if run is not None:
+        dtype, head = run.precision.compute_dtype, run.model.kv_channels
+        backend, deterministic = run.config.attention_backend, run.config.deterministic_mode
+        device = device if run.config.device == "auto" else run.config.device
+    chosen = select_kernel(torch.device(device), getattr(torch, dtype), head, backend, deterministic)
+    rows: dict = {
+        "attention": f"{chosen.kernel.name} for {dtype}, head size {head} on {device}: {chosen.reason}"
+    }
+    links, why_not = read_links()
+    rows["links"] = links.lines() if links is not None else [f"not known: {why_not}"]
+    if run is None or run.sizes.cp == 1:
+        return rows
+    if links is None:
+        rows["slow_links"] = [f"not checked, because the links are not known ({run.sizes.equation()})"]
+        return rows
+    gpus = visible_gpus(links, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    slow = slow_groups(context_parallel_groups(run), links, gpus)
+    rows["slow_links"] = ["none in context parallel groups"]
+    if slow:
+        rows["slow_links"] = [*(f"WARNING: {text}" for text in slow), remedy(run, len(gpus))]
     return rows
 
 

@@ -88,6 +88,25 @@ def run(arguments: Sequence[str]) -> int:
         print(key_help())
         return 0
     resolved, lengths, picture, as_json = read(arguments)
+    layers, costs, result = figures_of(resolved, lengths)
+    if picture is not None:
+        from longspan.cli.layout_picture import draw
+
+        draw(costs, layers, result, picture)
+        result["png"] = str(picture)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        report(result, layers)
+    return 0
+
+
+def figures_of(resolved: Checked, lengths: list[int]) -> tuple[list[AlikeLayers], Costs, dict]:
+    """(attention layers, the costs of the layout that the run takes, the content of ``--json``) of a pack.
+
+    Args:
+        lengths: tokens of each document.
+    """
     from longspan.context_parallel.costs import Costs
     from longspan.context_parallel.layout import LAYOUTS
 
@@ -97,16 +116,7 @@ def run(arguments: Sequence[str]) -> int:
     stream = make_stream(resolved, lengths) if model.recurrent else None
     costs = {name: Costs.of(make_layout(resolved, lengths, name, stream), layers, n, m) for name in names}
     result = describe(resolved, lengths, layers, costs, stream)
-    if picture is not None:
-        from longspan.cli.layout_picture import draw
-
-        draw(costs[result["layout"]], layers, result, picture)
-        result["png"] = str(picture)
-    if as_json:
-        print(json.dumps(result, indent=2))
-    else:
-        report(result, layers)
-    return 0
+    return layers, costs[result["layout"]], result
 
 
 # --- reading the arguments ---------------------------------------------------------------------

@@ -21,13 +21,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from longspan.cli.colours import EIGHT, INK, PALE
 from longspan.context_parallel.costs import AlikeLayers, Costs
 from longspan.context_parallel.layout import Segment, SequenceLayout
 from longspan.files import write_whole
 
-#: eight colours, distinct for people who see no red or no green (Okabe and Ito, 2008; grey instead of black)
-EIGHT = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#7F7F7F")
-INK, PALE = "#222222", "#E6E6E6"
 #: with more ranks than this, the ribbon has no numbers and the matrix no values
 NUMBERED = 16
 #: with more documents than this, no borders are drawn

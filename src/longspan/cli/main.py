@@ -28,6 +28,7 @@ COMMANDS = {
     "merge": ("longspan.cli.merge", "put .bin/.idx files of a folder together into one"),
     "convert": ("longspan.cli.convert", "between a checkpoint and a Hugging Face folder"),
     "verify": ("longspan.cli.verify", "compare the config's layout with one process: loss, gradients"),
+    "profile": ("longspan.cli.profile", "train a few steps and show where time and memory go"),
     "layout": ("longspan.cli.layout", "show who holds and computes what, and what travels, for a pack"),
     "plan": ("longspan.cli.plan", "the memory of a run before it runs: does it fit?"),
     "experts": ("longspan.cli.experts", "show how evenly a run has used its experts"),

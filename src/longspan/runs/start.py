@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,6 +154,7 @@ def start(
     kept: Sequence[int] = (),
     restarts: Restarts | None = None,
     wait_s: float = START_S,
+    variables: Mapping[str, str] | None = None,
 ) -> int:
     """Runs ``python -m longspan ARGUMENTS`` in every local process and waits. Returns the exit code.
 
@@ -162,7 +163,10 @@ def start(
         kept: file descriptors that the processes inherit (not with torchrun), such as the folder's lock.
         restarts: decides whether failed processes are started again (not with torchrun); None never does.
         wait_s: seconds to wait for the other machines.
+        variables: environment variables of the processes, where the user has not set them.
     """
+    for name, value in (variables or {}).items():
+        os.environ.setdefault(name, value)
     local = processes // launch.machines
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // local))

@@ -28,6 +28,7 @@ def train(
     progress: Progress,
     started: Callable[[], None] = lambda: None,
     saved: Callable[[], None] = lambda: None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> dict:
     """Runs the remaining steps, with their evaluations and checkpoints. Returns the summary's record.
 
@@ -36,6 +37,7 @@ def train(
     Args:
         started: called once, after the first step.
         saved: called when what a signal asked to save is saved.
+        after_step: called after each step, before its evaluation and checkpoint.
 
     Raises:
         SaveError: the last checkpoint could not be written. If an earlier checkpoint fails, this is reported
@@ -77,6 +79,7 @@ def train(
             continue
         if first:
             started()
+        after_step()
         if record.get("skipped"):
             progress.warn(skipped_text(record))
         elif record["loss"] is not None:
