@@ -133,7 +133,8 @@ class Ledger:
         following, name = next(marks)
         part: Hashable = None
         live: dict[str, int] = defaultdict(int)
-        total, most, found = 0, defaultdict(int), {}
+        total, most = 0, defaultdict[Hashable, int](int)
+        found: dict[Hashable, dict[str, int]] = {}
         for number, (block, sign) in enumerate(self.events):
             while number >= following:
                 part = name
