@@ -130,38 +130,43 @@ def reduced(run: Run) -> list[Reduced]:
         own = run.stages[stage]
         pattern = Pattern.of([kinds[number] for number in own.layers])
         same = tuple(kinds[n] for n in (own.layers if pattern is None else pattern.taken(own.layers, 1)))
-        flights = 1 if pp == 1 else count if schedule == "gpipe" else min(count, pp - stage)
-        direct = flights if flights <= 3 else 0
-        families.setdefault((own.first, own.last, pattern, same, direct, count > flights), []).append(stage)
-    return [
-        _family(run, stages, pattern, count, schedule) for (_, _, pattern, *_), stages in families.items()
-    ]
+        flights = in_flight(run, stage)
+        key = (own.first, own.last, pattern, same, flights == 1, count > flights)
+        families.setdefault(key, []).append(stage)
+    return [_family(run, stages, pattern) for (_, _, pattern, *_), stages in families.items()]
 
 
-def _family(run: Run, stages: list[int], pattern: Pattern | None, count: int, schedule: str) -> Reduced:
+def in_flight(run: Run, stage: int) -> int:
+    """Micro-batches whose activations a stage holds at most, with one stage a rank."""
+    count, pp = run.batch.accumulation, run.sizes.pp
+    if pp == 1:
+        return 1
+    return count if run.config.pipeline_schedule == "gpipe" else min(count, pp - stage)
+
+
+def _family(run: Run, stages: list[int], pattern: Pattern | None) -> Reduced:
     """The corners of stages that differ only in equal layers and in micro-batches in flight."""
-    pp, first = run.sizes.pp, run.stages[stages[0]]
-
-    def flights_of(stage: int) -> int:
-        return 1 if pp == 1 else count if schedule == "gpipe" else min(count, pp - stage)
-
-    flights = flights_of(stages[0])
-    if flights <= 3:
-        more = count - flights
-        pairs = [(flights, count)] if more <= 2 else [(flights, flights + 1), (flights, flights + 2)]
+    count, flights = run.batch.accumulation, in_flight(run, stages[0])
+    if flights == 1:
+        pairs = [(1, count)] if count <= 3 else [(1, 2), (1, 3)]
     else:
         steady = count > flights
         pairs = [(2, 2 + steady), (3, 3 + steady)]
+    first = run.stages[stages[0]]
     corners = tuple(
         tuple(_corner(run, first, pattern, more, flight, batches) for flight, batches in pairs)
         for more in ((0,) if pattern is None else (0, 1))
     )
-    places = []
-    for stage in stages:
-        repeats = 0.0 if pattern is None else pattern.repeats(len(run.stages[stage].layers))
-        in_flight = flights_of(stage) - pairs[0][0] if flights > 3 else 0.0
-        places.append((stage, repeats, float(in_flight), float(count - pairs[0][1])))
-    return Reduced(corners, tuple(places))
+    places = tuple(
+        (
+            stage,
+            0.0 if pattern is None else pattern.repeats(len(run.stages[stage].layers)),
+            float(in_flight(run, stage) - pairs[0][0]),
+            float(count - pairs[0][1]),
+        )
+        for stage in stages
+    )
+    return Reduced(corners, places)
 
 
 def _corner(run: Run, stage: Stage, pattern: Pattern | None, more: int, flight: int, batches: int) -> Corner:
