@@ -6,7 +6,12 @@ import torch.distributed as dist
 
 import pool
 from longspan import TransformerConfig, parallel_state
-from longspan.context_parallel import DotProductAttention, SequenceLayout, context_parallel_attention
+from longspan.context_parallel import (
+    DotProductAttention,
+    SequenceLayout,
+    context_parallel_attention,
+    hybrid,
+)
 from longspan.context_parallel.kernels.choose import CPU_KERNELS
 from oracle import dense, inputs, sinks_of
 
@@ -69,6 +74,39 @@ def every_kernel():
 
 def test_every_cpu_kernel_in_every_precision():
     pool.run(1, every_kernel)
+
+
+LENGTHS = (19, 1, 7, 30, 2)
+
+
+def samples_of_their_own_degree():
+    """The micro-batches of hybrid context parallelism, each against one process."""
+    group, rank, ranks = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    degrees = set()
+    for batch in hybrid.schedule(LENGTHS, ranks, 24):
+        samples, layout = hybrid.layout_of(LENGTHS, batch)
+        degrees |= {sum(any(piece[0] == s for piece in held) for held in batch) for s in samples}
+        *qkv, dout = inputs(layout.total, 4, 2, 8)
+        leaves = [x.requires_grad_() for x in (*qkv, sinks_of(4))]
+        out, lse = dense(*leaves[:3], layout.cu_seqlens, window=9, sinks=leaves[3])
+        expected = (out, lse.t(), *torch.autograd.grad(out, leaves, dout))
+        local = [layout.shard(x.detach(), rank).requires_grad_() for x in qkv] + [
+            sinks_of(4).requires_grad_()
+        ]
+        out, lse = context_parallel_attention(
+            *local[:3], sinks=local[3], group=group, layout=layout, window=9
+        )
+        *grads, of_sinks = torch.autograd.grad(out, local, layout.shard(dout, rank))
+        dist.all_reduce(of_sinks)
+        got = [layout.unshard(x.detach(), group) for x in (out, lse.t().contiguous(), *grads)]
+        for x, ref in zip((*got, of_sinks), expected):
+            torch.testing.assert_close(x, ref.detach(), rtol=1e-10, atol=1e-10)
+    return degrees
+
+
+def test_hybrid_context_parallelism():
+    degrees = pool.run(3, samples_of_their_own_degree)[0]
+    assert len(degrees) > 1, degrees
 
 
 def module(kind):

@@ -25,7 +25,11 @@ PARTS = {
     "squared, gated": {"activation_func": "squared_relu"},
     "sinks": {"softmax_type": "learnable", "sliding_window": [9, None]},
     "off by one": {"softmax_type": "off-by-one"},
-    "clamped": {"activation_func": "quick_gelu", "activation_func_clamp_value": 0.3, "glu_linear_offset": 1.0},
+    "clamped": {
+        "activation_func": "quick_gelu",
+        "activation_func_clamp_value": 0.3,
+        "glu_linear_offset": 1.0,
+    },
     "norms behind": {"attention_post_norm": True},
     "all": {
         "attention_output_gate": True,

@@ -21,7 +21,7 @@ def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """The result over all keys -> the result with the sinks: out' and lse', in the dtype of lse.
 
     Args:
-        out: [s, b, n, d].
+        out: [s, b, n, d]; overwritten if its dtype is that of lse.
         lse: [b, n, s], at least float32. Rows of padding, which see no key, are 0 and -inf, and stay so.
         sinks: [n]; -inf is no sink.
     """
@@ -30,7 +30,7 @@ def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     # exp(lse - lse') is a sigmoid, which is exact for sinks and scores of any size, infinite ones too.
     weight = torch.sigmoid(lse - sink).masked_fill(none, 0.0)
     lse = torch.logaddexp(lse, sink).masked_fill(none, float("-inf"))
-    return out.to(lse.dtype) * weight.permute(2, 0, 1).unsqueeze(-1), lse
+    return out.to(lse.dtype).mul_(weight.permute(2, 0, 1).unsqueeze(-1)), lse
 
 
 def sink_gradients(sinks: Tensor, dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:

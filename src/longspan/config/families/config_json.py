@@ -255,7 +255,7 @@ def export_problem(model: Architecture) -> str | None:
         )
     if model.num_moe_experts is not None:
         wrong = min((one.missing(model) for one in dense if isinstance(one, WithExperts)), key=len)
-        return f"a model with experts is exported as Mixtral, Qwen2-MoE or Qwen3-MoE; the nearest of them has no place for {', '.join(wrong)}."
+        return f"a model with experts is exported as Mixtral, Qwen2-MoE, Qwen3-MoE or gpt-oss; the nearest of them has no place for {', '.join(wrong)}."
     if model.learned_positions:
         wrong = FAMILIES["gpt2"].missing(model)
         return f"learned positions leave as a GPT-2, which has no place for {', '.join(wrong)}."

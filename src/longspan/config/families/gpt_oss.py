@@ -61,7 +61,12 @@ class GptOss(WithExperts, RotaryDecoder):
         "rope_theta": 150000.0,
         "max_position_embeddings": 131072,
     }
-    required: ClassVar[tuple[str, ...]] = ("num_local_experts", "num_experts_per_tok", "swiglu_limit", "rope_theta")
+    required: ClassVar[tuple[str, ...]] = (
+        "num_local_experts",
+        "num_experts_per_tok",
+        "swiglu_limit",
+        "rope_theta",
+    )
     # transformers reads neither hidden_act nor a switch for the biases of the experts.
     supported = {
         "hidden_act": ("silu", "swish"),

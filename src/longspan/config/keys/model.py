@@ -34,7 +34,7 @@ class ModelKeys(BaseModel):
     base_model: str | None = key(
         None,
         "Hugging Face model to start from: a local folder, or a hub id when the hub can be reached (Llama, Mistral, Mixtral, "
-        "Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, Qwen3.5, OLMo Hybrid, Nemotron-H, Mamba-2, GPT-2; docs/models.md).",
+        "Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, Qwen3.5, OLMo Hybrid, Nemotron-H, Mamba-2, gpt-oss, GPT-2; docs/models.md).",
         flag="--base-model",
     )
     reinit_weights: bool = key(
