@@ -127,7 +127,7 @@ def unused_fields(base_model: str) -> list[str]:
     found = [f"rope_scaling of {where_text}: {named} (transformers ignores it too)"] if named else []
     if (method := quant_method(text)) is not None:
         found.append(
-            f"quantization_config of {where_text}: weights in {method} are read as bfloat16, and every export holds whole weights"
+            f"quantization_config of {where_text}: weights in {method} are read as bfloat16, and an export holds whole weights of export_dtype (auto: bfloat16)"
         )
     if text is not data:
         found.append(f"vision_config of {where}: the text model alone is taken")
