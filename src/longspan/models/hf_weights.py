@@ -283,8 +283,8 @@ def _read_place(source: SafetensorsFolder, place: Place, whole: list[int], range
     expected, index, single, empty = place_in_tensor(place, whole, ranges)
     if place.scales:
         blocks, scales = source.slice(place.name), source.slice(place.scales)
-        part = read_blocks(blocks, scales, expected, index, f"base_model {source.folder}: {place.name}")
-        part = part[:, place.turn[0] :: place.turn[1]]
+        where = f"base_model {source.folder}: {place.name}"
+        part = read_blocks(blocks, scales, expected, index, place.turn, where)
         check_finite(part, f"base_model {source.folder}", place.name, source.files[place.name])
         return part
     lazy = source.weights(place.name)

@@ -35,13 +35,16 @@ def dequantise(blocks: Tensor, scales: Tensor) -> Tensor:
     return numbers.to(torch.bfloat16).flatten(-2)
 
 
-def read_blocks(blocks: Any, scales: Any, shape: Sequence[int], index: Sequence[slice], where: str) -> Tensor:
-    """Part of a tensor that files hold as blocks and scales, in bfloat16.
+def read_blocks(
+    blocks: Any, scales: Any, shape: Sequence[int], index: Sequence[slice], turn: tuple[int, int], where: str
+) -> Tensor:
+    """Part of a tensor that files hold as blocks and scales, in bfloat16; one expert after another is read.
 
     Args:
         blocks, scales: lazily read tensors.
         shape: [E, rows, columns] of the whole tensor.
         index: the part, a slice of each dim.
+        turn: (i, n): of the part's rows, those at i, i + n, and so on.
         where: the names of folder and tensor, for messages.
 
     Raises:
@@ -57,6 +60,10 @@ def read_blocks(blocks: Any, scales: Any, shape: Sequence[int], index: Sequence[
         )
     experts, rows, columns = index
     first, last = columns.start // BLOCK, -(-columns.stop // BLOCK)
-    part = experts, rows, slice(first, last)
-    numbers = dequantise(blocks[part], scales[part])
-    return numbers[..., columns.start - first * BLOCK : columns.stop - first * BLOCK]
+    sizes = experts.stop - experts.start, (rows.stop - rows.start) // turn[1], columns.stop - columns.start
+    out = torch.empty(sizes, dtype=torch.bfloat16)
+    for number, expert in enumerate(range(experts.start, experts.stop)):
+        part = slice(expert, expert + 1), rows, slice(first, last)
+        held = (lazy[part][0, turn[0] :: turn[1]] for lazy in (blocks, scales))
+        out[number] = dequantise(*held)[:, columns.start - first * BLOCK : columns.stop - first * BLOCK]
+    return out
