@@ -37,10 +37,7 @@ SIZES = {
 MODEL = {
     "normalization": ["LayerNorm", "RMSNorm", "rmsnorm"],
     "gated_linear_unit": [False, True],
-    "activation_func": ["gelu", "relu", "silu", "quick_gelu"],
-    "activation_func_clamp_value": [0.5, -1.0],
-    "glu_linear_offset": [1.0],
-    "softmax_type": ["learnable", "off-by-one"],
+    "activation_func": ["gelu", "relu", "silu"],
     "add_bias_linear": [True],
     "add_qkv_bias": [True],
     "qk_layernorm": [True],
