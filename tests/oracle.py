@@ -53,8 +53,11 @@ def plain_llama(weights, tokens, seen, positions, config):
     return rms(x, weights["decoder.final_layernorm.weight"]) @ weights["output_layer.weight"].T
 
 
-def dense(q, k, v, cu_seqlens, causal=True, window=None, scale=None):
-    """Attention in one dense masked softmax: q [t, n, d], k and v [t, m, d]. Returns out, lse [n, t]."""
+def dense(q, k, v, cu_seqlens, causal=True, window=None, scale=None, sinks=None):
+    """Attention in one dense masked softmax: q [t, n, d], k and v [t, m, d]. Returns out, lse [n, t].
+
+    A sink of each head (sinks [n]) is one more column of scores, of a key whose value is 0.
+    """
     t, n, d = q.shape
     k, v = (x.repeat_interleave(n // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("snd,tnd->nst", q, k) * (scale or 1 / math.sqrt(d))
@@ -65,7 +68,9 @@ def dense(q, k, v, cu_seqlens, causal=True, window=None, scale=None):
     if window is not None:
         seen &= torch.arange(t)[:, None] - torch.arange(t)[None, :] < window
     scores = scores.masked_fill(~seen, float("-inf"))
-    return torch.einsum("nst,tnd->snd", scores.softmax(-1), v), scores.logsumexp(-1)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(n, 1, 1).expand(n, t, 1)], dim=-1)
+    return torch.einsum("nst,tnd->snd", scores.softmax(-1)[..., :t], v), scores.logsumexp(-1)
 
 
 def inputs(t, n, m, d, dtype=torch.float64, seed=0):
@@ -73,3 +78,10 @@ def inputs(t, n, m, d, dtype=torch.float64, seed=0):
     q, dout = (torch.randn(t, n, d, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
     k, v = (torch.randn(t, m, d, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
     return q, k, v, dout
+
+
+def sinks_of(n):
+    """A sink for each of n heads: most of them about as large as a row's lse, one of no effect."""
+    sinks = torch.linspace(-1.0, 5.0, n, dtype=torch.float64)
+    sinks[0] = float("-inf")
+    return sinks

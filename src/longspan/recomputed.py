@@ -52,7 +52,7 @@ class _GatedLinear(torch.autograd.Function):
     def forward(ctx, gate, up, weight, activation):
         ctx.save_for_backward(gate, up, weight)
         ctx.activation = activation
-        x = activation(gate) * up
+        x = activation(gate, up)
         return product(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -61,7 +61,7 @@ class _GatedLinear(torch.autograd.Function):
         grad = grad.flatten(0, -2)
         gate, up = (t.detach().requires_grad_() for t in (gate, up))
         with torch.enable_grad():
-            x = ctx.activation(gate) * up
+            x = ctx.activation(gate, up)
         grad_weight = None
         if ctx.needs_input_grad[2]:
             grad_weight = product(grad.t(), x.detach().flatten(0, -2)).contiguous()
@@ -69,19 +69,21 @@ class _GatedLinear(torch.autograd.Function):
         return *torch.autograd.grad(x, (gate, up), grad_x), grad_weight, None
 
 
-def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """``(activation(gate) * up) @ weight^T``; it keeps gate, up and the weight for backward.
+def gated_linear(
+    gate: Tensor, up: Tensor, weight: Tensor, activation: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """``activation(gate, up) @ weight^T``; it keeps gate, up and the weight for backward.
 
     Args:
         gate, up: [.., ffn].
         weight: [h, ffn].
-        activation: applied to each element.
+        activation: works on each element of gate and up by itself.
 
     Returns:
         [.., h], in autocast's dtype if autocast is on.
     """
     if torch.compiler.is_compiling():
-        return F.linear(activation(gate) * up, weight)
+        return F.linear(activation(gate, up), weight)
     gate, up, weight = autocast.cast(gate, up, weight)
     with autocast.off(gate):
         return _GatedLinear.apply(gate, up, weight, activation)

@@ -57,14 +57,14 @@ def test_a_checkpoint_records_the_model_by_these_names(changes):
         *("ffn_hidden_size", "normalization", "layernorm_zero_centered_gamma", "gated_linear_unit"),
         *("activation_func", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "position_embedding_type"),
         *("vocab_size", "tie_word_embeddings", "num_moe_experts"),
-        *("qk_layernorm_over_heads", "attention_output_gate", "attention_post_norm"),
+        *("softmax_type", "qk_layernorm_over_heads", "attention_output_gate", "attention_post_norm"),
         *("layer_types", "hybrid_override_pattern"),
         *(("max_position_embeddings",) if changes else ()),
     }
     assert list(found["settings"]) == [
         *("sequence_len", "sample_packing", "seed", "val_set_size"),
         *("rotary_base", "rotary_percent", "rope_scaling", "sliding_window"),
-        *("layernorm_epsilon", "softmax_scale"),
+        *("activation_func_clamp_value", "glu_linear_offset", "layernorm_epsilon", "softmax_scale"),
     ]
     back = config_of_model(found)
     assert Architecture.of(back) == Architecture.of(config(**changes))

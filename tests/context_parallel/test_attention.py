@@ -28,7 +28,7 @@ from longspan.context_parallel.schedule import Schedule
 from longspan.context_parallel.tiles import Mask
 from longspan.mesh.topology import hierarchical_groups
 from marks import slow
-from oracle import dense, inputs
+from oracle import dense, inputs, sinks_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Case:
     window: int | None = None
     inner: int = 1
     rows_a_step: int = 0
+    sinks: bool = False
 
     def fits(self, world):
         degree = {"a2a": world, "a2a+p2p": self.inner}.get(self.comm, 1)
@@ -51,10 +52,11 @@ class Case:
 
 
 @cache
-def reference(heads, d, cu, causal, window):
+def reference(heads, d, cu, causal, window, sinks=False):
     q, k, v, dout = inputs(cu[-1], *heads, d)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    out, lse = dense(*leaves, cu, causal, window)
+    of_heads = [sinks_of(heads[0])] if sinks else []
+    leaves = [x.requires_grad_() for x in (q, k, v, *of_heads)]
+    out, lse = dense(*leaves[:3], cu, causal, window, sinks=leaves[3] if sinks else None)
     return (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout))
 
 
@@ -80,11 +82,13 @@ def distributed(cases, deterministic_twice=False, backend="auto"):
         group, rank, (n, m) = dist.group.WORLD, dist.get_rank(), case.heads
         total, ranks = case.cu[-1], dist.get_world_size()
         layout = SequenceLayout.make(case.layout, total, ranks, cu_seqlens=case.cu, windows=[case.window])
-        local = [layout.shard(x, rank).requires_grad_() for x in inputs(total, n, m, case.d)]
+        *local, dout = (layout.shard(x, rank).requires_grad_() for x in inputs(total, n, m, case.d))
+        sinks = [sinks_of(n).requires_grad_()] if case.sinks else []
 
-        def run(case=case, layout=layout, local=local):
+        def run(case=case, layout=layout, local=local, dout=dout, sinks=sinks):
             out, lse = context_parallel_attention(
-                *local[:3],
+                *local,
+                sinks=sinks[0] if sinks else None,
                 group=dist.group.WORLD,
                 layout=layout,
                 causal=case.causal,
@@ -94,16 +98,19 @@ def distributed(cases, deterministic_twice=False, backend="auto"):
                 backend=backend,
                 rows_a_step=case.rows_a_step,
             )
-            return out, lse, *torch.autograd.grad(out, local[:3], local[3].detach())
+            return out, lse, *torch.autograd.grad(out, local + sinks, dout.detach())
 
         out, lse, *grads = run()
         if deterministic_twice:
             assert all(torch.equal(a, b) for a, b in zip(run(), (out, lse, *grads)))
+        for x in grads[3:]:
+            dist.all_reduce(x)
+        grads, of_sinks = grads[:3], grads[3:]
         whole = [layout.unshard(x, group) for x in (out.detach(), lse.t().contiguous(), *grads)]
         padding = layout.positions(rank) >= layout.total
         assert (out[padding] == 0).all()
         assert all((g[padding] == 0).all() for g in grads)
-        results.append([whole[0], whole[1].t(), *whole[2:]])
+        results.append([whole[0], whole[1].t(), *whole[2:], *of_sinks])
     vars(hierarchy).pop("made", None)
     return results if dist.get_rank() == 0 else None
 
@@ -115,8 +122,9 @@ def check(world, cases, tolerance=1e-10, deterministic_twice=False):
 
 def compare(world, cases, results, tolerance=1e-10):
     for case, got in zip(cases, results):
-        expected = reference(case.heads, case.d, case.cu, case.causal, case.window)
-        for name, x, ref in zip(("out", "lse", "dq", "dk", "dv"), got, expected):
+        expected = reference(case.heads, case.d, case.cu, case.causal, case.window, case.sinks)
+        assert len(got) == len(expected)
+        for name, x, ref in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), got, expected):
             error = (x - ref).abs().max() / ref.abs().max().clamp_min(1e-300)
             assert error <= tolerance, f"{name} of {case} on {world} ranks: {error:.1e}"
 
@@ -138,10 +146,11 @@ def test_equals_dense_attention(world, comm):
     inner = 2 if world == 4 else world
     heads = [each for each in HEADS if Case(comm=comm, heads=each, inner=inner).fits(world)]
     cases = [
-        Case(layout, comm, heads[(i + j + k) % len(heads)], 8, cu, causal, window, inner)
+        Case(layout, comm, heads[(i + j + k) % len(heads)], 8, cu, causal, window, inner, sinks=sinks)
         for i, layout in enumerate(LAYOUTS)
         for j, cu in enumerate(PACKS)
         for k, (causal, window) in enumerate(MASKS)
+        for sinks in (False, True)
     ]
     check(world, cases)
 
@@ -164,7 +173,8 @@ def test_many_ranks_and_empty_ones(world):
     cases = []
     for (i, layout), (j, comm) in product(enumerate(LAYOUTS), enumerate(COMMS)):
         m, cu, window, least = FEW_ROWS[(i + j + world) % 4]
-        cases.append(Case(layout, comm, (24, m), 4, cu, True, window, inner=2, rows_a_step=least))
+        sinks = (i + j) % 3 == 0
+        cases.append(Case(layout, comm, (24, m), 4, cu, True, window, 2, rows_a_step=least, sinks=sinks))
     check(world, cases)
 
 
@@ -202,6 +212,7 @@ def test_random_packs(data):
                 data.draw(st.one_of(st.none(), st.integers(1, 50))) if causal else None,
                 inner,
                 data.draw(st.sampled_from([0, 10, 512])),
+                data.draw(st.booleans()),
             )
         )
     check(world, cases, deterministic_twice=True)
@@ -290,7 +301,7 @@ def test_kernels_that_take_many_sequences_in_one_call(world, deterministic):
     for (i, layout), (j, (window, least)) in product(enumerate(LAYOUTS), enumerate(steps)):
         comm = ("p2p", "all_gather")[(i + j + deterministic) % 2]
         cu = ((0, 37), (0, 1, 2, 17, 40, 41, 90))[(i // 2 + j + world + deterministic) % 2]
-        cases.append(Case(layout, comm, (4, 2), 4, cu, True, window, rows_a_step=least))
+        cases.append(Case(layout, comm, (4, 2), 4, cu, True, window, rows_a_step=least, sinks=i % 2 == 0))
     results, calls, adds = pool.run(world, distributed_packed, cases, deterministic)[0]
     compare(world, cases, results)
     assert calls > 0

@@ -46,7 +46,13 @@ WINDOWS = {
         "use_sliding_window": True,
         "layer_types": ["full_attention", "sliding_attention"],
     },
+    # Attention sinks; its router and experts compute in the model's type.
+    "gpt_oss": {"sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
+
+
+#: kind -> transformers' own attention, if it is not sdpa
+PLAIN = {"gpt_oss": "eager"}
 
 
 @contextlib.contextmanager
@@ -60,7 +66,10 @@ def make_model(kind, attention, seed=0, **changes):
     """A random model in float64, its norms too (transformers' own compute in float32)."""
     config = transformers.AutoConfig.for_model(kind, **SIZES | WINDOWS.get(kind, {}) | changes)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).double()
+    # grouped_mm has no float64.
+    experts = {"experts_implementation": "eager"} if hasattr(config, "num_local_experts") else {}
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention, **experts)
+    model = model.double()
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child).__name__.endswith("RMSNorm"):
@@ -143,6 +152,9 @@ CASES = [
     Case("qwen3", layout="zigzag", checkpointing=False),
     Case("qwen3", form="pack", lengths=PACK, comm="all_gather"),
     Case("mistral", layout="zigzag", comm="a2a"),
+    Case("gpt_oss", layout="zigzag", comm="a2a"),
+    Case("gpt_oss", form="pack", lengths=PACK, checkpointing=False),
+    Case("gpt_oss", form="padded", lengths=(17, 1, 9), layout="balanced", comm="all_gather"),
     Case("mistral", checkpointing=True),
     Case("mistral", form="padded", lengths=PACK, layout="balanced"),
     Case(layout="contiguous", lengths=(7,), ignored=1.0),  # no target at all
@@ -178,7 +190,7 @@ def compare(got, expected, what):
 def against_one_process(cases):
     for case in cases:
         docs = documents(case.lengths, case.ignored)
-        expected = whole(make_model(case.kind, "sdpa"), docs)
+        expected = whole(make_model(case.kind, PLAIN.get(case.kind, "sdpa")), docs)
         compare(cut(make_model(case.kind, "longspan"), case, docs), expected, case)
 
 
@@ -317,7 +329,6 @@ def test_one_process_needs_no_context():
         ("dropout 0.1", {"attention_dropout": 0.1}, {}),
         ("output_attentions", {}, {"output_attentions": True}),
         ("softcap", {}, {"softcap": 30.0}),
-        ("s_aux", {}, {"s_aux": torch.ones(6)}),
         ("head_mask", {}, {"head_mask": torch.ones(6)}),
         ("hides 1 tokens", {}, {"attention_mask": torch.tensor([[1, 1, 1, 0]])}),
         (r"a mask of shape \(1, 1, 4, 4\)", {}, {"attention_mask": torch.ones(1, 1, 4, 4)}),

@@ -1,4 +1,4 @@
-"""Gates on attention's output, partly rotated heads, norms over all heads and behind the parts, and squared ReLU, in fp64."""
+"""Gates and sinks of attention, partly rotated heads, norms over all heads and behind the parts, and squared ReLU, in fp64."""
 
 import pytest
 import torch
@@ -23,6 +23,13 @@ PARTS = {
     "over heads": {"qk_layernorm": True, "qk_layernorm_over_heads": True},
     "squared": {"activation_func": "squared_relu", "gated_linear_unit": False},
     "squared, gated": {"activation_func": "squared_relu"},
+    "sinks": {"softmax_type": "learnable", "sliding_window": [9, None]},
+    "off by one": {"softmax_type": "off-by-one"},
+    "clamped": {
+        "activation_func": "quick_gelu",
+        "activation_func_clamp_value": 0.3,
+        "glu_linear_offset": 1.0,
+    },
     "norms behind": {"attention_post_norm": True},
     "all": {
         "attention_output_gate": True,
@@ -33,6 +40,8 @@ PARTS = {
         "layernorm_zero_centered_gamma": True,
         "position_embedding_type": "rope",
         "activation_func": "squared_relu",
+        "softmax_type": "learnable",
+        "glu_linear_offset": 0.5,
     },
 }
 
@@ -59,7 +68,12 @@ def plain_loss(w, config):
         half = turned // 2
         return torch.cat([t * cos + torch.cat([-t[..., half:], t[..., :half]], -1) * sin, rest], -1)
 
-    act = {"silu": F.silu, "squared_relu": lambda t: t.clamp(min=0) ** 2}[config.activation_func]
+    act = {
+        "silu": F.silu,
+        "squared_relu": lambda t: t.clamp(min=0) ** 2,
+        "quick_gelu": lambda t: t / (1 + (-1.702 * t).exp()),
+    }[config.activation_func]
+    limit = config.activation_func_clamp_value or float("inf")
     x = w["embedding.word_embeddings.weight"][tokens]
     behind = config.attention_post_norm
     for i in range(config.num_layers):
@@ -69,7 +83,11 @@ def plain_loss(w, config):
         if config.qk_layernorm:
             q, k = (norm(t, f"{at}.self_attention.{name}_layernorm") for t, name in ((q, "q"), (k, "k")))
         q, k, v = (t.unflatten(-1, (-1, d)) for t in (q, k, v))
-        out = oracle.dense(turn(q), turn(k), v, CU)[0].flatten(1)
+        sinks = w.get(f"{at}.self_attention.sinks.weight")
+        if config.softmax_type == "off-by-one":
+            sinks = torch.zeros(q.shape[1]).double()
+        window = config.window_of_layer(i + 1)
+        out = oracle.dense(turn(q), turn(k), v, CU, window=window, sinks=sinks)[0].flatten(1)
         if config.attention_output_gate:
             out = out * torch.sigmoid(linear(y, f"{at}.self_attention.linear_gate"))
         out = linear(out, f"{at}.self_attention.linear_proj")
@@ -77,7 +95,8 @@ def plain_loss(w, config):
         y = x if behind else norm(x, f"{at}.pre_mlp_layernorm")
         inner = act(linear(y, f"{at}.mlp.linear_up"))
         if config.gated_linear_unit:
-            inner = act(linear(y, f"{at}.mlp.linear_gate")) * linear(y, f"{at}.mlp.linear_up")
+            gate, up = linear(y, f"{at}.mlp.linear_gate"), linear(y, f"{at}.mlp.linear_up")
+            inner = act(gate.clamp(max=limit)) * (up.clamp(-limit, limit) + config.glu_linear_offset)
         out = linear(inner, f"{at}.mlp.linear_down")
         x = x + (norm(out, f"{at}.post_mlp_layernorm") if behind else out)
     logits = norm(x, "decoder.final_layernorm") @ w["output_layer.weight"].T
@@ -142,6 +161,10 @@ def test_every_layout_computes_the_same(world, sizes, more):
         ),
         ({"rotary_percent": 0.5, "position_embedding_type": "none"}, "rotary_percent has no effect"),
         ({"rotary_percent": 0.1}, "an even number of them"),
+        ({"softmax_type": "learnt"}, "softmax_type 'learnt': one of vanilla, learnable, off-by-one"),
+        ({"glu_linear_offset": 1.0}, "glu_linear_offset 1.0 has no effect without gated_linear_unit"),
+        ({"activation_func_clamp_value": -1.0, "gated_linear_unit": True}, "a number above 0"),
+        ({"moe_router_bias": True}, "moe_router_bias True has no effect without num_moe_experts"),
     ],
 )
 def test_rules(changes, words):

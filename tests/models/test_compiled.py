@@ -73,6 +73,17 @@ CASES = {
         False,
     ),
     "selective, tiles": (MeshSizes(cp=2), {}, {"recompute": "selective", "mlp_tiles": 3}, False),
+    "sinks, a clamped gate": (
+        MeshSizes(cp=2),
+        {
+            "softmax_type": "learnable",
+            "activation_func": "quick_gelu",
+            "activation_func_clamp_value": 0.3,
+            "glu_linear_offset": 1.0,
+        },
+        {},
+        False,
+    ),
     "moved activations": (ALONE, {}, {}, True),
     "LayerNorm, biases, not gated, tied": (
         TP2,

@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from longspan.config.schema import TrainConfig
 
 #: the names that activation_func accepts
-ACTIVATIONS = ("silu", "gelu", "relu", "squared_relu")
+ACTIVATIONS = ("silu", "gelu", "quick_gelu", "relu", "squared_relu")
+
+#: what the softmax of attention has in its denominator beside the keys: nothing, a learned sink for each head, or 1
+SOFTMAX_TYPES = ("vanilla", "learnable", "off-by-one")
 
 #: how a model represents the positions of tokens
 POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
@@ -67,7 +70,9 @@ class Architecture(InitialValues):
     GPTModel's max_sequence_length) and the length beyond which ``dynamic`` scaling of rotary
     embeddings has an effect. ``sliding_window`` is the number of tokens that a query attends to,
     itself included; None means no limit. It is a number for all layers, or a list that is cycled
-    over the layers. ``layer_types`` and ``hybrid_override_pattern`` name the layers of a hybrid
+    over the layers. ``softmax_type`` ``learnable`` gives each query head a sink, a logit that joins the
+    softmax's denominator; ``off-by-one`` is a sink of 0. ``activation_func_clamp_value`` c and
+    ``glu_linear_offset`` o make a gated MLP of act(min(gate, c)) x (clamp(up, -c, c) + o). ``layer_types`` and ``hybrid_override_pattern`` name the layers of a hybrid
     model (``config.recurrent``); None is a model of attention alone.
 
     An object may break rules: :func:`architecture_problems` finds the broken rules.
@@ -87,6 +92,7 @@ class Architecture(InitialValues):
     add_qkv_bias: bool = field(default=False, metadata=SHAPES)
     qk_layernorm: bool = field(default=False, metadata=SHAPES)
     qk_layernorm_over_heads: bool = field(default=False, metadata=SHAPES)
+    softmax_type: str = field(default="vanilla", metadata=SHAPES)
     attention_output_gate: bool = field(default=False, metadata=SHAPES)
     attention_post_norm: bool = field(default=False, metadata=SHAPES)
     position_embedding_type: str = field(default="rope", metadata=SHAPES)
@@ -100,6 +106,8 @@ class Architecture(InitialValues):
     rotary_percent: float = field(default=1.0, metadata=NUMBERS)
     rope_scaling: Mapping[str, Any] | None = field(default=None, metadata=NUMBERS)
     sliding_window: int | list[int | None] | None = field(default=None, metadata=NUMBERS)
+    activation_func_clamp_value: float | None = field(default=None, metadata=NUMBERS)
+    glu_linear_offset: float = field(default=0.0, metadata=NUMBERS)
     layernorm_epsilon: float = field(default=1e-5, metadata=NUMBERS)
     softmax_scale: float | None = field(default=None, metadata=NUMBERS)
 
@@ -108,6 +116,7 @@ class Architecture(InitialValues):
     moe_layer_freq: int | list[int] = field(default=1, metadata=SHAPES)
     moe_shared_expert_intermediate_size: int | None = field(default=None, metadata=SHAPES)
     moe_shared_expert_gate: bool = field(default=False, metadata=SHAPES)
+    moe_router_bias: bool = field(default=False, metadata=SHAPES)
     moe_router_enable_expert_bias: bool = field(default=False, metadata=SHAPES)
     moe_router_topk: int = field(default=2, metadata=NUMBERS)
     moe_router_score_function: str = field(default="softmax", metadata=NUMBERS)
@@ -350,6 +359,28 @@ def architecture_problems(model: Architecture) -> list[Problem]:
         ("activation_func",),
         f"activation_func {model.activation_func!r}: one of {', '.join(ACTIVATIONS)}, or a callable.",
     )
+    rule(
+        model.softmax_type in SOFTMAX_TYPES,
+        ("softmax_type",),
+        f"softmax_type {model.softmax_type!r}: one of {', '.join(SOFTMAX_TYPES)}.",
+    )
+    clamp = model.activation_func_clamp_value
+    rule(
+        clamp is None or (math.isfinite(clamp) and clamp > 0),
+        ("activation_func_clamp_value",),
+        f"activation_func_clamp_value {clamp}: a number above 0, or null for no limit.",
+    )
+    rule(
+        math.isfinite(model.glu_linear_offset),
+        ("glu_linear_offset",),
+        f"glu_linear_offset {model.glu_linear_offset}: a finite number.",
+    )
+    for name, off in (("activation_func_clamp_value", None), ("glu_linear_offset", 0.0)):
+        rule(
+            model.gated_linear_unit or getattr(model, name) == off,
+            (name, "gated_linear_unit"),
+            f"{name} {getattr(model, name)} has no effect without gated_linear_unit. Set it, or leave {name} out.",
+        )
     rule(
         not model.rope_scaling or model.position_embedding_type == "rope",
         ("rope_scaling", "position_embedding_type"),

@@ -25,6 +25,7 @@ ONLY_WITH_EXPERTS: dict[str, Any] = {
     "moe_layer_freq": 1,
     "moe_shared_expert_intermediate_size": None,
     "moe_shared_expert_gate": False,
+    "moe_router_bias": False,
     "moe_router_enable_expert_bias": False,
     "moe_router_num_groups": None,
     "moe_router_group_topk": None,

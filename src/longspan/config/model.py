@@ -146,7 +146,6 @@ class TransformerConfig(Architecture, ModelParallelConfig):
     cp_comm_type: str | list[str] | None = None
     attention_cp_layout: str = "auto"
     ssm_cp_type: str = "auto"
-    softmax_type: str = "vanilla"
     attn_logit_softcapping: float | None = None
     multi_latent_attention: bool = False
     attention_backend: str = "auto"
@@ -172,7 +171,6 @@ class TransformerConfig(Architecture, ModelParallelConfig):
         for _, message in problems + recurrent_backend_problems(self, self.recurrent_backend):
             raise ValueError(message)
         for name, off, what in (
-            ("softmax_type", "vanilla", "attention sinks are"),
             ("attn_logit_softcapping", None, "soft-capping of attention logits is"),
             ("multi_latent_attention", False, "multi-latent attention (MLA) is"),
         ):

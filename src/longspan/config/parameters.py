@@ -49,6 +49,8 @@ def parameter_shapes(model: Architecture, vocab_size: int) -> dict[str, tuple[in
             for part, size in (("q", q), ("k", kv), ("v", kv), *gate):
                 linear(f"{layer}.self_attention.linear_{part}", h, size, bias)
             linear(f"{layer}.self_attention.linear_proj", q, h)
+            if model.softmax_type == "learnable":
+                found[f"{layer}.self_attention.sinks.weight"] = (model.num_attention_heads,)
             of_heads = {"q": q, "k": kv} if model.qk_layernorm else {}
             for letter, size in of_heads.items():
                 size = size if model.qk_layernorm_over_heads else model.kv_channels
@@ -83,6 +85,8 @@ def _expert_shapes(model: Architecture, mlp: str, parts: tuple[str, ...]) -> dic
     h, ffn, experts = model.hidden_size, model.moe_ffn_hidden_size, model.num_moe_experts
     assert experts is not None
     found: dict[str, tuple[int, ...]] = {f"{mlp}.router.weight": (experts, h)}
+    if model.moe_router_bias:
+        found[f"{mlp}.router.bias"] = (experts,)
     found |= {f"{mlp}.experts.{part}_weight": (experts, ffn, h) for part in parts}
     found[f"{mlp}.experts.down_weight"] = (experts, h, ffn)
     if model.add_bias_linear:

@@ -91,6 +91,7 @@ _ONLY_WITH_ATTENTION: dict[str, Any] = {
     "qk_layernorm": False,
     "attention_output_gate": False,
     "attention_post_norm": False,
+    "softmax_type": "vanilla",
 }
 #: the fields of ``ONLY_WITH`` that are sizes
 _SIZES = ("_heads", "_dim", "_groups")

@@ -34,6 +34,7 @@ from longspan.context_parallel.refusals import (
     check_packed,
     check_padded_rows,
     check_shapes,
+    check_sinks,
     check_uncut,
     check_window,
     group_of_call,
@@ -65,6 +66,7 @@ def _attend(
     causal: bool,
     window: int | None,
     softmax_scale: float | None,
+    sinks: Tensor | None,
     cp_comm_type: str,
     deterministic: bool,
     backend: str | Kernel = "auto",
@@ -76,6 +78,7 @@ def _attend(
     comm_type = check_comm_type(cp_comm_type, ranks, _levels(hierarchical_groups))
     check_window(window, causal)
     check_shapes(q, k, v, layout, ranks)
+    check_sinks(sinks, q)
     check_heads_of(comm_type, n, ranks, _levels(hierarchical_groups))
     kernel = backend
     if isinstance(kernel, str):
@@ -87,9 +90,12 @@ def _attend(
     join(outer, q.device)
     with autocast.off(q):
         if inner is None:
-            return MoveKeys.apply(q, k, v, schedule, outer, kernel, scale)
+            return MoveKeys.apply(q, k, v, sinks, schedule, outer, kernel, scale)
         move = HeadMove.of(inner, layout, together, n, m)
-        out, lse = MoveKeys.apply(*to_heads(q, k, v, move), schedule, outer, kernel, scale)
+        if sinks is not None:
+            heads = move.q_heads[dist.get_rank(inner)]
+            sinks = sinks[heads[0] : heads[0] + len(heads)]
+        out, lse = MoveKeys.apply(*to_heads(q, k, v, move), sinks, schedule, outer, kernel, scale)
         return to_tokens(out, move), lse_to_tokens(lse, move)
 
 
@@ -144,6 +150,7 @@ def context_parallel_attention(
     causal: bool = True,
     window: int | None = None,
     softmax_scale: float | None = None,
+    sinks: Tensor | None = None,
     cp_comm_type: str = "p2p",
     deterministic: bool = False,
     hierarchical_groups: Groups | None = None,
@@ -162,6 +169,9 @@ def context_parallel_attention(
         layout: which tokens each rank holds.
         window: a query attends to itself and the ``window - 1`` tokens before it; None means no limit.
         softmax_scale: None means 1 / sqrt(d).
+        sinks: [n], a logit for each query head that joins the softmax's denominator and has no value
+            (gpt-oss, arXiv 2508.10925); -inf is no sink, None is none in any head. Every rank passes all of them, and
+            gets the gradient of its own rows: sum it over ``group``.
         cp_comm_type: ``p2p`` (keys step by step), ``all_gather`` (keys all at once), ``a2a``
             (heads; the number of ranks divides n) or ``a2a+p2p``.
         deterministic: two runs give equal bits. Gradients are always summed in a fixed
@@ -174,10 +184,10 @@ def context_parallel_attention(
 
     Returns:
         out in q's shape and dtype (autocast's dtype if autocast is on), and lse [n, t] or [b, n, s]
-        (natural log, at least float32). Padding rows are 0 and -inf.
+        (natural log, at least float32; with the sinks in it). Padding rows are 0 and -inf.
 
     Raises:
-        ValueError: shapes, layout, communication type, heads or window do not fit; nothing was sent.
+        ValueError: shapes, sinks, layout, communication type, heads or window do not fit; nothing was sent.
     """
     pack = q.dim() == k.dim() == v.dim() == 3
     if pack:
@@ -192,6 +202,7 @@ def context_parallel_attention(
         causal=causal,
         window=window,
         softmax_scale=softmax_scale,
+        sinks=sinks,
         cp_comm_type=cp_comm_type,
         deterministic=deterministic,
         backend=backend,
@@ -205,7 +216,8 @@ class DotProductAttention(nn.Module):
 
     ``forward(query, key, value) -> (context, softmax_lse)``: query [s, b, n, d], key and
     value [s, b, m, d], where s is the number of this rank's rows; context has query's shape, lse is
-    [b, n, s]. With ``qkv_format="thd"``: [t, n, d] and lse [n, t].
+    [b, n, s]. With ``qkv_format="thd"``: [t, n, d] and lse [n, t]. Where the config's ``softmax_type`` is
+    ``learnable``, ``softmax_offset`` [n] is this rank's part of the parameter that Megatron's module holds itself.
 
     Without ``layout=``, the rows are zigzag of the whole sequence (``sbhd``) or of each padded
     document (``thd``). ``packed_seq_params.cp_group`` replaces the group for one call, and
@@ -255,6 +267,7 @@ class DotProductAttention(nn.Module):
             )
         self.channels, self.attn_mask_type = k_channels, attn_mask_type
         self.softmax_scale = config.softmax_scale if softmax_scale is None else softmax_scale
+        self.softmax_type = config.softmax_type
         self.window = config.window_of_layer(layer_number)
         check_window(self.window, attn_mask_type.is_causal)
         chosen = cp_comm_type or config.comm_type_of_layer(layer_number)
@@ -287,6 +300,7 @@ class DotProductAttention(nn.Module):
         *,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
+        softmax_offset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if self.channels is not None and query.shape[-1] != self.channels:
             raise ValueError(
@@ -299,6 +313,13 @@ class DotProductAttention(nn.Module):
             )
         if attention_bias is not None:
             raise ValueError("attention_bias is not supported: no kernel here adds one. Leave it None.")
+        if (softmax_offset is not None) != (self.softmax_type == "learnable"):
+            raise ValueError(
+                f"softmax_offset is {'None' if softmax_offset is None else 'given'}, softmax_type is {self.softmax_type!r}: "
+                "'learnable' takes the sinks of this rank's query heads [n], and the other types take none."
+            )
+        if self.softmax_type == "off-by-one":
+            softmax_offset = query.new_zeros(query.shape[-2])
         group = group_of_call(packed_seq_params, self.cp_group)
         levels = self.hierarchical_groups
         if group is not self.cp_group and self.cp_comm_type == "a2a+p2p" and group is not None:
@@ -324,6 +345,7 @@ class DotProductAttention(nn.Module):
             causal=causal,
             window=self.window,
             softmax_scale=self.softmax_scale,
+            sinks=softmax_offset,
             cp_comm_type=self.cp_comm_type,
             deterministic=self.deterministic,
             backend=self.backend,

@@ -20,6 +20,7 @@ from torch import Tensor
 from longspan.context_parallel.calls import calls_of
 from longspan.context_parallel.kernels.protocol import Kernel, merge
 from longspan.context_parallel.schedule import Message, Schedule, Step
+from longspan.context_parallel.sinks import add_sinks, sink_gradients
 from longspan.context_parallel.tiles import Mask, Range
 from longspan.sums import add_rows
 
@@ -112,10 +113,14 @@ def _split(buffer: Tensor, messages: tuple[Message, ...]) -> list[tuple[int, Ten
 
 
 class MoveKeys(torch.autograd.Function):
-    """Attention over a Schedule: q, k, v [s, b, heads, d] -> out [s, b, n, d], lse [b, n, s]."""
+    """Attention over a Schedule: q, k, v [s, b, heads, d] -> out [s, b, n, d], lse [b, n, s].
+
+    ``sinks`` [n] are those of these query heads (see ``sinks``); None is attention without sinks. A rank's gradient of
+    them is that of its own rows, so the gradients add up over the ranks.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, schedule: Schedule, group, kernel: Kernel, scale: float):
+    def forward(ctx, q, k, v, sinks: Tensor | None, schedule: Schedule, group, kernel: Kernel, scale: float):
         ctx.schedule, ctx.group, ctx.kernel, ctx.scale = schedule, group, kernel, scale
         # Kernels need a last dim with stride 1.
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -124,13 +129,16 @@ class MoveKeys(torch.autograd.Function):
             out, lse = kernel.forward(q, k, v, causal, scale)
         else:
             out, lse = _forward(q, k, v, schedule, group, kernel, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
+        if sinks is not None:
+            out, lse = add_sinks(out, lse, sinks)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, _):
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse = ctx.saved_tensors
         dout = dout.contiguous()
         schedule, kernel, scale = ctx.schedule, ctx.kernel, ctx.scale
         if _alone(schedule):
@@ -138,7 +146,9 @@ class MoveKeys(torch.autograd.Function):
             grads = kernel.backward(dout, q, k, v, out, lse, causal, scale)
         else:
             grads = _backward(dout, q, k, v, out, lse, schedule, ctx.group, kernel, scale)
-        return *grads, None, None, None, None
+        needed = sinks is not None and ctx.needs_input_grad[3]
+        of_sinks = sink_gradients(sinks, dout, out, lse) if needed else None
+        return *grads, of_sinks, None, None, None, None
 
 
 def _alone(schedule: Schedule) -> bool:
@@ -147,6 +157,7 @@ def _alone(schedule: Schedule) -> bool:
 
 
 def _forward(q, k, v, schedule, group, kernel, scale):
+    """out and lse, both at least float32."""
     s, b, n, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     make = torch.empty if schedule.covered else torch.zeros
@@ -159,7 +170,7 @@ def _forward(q, k, v, schedule, group, kernel, scale):
         forward_step(out, lse, q, *keys, step, kernel, scale)
         if coming:
             keys = coming.wait()
-    return out.to(q.dtype), lse
+    return out, lse
 
 
 def forward_step(out, lse, q, k, v, step: Step, kernel: Kernel, scale: float) -> None:

@@ -89,6 +89,15 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, ranks:
         )
 
 
+def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    """Refuses sinks that are not one number for each query head."""
+    if sinks is not None and (tuple(sinks.shape) != (q.shape[-2],) or sinks.device != q.device):
+        raise ValueError(
+            f"sinks {tuple(sinks.shape)} on {sinks.device}, query of {q.shape[-2]} heads on {q.device}: one number for each "
+            "query head of this rank, on the same device."
+        )
+
+
 def check_rows(what: str, rows: int, layout: SequenceLayout, ranks: int) -> None:
     """Refuses rows that are not one rank's part of the layout, above all a sequence that has not been cut."""
     if layout.ranks != ranks:

@@ -17,7 +17,7 @@ from longspan.mesh import collectives
 from longspan.mesh.default_groups import process_groups
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.tensor_parallel.layers import ParallelModule, local
-from longspan.tensor_parallel.mlp import activation_of
+from longspan.tensor_parallel.mlp import mlp_activation
 from longspan.tensor_parallel.random import Constant, Normal
 
 
@@ -65,7 +65,7 @@ class GroupedMLP(ParallelModule):
                 f"GroupedMLP: the size of an expert {ffn} is not divisible by the expert tensor parallel size {etp}. "
                 "Choose a multiple (moe_ffn_hidden_size)."
             )
-        self.activation = activation_of(config.activation_func)
+        self.activation = mlp_activation(config)
         std = config.init_method_std
         small = std / (2 * config.num_layers) ** 0.5
         biases = config.add_bias_linear

@@ -22,7 +22,8 @@ from longspan.sums import add_rows
 
 _grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
-Activation = Callable[[Tensor], Tensor]
+#: of (gate, up), or of (up) without a gated linear unit
+Activation = Callable[..., Tensor]
 
 
 class Choices(NamedTuple):
@@ -146,7 +147,7 @@ class Weights(NamedTuple):
 
 
 class _ExpertMLPs(torch.autograd.Function):
-    """``out[r] = sum over pairs (r, e) of score x down_e(act(gate_e x_r) * up_e x_r)``
+    """``out[r] = sum over pairs (r, e) of score x down_e(act(gate_e x_r, up_e x_r))``
 
     What is kept for backward is the input once a row, and the products of gate and up once a pair. The output of
     ``down`` is kept nowhere: the gradient of a score is <d out, down a> = <down^T d out, a>, and ``down^T d out`` is
@@ -166,7 +167,7 @@ class _ExpertMLPs(torch.autograd.Function):
         ups = hidden(rows, up, up_bias)
         del rows
         score = choices.of_pairs(scores, x.dtype)
-        a = activation(ups) if gates is None else activation(gates) * ups
+        a = activation(ups) if gates is None else activation(gates, ups)
         y = grouped_product(a * score, down.transpose(1, 2), choices)
         if down_bias is not None:
             y = y + down_bias.repeat_interleave(repeats, 0) * score
@@ -185,7 +186,7 @@ class _ExpertMLPs(torch.autograd.Function):
         score = choices.of_pairs(scores, x.dtype)
         with torch.enable_grad():
             inputs = [part.detach().requires_grad_() for part in (gates, ups) if part is not None]
-            a = ctx.activation(*inputs) if len(inputs) == 1 else ctx.activation(inputs[0]) * inputs[1]
+            a = ctx.activation(*inputs)
         d_down = d_down_bias = None
         if needs[6]:
             d_down = grouped_gradient(d_out, a.detach() * score, choices)
@@ -223,7 +224,7 @@ def expert_mlps(
 
     Args:
         x: [n, h]; scores: [n, k], of which the pairs in ``choices`` count.
-        activation: works on each element by itself.
+        activation: works on each element by itself (``tensor_parallel.mlp.mlp_activation``).
 
     Returns:
         [n, h]; zeros for a row without a pair.

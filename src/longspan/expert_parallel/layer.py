@@ -32,7 +32,7 @@ from longspan.tensor_parallel.layers import (
     TensorParallelModule,
     local,
 )
-from longspan.tensor_parallel.mlp import activation_of, mlp_product
+from longspan.tensor_parallel.mlp import mlp_activation, mlp_product
 from longspan.tensor_parallel.random import Normal
 from longspan.values import known_number
 
@@ -69,7 +69,7 @@ class SharedExperts(nn.Module):
         h, ffn = config.hidden_size, config.moe_shared_expert_intermediate_size
         assert ffn is not None
         kwargs: dict[str, Any] = {"bias": config.add_bias_linear, "tp_group": groups.tp_mesh}
-        self.activation = activation_of(config.activation_func)
+        self.activation = mlp_activation(config)
         gated = config.gated_linear_unit
         self.linear_gate = ColumnParallelLinear(h, ffn, config, **kwargs) if gated else None
         self.linear_up = ColumnParallelLinear(h, ffn, config, **kwargs)

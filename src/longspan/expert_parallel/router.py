@@ -1,6 +1,6 @@
 """The router: which experts a token goes to, and with what weight. It holds no collective.
 
-    x [.., h] -> logits [.., E] = x W^T, in float32 at least -> (scores [.., k], indices [.., k])
+    x [.., h] -> logits [.., E] = x W^T (+ b with moe_router_bias), in float32 at least -> (scores [.., k], indices [.., k])
 
     softmax                     the k largest logits; softmax over those k
     softmax, pre_softmax        softmax over all experts; the k largest probabilities, as they are
@@ -59,7 +59,7 @@ class _WideProduct(torch.autograd.Function):
 class MoERouter(TensorParallelModule):
     """``x [s, b, h] -> (scores [s, b, k], indices [s, b, k])``.
 
-    The weight [E, h] is copied over tensor parallel ranks, each of which has other rows (sequence parallelism).
+    The weight [E, h], and the bias [E] if there is one, are copied over tensor parallel ranks, each of which has other rows (sequence parallelism).
 
     Attributes:
         expert_bias: float32 [E], added to the scores for choosing only; with ``moe_router_enable_expert_bias``.
@@ -79,6 +79,9 @@ class MoERouter(TensorParallelModule):
         self.num_experts, self.topk = experts, config.moe_router_topk
         self.weight = self._parameter(
             "weight", (experts, config.hidden_size), None, Normal(config.init_method_std)
+        )
+        self.bias = (
+            self._parameter("bias", (experts,), None, Constant(0.0)) if config.moe_router_bias else None
         )
         self._buffer("last_counts", (experts,), None, Constant(0.0), torch.int64)
         if config.moe_router_enable_expert_bias:
@@ -105,9 +108,11 @@ class MoERouter(TensorParallelModule):
         """
         wide = torch.promote_types(x.dtype, torch.float32)
         cut = self.sequence_parallel if cut is None else cut
-        weight = self.summed(self.weight) if cut else local(self.weight)
+        held = self.summed if cut else local
         with autocast.off(x):
-            logits = _WideProduct.apply(x, weight.to(wide))
+            logits = _WideProduct.apply(x, held(self.weight).to(wide))
+            if self.bias is not None:
+                logits = logits + held(self.bias).to(wide)
         return Routing(*self._choose(logits, indices), logits)
 
     def _choose(self, logits: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor]:

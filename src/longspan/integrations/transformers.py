@@ -245,9 +245,13 @@ def longspan_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention: query [b, n, s, d], key and value [b, m, s, d] -> out [b, s, n, d], None."""
+    """transformers' attention: query [b, n, s, d], key and value [b, m, s, d] -> out [b, s, n, d], None.
+
+    ``s_aux`` [n] are attention sinks.
+    """
     plan = attention_mask
     if not isinstance(plan, Plan):
         found = "no mask" if plan is None else f"a mask of shape {tuple(plan.shape)}"
@@ -265,6 +269,7 @@ def longspan_attention(
         causal=plan.causal,
         window=plan.window,
         softmax_scale=scaling,
+        sinks=s_aux,
         cp_comm_type=plan.setting.cp_comm_type,
         deterministic=plan.setting.deterministic,
         hierarchical_groups=plan.setting.hierarchical_groups,
@@ -299,8 +304,8 @@ def _check_call(
     for name, value in others.items():
         if name not in TRAVELLERS and value is not None and value is not False:
             raise ValueError(
-                f"attention was called with {name}, which attn_implementation 'longspan' does not serve (no soft cap, no "
-                "sinks, no biases, no head masks, no attention weights to return). Leave it out, or use another "
+                f"attention was called with {name}, which attn_implementation 'longspan' does not serve (no soft cap, "
+                "no biases, no head masks, no attention weights to return). Leave it out, or use another "
                 "attn_implementation."
             )
 

@@ -30,6 +30,7 @@ from longspan.config.parameters import POSITIONS, VOCABULARY, buffer_shapes, par
 from longspan.errors import UserError
 from longspan.files import begin_folder, name_folder
 from longspan.mesh.whole import whole_tensors
+from longspan.models.mxfp4 import read_blocks
 
 SHARD_BYTES = 4 * 2**30
 
@@ -210,7 +211,9 @@ def check_tensors(source: SafetensorsFolder, names: Names) -> None:
     Raises:
         UserError: fused or quantised weights, missing tensors, or some that the model has no place for.
     """
-    expected = {place.name for name in names.shapes() for place in names.places(name, source)}
+    places = [place for name in names.shapes() for place in names.places(name, source)]
+    blocks = {name for place in places if place.scales for name in (place.name, place.scales)}
+    expected = {place.name for place in places} | blocks
     head, table = (names.places(name, source)[0].name for name in reversed(VOCABULARY))
     tied = names.model.share_embeddings_and_output_weights
     others = [
@@ -238,7 +241,7 @@ def check_tensors(source: SafetensorsFolder, names: Names) -> None:
     if problems:
         problems[-1] += " Leave the architecture to base_model, or set reinit_weights: true."
         raise UserError(problems)
-    for name in sorted(expected):
+    for name in sorted(expected - blocks):
         source.weights(name)
     if tied and head in source.files:
         first = [source.slice(name)[0:8] for name in (head, table)]
@@ -277,8 +280,14 @@ def _read_place(source: SafetensorsFolder, place: Place, whole: list[int], range
     Args:
         whole: the shape of our parameter without padding; ranges: the part, (start, stop) along each dim of it.
     """
-    lazy = source.weights(place.name)
     expected, index, single, empty = place_in_tensor(place, whole, ranges)
+    if place.scales:
+        blocks, scales = source.slice(place.name), source.slice(place.scales)
+        where = f"base_model {source.folder}: {place.name}"
+        part = read_blocks(blocks, scales, expected, index, place.turn, where)
+        check_finite(part, f"base_model {source.folder}", place.name, source.files[place.name])
+        return part
+    lazy = source.weights(place.name)
     if list(lazy.get_shape()) != expected:
         raise UserError(
             f"base_model {source.folder}: {place.name} has shape {list(lazy.get_shape())}, the config needs {expected}. "
@@ -289,7 +298,9 @@ def _read_place(source: SafetensorsFolder, place: Place, whole: list[int], range
         return torch.empty(0, *sizes, dtype=WEIGHT_DTYPES[lazy.get_dtype()])
     part = lazy[tuple(index)] if len(index) > 1 else lazy[index[0]]
     if place.transposed:
-        part = part.t()
+        part = part.mT
+    if place.turn[1] > 1:
+        part = part[:, place.turn[0] :: place.turn[1]]
     if place.thin:
         part = part.squeeze(1)
     if place.shift:
@@ -312,14 +323,16 @@ def place_in_tensor(
     first, last = (min(max(edge, held.start), held.stop) - held.start for edge in ranges[0])
     expected = [len(held) if place.total is None else place.total, *whole[1:]]
     index = [slice(place.first + first, place.first + last), *(slice(*edges) for edges in ranges[1:])]
+    if (times := place.turn[1]) > 1:
+        expected[1] *= times
+        index[1] = slice(index[1].start * times, index[1].stop * times)
     if place.thin:
         expected.insert(1, 1)
         index.insert(1, slice(0, 1))
     if single:
         expected, index = expected[1:], index[1:]
     if place.transposed:
-        expected.reverse()
-        index.reverse()
+        expected[-2:], index[-2:] = expected[:-3:-1], index[:-3:-1]
     return expected, index, single, first == last
 
 
@@ -392,8 +405,15 @@ class FolderWriter:
             if sum(map(len, pieces.values())) < place.total:
                 return
             whole = torch.cat([rows for _, rows in sorted(self.pieces.pop(place.name).items())])
+        if place.turn[1] > 1:
+            pieces = self.pieces.setdefault(place.name, {})
+            pieces[place.turn[0]] = whole
+            if len(pieces) < place.turn[1]:
+                return
+            whole = torch.stack([rows for _, rows in sorted(self.pieces.pop(place.name).items())], dim=2)
+            whole = whole.flatten(1, 2)
         if place.transposed:
-            whole = whole.t()
+            whole = whole.mT
         if place.thin:
             whole = whole.unsqueeze(1)
         self.keep(place.name, whole)

@@ -20,9 +20,17 @@ from longspan.models.layer import Rows
 from longspan.models.memory.tiled import tiled
 from longspan.models.norm import Norm, normalised
 from longspan.models.rotary import RotaryTable, apply_rotary
-from longspan.tensor_parallel.layers import ColumnParallelLinear, Operands, RowParallelLinear, projected
-from longspan.tensor_parallel.mlp import activation_of, mlp_product
+from longspan.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    Operands,
+    RowParallelLinear,
+    TensorParallelModule,
+    local,
+    projected,
+)
+from longspan.tensor_parallel.mlp import mlp_activation, mlp_product
 from longspan.tensor_parallel.norm import NormOverHeads
+from longspan.tensor_parallel.random import Normal
 
 
 def residual_std(config: TransformerConfig) -> float:
@@ -55,6 +63,19 @@ def rotated_heads(q: Tensor, k: Tensor, rotary: RotaryTable) -> list[Tensor]:
 def gated_heads(context: Tensor, gate: Tensor) -> Tensor:
     """The output of attention [s, b, n, d], times a sigmoid of the gate."""
     return context * gate.sigmoid()
+
+
+class Sinks(TensorParallelModule):
+    """A learned logit for each query head (``context_parallel.sinks``); a tensor parallel rank has its own heads'."""
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection):
+        super().__init__(config, pg_collection.tp_mesh)
+        initial = Normal(config.init_method_std)
+        self.weight = self._parameter("weight", (config.num_attention_heads,), 0, initial)
+
+    def forward(self) -> Tensor:
+        """[n], of this rank's heads."""
+        return local(self.weight)
 
 
 class SelfAttention(nn.Module, Compilable):
@@ -99,6 +120,7 @@ class SelfAttention(nn.Module, Compilable):
         self.core_attention = DotProductAttention(
             config, layer_number, attn_mask_type, pg_collection=pg_collection
         )
+        self.sinks = Sinks(config, pg_collection) if config.softmax_type == "learnable" else None
         self.linear_proj = RowParallelLinear(
             heads * d, h, config, bias=bias, init_std=residual_std(config), tp_group=tp
         )
@@ -136,7 +158,14 @@ class SelfAttention(nn.Module, Compilable):
         moved = layout is not stream and group is not None
         if moved:
             q, k, v = to_attention(q, k, v, stream, layout, rows.rank, group)
-        context, _ = self.core_attention(q, k, v, packed_seq_params=rows.packed_seq_params, layout=layout)
+        context, _ = self.core_attention(
+            q,
+            k,
+            v,
+            packed_seq_params=rows.packed_seq_params,
+            layout=layout,
+            softmax_offset=None if self.sinks is None else self.sinks(),
+        )
         context = to_stream(context, stream, layout, rows.rank, group) if moved else context
         return context, *gate
 
@@ -165,7 +194,7 @@ class MLP(nn.Module, Compilable):
         super().__init__()
         h, ffn = config.hidden_size, config.ffn_hidden_size
         kwargs = {"bias": config.add_bias_linear, "tp_group": pg_collection.tp_mesh}
-        self.activation = activation_of(config.activation_func)
+        self.activation = mlp_activation(config)
         self.linear_gate = (
             ColumnParallelLinear(h, ffn, config, **kwargs) if config.gated_linear_unit else None
         )

@@ -75,7 +75,9 @@ FLAGS: dict[str, ExternalName] = {
     ),
     "--padded-vocab-size": no_effect("The vocabulary is padded to a multiple of 128, at every layout."),
     "--openai-gelu": refused("GELU is the exact one.", values=0),
-    "--quick-geglu": refused("Use --swiglu.", values=0),
+    "--quick-geglu": becomes(
+        lambda _: {"gated_linear_unit": True, "activation_func": "quick_gelu"}, "It takes no value.", values=0
+    ),
     "--apply-residual-connection-post-layernorm": refused("Layers are pre-norm.", values=0),
     "--apply-query-key-layer-scaling": no_effect(
         "Scores are computed in float32: nothing overflows.", values=0

@@ -15,6 +15,7 @@ from longspan.config.experts import ONLY_WITH_EXPERTS
 from longspan.config.families.experts import WithExperts
 from longspan.config.families.family import ACTIVATIONS, Family, windows_of
 from longspan.config.families.gpt2 import GPT2
+from longspan.config.families.gpt_oss import GptOss
 from longspan.config.families.llama import Llama
 from longspan.config.families.mamba import Mamba2, NemotronH
 from longspan.config.families.mistral import Ministral, Mistral, Mixtral
@@ -32,7 +33,7 @@ FAMILIES: dict[str, Family] = {
     one.model_type: one
     for one in (
         *(Llama(), Mistral(), Ministral(), Qwen2(), Qwen3(), GPT2(), Mixtral(), Qwen2Moe(), Qwen3Moe()),
-        *(Mamba2(), Qwen3Next(), Qwen35(), Qwen35Moe(), OlmoHybrid(), NemotronH()),
+        *(Mamba2(), Qwen3Next(), Qwen35(), Qwen35Moe(), OlmoHybrid(), NemotronH(), GptOss()),
     )
 }
 #: model_type of a model that reads images too -> the type of its text model, which is read alone
@@ -41,7 +42,7 @@ TEXT_MODELS = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 _REAL = (
     *("router_aux_loss_coef", "router_jitter_noise"),
     *("rms_norm_eps", "layer_norm_epsilon", "initializer_range", "rope_theta", "partial_rotary_factor"),
-    *("time_step_min", "routed_scaling_factor"),
+    *("time_step_min", "routed_scaling_factor", "swiglu_alpha", "swiglu_limit"),
 )
 _FLAGS = (
     *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
@@ -80,12 +81,12 @@ def keys_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(
             f"base_model: {where} is of model_type {kind!r}; supported: {', '.join([*FAMILIES, *TEXT_MODELS])}."
         )
-    if data.get("quantization_config"):
+    family = FAMILIES[kind]
+    if (method := quant_method(data)) is not None and method not in family.quantised:
         raise UserError(
             f"base_model: {where} has a quantization_config: its weights are quantised, and only whole ones are read. Give the "
             "model it was made of."
         )
-    family = FAMILIES[kind]
     data = family.renamed(data)
     data = _whole_numbers(
         {k: v for k, v in data.items() if k not in family.nothing or v != family.nothing[k]}
@@ -104,6 +105,12 @@ def keys_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     found = {ours: data[theirs] for theirs, ours in family.keys.items() if data.get(theirs) is not None}
     found["activation_func"] = _activation(data, family.activation, where)
     return _with_effect(found | family.read(data, where))
+
+
+def quant_method(data: Mapping[str, Any]) -> str | None:
+    """How the weights beside a config.json are quantised; None if they are not."""
+    config = data.get("quantization_config")
+    return str(config.get("quant_method")) if isinstance(config, Mapping) else str(config) if config else None
 
 
 def text_model(data: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str]:
@@ -248,7 +255,7 @@ def export_problem(model: Architecture) -> str | None:
         )
     if model.num_moe_experts is not None:
         wrong = min((one.missing(model) for one in dense if isinstance(one, WithExperts)), key=len)
-        return f"a model with experts is exported as Mixtral, Qwen2-MoE or Qwen3-MoE; the nearest of them has no place for {', '.join(wrong)}."
+        return f"a model with experts is exported as Mixtral, Qwen2-MoE, Qwen3-MoE or gpt-oss; the nearest of them has no place for {', '.join(wrong)}."
     if model.learned_positions:
         wrong = FAMILIES["gpt2"].missing(model)
         return f"learned positions leave as a GPT-2, which has no place for {', '.join(wrong)}."
@@ -294,7 +301,8 @@ def hugging_face_config(
         base = {k: v for k, v in base.items() if k.endswith("_token_id")}
     # auto_map names Python files, which are not exported; transformers' own class is named instead.
     windows = ("sliding_window", "layer_types", "use_sliding_window", "max_window_layers")
-    for name in (*windows, "dtype", "auto_map"):
+    # What is written is whole.
+    for name in (*windows, "dtype", "auto_map", "quantization_config"):
         base.pop(name, None)
     common = {
         "architectures": [family.architecture],

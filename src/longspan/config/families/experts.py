@@ -35,7 +35,7 @@ class WithExperts(Family):
     prefix: ClassVar[str] = "mlp.experts"
     matrices: ClassVar[Mapping[str, str]] = _PARTS
     sparse: ClassVar[tuple[bool, ...]] = (True,)
-    required = (
+    required: ClassVar[tuple[str, ...]] = (
         "num_experts_per_tok",
         "decoder_sparse_step",
         "moe_intermediate_size",

@@ -21,9 +21,12 @@ class Place(NamedTuple):
         first: the place of the first of these rows in the tensor, counted from 0: along its dim 0, or along its
             last dim if it is transposed.
         total: number of rows of the tensor; None if it holds these rows alone.
-        transposed: whether the tensor's dims are in the opposite order.
+        transposed: whether the tensor's last two dims are in the opposite order.
         thin: whether the tensor has a dim of size 1 behind its first, as the weight of a convolution has.
         shift: Hugging Face's values are longspan's values plus this number.
+        turn: (i, n): along dim 1 of longspan's parameter the tensor has n times as many rows, those of n parameters
+            in turn, of which this parameter's come at i, i + n, and so on.
+        scales: name of the tensor with the scales, if this one holds numbers of 4 bits in blocks (``models.mxfp4``).
     """
 
     name: str
@@ -33,10 +36,16 @@ class Place(NamedTuple):
     transposed: bool = False
     thin: bool = False
     shift: float = 0.0
+    turn: tuple[int, int] = (0, 1)
+    scales: str | None = None
 
 
 #: fields of Architecture that only some types have -> their value in all others
 IN_FEW_TYPES = {
+    "softmax_type": "vanilla",
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "moe_router_bias": False,
     "softmax_scale": None,
     "attention_output_gate": False,
     "attention_post_norm": False,
@@ -67,6 +76,7 @@ class Family:
         outside, inside: longspan's module -> transformers' module, outside of the layers and inside a layer.
         left_out: the beginnings of the names of tensors that are not read, as transformers does not read them.
         rope_fields: fields of rope_parameters that have no effect on a text.
+        quantised: the quant_method of quantised weights that are read.
     """
 
     model_type: ClassVar[str]
@@ -85,6 +95,7 @@ class Family:
     zero_centered: ClassVar[bool] = False
     left_out: ClassVar[tuple[str, ...]] = ()
     rope_fields: ClassVar[tuple[str, ...]] = ()
+    quantised: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[Mapping[str, Any]]
     expert_needs: ClassVar[Mapping[str, Any]] = {}
     free: ClassVar[tuple[str, ...]] = ()
@@ -199,7 +210,14 @@ class Family:
 
 
 #: Hugging Face's name of an activation -> longspan's name
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", "relu2": "squared_relu"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "squared_relu",
+}
 
 
 def activation_name(ours: Any) -> Any:

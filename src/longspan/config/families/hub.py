@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from longspan.config.families.config_json import FAMILIES, keys_of, text_model
+from longspan.config.families.config_json import FAMILIES, keys_of, quant_method, text_model
 from longspan.config.families.known import known_model
 from longspan.config.families.rotary_decoder import ignored_fields
 from longspan.config.json_text import parse_json
@@ -125,6 +125,10 @@ def unused_fields(base_model: str) -> list[str]:
     family = FAMILIES[text["model_type"]]
     named = ", ".join(ignored_fields(text, family.rope_fields))
     found = [f"rope_scaling of {where_text}: {named} (transformers ignores it too)"] if named else []
+    if (method := quant_method(text)) is not None:
+        found.append(
+            f"quantization_config of {where_text}: weights in {method} are read as bfloat16, and an export holds whole weights of export_dtype (auto: bfloat16)"
+        )
     if text is not data:
         found.append(f"vision_config of {where}: the text model alone is taken")
     return found

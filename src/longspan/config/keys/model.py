@@ -34,7 +34,7 @@ class ModelKeys(BaseModel):
     base_model: str | None = key(
         None,
         "Hugging Face model to start from: a local folder, or a hub id when the hub can be reached (Llama, Mistral, Mixtral, "
-        "Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, Qwen3.5, OLMo Hybrid, Nemotron-H, Mamba-2, GPT-2; docs/models.md).",
+        "Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, Qwen3.5, OLMo Hybrid, Nemotron-H, Mamba-2, gpt-oss, GPT-2; docs/models.md).",
         flag="--base-model",
     )
     reinit_weights: bool = key(
@@ -92,11 +92,19 @@ class ModelKeys(BaseModel):
     gated_linear_unit: bool = key(
         True, "The MLP has a gate: down(act(gate(x)) * up(x)).", megatron_default=False
     )
-    activation_func: Literal["silu", "gelu", "relu", "squared_relu"] = key(
+    activation_func: Literal["silu", "gelu", "quick_gelu", "relu", "squared_relu"] = key(
         "silu",
-        "Activation of the MLP.",
+        "Activation of the MLP; quick_gelu is x sigmoid(1.702 x).",
         switches={"--squared-relu": "squared_relu"},
         megatron_default="gelu",
+    )
+    activation_func_clamp_value: float | None = key(
+        None,
+        "The largest value of a gate, and of up in either direction, before they are multiplied (gpt-oss: 7).",
+        gt=0,
+    )
+    glu_linear_offset: float = key(
+        0.0, "Added to up before it is multiplied by the activated gate (gpt-oss: 1)."
     )
     add_bias_linear: bool = key(
         False,
@@ -116,6 +124,11 @@ class ModelKeys(BaseModel):
         megatron_default="learned_absolute",
     )
     rotary_percent: float = key(1.0, "Share of each head's features that rotary embeddings turn.", gt=0, le=1)
+    softmax_type: Literal["vanilla", "learnable", "off-by-one"] = key(
+        "vanilla",
+        "learnable: each query head has a sink, a logit that joins the softmax's denominator and has no value (gpt-oss); off-by-one: "
+        "a sink of 0.",
+    )
     attention_output_gate: bool = key(
         False, "Each head's output is multiplied by a sigmoid of the layer's input (Qwen3-Next)."
     )
@@ -168,6 +181,7 @@ class ModelKeys(BaseModel):
         0.0, "Coefficient of the balancing loss, which an even layer then adds; a list for a list of kinds."
     )
     moe_z_loss_coeff: float | None = key(None, "Coefficient of the router's z-loss.", ge=0)
+    moe_router_bias: bool = key(False, "The router's logits have a learned bias for each expert (gpt-oss).")
     moe_router_enable_expert_bias: bool = key(
         False,
         "A bias of each expert takes part in the choice alone and is updated once a step, without a loss.",
