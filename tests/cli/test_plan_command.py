@@ -30,7 +30,8 @@ def test_a_plan_says_what_a_run_needs(config, tmp_path):
     done = command.run(*arguments, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
-    assert plan["fits"] and plan["mesh"] == "tp 1 x cp 2 x dp_shard 4 x dp_replicate 1 x pp 1 = 8"
+    assert plan["fits"]
+    assert plan["mesh"] == "tp 1 x cp 2 x dp_shard 4 x dp_replicate 1 x pp 1 = 8"
     memory = plan["memory_gib"]
     parts = sum(size for name, size in memory.items() if name not in ("total", "lightest"))
     assert memory["total"] == pytest.approx(parts) == pytest.approx(memory["lightest"])

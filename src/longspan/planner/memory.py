@@ -100,9 +100,7 @@ def memory_of_rank(run: Run, rank: int, make: MakeTrainer, unit: int = 1) -> Ran
     return rank_memory(rank, traced.parts.values(), traced.held)
 
 
-def rank_memory(
-    rank: int, parts: Iterable[Mapping[str, float]], held: Mapping[str, float]
-) -> RankMemory:
+def rank_memory(rank: int, parts: Iterable[Mapping[str, float]], held: Mapping[str, float]) -> RankMemory:
     """The memory of a rank whose step has these parts."""
     highest = max(parts, key=lambda part: sum(part.values()))
     components = {name: round(highest[name]) for name in COMPONENTS if round(highest.get(name, 0))}
