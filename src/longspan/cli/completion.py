@@ -34,6 +34,7 @@ TAKE_KEYS = (
     "verify",
     "profile",
     "layout",
+    "plan",
     "prepare",
     "env",
 )

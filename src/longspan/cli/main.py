@@ -30,6 +30,7 @@ COMMANDS = {
     "verify": ("longspan.cli.verify", "compare the config's layout with one process: loss, gradients"),
     "profile": ("longspan.cli.profile", "train a few steps and show where time and memory go"),
     "layout": ("longspan.cli.layout", "show who holds and computes what, and what travels, for a pack"),
+    "plan": ("longspan.cli.plan", "the memory of a run before it runs: does it fit?"),
     "experts": ("longspan.cli.experts", "show how evenly a run has used its experts"),
     "env": ("longspan.cli.env", "print versions, devices and variables; --check: are these machines sound?"),
     "completion": ("longspan.cli.completion", "print a completion script for bash, zsh or fish"),

@@ -111,7 +111,7 @@ def read_config(
 
 
 #: commands that read a config but do not need its learning rate
-WITHOUT_TRAINING = ("layout", "prepare", "eval", "env")
+WITHOUT_TRAINING = ("layout", "plan", "prepare", "eval", "env")
 
 
 def key_help(megatron: bool = False) -> str:

@@ -34,6 +34,7 @@ from longspan.tensor_parallel.layers import (
 )
 from longspan.tensor_parallel.mlp import mlp_activation, mlp_product
 from longspan.tensor_parallel.random import Normal
+from longspan.values import known_number
 
 
 @dataclass
@@ -265,7 +266,7 @@ class MoELayer(nn.Module):
         found: dict[str, Tensor] = {}
         for kind in self.config.balancing:
             last = local(self.router.last_counts).to(routing.logits.device)
-            if kind == "global_aux_loss" and bool(last.any()):
+            if kind == "global_aux_loss" and known_number(last.any(), True):
                 found[kind] = last.double()
                 continue
             token_set = _set_of(kind, tokens)

@@ -25,6 +25,7 @@ from longspan.mesh.default_groups import process_groups
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.tensor_parallel.layers import TensorParallelModule, local
 from longspan.tensor_parallel.random import Constant, Normal
+from longspan.values import known_choices
 
 
 class Routing(NamedTuple):
@@ -122,7 +123,7 @@ class MoERouter(TensorParallelModule):
         elif config.moe_router_pre_softmax:
             scores = logits.softmax(1)
         if indices is None:
-            indices = self._largest(scores.detach())
+            indices = known_choices(self._largest(scores.detach()), self.num_experts)
         chosen = scores.gather(1, indices)
         if config.moe_router_score_function == "sigmoid":
             if self.topk > 1:

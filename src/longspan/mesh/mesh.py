@@ -74,8 +74,12 @@ class ParallelMesh:
     expert: RankGenerator
 
     @classmethod
-    def build(cls, sizes: MeshSizes, device_type: str = "cpu") -> ParallelMesh:
+    def build(cls, sizes: MeshSizes, device_type: str = "cpu", only_own: bool = False) -> ParallelMesh:
         """Makes every group of both grids. It is a collective: all ranks must call it, in the same order.
+
+        Args:
+            only_own: makes only the groups that this rank is in, for a process without other ranks: a plan of
+                thousands of ranks would make tens of thousands of groups.
 
         Raises:
             ValueError: the product of the sizes is not the number of processes (the message has the
@@ -111,7 +115,8 @@ class ParallelMesh:
             axis = _axis(rank_lists)
             if axis not in made:
                 alone = all(len(ranks) == 1 for ranks in rank_lists)
-                for ranks in [[rank]] if alone else rank_lists:
+                others = [ranks for ranks in rank_lists if rank in ranks] if only_own else rank_lists
+                for ranks in [[rank]] if alone else others:
                     # A group of this rank alone concerns no other rank.
                     group = dist.new_group(ranks, timeout=wait, use_local_synchronization=alone)
                     if rank in ranks:
@@ -120,9 +125,18 @@ class ParallelMesh:
 
         storage = _grid(dense, ("pp", "dp", "cp", "tp"))
         storage = storage.reshape(sizes.pp, sizes.dp_replicate, sizes.dp_shard * sizes.cp, sizes.tp)
-        device_mesh = DeviceMesh(
-            device_type, storage.contiguous(), mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp")
-        )
+        names = ("pp", "dp_replicate", "fsdp", "tp")
+        if only_own:
+            device_mesh = DeviceMesh.from_group(
+                [group_of(_lines(storage, dim)) for dim in range(4)],
+                device_type,
+                storage.contiguous(),
+                mesh_dim_names=names,
+            )
+            # Context parallel exchanges do not share FSDP's groups here either.
+            made.clear()
+        else:
+            device_mesh = DeviceMesh(device_type, storage.contiguous(), mesh_dim_names=names)
         for group in device_mesh.get_all_groups():
             # Torch's own default is half an hour.
             set_waiting_time(group, wait)
@@ -146,6 +160,8 @@ class ParallelMesh:
         if sizes.pp > 2:
             # The ranks between the ends are in none of these groups.
             pairs = [[ranks[0], ranks[-1]] for ranks in dense.get_ranks("pp")]
+            if only_own:
+                pairs = [ranks for ranks in pairs if rank in ranks]
             held = [dist.new_group(ranks, timeout=wait) for ranks in pairs]
             ends = next((group for ranks, group in zip(pairs, held) if rank in ranks), None)
         groups = ProcessGroupCollection(

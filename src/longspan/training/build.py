@@ -31,9 +31,16 @@ def groups_of(run: Run, mesh: ParallelMesh) -> ProcessGroupCollection:
 
 
 def build_model(
-    run: Run, mesh: ParallelMesh, groups: ProcessGroupCollection, device: torch.device
+    run: Run,
+    mesh: ParallelMesh,
+    groups: ProcessGroupCollection,
+    device: torch.device,
+    filled: bool = True,
 ) -> GPTModel:
     """Builds the model, shards it over the mesh and fills its weights. Collective.
+
+    Args:
+        filled: False leaves the weights without values.
 
     Raises:
         UserError: the weights are not available or belong to another model; or there is no compiler for
@@ -57,7 +64,7 @@ def build_model(
     model = parallelize(
         model,
         mesh,
-        seed=config.seed if run.pretrained is None else None,
+        seed=config.seed if filled and run.pretrained is None else None,
         device=device,
         compute_dtype=compute_dtype,
         recompute=memory.recompute,
@@ -69,7 +76,8 @@ def build_model(
         offload_params=memory.offload_params,
         torch_compile=memory.torch_compile,
     )
-    fill(model, run)
+    if filled:
+        fill(model, run)
     return model
 
 

@@ -17,6 +17,7 @@ from longspan.expert_parallel.balancing import updated_bias
 from longspan.mesh.mesh import ProcessGroupCollection
 from longspan.tensor_parallel.layers import local
 from longspan.training.sharding import LocalBatch
+from longspan.values import known_number, known_numbers
 
 
 def num_tokens(batches: Sequence[LocalBatch]) -> int:
@@ -124,11 +125,15 @@ class Experts:
             return {}
         counts, losses, dropped = self.sums[:, :-3], self.sums[:, -3:-1].mean(0), self.sums[:, -1].sum()
         shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        found = {"moe_aux_loss": losses[0].item()}
+        aux_loss, z_loss = known_numbers(losses, [0.0, 0.0])
+        found = {"moe_aux_loss": aux_loss}
         if self.z_loss:
-            found["moe_z_loss"] = losses[1].item()
+            found["moe_z_loss"] = z_loss
         return found | {
-            "moe_dropped_tokens": int(dropped),
+            "moe_dropped_tokens": int(known_number(dropped, 0.0)),
             **({} if self.numbers[-1] == len(self.numbers) else {"moe_layers": self.numbers}),
-            "moe_load": [[round(share, 6) for share in row] for row in shares.tolist()],
+            "moe_load": [
+                [round(share, 6) for share in known_numbers(row, [1 / self.experts] * self.experts)]
+                for row in shares
+            ],
         }

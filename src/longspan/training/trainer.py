@@ -46,6 +46,7 @@ from longspan.training.schedule import learning_rate, training_steps, warmup_ste
 from longspan.training.sharding import LocalBatch
 from longspan.training.spikes import LossSpikes
 from longspan.training.stragglers import Stragglers, probe
+from longspan.values import known_number, known_numbers
 
 
 class Trainer:
@@ -56,6 +57,8 @@ class Trainer:
         device: the device on which this rank computes.
         metrics: takes the records; only rank 0 has sinks.
         mesh: a mesh of the run's sizes; None makes one.
+        filled: whether the weights get their first values; a plan reads none.
+        train_data: training samples in the place of those of the config.
 
     Attributes:
         step: optimizer steps done, including those without a target.
@@ -79,10 +82,14 @@ class Trainer:
         device: torch.device,
         metrics: Metrics | None = None,
         mesh: ParallelMesh | None = None,
+        filled: bool = True,
+        train_data: TokenDataset | None = None,
     ):
         config = run.config
         self.run, self.device, self.metrics = run, device, metrics or Metrics([])
-        self.train_data, self.valid_data, self.test_data = open_datasets(run)
+        self.train_data, self.valid_data, self.test_data = (
+            open_datasets(run) if train_data is None else (train_data, None, None)
+        )
         self.steps = training_steps(run, len(self.train_data))
         self.warmup = warmup_steps(config, self.steps)
         self.step = self.tokens = 0
@@ -108,7 +115,7 @@ class Trainer:
 
         self.mesh = mesh or ParallelMesh.build(run.sizes, device.type)
         self.groups = groups_of(run, self.mesh)
-        self.model = build_model(run, self.mesh, self.groups, device)
+        self.model = build_model(run, self.mesh, self.groups, device, filled)
         self.parameter_counts = parameter_counts(self.model)
         self.optimizer = make_optimizer(self.model, config)
         self.pipeline = make_pipeline(run, self.model, self.groups, device, self._compute)
@@ -223,7 +230,7 @@ class Trainer:
         if self.pipeline is not None:
             dist.all_reduce(total, group=self.groups.pp)
         dist.all_reduce(total, group=self.groups.dp_cp)
-        return (total / count).item(), int(count)
+        return known_number(total / count, 0.0), int(count)
 
     def apply_gradients(self, rate: float) -> float:
         """Clips the gradients and updates the weights. Returns the gradient norm before clipping. Collective.
@@ -235,21 +242,22 @@ class Trainer:
             NotFinite: the gradient norm is infinite or NaN; the weights are not updated.
         """
         norm = gradient_norm(self.model, self.run.sizes.pp)
-        if not torch.isfinite(norm):
+        value = known_number(norm, 1.0)
+        if not math.isfinite(value):
             raise NotFinite(
-                f"the gradient norm is {norm.item()} in step {self.step + 1}; the weights were not updated. Lower learning_rate, "
+                f"the gradient norm is {value} in step {self.step + 1}; the weights were not updated. Lower learning_rate, "
                 "or look at the data of this step."
             )
         clip_gradients(self.model, norm, self.run.config.max_grad_norm)
         self.experts.end_step()
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
-        return norm.item()
+        return value
 
     def _parameter_norm(self) -> dict[str, float]:
         if not self.run.config.log_params_norm:
             return {}
-        return {"params_norm": parameter_norm(self.model, self.run.sizes.pp).item()}
+        return {"params_norm": known_number(parameter_norm(self.model, self.run.sizes.pp), 1.0)}
 
     def stop(self) -> str:
         """Requests a stop after this step; a signal may do so at any moment. Returns the effect as text."""
@@ -341,7 +349,8 @@ class Trainer:
         asked = [float(self.signalled), float(self.run_out(time.perf_counter())), float(to_save)]
         shared = torch.tensor([peak_memory_gib(self.device), *asked], dtype=torch.float64)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        peak, (self.asked, self.ran_out, self.save_asked) = shared[0], map(bool, shared[1:])
+        peak, *flags = known_numbers(shared, [0.0, *asked])
+        self.asked, self.ran_out, self.save_asked = map(bool, flags)
         elapsed = time.perf_counter() - start
         return self.metrics.write(
             "train",
@@ -355,7 +364,7 @@ class Trainer:
             tokens=self.tokens,
             step_time=elapsed,
             tokens_per_second=count / elapsed,
-            peak_memory_gib=peak.item(),
+            peak_memory_gib=peak,
         )
 
     # --- all steps -------------------------------------------------------------------------
