@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,9 @@ from longspan.training.sharding import LocalBatch
 from longspan.training.spikes import LossSpikes
 from longspan.training.stragglers import Stragglers, probe
 
+if TYPE_CHECKING:
+    from longspan.integrations.causal_lm import CausalLM
+
 
 class Trainer:
     """A model, its optimizer and its data on this rank of a mesh.
@@ -67,7 +71,7 @@ class Trainer:
 
     run: Run
     mesh: ParallelMesh
-    model: GPTModel
+    model: GPTModel | CausalLM
     optimizer: torch.optim.AdamW
     step: int
     steps: int
@@ -157,8 +161,7 @@ class Trainer:
     # --- one micro-batch ------------------------------------------------------------------
 
     def _plan(self, layout: SequenceLayout) -> None:
-        for layer in self.model.decoder.layers.values():
-            layer.plan(layout)
+        self.model.plan(layout)
 
     def losses(self, batch: LocalBatch) -> Tensor:
         """The loss (nats) of each of this rank's tokens of a micro-batch, [b, rows]; 0 without a target."""
