@@ -44,11 +44,7 @@ def class_on_meta(run: Run) -> Any:
     Raises:
         UserError: the class cannot be made, or does not let its attention be chosen.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
-
-    # Registers the name ``longspan`` with transformers.
-    import longspan.integrations.transformers  # noqa: F401
 
     assert run.config.base_model is not None
     data, where = model_config(run.config.base_model)
@@ -57,12 +53,7 @@ def class_on_meta(run: Run) -> Any:
         config.output_router_logits = False
     logging.set_verbosity_error()
     try:
-        with torch.device("meta"):
-            hf = AutoModelForCausalLM.from_config(
-                config,
-                dtype=getattr(torch, run.precision.params_dtype),
-                attn_implementation="longspan",
-            )
+        hf = make_on_meta(config, getattr(torch, run.precision.params_dtype))
     # A class raises errors of many kinds for fields that do not fit each other.
     except Exception as error:
         raise UserError(
@@ -74,6 +65,21 @@ def class_on_meta(run: Run) -> Any:
             f"base_model: {where}: {type(hf).__name__} has no base model below its head, so its loss cannot be computed in parts."
         )
     return hf
+
+
+def make_on_meta(config: Any, dtype: torch.dtype) -> Any:
+    """transformers' class of a config object, on ``meta``, its attention by ``longspan``."""
+    from transformers import AutoModelForCausalLM
+
+    # Registers the name ``longspan`` with transformers.
+    import longspan.integrations.transformers  # noqa: F401
+
+    # torch has no grouped product in float64.
+    experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="longspan", **experts
+        )
 
 
 def layers_of(hf: nn.Module) -> list[nn.Module]:

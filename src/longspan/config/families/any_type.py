@@ -33,6 +33,25 @@ RECURRENT = [
     "zamba",
     "zamba2",
 ]
+#: types that read their text in both directions, unless is_decoder says otherwise
+BOTH_DIRECTIONS = [
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+]
 #: types whose config does not say what their layers need -> why they cannot be cut
 CANNOT_BE_CUT = {
     **dict.fromkeys(
@@ -137,6 +156,8 @@ def _problems(data: Mapping[str, Any], config: Any) -> list[str]:
     if data.get("quantization_config"):
         return ["has a quantization_config: only whole weights are read. Give the model it was made of."]
     kind = data["model_type"]
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        return ["has cross-attention, and only decoders without it are trained."]
     text = config.get_text_config(decoder=True)
     if text is not config or data.get("vision_config") or data.get("audio_config"):
         return [
@@ -145,13 +166,11 @@ def _problems(data: Mapping[str, Any], config: Any) -> list[str]:
         ]
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        return ["has cross-attention, and only decoders without it are trained."]
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return [
             "has no causal language model in transformers: only heads that predict the next token are trained."
         ]
-    if getattr(config, "is_decoder", True) is False:
+    if kind in BOTH_DIRECTIONS and not getattr(config, "is_decoder", False):
         return [
             "reads its text in both directions (is_decoder is false): only causal language models are trained."
         ]
