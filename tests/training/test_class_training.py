@@ -111,7 +111,9 @@ def trained(prefix, base, changes, to):
 def test_an_export_is_what_transformers_loads_with_equal_logits(kind, folders, prefix, tmp_path):
     more = {"params_dtype": "float32", "export_dtype": "float32", "cp_comm_type": "all_gather"} | CP2
     expected = pool.run(2, trained, prefix, folders(kind), more, str(tmp_path / "hf"))[0]
-    model, about = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    model, about = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
     assert not any(about.values()), about
     assert model.config.architectures == [type(model).__name__]
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=1e-5)

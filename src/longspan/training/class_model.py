@@ -34,6 +34,8 @@ from longspan.training import class_weights
 
 #: relative difference up to which a class's own loss (computed in float32) and ours are one loss
 SAME = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 3e-2}
+#: what a class raises that does not work with longspan's attention; errors of communication are none of these
+OF_A_CLASS = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
 #: tokens of each rank in the comparison
 COMPARED = 16
 
@@ -225,9 +227,9 @@ def compare(model: CausalLM, run: Run, device: torch.device) -> None:
 
     try:
         own = model(inputs.to(device), labels=targets.to(device), num_targets=total).item()
-    except (TypeError, ValueError) as error:
+    except OF_A_CLASS as error:
         raise UserError(
-            f"base_model: {name} has no loss that can be compared with the one computed in parts ({error})."
+            f"base_model: {name} does not compute its loss with longspan's attention ({type(error).__name__}: {error})."
         ) from None
     dtype = getattr(torch, run.precision.compute_dtype)
     try:
@@ -235,11 +237,16 @@ def compare(model: CausalLM, run: Run, device: torch.device) -> None:
         same = abs(found - own) <= SAME[dtype] * abs(own)
         why = f"a loss of {found:.6g} by chunks, and of {own:.6g} by itself"
     # The class reads more of its base model than the hidden states.
-    except (AttributeError, TypeError) as error:
+    except OF_A_CLASS as error:
         same, why = False, f"no forward by chunks ({error})"
     if not same:
         model.whole_logits = True
-        found = cut()
+        try:
+            found = cut()
+        except OF_A_CLASS as error:
+            raise UserError(
+                f"base_model: {name} does not compute a part of a sequence ({type(error).__name__}: {error})."
+            ) from None
         if not abs(found - own) <= SAME[dtype] * abs(own):
             raise UserError(
                 f"base_model: {name} computes a loss of {own:.6g} for a sequence, and {found:.6g} when it is cut over {ranks} "

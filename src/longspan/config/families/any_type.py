@@ -93,13 +93,20 @@ def config_of(data: Mapping[str, Any], where: str) -> Any:
         raise UserError(
             f"base_model: {where} is of model_type {kind!r}, which neither longspan nor the installed transformers has.{near}{own}"
         )
+    from transformers.utils import logging
+
+    # It warns of special tokens beyond the vocabulary, which have no part in training.
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         return CONFIG_MAPPING[kind].from_dict(dict(data))
     # A config class raises errors of many kinds for impossible values.
     except Exception as error:
         raise UserError(
-            f"base_model: {where}: transformers cannot read it ({type(error).__name__}: {error})."
+            f"base_model: {where}: transformers cannot read it ({type(error).__name__}: {' '.join(str(error).split())})."
         ) from None
+    finally:
+        logging.set_verbosity(before)
 
 
 def keys_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -174,6 +181,10 @@ def _problems(data: Mapping[str, Any], config: Any) -> list[str]:
         return [
             "reads its text in both directions (is_decoder is false): only causal language models are trained."
         ]
+    if getattr(config, "use_bidirectional_attention", False):
+        return [
+            "attends in both directions (use_bidirectional_attention): only causal language models are trained."
+        ]
     if kind in CANNOT_BE_CUT:
         return [f"{CANNOT_BE_CUT[kind]}. It cannot be trained here."]
     return [*_layer_problems(config), *_random_problems(data, config)]
@@ -208,21 +219,25 @@ def _layer_problems(config: Any) -> list[str]:
 
 
 def _random_problems(data: Mapping[str, Any], config: Any) -> list[str]:
-    """Fields that draw random numbers while training, whose pattern would depend on the layout."""
+    """What draws random numbers while training, whose pattern would depend on the layout."""
+    if not (drawn := drawn_fields(data, config)):
+        return []
+    named = ", ".join(f"{name} {value}" for name, value in sorted(drawn.items()))
+    return [
+        f"sets {named}: what is drawn would depend on the layout, and the loss must not. Set 0.0 in its config.json."
+    ]
+
+
+def drawn_fields(data: Mapping[str, Any], config: Any) -> dict[str, float]:
+    """The fields of dropout and of noise that are not 0, with their values."""
     fields = {**vars(config), **data}
-    drawn = {
+    return {
         name: value
         for name, value in fields.items()
         if isinstance(value, float | int) and not isinstance(value, bool) and value > 0
         and (any(word in name for word in ("dropout", "pdrop", "layerdrop")) or name.endswith("jitter_noise"))
         and name not in _IDLE_DROPOUT
     }  # fmt: skip
-    if not drawn:
-        return []
-    named = ", ".join(f"{name} {value}" for name, value in sorted(drawn.items()))
-    return [
-        f"sets {named}: what is drawn would depend on the layout, and the loss must not. Set 0 in its config.json."
-    ]
 
 
 def length_problem(data: Mapping[str, Any], where: str, sequence_len: int) -> str | None:
