@@ -83,6 +83,18 @@ def test_one_curve_at_every_layout_and_over_a_resume_at_another_one(kind, folder
     same(pool.run(4, curve, prefix, base, {"dp_shard_size": 2} | CP2)[0], whole)
 
 
+def test_documents_cut_over_as_many_ranks_as_they_need(folders, prefix):
+    expected = pool.run(1, curve, prefix, folders("phi3"), {}, 4)[0]
+    hybrid = {"hybrid_context_parallel": True, "max_seqlen_per_dp_cp_rank": 30} | CP2
+    same(pool.run(2, curve, prefix, folders("phi3"), hybrid, 4)[0], expected)
+
+
+def test_a_stream_without_packing_and_several_rows_a_micro_batch(folders, prefix):
+    more = {"sample_packing": False, "micro_batch_size": 2}
+    expected = pool.run(1, curve, prefix, folders("gemma3_text"), more, 4)[0]
+    same(pool.run(2, curve, prefix, folders("gemma3_text"), more | CP2, 4)[0], expected)
+
+
 def logits_of(model, seed=3):
     tokens = torch.randint(tiny.VOCAB, (1, 30), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,8 +21,11 @@ from longspan.training.trainer import Trainer  # noqa: E402
 CPU = torch.device("cpu")
 
 
-def verdict_of(kind, comm_type, folder):
-    return benchmark().verdict(kind, comm_type, "zigzag", folder)
+def verdict_of(kind, comm_type, folder, chunk=None):
+    from longspan.integrations import causal_lm
+
+    with mock.patch.object(causal_lm, "CHUNK_NUMEL_CPU", chunk or causal_lm.CHUNK_NUMEL_CPU):
+        return benchmark().verdict(kind, comm_type, "zigzag", folder)
 
 
 #: one of each sort: plain, MoE in files one by one, MoE in one tensor, learned positions, a stand-in that fails
@@ -41,6 +45,13 @@ def test_three_ranks_and_moved_heads_compute_the_same(tmp_path):
         folder.mkdir()
         found = pool.run(ranks, verdict_of, kind, moves, str(folder))[0]
         assert found["verdict"].startswith("same"), found
+
+
+@pytest.mark.parametrize("kind", ["granite", "gemma3_text", "cohere"])
+def test_what_a_class_does_behind_its_head_is_done_to_each_chunk(kind, tmp_path):
+    """A division, a soft cap and a factor, in chunks of five rows."""
+    found = pool.run(2, verdict_of, kind, "p2p", str(tmp_path), 5 * 61)[0]
+    assert found["verdict"] in ("same", "same in float32"), found
 
 
 def read_on_two(prefix, base):
@@ -147,3 +158,24 @@ def test_a_config_of_another_size_than_the_weights_is_refused(tmp_path):
     run = class_run(tiny.write_data(tmp_path), str(base), 1)
     with pytest.raises(UserError, match="Its config.json and its weights do not belong together"):
         check_weights(run)
+
+
+def test_the_text_part_of_a_multimodal_model_is_a_model_of_its_own(tmp_path):
+    """The lines of docs/models.md, on a tiny Gemma 3 that reads images."""
+    text_fields = {"vocab_size": tiny.VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    text_fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.AutoConfig.for_model(
+        "gemma3", text_config=text_fields, vision_config=vision | {"image_size": 28, "patch_size": 14}
+    )
+    whole = transformers.AutoModelForImageTextToText.from_config(config)
+    text = transformers.AutoModelForCausalLM.from_config(whole.config.get_text_config(), dtype=whole.dtype)
+    text.model.load_state_dict(whole.model.language_model.state_dict())
+    text.lm_head.load_state_dict(whole.lm_head.state_dict())
+    text.save_pretrained(tmp_path / "text")
+    run = class_run(tiny.write_data(tmp_path), str(tmp_path / "text"), 1)
+    check_weights(run)
+    tokens = torch.arange(1, 20).unsqueeze(0)
+    with torch.no_grad():
+        expected = whole.eval()(input_ids=tokens).logits
+        torch.testing.assert_close(text.eval()(input_ids=tokens).logits, expected)

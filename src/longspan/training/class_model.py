@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from longspan.config.families.any_type import config_of
+from longspan.config.families import any_type
 from longspan.config.families.hub import model_config, model_folder
 from longspan.config.lora import ALL_LINEAR, Lora
 from longspan.config.run import Run
@@ -50,12 +50,14 @@ def class_on_meta(run: Run) -> Any:
 
     assert run.config.base_model is not None
     data, where = model_config(run.config.base_model)
-    config = config_of(data, where)
+    config = any_type.config_of(data, where)
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
     logging.set_verbosity_error()
     try:
         hf = make_on_meta(config, getattr(torch, run.precision.params_dtype))
+    except UserError:
+        raise
     # A class raises errors of many kinds for fields that do not fit each other.
     except Exception as error:
         raise UserError(
@@ -70,7 +72,11 @@ def class_on_meta(run: Run) -> Any:
 
 
 def make_on_meta(config: Any, dtype: torch.dtype) -> Any:
-    """transformers' class of a config object, on ``meta``, its attention by ``longspan``."""
+    """transformers' class of a config object, on ``meta``, its attention by ``longspan``.
+
+    Raises:
+        UserError: the class computes its attention by itself.
+    """
     from transformers import AutoModelForCausalLM
 
     # Registers the name ``longspan`` with transformers.
@@ -79,9 +85,14 @@ def make_on_meta(config: Any, dtype: torch.dtype) -> Any:
     # torch has no grouped product in float64.
     experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="longspan", **experts
+        hf = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="longspan", **experts)
+    # transformers looks into the class's source; without the interface the choice would be ignored.
+    can_choose = getattr(type(hf), "_can_set_attn_implementation", None)
+    if can_choose is not None and not can_choose():
+        raise UserError(
+            f"base_model: {type(hf).__name__} {any_type.OWN_ATTENTION}. It cannot be trained here."
         )
+    return hf
 
 
 def layers_of(hf: nn.Module) -> list[nn.Module]:

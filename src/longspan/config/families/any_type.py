@@ -52,6 +52,21 @@ BOTH_DIRECTIONS = [
     "xlm-roberta-xl",
     "xmod",
 ]
+COMPUTE_ATTENTION_BY_THEMSELVES = [
+    "codegen",
+    "cpmant",
+    "doge",
+    "gpt_neo",
+    "gpt_neox_japanese",
+    "gptj",
+    "openai-gpt",
+    "reformer",
+    "trocr",
+    "xglm",
+    "xlm",
+    "xlnet",
+]
+OWN_ATTENTION = "computes its attention by itself, not by an attention function that can be chosen"
 #: types whose config does not say what their layers need -> why they cannot be cut
 CANNOT_BE_CUT = {
     **dict.fromkeys(
@@ -62,7 +77,14 @@ CANNOT_BE_CUT = {
         ("bloom", "mpt", "falcon"),
         "adds a bias by distance to its attention scores (ALiBi), or may, and no kernel here adds one",
     ),
-    "gpt_oss": "has attention sinks, which longspan's attention does not take",
+    **dict.fromkeys(
+        ("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"),
+        "has attention sinks, which longspan's attention does not take",
+    ),
+    **dict.fromkeys(
+        COMPUTE_ATTENTION_BY_THEMSELVES,
+        OWN_ATTENTION,
+    ),
 }
 
 #: fields with "dropout" in their names that a language model's class does not use
@@ -126,8 +148,8 @@ def keys_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         "num_layers": config.num_hidden_layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
-        "num_query_groups": getattr(config, "num_key_value_heads", None) or heads,
-        "kv_channels": getattr(config, "head_dim", None) or hidden // heads,
+        "num_query_groups": field_of(config, "num_key_value_heads") or heads,
+        "kv_channels": field_of(config, "head_dim") or hidden // heads,
         "ffn_hidden_size": _whole(getattr(config, "intermediate_size", None)),
         "vocab_size": config.vocab_size,
         "max_position_embeddings": _whole(getattr(config, "max_position_embeddings", None)),
@@ -135,6 +157,14 @@ def keys_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         "sliding_window": _windows(config),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def field_of(config: Any, name: str) -> Any:
+    """A field of a config; None if it has none, and a text if its layers differ in it (then transformers raises)."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return "differs by layer"
 
 
 def _whole(value: Any) -> int | None:
@@ -210,7 +240,12 @@ def _layer_problems(config: Any) -> list[str]:
             f"has query heads of {queries} features and value heads of {values} (MLA), and no kernel here takes unequal sizes."
         )
     sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-    odd = [name for name in sizes if _whole(getattr(config, name, None)) is None]
+    odd = [name for name in sizes if _whole(field_of(config, name)) is None]
+    odd += [
+        name
+        for name in ("head_dim", "num_key_value_heads")
+        if (value := field_of(config, name)) is not None and _whole(value) is None
+    ]
     if odd:
         found.append(
             f"has no single number for {', '.join(odd)}: models whose layers differ in size are not trained."
