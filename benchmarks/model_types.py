@@ -229,7 +229,7 @@ def verdict(kind: str, comm_type: str, layout: str, folder: str) -> dict[str, An
         return {
             "type": kind,
             "verdict": "not tried",
-            "why": f"no tiny config ({type(error).__name__}: {error})",
+            "why": f"no tiny config ({_short(error)})",
         }
     torch.manual_seed(0)
     try:
@@ -300,21 +300,18 @@ def look(types: list[str], comm_type: str, layout: str, out: str) -> None:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """The table of docs/models.md."""
+    """The tables of docs/models.md: the types that compute the same, and the others with the reason."""
     lines = ["| type | class | plain | packed | verdict |", "|---|---|---|---|---|"]
     for one in results:
-        if "plain" not in one:
-            continue
-        native = ", native by default" if one["type"] in FAMILIES else ""
-        lines.append(
-            f"| `{one['type']}` | {one['class']} | {one['plain']:.0e} | {one['packed']:.0e} | {one['verdict']}{native} |"
-        )
+        if "plain" in one:
+            native = ", native by default" if one["type"] in FAMILIES else ""
+            errors = f"{one['plain']:.0e} | {one['packed']:.0e}"
+            lines.append(f"| `{one['type']}` | {one['class']} | {errors} | {one['verdict']}{native} |")
     lines += ["", "| type | verdict | why |", "|---|---|---|"]
-    lines += [
-        f"| `{one['type']}` | {one['verdict']} | {one['why'].replace('|', ' ')} |"
-        for one in results
-        if "plain" not in one
-    ]
+    for one in results:
+        if "plain" not in one:
+            why = " ".join(one["why"].removeprefix("base_model: ").replace("|", " ").split()).rstrip(".")
+            lines.append(f"| `{one['type']}` | {one['verdict']} | {why} |")
     return "\n".join(lines)
 
 
