@@ -78,7 +78,8 @@ def keys_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"base_model: {where} is of model_type {kind!r}; supported: {', '.join([*FAMILIES, *TEXT_MODELS])}."
+            f"base_model: {where} is of model_type {kind!r}; supported: {', '.join([*FAMILIES, *TEXT_MODELS])}. "
+            "longspan train computes other types by transformers' own class (model_implementation: transformers)."
         )
     if data.get("quantization_config"):
         raise UserError(
