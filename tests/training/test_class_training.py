@@ -145,6 +145,16 @@ def test_adapters_train_alike_and_peft_loads_them(kind, folders, prefix, tmp_pat
     assert (before - logits).abs().max() > 1e-2
 
 
+def test_adapters_are_resumed_at_another_layout_with_shards_in_the_cpus_memory(folders, prefix, tmp_path):
+    base, saved = folders("phi3"), str(tmp_path / "checkpoints")
+    lora = LORA | {"lora_target_linear": False, "lora_target_modules": ["qkv_proj", "o_proj"]}
+    whole = pool.run(1, curve, prefix, base, lora, 6)[0]
+    pool.run(2, curve, prefix, base, CP2 | lora, 3, saved)
+    more = {"dp_shard_size": 2, "offload_params": True} | lora
+    rest = pool.run(2, curve, prefix, base, more, 3, None, f"{saved}/step_00000003")[0]
+    same(rest[:2], [x[3:] for x in whole[:2]])
+
+
 def parameters_of(prefix, base, changes):
     """All parameters whole, as a checksum each, and whether a rank holds no more than its share."""
     trainer = Trainer(class_run(prefix, base, dist.get_world_size(), **changes), CPU)
