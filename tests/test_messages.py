@@ -5,7 +5,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "longspan"
 #: texts that explain something to a user, such as "what was found: the rule. The remedy."
-MESSAGES = 1094
+MESSAGES = 1124
 
 
 def messages(tree):

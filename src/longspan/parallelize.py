@@ -14,6 +14,8 @@ share of the global mean (invariant I1).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import (
@@ -76,9 +78,8 @@ def parallelize(
     if torch_compile:
         check_compiler(device)
         compile_parts(model, torch_compile)
-    # Pinned memory can be copied while the device computes; without a GPU there is no pinned memory.
-    policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload_params else OffloadPolicy()
-    shard(model, mesh, compute_dtype, reshard_after_forward, policy)
+    layers = list(model.decoder.layers.values())
+    shard(model, layers, mesh, compute_dtype, reshard_after_forward, offload_policy(offload_params, device))
     model.to_empty(device=torch.device("cpu") if offload_params else device)
     init_buffers(model)
     if seed is not None:
@@ -86,14 +87,21 @@ def parallelize(
     return model
 
 
+def offload_policy(offload_params: bool, device: torch.device) -> OffloadPolicy:
+    """Where FSDP2 keeps this rank's shards, as ``offload_params`` of :func:`parallelize` says."""
+    # Pinned memory can be copied while the device computes; without a GPU there is no pinned memory.
+    return CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload_params else OffloadPolicy()
+
+
 def shard(
-    model: GPTModel,
+    model: nn.Module,
+    layers: Iterable[nn.Module],
     mesh: ParallelMesh,
     compute_dtype: torch.dtype | None,
     reshard_after_forward: bool,
     offload_policy: OffloadPolicy,
 ) -> None:
-    """Applies FSDP2 to each layer, and to the rest of the model."""
+    """Applies FSDP2 to each of the model's layers, and to the rest of the model."""
     axes = ("dp_replicate", "fsdp") if mesh.sizes.dp_replicate > 1 else ("fsdp",)
     kwargs = {
         "mesh": mesh.device_mesh[axes],
@@ -105,7 +113,7 @@ def shard(
         ),
         "offload_policy": offload_policy,
     }
-    for layer in model.decoder.layers.values():
+    for layer in layers:
         for module in layer.modules():
             if isinstance(module, GroupedMLP):
                 _shard_experts(module, mesh, reshard_after_forward, kwargs)

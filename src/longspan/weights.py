@@ -52,10 +52,10 @@ def load_pretrained(model: GPTModel, source: SafetensorsFolder) -> None:
             problems += error.problems
         else:
             parameter.to_local().copy_(part)
-    _agree(problems)
+    agree(problems)
 
 
-def _agree(problems: list[str]) -> None:
+def agree(problems: list[str]) -> None:
     """Raises a UserError on all ranks if any rank has problems, so that no rank waits for a stopped one."""
     found: list = [None] * dist.get_world_size()
     dist.all_gather_object(found, problems)
@@ -85,7 +85,7 @@ def load_adapters(model: GPTModel, folder: str | Path, model_type: str | None) -
                 parameter.to_local().copy_(part)
     except UserError as error:
         problems = error.problems
-    _agree(problems)
+    agree(problems)
 
 
 def fill_adapters(model: GPTModel, run: Run) -> None:

@@ -402,7 +402,7 @@ def test_text_values_on_the_command_line_stay_text(folder):
         ({"model_type": "llama"}, "num_layers, hidden_size, num_attention_heads: missing"),
         ({"model_type": "llama", "hidden_size": -32}, "sets hidden_size -32: a whole number from 1"),
         ({"model_type": "llama", "hidden_act": "selu"}, "hidden_act 'selu'"),
-        ({"model_type": "mamba"}, "model_type 'mamba'"),
+        ({"model_type": "mamba"}, "(mamba) has recurrent or convolutional layers"),
     ],
 )
 def test_a_broken_base_model_is_refused(folder, tmp_path, base, message):

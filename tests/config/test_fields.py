@@ -56,7 +56,7 @@ def test_a_checkpoint_records_the_model_by_these_names(changes):
         *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
         *("ffn_hidden_size", "normalization", "layernorm_zero_centered_gamma", "gated_linear_unit"),
         *("activation_func", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "position_embedding_type"),
-        *("vocab_size", "tie_word_embeddings", "num_moe_experts"),
+        *("vocab_size", "tie_word_embeddings", "num_moe_experts", "model_implementation"),
         *("softmax_type", "qk_layernorm_over_heads", "attention_output_gate", "attention_post_norm"),
         *("layer_types", "hybrid_override_pattern"),
         *(("max_position_embeddings",) if changes else ()),

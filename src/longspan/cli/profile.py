@@ -64,6 +64,11 @@ def run(arguments: Sequence[str]) -> int:
     )
     folder = Path(own["--out"]) if "--out" in own else Path(checked.config.output_dir) / "profile"
     check_folder(folder, problems)
+    if checked.by_class:
+        problems.append(
+            f"model_implementation: {checked.config.base_model} is computed by transformers' own class, and only native models "
+            "are profiled so far (docs/models.md has their types)."
+        )
     if "--png" in own and not has_package("matplotlib"):
         problems.append("--png needs matplotlib, which is not installed. pip install 'longspan[plot]'.")
     if problems:

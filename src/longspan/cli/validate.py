@@ -15,7 +15,7 @@ from longspan.config.data import PATHS, marks_documents, read_blend
 from longspan.config.dialects.megatron import parse_megatron_flags
 from longspan.config.dialects.megatron_messages import by_flags
 from longspan.config.experts import experts_line
-from longspan.config.families.hub import architecture_of, is_hub_id, unused_fields
+from longspan.config.families.hub import is_hub_id, model_config, unused_fields
 from longspan.config.load import Reading, make_config
 from longspan.config.options import Overrides, parse_overrides
 from longspan.config.recurrent import is_recurrent, recurrent_line
@@ -96,7 +96,7 @@ def check(name: str, reading: Reading, world: int | None) -> dict[str, Any]:
         return result
     if config.base_model is not None and is_elsewhere(config.base_model):
         try:
-            architecture_of(config.base_model, network=False)
+            model_config(config.base_model, network=False)
         except UserError:
             bad.add("base_model")
             not_checked.append(
@@ -118,7 +118,7 @@ def check(name: str, reading: Reading, world: int | None) -> dict[str, Any]:
     except UserError as error:
         return result | {"problems": error.problems, "without_effect": reading.notes}
     if config.base_model is not None and config.rope_scaling is None and "base_model" not in bad:
-        reading.notes += unused_fields(config.base_model)
+        reading.notes += unused_fields(config.base_model, whole.model_implementation)
     paths = [("datasets", source.path) for source in config.datasets]
     for name in PATHS:
         if given := getattr(config, name):

@@ -23,6 +23,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 #: the projections of a recurrent layer
 RECURRENT_TARGETS = ("in_proj", "out_proj")
 ALL_TARGETS = (*TARGETS, *RECURRENT_TARGETS)
+#: PEFT's word for all linear layers but the output layer
+ALL_LINEAR = "all-linear"
 #: Hugging Face's names of parts of a target, where the name alone does not give the target
 _PARTS = {
     **{name: name for name in ALL_TARGETS},
@@ -67,7 +69,8 @@ class Lora:
     Attributes:
         rank: r, the inner size.
         alpha: the scale's numerator.
-        targets: the layers that get an adapter, in the order of ``ALL_TARGETS``.
+        targets: the layers that get an adapter, in the order of ``ALL_TARGETS``; of a model that transformers' class
+            computes, names of its linear layers, or ``ALL_LINEAR``.
         rslora: the scale is alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r.
     """
 
@@ -114,6 +117,9 @@ def lora_of(config: TrainConfig) -> Lora | None:
     if config.adapter is None:
         return None
     assert config.lora_r is not None
+    if config.model_implementation == "transformers":
+        named = (ALL_LINEAR,) if config.lora_target_linear else tuple(config.lora_target_modules or ())
+        return Lora(config.lora_r, config.lora_alpha or config.lora_r, named, config.peft_use_rslora)
     asked = linear_targets(config) if config.lora_target_linear else config.lora_target_modules or ()
     targets = tuple(name for name in ALL_TARGETS if name in asked)
     return Lora(config.lora_r, config.lora_alpha or config.lora_r, targets, config.peft_use_rslora)
@@ -174,7 +180,7 @@ def read_peft_config(folder: str | Path) -> tuple[Lora, str | None]:
             f"{path} sets init_lora_weights {start!r}: its adapters belong to base weights that PEFT changed when it made them, "
             f"and beside the base model's own they give nonsense. {remedy}"
         )
-    if targets == "all-linear":
+    if targets == ALL_LINEAR:
         targets = TARGETS
     strange = (
         [targets] if isinstance(targets, str) else [str(t) for t in targets or ["none"] if t not in _PARTS]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 from pydantic import ValidationError
 
+from longspan.config.architecture import Architecture, key_of
 from longspan.config.experts import expert_grid_problems
-from longspan.config.families.hub import architecture_of
+from longspan.config.families.hub import architecture_of, implementation_of, sequence_problem
 from longspan.config.rope import rope_type, with_original_length
 from longspan.config.rules import RULES
 from longspan.config.rules.pipeline import micro_batch_problems, schedule_of, virtual_size_of
@@ -44,6 +46,8 @@ def compiles(config: TrainConfig, device: str) -> bool:
 
     ``torch_compile: auto`` compiles on CUDA, unless deterministic_mode is on.
     """
+    if config.torch_compile == "auto" and config.model_implementation == "transformers":
+        return False
     if config.torch_compile == "auto":
         return device == "cuda" and not config.deterministic_mode
     return config.torch_compile
@@ -92,6 +96,9 @@ def complete(
     return config.model_copy(
         update={
             "device": device,
+            "model_implementation": "native"
+            if config.model_implementation == "auto"
+            else config.model_implementation,
             "bf16": device == "cuda" and config.params_dtype == "float32" if bf16 == "auto" else bf16,
             "tf32": config.tf32 is True,
             "torch_compile": compiles(config, device) and compiler,
@@ -112,12 +119,21 @@ def _with_base_model(config: TrainConfig, name: str, found: list[Problem], bad: 
     try:
         given = {k for k in config.model_fields_set if getattr(config, k) is not None}
         # A model that was not found before is not searched on the hub again.
-        whole = architecture_of(name, network="base_model" not in bad)
+        network = "base_model" not in bad
+        implementation = implementation_of(name, config.model_implementation, network)
+        whole = architecture_of(name, network, implementation)
         base = {k: v for k, v in whole.items() if k not in given}
         if "moe_router_load_balancing_type" in given:
             # The coefficient belongs to the kind of loss that base_model was trained with.
             base.pop("moe_aux_loss_coeff", None)
+        base["model_implementation"] = implementation
+        changed = _changed(config, whole) if implementation == "transformers" else []
+        found += [((key, "base_model"), text) for key, text in changed]
         config = TrainConfig.model_validate(config.model_dump(exclude_unset=True) | base)
+        if implementation == "transformers":
+            if text := sequence_problem(name, config.sequence_len):
+                found.append((("sequence_len", "base_model"), text))
+            return config
         return _longer(config, whole, given)
     except ValidationError as error:
         for e in error.errors():
@@ -128,6 +144,29 @@ def _with_base_model(config: TrainConfig, name: str, found: list[Problem], bad: 
         bad |= {"num_layers", "hidden_size", "num_attention_heads", "vocab_size", "reinit_weights"}
         bad.add("num_moe_experts")
     return config
+
+
+def _changed(config: TrainConfig, base: dict[str, Any]) -> list[tuple[str, str]]:
+    """(key, message) for each key of the architecture that the config sets to another value than base_model has.
+
+    transformers' own class reads its config.json, so that such a key would have no effect.
+
+    Args:
+        base: base_model's architecture keys.
+    """
+    keys = [key_of(one) for one in fields(Architecture)] + ["vocab_size"]
+    # The dropouts and rope_scaling have rules of their own.
+    keys = [key for key in keys if key not in ("attention_dropout", "hidden_dropout", "rope_scaling")]
+    defaults = {key: TrainConfig.model_fields[key].default for key in keys}
+    return [
+        (
+            key,
+            f"{key} {getattr(config, key)!r}: base_model is computed by transformers' own class, which reads its config.json. "
+            "Change it there, or leave the key out.",
+        )
+        for key in keys
+        if key in config.model_fields_set and getattr(config, key) not in (None, base.get(key, defaults[key]))
+    ]
 
 
 def _longer(config: TrainConfig, base: dict[str, Any], given: set[str]) -> TrainConfig:

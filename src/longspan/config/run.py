@@ -166,6 +166,11 @@ class Checked:
             stages=tuple(stages_of(config, model)),
         )
 
+    @property
+    def by_class(self) -> bool:
+        """Whether transformers' own class computes the model."""
+        return self.config.model_implementation == "transformers"
+
     def with_keys(self, **keys: Any) -> Self:
         """A copy with other values of some keys. The config must stay complete; no rule is checked."""
         return type(self).of(self.config.model_copy(update=keys))

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from longspan.config.families.any_type import LAYER_TYPES
 from longspan.context_parallel import SequenceLayout
-
-#: kinds of layers that mix tokens in attention only
-LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 
 
 def check_config(config: Any, layout: SequenceLayout) -> None:

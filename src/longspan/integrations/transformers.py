@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from longspan.config.model import comm_type_of_layer
 from longspan.context_parallel import SequenceLayout, context_parallel_attention
 from longspan.context_parallel.refusals import check_comm_type
 from longspan.errors import UserError
@@ -62,9 +63,10 @@ class Setting:
 
     layout: SequenceLayout | None
     group: dist.ProcessGroup | None = None
-    cp_comm_type: str = "p2p"
+    cp_comm_type: str | Sequence[str] = "p2p"
     hierarchical_groups: tuple[dist.ProcessGroup, ...] | None = None
     deterministic: bool = False
+    backend: str = "auto"
     used: bool = False
 
 
@@ -86,9 +88,10 @@ def longspan_context(
     layout: SequenceLayout | None,
     *,
     group: dist.ProcessGroup | None = None,
-    cp_comm_type: str = "p2p",
+    cp_comm_type: str | Sequence[str] = "p2p",
     hierarchical_groups: Sequence[dist.ProcessGroup] | None = None,
     deterministic: bool = False,
+    backend: str = "auto",
 ) -> Iterator[None]:
     """Models called inside, on this thread, take their inputs as this rank's rows of ``layout``.
 
@@ -99,7 +102,8 @@ def longspan_context(
     Args:
         layout: as returned by ``shard_batch``; None for whole sequences, different ones on each rank.
         group: the ranks over which the sequence is cut; None is this rank alone.
-        cp_comm_type, hierarchical_groups, deterministic: as for ``context_parallel_attention``.
+        cp_comm_type: as for ``context_parallel_attention``, or a list that is cycled over the layers.
+        hierarchical_groups, deterministic, backend: as for ``context_parallel_attention``.
 
     Raises:
         ValueError: layout, group and type do not fit each other, or (at the end) no model used the layout.
@@ -116,9 +120,10 @@ def longspan_context(
             "out: then every rank computes whole sequences of its own."
         )
     levels = [dist.get_world_size(g) for g in hierarchical_groups] if hierarchical_groups else None
-    check_comm_type(cp_comm_type, ranks, levels)
+    for name in [cp_comm_type] if isinstance(cp_comm_type, str) else cp_comm_type:
+        check_comm_type(name, ranks, levels)
     groups = tuple(hierarchical_groups) if hierarchical_groups else None
-    setting = Setting(layout, group, cp_comm_type, groups, deterministic)
+    setting = Setting(layout, group, cp_comm_type, groups, deterministic, backend)
     token = _current.set(setting)
     try:
         yield
@@ -270,9 +275,10 @@ def longspan_attention(
         window=plan.window,
         softmax_scale=scaling,
         sinks=s_aux,
-        cp_comm_type=plan.setting.cp_comm_type,
+        cp_comm_type=comm_type_of_layer(plan.setting.cp_comm_type, getattr(module, "layer_idx", 0) + 1),
         deterministic=plan.setting.deterministic,
         hierarchical_groups=plan.setting.hierarchical_groups,
+        backend=plan.setting.backend,
     )
     return out.transpose(0, 1), None
 

@@ -225,6 +225,11 @@ class GPTModel(nn.Module):
             )
         return decoder_input
 
+    def plan(self, layout: SequenceLayout) -> None:
+        """Computes in advance what the layers need of a layout, so that a loader's thread can do it."""
+        for layer in self.decoder.layers.values():
+            layer.plan(layout)
+
     def own_parameters(self) -> list[nn.Parameter]:
         """The parameters without a last stage's copy of the table of tokens, which the first stage has."""
         copy = self.output_layer.weight if self.copies_embedding and self.output_layer is not None else None

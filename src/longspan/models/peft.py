@@ -242,7 +242,6 @@ def write_adapters(
         config: content of PEFT's config file; see ``Lora.peft_config``.
         files: further files of the folder: name -> content.
     """
-    partial = begin_folder(folder)
     named: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         for place in adapter_places(names, name):
@@ -252,6 +251,15 @@ def write_adapters(
                 continue
             whole = named.setdefault(place.name, tensor.new_zeros(place.total, tensor.shape[1]))
             whole[place.first : place.first + len(rows)] = rows
+    write_folder(folder, named, config, files)
+
+
+def write_folder(
+    folder: Path, weights: Mapping[str, Tensor], config: dict[str, Any], files: Mapping[str, bytes]
+) -> None:
+    """Writes a folder in PEFT's format, as :func:`write_adapters`, from tensors by PEFT's names."""
+    partial = begin_folder(folder)
+    named = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(named, partial / WEIGHTS_FILE, metadata={"format": "pt"})
     (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_files(files, partial)

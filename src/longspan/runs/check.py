@@ -42,7 +42,7 @@ def checked(reading: Reading, launch: Launch, announce: str = "") -> tuple[Check
     problems += missing_sources(config) if "datasets" not in bad else []
     run = resolve(config, world, device=device, compiler=compiler, bad_keys=bad, earlier=problems)
     if config.base_model is not None and config.rope_scaling is None:
-        reading.notes += unused_fields(config.base_model)
+        reading.notes += unused_fields(config.base_model, run.config.model_implementation)
     found = [*reading.notes, *without_effect(os.environ, device, joined=under_torchrun())]
     notes = ["without effect here:", *(f"  {note}" for note in found)] if found else []
     if (notes or announce) and os.environ.get("RANK", "0") == "0":

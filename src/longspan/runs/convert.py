@@ -79,12 +79,14 @@ def to_hugging_face(path: Path, output: Path, tokenizer: Path | None, dtype: str
     from longspan.models.peft import is_adapter, write_adapters
     from longspan.training import checkpoint
     from longspan.training.checkpoint_files import read_tensors
-    from longspan.training.description import config_of_model
+    from longspan.training.description import config_of_model, refuse_class
     from longspan.training.model_files import files_of_adapters, files_of_run
 
     run = config_of(path)
     said = checkpoint.describe(path, "--checkpoint")
     run = run or TrainConfig.model_validate({"base_model": said.get("base_model")})
+    resumed = "Resume it with export_hf: true: its run writes OUTPUT_DIR/hf."
+    refuse_class(said, path, resumed)
     described = config_of_model(said)
     model = Architecture.of(described)
     if problem := export_problem(model):

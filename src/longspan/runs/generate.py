@@ -92,7 +92,7 @@ def of_checkpoint(path: Path, folder: Path, tokenizer: str | None) -> Source:
     from longspan.runs.start import quiet_logs
     from longspan.training import checkpoint
     from longspan.training.checkpoint_files import read_tensors
-    from longspan.training.description import config_of_model
+    from longspan.training.description import config_of_model, refuse_class
 
     path = checkpoint.find(path, "generate")
     found = tokenizer_of(path) if tokenizer is None else Path(tokenizer)
@@ -102,6 +102,9 @@ def of_checkpoint(path: Path, folder: Path, tokenizer: str | None) -> Source:
         raise UserError(f"--tokenizer {found}: there is no tokenizer.json. Give it, or its folder.")
     quiet_logs()
     described = checkpoint.describe(path, "--checkpoint")
+    refuse_class(
+        described, path, "Generate with transformers, from the folder that its run exported (OUTPUT_DIR/hf)."
+    )
     model = Architecture.of(config_of_model(described))
     if described.get("adapter") is not None or not export_problem(model):
         to_hugging_face(path, folder / "hf", found, "float32")

@@ -26,9 +26,15 @@ def planned_run(checked: Checked) -> Run:
     """The run with made-up documents in the place of its data, and without weights to load.
 
     Raises:
-        UserError: the size of the vocabulary is not known without the tokenizer.
+        UserError: transformers' own class computes the model, or the size of the vocabulary is not known without the
+            tokenizer.
     """
     config = checked.config
+    if checked.by_class:
+        raise UserError(
+            f"model_implementation: {config.base_model} is computed by transformers' own class, and only native models are "
+            "planned so far (docs/models.md has their types)."
+        )
     if config.vocab_size is None:
         raise UserError(
             "vocab_size is not known without reading the tokenizer, and a plan reads no data. Give --vocab-size."

@@ -103,6 +103,11 @@ def check_weights(run: Run) -> None:
     from longspan.models.hf_weights import Names, SafetensorsFolder, check_tensors
 
     source = SafetensorsFolder(model_folder(run.pretrained))
+    if run.by_class:
+        from longspan.training.class_model import check_class
+
+        check_class(run, source)
+        return
     check_tensors(source, Names(run.model, run.vocab_size, source.model_type))
 
 

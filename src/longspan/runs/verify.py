@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: the largest relative errors against the reference on one process
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4}
+#: the same for a model of transformers' own class, which computes norms, rotations and routes in float32
+CLASS_TOLERANCES = {"float64": 1e-5, "float32": 1e-4}
 EVALUATION_SAMPLES = 4
 #: number of steps after the run's own that are searched for steps in which a token counts
 MORE_STEPS = 100
@@ -290,6 +292,7 @@ def errors(run: Run, steps: int, got: dict, expected: dict) -> dict:
     }
     worst = max(gradients, key=lambda name: _with_nan_last(gradients[name]))
     dtype = run.precision.params_dtype
+    tolerance = (CLASS_TOLERANCES if run.by_class else TOLERANCES)[dtype]
     numbers = {
         "loss_error": largest(losses),
         "grad_norm_error": largest(map(relative, got["norms"], expected["norms"])),
@@ -306,7 +309,7 @@ def errors(run: Run, steps: int, got: dict, expected: dict) -> dict:
         ),
         "reference": "one process, math attention",
         "dtype": dtype,
-        "tolerance": TOLERANCES[dtype],
+        "tolerance": tolerance,
         **numbers,
         "worst_parameter": worst,
         "steps": steps,
@@ -316,5 +319,5 @@ def errors(run: Run, steps: int, got: dict, expected: dict) -> dict:
         "reference_eval_loss": expected["evaluation"] if compared else None,
         "eval_tokens": expected["evaluation_tokens"],
         # The comparison is false for NaN, so a NaN does not pass.
-        "passed": all(value <= TOLERANCES[dtype] for value in numbers.values()),
+        "passed": all(value <= tolerance for value in numbers.values()),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,11 @@ from longspan.models import GPTModel
 from longspan.models.hf_weights import Names, SafetensorsFolder, whole_parameters
 from longspan.models.peft import is_adapter, write_adapters
 
+if TYPE_CHECKING:
+    from longspan.integrations.causal_lm import CausalLM
 
-def parameter_counts(model: GPTModel) -> tuple[int, int]:
+
+def parameter_counts(model: GPTModel | CausalLM) -> tuple[int, int]:
     """(number of all parameters, number of trained parameters) of the whole model; tied parameters count once.
 
     Collective in a pipeline, whose stages are added up.
@@ -99,7 +102,7 @@ def trained_state(model: nn.Module) -> dict[str, Any]:
 
 
 def export_adapters(
-    model: GPTModel,
+    model: nn.Module,
     names: Names,
     config: dict[str, Any],
     folder: Path,

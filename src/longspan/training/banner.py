@@ -8,6 +8,7 @@ import torch
 
 from longspan.config.data import keeps_documents_apart
 from longspan.config.experts import experts_line
+from longspan.config.families.hub import model_config
 from longspan.config.recurrent import recurrent_line
 from longspan.config.run import Run
 from longspan.config.stages import pipeline_line
@@ -55,6 +56,7 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
     rows = {
         "model": f"{parameters / 1e6:,.1f}M parameters: {model.num_layers} layers, hidden {model.hidden_size}, "
         f"{model.num_attention_heads} heads ({model.num_query_groups} key/value), vocabulary {run.vocab_size}",
+        **({"computed by": f"transformers' own class ({class_name(run)})"} if run.by_class else {}),
         **({"mixers": recurrent_line(model)} if model.recurrent else {}),
         **(
             {
@@ -102,6 +104,15 @@ def banner(run: Run, *, parameters: int, trained: int, samples: int, held_out: i
         }
     width = max(map(len, rows))
     return "\n".join(["longspan", *(f"  {name:<{width}}  {text}" for name, text in rows.items())])
+
+
+def class_name(run: Run) -> str:
+    """The name of transformers' class of a run's base model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    assert run.config.base_model is not None
+    kind = model_config(run.config.base_model)[0]["model_type"]
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
 
 
 def _recurrent_line(run: Run, device: torch.device) -> str:
@@ -244,7 +255,11 @@ def last_lines(summary: dict, trainer: Trainer, output: Path, exported: bool) ->
                 else [
                     "next: --context-parallel-size 4 cuts each sequence over more ranks and gives the same losses;",
                     f"      longspan verify {output / CONFIG} shows that they are",
-                    *([f"      longspan generate {output / 'hf'} lets the model write"] if exported else []),
+                    *(
+                        [f"      longspan generate {output / 'hf'} lets the model write"]
+                        if exported and not trainer.run.by_class
+                        else []
+                    ),
                 ]
             ),
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,9 @@ from longspan.parallelize import parallelize
 from longspan.pipeline import Compute, Pipeline
 from longspan.training.sharding import HybridSharder, LocalBatch, Sharder
 from longspan.weights import fill
+
+if TYPE_CHECKING:
+    from longspan.integrations.causal_lm import CausalLM
 
 
 def groups_of(run: Run, mesh: ParallelMesh) -> ProcessGroupCollection:
@@ -36,7 +40,7 @@ def build_model(
     groups: ProcessGroupCollection,
     device: torch.device,
     filled: bool = True,
-) -> GPTModel:
+) -> GPTModel | CausalLM:
     """Builds the model, shards it over the mesh and fills its weights. Collective.
 
     Args:
@@ -51,6 +55,10 @@ def build_model(
         # PyTorch has this setting only for the whole process.
         torch.set_float32_matmul_precision("high" if run.precision.tf32 else "highest")
     compute_dtype = getattr(torch, run.precision.compute_dtype) if run.precision.mixed else None
+    if run.by_class:
+        from longspan.training.class_model import build_class_model
+
+        return build_class_model(run, mesh, groups, device, compute_dtype)
     with torch.device("meta"):
         model = GPTModel(
             run.transformer_config(getattr(torch, run.precision.params_dtype)),
@@ -82,7 +90,11 @@ def build_model(
 
 
 def make_pipeline(
-    run: Run, model: GPTModel, groups: ProcessGroupCollection, device: torch.device, compute: Compute
+    run: Run,
+    model: GPTModel | CausalLM,
+    groups: ProcessGroupCollection,
+    device: torch.device,
+    compute: Compute,
 ) -> Pipeline | None:
     """The pipeline of a run; None where one rank has all layers.
 
@@ -91,6 +103,7 @@ def make_pipeline(
     """
     if run.sizes.pp == 1:
         return None
+    assert isinstance(model, GPTModel), "rules.implementation refuses a pipeline of transformers' class"
 
     def shape_of(batch: LocalBatch) -> tuple[int, ...]:
         rows = batch.layout.local_length // run.row_multiple

@@ -109,6 +109,18 @@ def _model_keys(description: dict[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in names if name in values}
 
 
+def refuse_class(description: dict[str, Any], path: Path, remedy: str) -> None:
+    """Refuses a checkpoint of a model that transformers' own class computes, where only longspan's can be used.
+
+    Raises:
+        UserError: it is one.
+    """
+    if description["model"].get("model_implementation") == "transformers":
+        raise UserError(
+            f"{path} is a checkpoint of a model that transformers' own class computes (model_implementation: transformers). {remedy}"
+        )
+
+
 def config_of_model(description: dict[str, Any]) -> TrainConfig:
     """A config with the model's keys that :func:`describe` has read; the other keys have their defaults."""
     return TrainConfig.model_construct(**_model_keys(description))
@@ -181,7 +193,7 @@ def check_fits(path: Path, now: dict[str, Any], weights_only: bool, option: str 
     then = describe(path, option)
     # If a checkpoint is older than a field of the architecture, its run used the default of that field.
     defaults = {key_of(one): one.default for one in fields(Architecture) if one.default is not MISSING}
-    shapes = defaults | then["model"]
+    shapes = defaults | {"model_implementation": "native"} | then["model"]
     problems = [
         f"{option}: {path.name} is a checkpoint of another model: {name} was {shapes[name]!r}, the config says "
         f"{value!r}. Give the model's own value, or start without resume."
@@ -217,11 +229,17 @@ def _sizes_of_no_layer(model: dict[str, Any]) -> tuple[str, ...]:
     return ("ffn_hidden_size",) if model.get("num_moe_experts") and everywhere else ()
 
 
+def implementation(config: TrainConfig) -> str:
+    """What computes the model, ``native`` or ``transformers``; its parameters have other names there."""
+    return "transformers" if config.model_implementation == "transformers" else "native"
+
+
 def describe_model(config: TrainConfig) -> dict[str, Any]:
     """The part of a checkpoint's description that follows from the config alone."""
     model = Architecture.of(config)
     return {
-        "model": model.keys("shapes") | {"vocab_size": config.vocab_size},
+        "model": model.keys("shapes")
+        | {"vocab_size": config.vocab_size, "model_implementation": implementation(config)},
         "settings": {name: getattr(config, name) for name in SETTINGS} | model.keys("numbers"),
         **{
             name: getattr(model, name)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.config.families.hub import model_config, model_folder
+from longspan.config.lora import ALL_LINEAR, Lora
 from longspan.config.run import Run
 from longspan.errors import UserError
 from longspan.models.hf_weights import (
@@ -20,6 +21,7 @@ from longspan.models.hf_weights import (
     SafetensorsFolder,
     whole_parameters,
 )
+from longspan.models.peft import write_folder
 from longspan.training.adapters import export_adapters
 from longspan.training.lock import unwritable
 from longspan.training.model_files import Files, files_beside
@@ -94,10 +96,16 @@ def export(trainer: Trainer, folder: Path, prepared: tuple[torch.dtype, Files] |
     run = trainer.run
     first = dist.get_rank() == 0
     dtype, files = (prepared or prepare_export(run)) if first else (torch.float32, {})
+    if run.by_class and run.lora is not None:
+        _export_class_adapters(trainer, run.lora, folder, dtype, files)
+        return
     if run.lora is not None and run.pretrained is not None:
         names = Names(run.model, run.vocab_size, model_config(run.pretrained)[0].get("model_type"))
         config = run.lora.peft_config(run.pretrained, names.family.adapter_modules)
         export_adapters(trainer.model, names, config, folder, dtype, files)
+        return
+    if run.by_class:
+        _export_class(trainer, folder, dtype, files)
         return
     writer = None
     if first:
@@ -108,4 +116,36 @@ def export(trainer: Trainer, folder: Path, prepared: tuple[torch.dtype, Files] |
             writer.add(name, whole)
     if writer is not None:
         writer.finish(files)
+    dist.barrier()
+
+
+def _export_class(trainer: Trainer, folder: Path, dtype: torch.dtype, files: Files) -> None:
+    """Writes a model of transformers' class under the names that the class itself saves; collective."""
+    from longspan.training.class_weights import whole_for_files
+
+    writer = FolderWriter(folder, None, dtype) if dist.get_rank() == 0 else None
+    for name, whole in whole_for_files(trainer.model.hf):
+        if writer is not None:
+            writer.keep(name, whole)
+    if writer is not None:
+        writer.finish(files)
+    dist.barrier()
+
+
+def _export_class_adapters(
+    trainer: Trainer, lora: Lora, folder: Path, dtype: torch.dtype, files: Files
+) -> None:
+    """Writes PEFT's adapters on a model of transformers' class; collective."""
+    from longspan.training.class_weights import is_adapter
+
+    weights = {
+        "base_model.model." + name.removeprefix("hf.").replace(".default.", "."): whole.to(dtype)
+        for name, whole in whole_parameters(trainer.model, only=is_adapter)
+    }
+    if dist.get_rank() == 0:
+        assert trainer.run.pretrained is not None
+        config = lora.peft_config(trainer.run.pretrained)
+        if ALL_LINEAR in lora.targets:
+            config["target_modules"] = ALL_LINEAR
+        write_folder(folder, weights, config, files)
     dist.barrier()

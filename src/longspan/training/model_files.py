@@ -226,6 +226,10 @@ def files_of_run(config: TrainConfig, described: TrainConfig, dtype: str, tokeni
     trained = trained_tokenizer(tokenizer or (origin.folder if pretrained else None))
     ends = turn_ends(config, tokenizer) if tokenizer is not None else []
     assert described.vocab_size is not None
+    if config.model_implementation == "transformers":
+        # auto_map names Python files, which are not exported.
+        made = {k: v for k, v in origin.config.items() if k not in ("dtype", "torch_dtype", "auto_map")}
+        return model_files(made | {"torch_dtype": dtype}, origin, trained, ends)
     made = hugging_face_config(
         Architecture.of(described),
         vocab_size=described.vocab_size,

@@ -10,7 +10,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from longspan.config.schema import TrainConfig
-from longspan.models import GPTModel
 
 
 class LocalAdamW(torch.optim.AdamW):
@@ -77,7 +76,8 @@ def parameter_norm(model: nn.Module, stages: int = 1) -> torch.Tensor:
 
 
 def _counted(model: nn.Module) -> list[nn.Parameter]:
-    return model.own_parameters() if isinstance(model, GPTModel) else list(model.parameters())
+    own = getattr(model, "own_parameters", None)
+    return list(model.parameters()) if own is None else own()
 
 
 def _norm(tensors: Sequence[torch.Tensor], stages: int) -> torch.Tensor:

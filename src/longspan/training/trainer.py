@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,9 @@ from longspan.training.spikes import LossSpikes
 from longspan.training.stragglers import Stragglers, probe
 from longspan.values import known_number, known_numbers
 
+if TYPE_CHECKING:
+    from longspan.integrations.causal_lm import CausalLM
+
 
 class Trainer:
     """A model, its optimizer and its data on this rank of a mesh.
@@ -70,7 +74,7 @@ class Trainer:
 
     run: Run
     mesh: ParallelMesh
-    model: GPTModel
+    model: GPTModel | CausalLM
     optimizer: torch.optim.AdamW
     step: int
     steps: int
@@ -164,8 +168,7 @@ class Trainer:
     # --- one micro-batch ------------------------------------------------------------------
 
     def _plan(self, layout: SequenceLayout) -> None:
-        for layer in self.model.decoder.layers.values():
-            layer.plan(layout)
+        self.model.plan(layout)
 
     def losses(self, batch: LocalBatch) -> Tensor:
         """The loss (nats) of each of this rank's tokens of a micro-batch, [b, rows]; 0 without a target."""

@@ -79,7 +79,8 @@ def keys_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"base_model: {where} is of model_type {kind!r}; supported: {', '.join([*FAMILIES, *TEXT_MODELS])}."
+            f"base_model: {where} is of model_type {kind!r}; supported: {', '.join([*FAMILIES, *TEXT_MODELS])}. "
+            "longspan train computes other types by transformers' own class (model_implementation: transformers)."
         )
     family = FAMILIES[kind]
     if (method := quant_method(data)) is not None and method not in family.quantised:

@@ -6,7 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from longspan.config.families.config_json import FAMILIES, keys_of, quant_method, text_model
+from longspan.config.families import any_type
+from longspan.config.families.config_json import (
+    FAMILIES,
+    TEXT_MODELS,
+    keys_of,
+    quant_method,
+    text_model,
+)
 from longspan.config.families.known import known_model
 from longspan.config.families.rotary_decoder import ignored_fields
 from longspan.config.json_text import parse_json
@@ -102,25 +109,52 @@ def model_config(base_model: str, network: bool = True) -> tuple[dict[str, Any],
     return data, str(path)
 
 
-def architecture_of(base_model: str, network: bool = True) -> dict[str, Any]:
+def implementation_of(base_model: str, asked: str = "auto", network: bool = True) -> str:
+    """What computes a model: ``native`` or ``transformers``.
+
+    Args:
+        asked: ``model_implementation``.
+        network: as in :func:`model_file`.
+
+    Raises:
+        UserError: as :func:`model_config`.
+    """
+    if asked != "auto":
+        return asked
+    kind = model_config(base_model, network)[0].get("model_type")
+    native = not isinstance(kind, str) or kind in FAMILIES or kind in TEXT_MODELS
+    return "native" if native else "transformers"
+
+
+def architecture_of(base_model: str, network: bool = True, implementation: str = "native") -> dict[str, Any]:
     """The architecture keys of a model; a known model needs neither its folder nor a network.
 
     Args:
         network: as in :func:`model_file`.
+        implementation: as of :func:`implementation_of`.
 
     Raises:
         UserError: there is no such folder or no config.json, or the model is not supported.
     """
-    return keys_of(*model_config(base_model, network))
+    data, where = model_config(base_model, network)
+    return any_type.keys_of(data, where) if implementation == "transformers" else keys_of(data, where)
 
 
-def unused_fields(base_model: str) -> list[str]:
+def sequence_problem(base_model: str, sequence_len: int) -> str | None:
+    """Why transformers' class cannot train on so many tokens, as ``any_type.length_problem``; nothing is fetched."""
+    return any_type.length_problem(*model_config(base_model, network=False), sequence_len)
+
+
+def unused_fields(base_model: str, implementation: str = "native") -> list[str]:
     """A line that lists the fields of a model's ``config.json`` that are ignored, if any, and of what is left out; nothing is fetched.
 
     Args:
         base_model: a model whose architecture was read already.
+        implementation: as of :func:`implementation_of`; ``auto`` finds it.
     """
     data, where = model_config(base_model, network=False)
+    if implementation_of(base_model, implementation, network=False) == "transformers":
+        return any_type.notes_of(data, where)
     text, where_text = text_model(data, where)
     family = FAMILIES[text["model_type"]]
     named = ", ".join(ignored_fields(text, family.rope_fields))

@@ -34,8 +34,14 @@ class ModelKeys(BaseModel):
     base_model: str | None = key(
         None,
         "Hugging Face model to start from: a local folder, or a hub id when the hub can be reached (Llama, Mistral, Mixtral, "
-        "Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, Qwen3.5, OLMo Hybrid, Nemotron-H, Mamba-2, gpt-oss, GPT-2; docs/models.md).",
+        "Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, Qwen3.5, OLMo Hybrid, Nemotron-H, Mamba-2, gpt-oss, GPT-2, and other types by "
+        "transformers' own class; docs/models.md).",
         flag="--base-model",
+    )
+    model_implementation: Literal["auto", "native", "transformers"] = key(
+        "auto",
+        "What computes base_model: longspan's layers (native), transformers' own class, or (auto) native where there is an "
+        "implementation of its type.",
     )
     reinit_weights: bool = key(
         False, "Take only the architecture of base_model and start from random weights."

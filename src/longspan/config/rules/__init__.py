@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from longspan.config.rules.data import data_problems
+from longspan.config.rules.implementation import implementation_problems
 from longspan.config.rules.lora import lora_problems
 from longspan.config.rules.memory import memory_problems
 from longspan.config.rules.model import model_problems, position_problems
@@ -28,4 +29,5 @@ RULES: tuple[Callable[[TrainConfig], Iterable[Problem]], ...] = (
     memory_problems,
     schedule_problems,
     model_problems,
+    implementation_problems,
 )

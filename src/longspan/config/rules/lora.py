@@ -75,6 +75,9 @@ def _target_problems(config: TrainConfig) -> list[Problem]:
             "lora_target_modules: [q_proj, v_proj], say."
         )
         return [(keys, text)]
+    if config.model_implementation == "transformers":
+        # Any linear layer of the class can be named; ``training.class_model`` compares the names with its layers.
+        return []
     return [
         (keys[:1], f"lora_target_modules: {name!r} is none of {', '.join(ALL_TARGETS)}.{did_you_mean(name, ALL_TARGETS)}")
         for name in given or ()
