@@ -44,6 +44,14 @@ def test_the_schema_is_valid_json():
     assert schema["additionalProperties"] is False
 
 
+def test_an_option_without_a_value_is_told_as_the_key_that_it_sets():
+    (problem,) = problems_of({"untie_embeddings_and_output_weights": True})
+    assert problem.endswith(
+        "unknown key. It is an option without a value; in a file write tie_word_embeddings: false."
+    )
+    assert problems_of({"no-bf16": True})[0].endswith("in a file write bf16: false.")
+
+
 @pytest.mark.parametrize(
     ("spelling", "near"),
     [

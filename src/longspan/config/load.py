@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from longspan.config.dialects.axolotl_datasets import LISTS, read_datasets
 from longspan.config.dialects.table import EXTERNAL_NAMES
 from longspan.config.keys.data import InstructionType
-from longspan.config.options import Overrides, parse_overrides, read_external
+from longspan.config.options import Overrides, option_table, parse_overrides, read_external
 from longspan.config.rope import rope_type, with_original_length
 from longspan.config.schema import TrainConfig, names
 from longspan.config.yaml_file import read_yaml
@@ -60,7 +61,7 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, Any] | None =
                 read_external(spelling, value, found)
         elif name is None:
             # Each search for a similar name takes milliseconds, too long for thousands of wrong keys.
-            near = did_you_mean(spelling, [*table, *EXTERNAL_NAMES]) if len(found.problems) < MAX_NEAR else ""
+            near = _nearest(spelling, table) if len(found.problems) < MAX_NEAR else ""
             found.problems.append(f"{spelling}: unknown key.{near}")
         elif name in merged and merged[name] != value:
             found.problems.append(
@@ -98,6 +99,14 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, Any] | None =
                 break
             merged = {name: value for name, value in merged.items() if name not in wrong}
     return Reading(config, problems, bad, found.notes)
+
+
+def _nearest(spelling: str, table: Mapping[str, str]) -> str:
+    """The remedy for an unknown key: the key that an option without a value sets, or a similar name."""
+    key, value = option_table().get(spelling.replace("-", "_"), (None, None))
+    if key is not None and isinstance(value, bool | str):
+        return f" It is an option without a value; in a file write {key.name}: {json.dumps(value).strip(chr(34))}."
+    return did_you_mean(spelling, [*table, *EXTERNAL_NAMES])
 
 
 def _has_zero(value: Any) -> bool:

@@ -343,7 +343,9 @@ FLAGS: dict[str, ExternalName] = {
     "--inference-max-requests": no_effect("It is for inference."),
     "--max-tokens-to-oom": no_effect("It is for inference."),
     # other models
-    "--untie-embeddings": refused("It is --untie-embeddings-and-output-weights.", values=0),
+    "--untie-embeddings": refused(
+        "It is --untie-embeddings-and-output-weights, or tie_word_embeddings: false in a file.", values=0
+    ),
     "--encoder-num-layers": refused(_OTHER),
     "--decoder-num-layers": refused(_OTHER),
     "--hybrid-attention-ratio": refused(_OTHER),
