@@ -132,6 +132,12 @@ def _traced(
     progress: Callable[[int, int], None],
 ) -> list[Traced]:
     """A traced step of each corner, each in a process of its own."""
+    # What each process would import is imported once, before they are forked.
+    import torch._dynamo
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401
+
+    import longspan.training.trainer  # noqa: F401
+
     results: list[Traced] = []
     with ThreadPoolExecutor(at_once or len(os.sched_getaffinity(0))) as threads:
         waiting = [threads.submit(_in_process, _trace, corner, unit, document_len) for corner in corners]
