@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from longspan.data.instruct import ALPACA
-from longspan.runs.generate import generate
+from longspan.runs.generate import generate, of_folder
 
 HERE = Path(__file__).parent
 BASE = {
@@ -44,13 +44,14 @@ def main() -> int:
     longspan("train", str(HERE / "quickstart.yaml"), *base)
     longspan("train", str(HERE / "finetune.yaml"), *sys.argv[1:])
     right = 0
+    model = of_folder("outputs/finetune/hf")
     records = [json.loads(line) for line in (HERE / "data" / "instructions.jsonl").read_text().splitlines()][
         ::5
     ]
     for record in records:
         form = ALPACA.format if record["input"] else ALPACA.no_input_format
         prompt = form.format(instruction=record["instruction"], input=record["input"])
-        answer = generate("outputs/finetune/hf", prompt, 32, 0.0, 0)[len(prompt) :]
+        answer = generate(model, prompt, 32, 0.0, 0)[len(prompt) :]
         right += answer == record["output"]
         print(f"{record['instruction']} {record['input']}\n    {answer}")
     print(f"{right} of {len(records)} answers are as they were taught")
