@@ -26,9 +26,9 @@ ASK, VALUE, FILLER = (
 def document(g: np.random.Generator) -> np.ndarray:
     keys, values = g.permutation(KEYS).reshape(RANKS, -1), g.integers(VALUES, size=KEYS)
     tokens = []
-    for chunk in keys:
+    for held in keys:
         part = np.full(CHUNK, FILLER)
-        part[g.choice(CHUNK, len(chunk), replace=False)] = chunk * VALUES + values[chunk]
+        part[g.choice(CHUNK, len(held), replace=False)] = held * VALUES + values[held]
         tokens.append(part)
     for chunk in range(RANKS, 2 * RANKS):
         own = 2 * RANKS - 1 - chunk  # the early chunk on the same rank
@@ -59,7 +59,10 @@ def answers_right(config: str) -> float:
     init_distributed("cpu")
     loaded = load_config(config, ["--context-parallel-size", "1", "--no-load-optim"])
     trainer = Trainer(Run.of(resolve(loaded, 1).config), torch.device("cpu"))
-    trainer.resume(newest(Path(loaded.output_dir) / "checkpoints"))
+    last = newest(Path(loaded.output_dir) / "checkpoints")
+    assert last is not None
+    assert trainer.valid_data is not None
+    trainer.resume(last)
     right = asked = 0
     with torch.no_grad():
         for batch in trainer.shard.evaluation(trainer.valid_data):
