@@ -77,7 +77,7 @@ def test_a_rank_that_hangs_is_named_and_ended(tmp_path):
         (["--num-processes", "3"], "--num-processes is for longspan env --check."),
         (["--check", "--device", "gpu"], "--device 'gpu': one of auto, cpu, cuda."),
         (["--check", "--timeout", "0"], "--timeout '0': a whole number from 1 on."),
-        (["--check", "config.yaml"], "'config.yaml': longspan env takes options alone."),
+        (["--check", "config.yaml"], "'config.yaml': longspan env takes no such option."),
         (["--check", "--num-machines", "2"], "--num-machines 2 needs --main-process-ip"),
         (["--check", "--device", "cuda", "--num-processes", "99"], "device: cuda asks for 99 GPUs"),
         (["--chek"], "Did you mean --check?"),

@@ -203,7 +203,7 @@ def check_of_experts(mlps: Mlps | None = None) -> Check:
 
 def own_experts(x: Tensor, scores: Tensor, choices: Choices, weights: Weights) -> Tensor:
     """The function that is checked unless another one is given."""
-    return expert_mlps(x, scores, choices, weights, F.silu)
+    return expert_mlps(x, scores, choices, weights, lambda gate, up: F.silu(gate) * up)
 
 
 def _errors_of_experts(mlps: Mlps, place: Place) -> Errors:
