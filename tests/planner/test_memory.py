@@ -86,7 +86,7 @@ def test_the_ledger_counts_storages_once_and_until_they_end():
         w = z * 2
         del z, w
     assert [sign * block.size for block, sign in ledger.events] == [4000, 4000, -4000, 4000, -4000, -4000]
-    assert ledger.peak()[0] == 8000
+    assert sum(ledger.peaks(0)[None].values()) == 8000
 
 
 def test_a_gradient_that_two_paths_add_up_takes_one_place():

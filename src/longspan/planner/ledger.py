@@ -1,7 +1,7 @@
 """The bytes of every live tensor of a step, from allocation to release.
 
 Each storage is a block. The ledger is the list of all allocations and releases in their order, so that the
-peak and the blocks that are alive at the peak are known afterwards, whatever a block turns out to be: the gradient of
+peaks and what is alive at each are known afterwards, whatever a block turns out to be: the gradient of
 a parameter is an ordinary tensor until autograd has stored it.
 """
 
@@ -144,33 +144,3 @@ class Ledger:
             if number >= begin and total > most[part]:
                 most[part], found[part] = total, dict(live)
         return found
-
-    def peak(self, begin: int = 0) -> tuple[int, dict[str, int], int]:
-        """The most live bytes from event number ``begin`` on.
-
-        Returns:
-            The bytes, the bytes of each component at that moment, and the number of the event.
-        """
-        live = most = at = 0
-        for number, (block, sign) in enumerate(self.events):
-            live += sign * block.size
-            if (number >= begin and live > most) or number == begin:
-                most, at = live, number
-        return most, self.at(at), at
-
-    def live(self, at: int) -> list[Block]:
-        """The blocks that are alive after an event."""
-        alive: dict[Block, None] = {}
-        for block, sign in self.events[: at + 1]:
-            if sign > 0:
-                alive[block] = None
-            else:
-                alive.pop(block, None)
-        return list(alive)
-
-    def at(self, at: int) -> dict[str, int]:
-        """The bytes of each component after an event."""
-        sums: dict[str, int] = defaultdict(int)
-        for block in self.live(at):
-            sums[block.component] += block.size
-        return dict(sums)

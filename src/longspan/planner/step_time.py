@@ -21,7 +21,7 @@ from longspan.planner.work import Work
 #: axes whose collectives run beside the computation, in this order
 HIDDEN = ("fsdp", "dp_replicate", "edp", "edp_replicate")
 #: axes whose keys and values travel while attention computes
-KEYS = ("cp", "dp_cp")
+KEYS = ("cp", "dp_cp", "hcp1")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ def step_time(
             continue
         seconds = communication_time(collective, calls, size, groups[axis], gpu)
         communication[axis] = communication.get(axis, 0.0) + seconds
-        if axis in KEYS and collective in ("message", "all-to-all"):
+        # Heads that move (a2a) do so before and after attention, and are exposed with what is gathered.
+        if axis in KEYS and collective == "message":
             travelling += seconds
     exposed = {
         axis: seconds
