@@ -12,6 +12,7 @@ from longspan.context_parallel.calls import VarlenCall
 from longspan.context_parallel.kernels.math import Math
 from longspan.context_parallel.tiles import Mask
 from longspan.mesh import collectives
+from longspan.mesh.axes import axes_of_groups
 from longspan.mesh.mesh import ParallelMesh
 from longspan.runs.profiling import intervals, labels, memory, summary, trace
 
@@ -114,7 +115,7 @@ def test_gloos_exchanges_belong_to_the_labels_in_order():
 
 def labelled_on_each_rank():
     mesh = ParallelMesh.build(MeshSizes(tp=2, cp=1))
-    axes = labels.axes_of_groups(mesh, mesh.groups)
+    axes = axes_of_groups(mesh, mesh.groups)
     calls = []
     before = vars(dist.ProcessGroup)["allreduce"]
     with labels.labelled_exchanges(axes, calls):

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from longspan.config.run import Run
-from longspan.mesh.mesh import ParallelMesh, ProcessGroupCollection
+from longspan.mesh.axes import groups_of_axes
+from longspan.mesh.mesh import ParallelMesh
 from longspan.planner.components import COMPONENTS
 from longspan.planner.ledger import Ledger
 from longspan.planner.trace import tracing
@@ -80,7 +81,7 @@ def trace_rank(
         # The first step makes the optimizer's state. A pipeline's schedule takes all micro-batches.
         trainer.train_step(first if run.sizes.pp > 1 else first[:1])
         del first
-        axes = groups_of_axes(trainer.groups, mesh)
+        axes = groups_of_axes(mesh, trainer.groups)
         work.begin({group.group_name: axis for axis, group in axes.items()})
         begin = len(ledger.events)
         batches = trainer.micro_batches(1)
@@ -107,18 +108,6 @@ def rank_memory(rank: int, parts: Iterable[Mapping[str, float]], held: Mapping[s
     return RankMemory(
         rank, sum(components.values()), components, {name: round(size) for name, size in held.items()}
     )
-
-
-def groups_of_axes(groups: ProcessGroupCollection, mesh: ParallelMesh) -> dict[str, dist.ProcessGroup]:
-    """Axis -> its process group. FSDP's groups are those on which weights are stored."""
-    named = {
-        **{name: getattr(groups, name) for name in ("tp_cp", "tp_dp_cp", "dp_cp", "dp", "ends", "pp")},
-        **{name: getattr(groups, name) for name in ("ep", "etp", "edp", "cp", "tp")},
-        **{f"hcp{level}": group for level, group in enumerate(groups.hcp)},
-        **{name: mesh.expert_mesh.get_group(name) for name in ("edp", "edp_replicate")},
-        **{name: mesh.device_mesh.get_group(name) for name in ("dp_replicate", "fsdp")},
-    }
-    return {axis: group for axis, group in named.items() if group is not None}
 
 
 def _mark_layers(ledger: Ledger, layers: list[nn.Module], from_bottom: int) -> None:

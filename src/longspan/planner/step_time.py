@@ -21,7 +21,7 @@ from longspan.planner.work import Work
 #: axes whose collectives run beside the computation, in this order
 HIDDEN = ("fsdp", "dp_replicate", "edp", "edp_replicate")
 #: axes whose keys and values travel while attention computes
-KEYS = ("cp", "dp_cp", "hcp1")
+KEYS = ("cp", "dp_cp", "cp outer")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from longspan.context_parallel.attention import DotProductAttention
 from longspan.context_parallel.calls import VarlenCall
 from longspan.context_parallel.kernels.protocol import Kernel
 from longspan.context_parallel.tiles import Mask
-from longspan.mesh.mesh import ParallelMesh, ProcessGroupCollection
 from longspan.runs.profiling.trace import EXCHANGE, TILE
 
 #: method of a process group -> the exchange's usual name; versions of torch have one of the names each
@@ -49,42 +48,6 @@ METHODS = {
 }
 
 
-def axes_of_groups(mesh: ParallelMesh, groups: ProcessGroupCollection) -> dict[str, str]:
-    """The name of each process group -> the axis that it belongs to.
-
-    Where a group serves several axes, it has the name of the first one in this list. Groups of this rank alone
-    are called ``alone``.
-
-    Args:
-        groups: those of the run's model, which differ from the mesh's in a hybrid run.
-    """
-    levels = ("cp inner", "cp outer") if len(groups.hcp) == 2 else [f"cp level {i}" for i in range(9)]
-    named: list[tuple[str, dist.ProcessGroup | None]] = [
-        ("tp", groups.tp),
-        ("cp", groups.cp),
-        *zip(levels, groups.hcp),
-        ("ep", groups.ep),
-        ("etp", groups.etp),
-        *((axis, mesh.device_mesh.get_group(axis)) for axis in ("fsdp", "dp_replicate")),
-        *((axis, mesh.expert_mesh.get_group(axis)) for axis in ("edp", "edp_replicate")),
-        ("pp", groups.pp),
-        ("pp", groups.ends),
-        ("tp_ep", groups.tp_ep),
-        ("dp", groups.dp),
-        ("dp_cp", groups.dp_cp),
-        ("tp_cp", groups.tp_cp),
-        ("tp_pp", groups.tp_pp),
-        ("tp_dp", groups.tp_dp),
-        ("tp_dp_cp", groups.tp_dp_cp),
-        ("world", dist.group.WORLD),
-    ]
-    axes: dict[str, str] = {}
-    for axis, group in named:
-        if group is not None:
-            axes.setdefault(group.group_name, axis if dist.get_world_size(group) > 1 else "alone")
-    return axes
-
-
 @dataclass(frozen=True)
 class Call:
     """An exchange that this rank has begun: its axis, operation, and the bytes of its largest tensor."""
@@ -99,7 +62,7 @@ def labelled_exchanges(axes: dict[str, str], calls: list[Call]) -> Iterator[None
     """A context in which every exchange has a label ``exchange AXIS/OPERATION`` in the trace.
 
     Args:
-        axes: the result of :func:`axes_of_groups`.
+        axes: the result of :func:`longspan.mesh.axes.axes_of_groups`.
         calls: is extended by each exchange.
     """
     # From the class's dict come the descriptors, which bind to a group when they are put back.

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from longspan.context_parallel.kernels.choose import select_kernel
-from longspan.runs.profiling.labels import Call, axes_of_groups, label_tiles, labelled_exchanges
+from longspan.mesh.axes import axes_of_groups
+from longspan.runs.profiling.labels import Call, label_tiles, labelled_exchanges
 from longspan.runs.profiling.trace import STEP
 from longspan.tensor_parallel.layers import local
 from longspan.training.trainer import Trainer
